@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <cstddef>
+#include <vector>
+
+#include <moe/parameters.hpp>
+#include <moe/types.hpp>
+
+// The concepts that an expert satisfies. An expert maps rows [rows, d_model] to rows of the same
+// shape, each output row from its input row alone: the layer may hand it any block of rows.
+namespace moe {
+
+/// An expert for inference: forward writes y from x; const, and callable from several threads.
+template <class E>
+concept Expert = requires(const E& expert, const ConstMatrixRef<typename E::Scalar>& x,
+                          MatrixRef<typename E::Scalar> y) {
+  typename E::Scalar;
+  { expert.d_model() } -> std::convertible_to<Index>;
+  expert.forward(x, y);
+};
+
+/// An expert with a backward pass. What backward needs of the forward pass stands in a block of the
+/// layer's cache, `cache_cols()` scalars a row: forward fills it, backward may use what it does not
+/// need as scratch, but must leave it fit for another backward. backward writes d_x and adds to the
+/// parameters of `grad`, an expert of the same type.
+template <class E>
+concept TrainableExpert =
+    Expert<E> &&
+    requires(const E& expert, E& grad, const ConstMatrixRef<typename E::Scalar>& x,
+             MatrixRef<typename E::Scalar> y, MatrixRef<typename E::Scalar> cache) {
+      { expert.cache_cols() } -> std::convertible_to<Index>;
+      expert.forward(x, y, cache);
+      expert.backward(x, x, cache, y, grad);
+      E::visit([](const ParameterInfo&, auto&...) {}, grad);
+    };
+
+/// `count` experts of one configuration, each with weights of its own drawn from rng in turn.
+/// Example: make_experts<GatedFeedForward<float>>(8, {.d_model = 64, .d_ff = 256}, rng).
+template <class E, class R>
+std::vector<E> make_experts(Index count, const typename E::Options& options, R& rng) {
+  std::vector<E> experts;
+  experts.reserve(std::size_t(std::max<Index>(count, 0)));
+  for (Index e = 0; e < count; ++e) experts.emplace_back(options, rng);
+  return experts;
+}
+
+}  // namespace moe

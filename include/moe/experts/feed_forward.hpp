@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moe/activation.hpp>
+#include <moe/check.hpp>
+#include <moe/expert.hpp>
+#include <moe/init.hpp>
+#include <moe/product.hpp>
+
+namespace moe {
+
+/// Linear, activation, linear: y = act(x w_up^T + b_up) w_down^T + b_down, the expert of Shazeer et
+/// al. 2017, GShard, Switch and V-MoE.
+template <class S, class Activation = ReLU>
+class FeedForward {
+ public:
+  using Scalar = S;
+
+  struct Options {
+    Index d_model = 0;
+    Index d_ff = 0;
+    bool bias = false;
+    Activation activation{};
+  };
+
+  /// Weights are normal with variance 1 / in, biases zero. Throws unless both widths are positive.
+  FeedForward(const Options& options, Rng& rng) : activation_(options.activation) {
+    require(options.d_model > 0, "FeedForward: d_model = ", options.d_model, ", expected at least 1");
+    require(options.d_ff > 0, "FeedForward: d_ff = ", options.d_ff, ", expected at least 1");
+    w_up = lecun_normal<S>(options.d_ff, options.d_model, rng);
+    w_down = lecun_normal<S>(options.d_model, options.d_ff, rng);
+    if (options.bias) {
+      b_up.setZero(options.d_ff);
+      b_down.setZero(options.d_model);
+    }
+  }
+
+  Index d_model() const { return w_up.cols(); }
+  Index d_ff() const { return w_up.rows(); }
+  bool has_bias() const { return b_up.size() > 0; }
+  const Activation& activation() const { return activation_; }
+
+  /// y [rows, d_model] from x [rows, d_model]. Allocates its scratch.
+  void forward(const ConstMatrixRef<S>& x, MatrixRef<S> y) const {
+    Matrix<S> cache(x.rows(), cache_cols());
+    forward(x, y, cache);
+  }
+
+  /// Scalars a row that forward keeps: [before the activation | after it].
+  Index cache_cols() const { return 2 * d_ff(); }
+
+  void forward(const ConstMatrixRef<S>& x, MatrixRef<S> y, MatrixRef<S> cache) const {
+    require_shape(x, x.rows(), d_model(), "FeedForward::forward", "x");
+    require_shape(y, x.rows(), d_model(), "FeedForward::forward", "y");
+    require_shape(cache, x.rows(), cache_cols(), "FeedForward::forward", "cache");
+    auto before = cache.leftCols(d_ff());   // [rows, d_ff]
+    auto hidden = cache.rightCols(d_ff());  // [rows, d_ff]
+    linear(x, w_up, before);
+    if (has_bias()) add_bias(b_up, before);
+    activate_rows(before, hidden);
+    linear(hidden, w_down, y);
+    if (has_bias()) add_bias(b_down, y);
+  }
+
+  /// d_x [rows, d_model] from d_y; adds to the parameters of `grad`.
+  void backward(const ConstMatrixRef<S>& x, const ConstMatrixRef<S>& d_y, MatrixRef<S> cache,
+                MatrixRef<S> d_x, FeedForward& grad) const {
+    require_shape(x, x.rows(), d_model(), "FeedForward::backward", "x");
+    require_shape(d_y, x.rows(), d_model(), "FeedForward::backward", "d_y");
+    require_shape(cache, x.rows(), cache_cols(), "FeedForward::backward", "cache");
+    require_shape(d_x, x.rows(), d_model(), "FeedForward::backward", "d_x");
+    require_shape(grad.w_up, d_ff(), d_model(), "FeedForward::backward", "grad.w_up");
+    const auto before = cache.leftCols(d_ff());
+    auto hidden = cache.rightCols(d_ff());  // overwritten by its own gradient, recomputed first
+    activate_rows(before, hidden);
+    linear_backward_weight(d_y, hidden, grad.w_down);
+    linear_backward_input(d_y, w_down, hidden);
+    for (Index i = 0; i < x.rows(); ++i)
+      activate_backward(activation_, d_ff(), &before.coeffRef(i, 0), &hidden.coeffRef(i, 0));
+    linear_backward_weight(hidden, x, grad.w_up);
+    linear_backward_input(hidden, w_up, d_x);
+    if (has_bias()) {
+      bias_backward(d_y, grad.b_down);
+      bias_backward(hidden, grad.b_up);
+    }
+  }
+
+  template <class F, class... Self>
+  static void visit(F&& f, Self&... self) {
+    f(ParameterInfo{"w_up"}, self.w_up...);
+    f(ParameterInfo{"w_down"}, self.w_down...);
+    if ((self.has_bias() && ...)) {
+      f(ParameterInfo{"b_up"}, self.b_up...);
+      f(ParameterInfo{"b_down"}, self.b_down...);
+    }
+  }
+
+  Matrix<S> w_up;    ///< [d_ff, d_model]
+  Matrix<S> w_down;  ///< [d_model, d_ff]
+  Vector<S> b_up;    ///< [d_ff], empty without bias
+  Vector<S> b_down;  ///< [d_model], empty without bias
+
+ private:
+  template <class From, class To>
+  void activate_rows(const From& from, To&& to) const {
+    for (Index i = 0; i < from.rows(); ++i)
+      activate(activation_, d_ff(), &from.coeffRef(i, 0), &to.coeffRef(i, 0));
+  }
+
+  Activation activation_;
+};
+
+}  // namespace moe

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moe/activation.hpp>
+#include <moe/check.hpp>
+#include <moe/expert.hpp>
+#include <moe/init.hpp>
+#include <moe/product.hpp>
+
+namespace moe {
+
+/// Gated feed-forward (Shazeer 2020, "GLU Variants Improve Transformer", eq. 6):
+/// y = glu(x w_gate^T + b_gate, x w_up^T + b_up) w_down^T + b_down, the expert of Mixtral, DeepSeek,
+/// Qwen, DBRX and (with biases and ClampedSwiGLU) gpt-oss.
+template <class S, class Unit = SwiGLU>
+class GatedFeedForward {
+ public:
+  using Scalar = S;
+
+  struct Options {
+    Index d_model = 0;
+    Index d_ff = 0;
+    bool bias = false;
+    Unit glu{};
+  };
+
+  /// Weights are normal with variance 1 / in, biases zero. Throws unless both widths are positive.
+  GatedFeedForward(const Options& options, Rng& rng) : glu_(options.glu) {
+    require(options.d_model > 0, "GatedFeedForward: d_model = ", options.d_model,
+            ", expected at least 1");
+    require(options.d_ff > 0, "GatedFeedForward: d_ff = ", options.d_ff, ", expected at least 1");
+    w_gate = lecun_normal<S>(options.d_ff, options.d_model, rng);
+    w_up = lecun_normal<S>(options.d_ff, options.d_model, rng);
+    w_down = lecun_normal<S>(options.d_model, options.d_ff, rng);
+    if (options.bias) {
+      b_gate.setZero(options.d_ff);
+      b_up.setZero(options.d_ff);
+      b_down.setZero(options.d_model);
+    }
+  }
+
+  Index d_model() const { return w_up.cols(); }
+  Index d_ff() const { return w_up.rows(); }
+  bool has_bias() const { return b_up.size() > 0; }
+  const Unit& glu() const { return glu_; }
+
+  /// y [rows, d_model] from x [rows, d_model]. Allocates its scratch.
+  void forward(const ConstMatrixRef<S>& x, MatrixRef<S> y) const {
+    Matrix<S> cache(x.rows(), cache_cols());
+    forward(x, y, cache);
+  }
+
+  /// Scalars a row that forward keeps: [gate | up | scratch | scratch], each d_ff wide.
+  Index cache_cols() const { return 4 * d_ff(); }
+
+  void forward(const ConstMatrixRef<S>& x, MatrixRef<S> y, MatrixRef<S> cache) const {
+    require_shape(x, x.rows(), d_model(), "GatedFeedForward::forward", "x");
+    require_shape(y, x.rows(), d_model(), "GatedFeedForward::forward", "y");
+    require_shape(cache, x.rows(), cache_cols(), "GatedFeedForward::forward", "cache");
+    auto gate = cache.leftCols(d_ff());                   // [rows, d_ff]
+    auto up = cache.middleCols(d_ff(), d_ff());           // [rows, d_ff]
+    auto hidden = cache.middleCols(2 * d_ff(), d_ff());   // [rows, d_ff]
+    linear(x, w_gate, gate);
+    linear(x, w_up, up);
+    if (has_bias()) {
+      add_bias(b_gate, gate);
+      add_bias(b_up, up);
+    }
+    activate_rows(gate, up, hidden);
+    linear(hidden, w_down, y);
+    if (has_bias()) add_bias(b_down, y);
+  }
+
+  /// d_x [rows, d_model] from d_y; adds to the parameters of `grad`.
+  void backward(const ConstMatrixRef<S>& x, const ConstMatrixRef<S>& d_y, MatrixRef<S> cache,
+                MatrixRef<S> d_x, GatedFeedForward& grad) const {
+    require_shape(x, x.rows(), d_model(), "GatedFeedForward::backward", "x");
+    require_shape(d_y, x.rows(), d_model(), "GatedFeedForward::backward", "d_y");
+    require_shape(cache, x.rows(), cache_cols(), "GatedFeedForward::backward", "cache");
+    require_shape(d_x, x.rows(), d_model(), "GatedFeedForward::backward", "d_x");
+    require_shape(grad.w_up, d_ff(), d_model(), "GatedFeedForward::backward", "grad.w_up");
+    const auto gate = cache.leftCols(d_ff());
+    const auto up = cache.middleCols(d_ff(), d_ff());
+    auto hidden = cache.middleCols(2 * d_ff(), d_ff());  // then the gradient by gate
+    auto d_up = cache.rightCols(d_ff());
+    activate_rows(gate, up, hidden);
+    linear_backward_weight(d_y, hidden, grad.w_down);
+    linear_backward_input(d_y, w_down, hidden);
+    for (Index i = 0; i < x.rows(); ++i)
+      activate_gated_backward(glu_, d_ff(), &gate.coeffRef(i, 0), &up.coeffRef(i, 0),
+                              &hidden.coeffRef(i, 0), &hidden.coeffRef(i, 0), &d_up.coeffRef(i, 0));
+    const auto& d_gate = hidden;
+    linear_backward_weight(d_gate, x, grad.w_gate);
+    linear_backward_weight(d_up, x, grad.w_up);
+    linear_backward_input(d_gate, w_gate, d_x);
+    linear_backward_input(d_up, w_up, d_x, Write::add);
+    if (has_bias()) {
+      bias_backward(d_y, grad.b_down);
+      bias_backward(d_gate, grad.b_gate);
+      bias_backward(d_up, grad.b_up);
+    }
+  }
+
+  template <class F, class... Self>
+  static void visit(F&& f, Self&... self) {
+    f(ParameterInfo{"w_gate"}, self.w_gate...);
+    f(ParameterInfo{"w_up"}, self.w_up...);
+    f(ParameterInfo{"w_down"}, self.w_down...);
+    if ((self.has_bias() && ...)) {
+      f(ParameterInfo{"b_gate"}, self.b_gate...);
+      f(ParameterInfo{"b_up"}, self.b_up...);
+      f(ParameterInfo{"b_down"}, self.b_down...);
+    }
+  }
+
+  Matrix<S> w_gate;  ///< [d_ff, d_model]
+  Matrix<S> w_up;    ///< [d_ff, d_model]
+  Matrix<S> w_down;  ///< [d_model, d_ff]
+  Vector<S> b_gate;  ///< [d_ff], empty without bias
+  Vector<S> b_up;    ///< [d_ff], empty without bias
+  Vector<S> b_down;  ///< [d_model], empty without bias
+
+ private:
+  template <class G, class U, class To>
+  void activate_rows(const G& gate, const U& up, To&& to) const {
+    for (Index i = 0; i < gate.rows(); ++i)
+      activate_gated(glu_, d_ff(), &gate.coeffRef(i, 0), &up.coeffRef(i, 0), &to.coeffRef(i, 0));
+  }
+
+  Unit glu_;
+};
+
+}  // namespace moe

@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <moe/check.hpp>
+#include <moe/expert.hpp>
+#include <moe/init.hpp>
+#include <moe/loss.hpp>
+#include <moe/router.hpp>
+
+// Backward passes against central differences, for the library's tests and for experts, routers and
+// layers of your own.
+namespace moe {
+
+struct GradientCheckOptions {
+  double step = 1e-5;   ///< h of (f(x + h) - f(x - h)) / 2h
+  double margin = 100;  ///< the routing must be the same this many steps away, see crossed
+  double floor = 1e-3;  ///< errors are relative to the largest entry of an array, at least this
+  std::uint64_t seed = 1;      ///< of the random weights with which outputs are summed up
+  std::optional<Rng> rng{};    ///< training mode: every evaluation uses a copy of it
+  BatchInfo info{};
+};
+
+struct GradientReport {
+  /// Largest |analytic - numeric| of an array over the larger of its largest entry, analytic or
+  /// numeric, and options.floor; the worst of all arrays. A correct backward pass in double gives
+  /// less than 1e-6.
+  double worst = 0;
+  std::string where;        ///< the array where that was
+  double analytic = 0;      ///< the entry where that was
+  double numeric = 0;
+  Index checked = 0;        ///< number of entries compared
+  Index crossed = 0;        ///< entries at which a routing changed within the margin: if any, the
+                            ///< numbers mean nothing and x should be drawn again
+};
+
+namespace detail {
+
+struct GradientArray {
+  std::string name;
+  double* value;           // perturbed in place
+  const double* analytic;
+  Index size;
+};
+
+// Everything of a routing that selection decides.
+struct RoutingSignature {
+  Buffer<Index> expert_begin, token, passed_through, chosen;
+  RoutingSignature() = default;
+  explicit RoutingSignature(const Routing<double>& r)
+      : expert_begin(r.plan.expert_begin), token(r.plan.token),
+        passed_through(r.plan.passed_through), chosen(r.chosen.expert) {}
+  friend bool operator==(const RoutingSignature&, const RoutingSignature&) = default;
+};
+
+// value(&signature) evaluates the objective at the present values of the arrays.
+template <class Value>
+GradientReport compare_gradients(const std::vector<GradientArray>& arrays,
+                                 const GradientCheckOptions& options, const Value& value) {
+  GradientReport report;
+  RoutingSignature here, there;
+  value(here);
+  for (const GradientArray& array : arrays) {
+    double largest = options.floor, error = 0, worst_analytic = 0, worst_numeric = 0;
+    for (Index i = 0; i < array.size; ++i) {
+      const double center = array.value[i];
+      double at[2];
+      bool crossed = false;
+      for (const int side : {0, 1}) {
+        const double sign = side == 0 ? -1 : 1;
+        array.value[i] = center + sign * options.margin * options.step;
+        value(there);
+        crossed |= !(there == here);
+        array.value[i] = center + sign * options.step;
+        at[side] = value(there);
+        crossed |= !(there == here);
+      }
+      array.value[i] = center;
+      report.crossed += crossed;
+      ++report.checked;
+      const double numeric = (at[1] - at[0]) / (2 * options.step);
+      const double analytic = array.analytic[i];
+      largest = std::max({largest, std::abs(numeric), std::abs(analytic)});
+      // Written so that a NaN counts as the worst error.
+      if (!(std::abs(analytic - numeric) <= error)) {
+        error = std::abs(analytic - numeric);
+        worst_analytic = analytic;
+        worst_numeric = numeric;
+      }
+    }
+    if (!(error / largest <= report.worst)) {
+      report.worst = error / largest;
+      report.where = array.name;
+      report.analytic = worst_analytic;
+      report.numeric = worst_numeric;
+    }
+  }
+  return report;
+}
+
+// Lists the arrays of a thing, of its gradient, and x with d_x.
+template <class Thing>
+std::vector<GradientArray> gradient_arrays(Thing& thing, const Thing& grad, Matrix<double>& x,
+                                           const Matrix<double>& d_x) {
+  std::vector<GradientArray> arrays{{"x", x.data(), d_x.data(), x.size()}};
+  if constexpr (requires { Thing::visit([](const ParameterInfo&, auto&...) {}, thing); }) {
+    Thing::visit(
+        [&](const ParameterInfo& info, auto& value) {
+          if (info.kind == Kind::parameter)
+            arrays.push_back({std::string(info.name), value.data(), nullptr, value.size()});
+        },
+        thing);
+    std::size_t i = 1;
+    Thing::visit(
+        [&](const ParameterInfo& info, const auto& value) {
+          if (info.kind == Kind::parameter) arrays[i++].analytic = value.data();
+        },
+        grad);
+  }
+  return arrays;
+}
+
+inline Matrix<double> random_weights(Index rows, Index cols, Rng& rng) {
+  Matrix<double> weights(rows, cols);
+  fill_uniform(weights, -1, 1, rng);
+  return weights;
+}
+
+struct NoLoss {
+  Loss<double> operator()(const Routing<double>&) const { return {}; }
+};
+
+}  // namespace detail
+
+/// Checks an expert: d_x and every parameter's gradient of a random weighted sum of its output, for
+/// x [rows, d_model], in double. O(parameters) forward passes: keep it small.
+template <TrainableExpert E>
+GradientReport check_gradients(const E& expert, Matrix<double> x,
+                               const GradientCheckOptions& options = {}) {
+  Rng rng(options.seed);
+  const Matrix<double> d_y = detail::random_weights(x.rows(), x.cols(), rng);
+  E work = expert, grad = zeros_like(expert);
+  Matrix<double> y(x.rows(), x.cols()), d_x(x.rows(), x.cols());
+  Matrix<double> cache(x.rows(), expert.cache_cols());
+  expert.forward(x, y, cache);
+  expert.backward(x, d_y, cache, d_x, grad);
+  return detail::compare_gradients(detail::gradient_arrays(work, grad, x, d_x), options,
+                                   [&](detail::RoutingSignature&) {
+                                     work.forward(x, y, cache);
+                                     return d_y.cwiseProduct(y).sum();
+                                   });
+}
+
+/// Checks a router: d_x and every parameter's gradient of a random weighted sum of router_logits,
+/// router_probs, the chosen gates and the plan's gates.
+template <TrainableRouter R>
+GradientReport check_gradients(const R& router, Matrix<double> x,
+                               const GradientCheckOptions& options = {}) {
+  R work = router, grad = zeros_like(router);
+  Routing<double> routing;
+  const auto route = [&] {
+    if constexpr (requires(Rng& rng) { work.route(x, rng, options.info, routing); }) {
+      if (options.rng) {
+        Rng rng = *options.rng;
+        return work.route(x, rng, options.info, routing);
+      }
+    }
+    work.route(x, options.info, routing);
+  };
+  route();
+  Rng rng(options.seed);
+  RoutingGradient<double> weights;
+  weights.d_router_logits = detail::random_weights(x.rows(), router.num_experts(), rng);
+  weights.d_router_probs = detail::random_weights(x.rows(), router.num_experts(), rng);
+  for (Index i = 0; i < routing.chosen.size(); ++i)
+    weights.d_chosen_gate.push_back(rng.uniform(-1, 1));
+  for (Index i = 0; i < routing.plan.num_assignments(); ++i)
+    weights.d_gate.push_back(rng.uniform(-1, 1));
+  Matrix<double> d_x = Matrix<double>::Zero(x.rows(), x.cols());
+  Matrix<double> valid_x = x;
+  for (Index t = 0; t < x.rows(); ++t)
+    if (!routing.is_valid(t)) valid_x.row(t).setZero();
+  work.backward(valid_x, routing, weights, d_x, grad);
+  return detail::compare_gradients(
+      detail::gradient_arrays(work, grad, x, d_x), options, [&](detail::RoutingSignature& seen) {
+        route();
+        seen = detail::RoutingSignature(routing);
+        double sum = 0;
+        for (Index t = 0; t < x.rows(); ++t)
+          if (routing.is_valid(t))
+            sum += weights.d_router_logits.row(t).dot(routing.router_logits.row(t)) +
+                   weights.d_router_probs.row(t).dot(routing.router_probs.row(t));
+        const Index choices = std::min(routing.chosen.size(), weights.d_chosen_gate.size());
+        for (Index i = 0; i < choices; ++i) sum += weights.d_chosen_gate[i] * routing.chosen.gate[i];
+        const Index kept = std::min(routing.plan.num_assignments(), weights.d_gate.size());
+        for (Index i = 0; i < kept; ++i) sum += weights.d_gate[i] * routing.plan.gate[i];
+        return sum;
+      });
+}
+
+/// Checks a layer: d_x and every parameter's gradient of a random weighted sum of its output, plus
+/// `loss(routing)`, e.g. [](const auto& r) { return moe::load_balancing_loss(r); }.
+template <class Layer, class RoutingLoss = detail::NoLoss>
+  requires requires { typename Layer::Cache; typename Layer::Workspace; }
+GradientReport check_gradients(const Layer& layer, Matrix<double> x,
+                               const GradientCheckOptions& options = {},
+                               const RoutingLoss& loss = {}) {
+  Layer work = layer, grad = zeros_like(layer);
+  typename Layer::Cache cache;
+  Matrix<double> y;
+  const auto forward = [&] {
+    if (options.rng) {
+      Rng rng = *options.rng;
+      work.forward(x, rng, y, cache, options.info);
+    } else {
+      work.forward(x, y, cache, options.info);
+    }
+  };
+  forward();
+  Rng rng(options.seed);
+  const Matrix<double> d_y = detail::random_weights(x.rows(), x.cols(), rng);
+  Matrix<double> d_x;
+  layer.backward(d_y, cache, grad, loss(cache.routing).gradient, d_x);
+  return detail::compare_gradients(detail::gradient_arrays(work, grad, x, d_x), options,
+                                   [&](detail::RoutingSignature& seen) {
+                                     forward();
+                                     seen = detail::RoutingSignature(cache.routing);
+                                     return d_y.cwiseProduct(y).sum() + loss(cache.routing).value;
+                                   });
+}
+
+}  // namespace moe

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+#include <moe/check.hpp>
+#include <moe/metrics.hpp>
+#include <moe/router.hpp>
+#include <moe/softmax.hpp>
+#include <moe/top_k.hpp>
+
+// The auxiliary losses of routing. Each returns its value and its gradient by what the routing
+// shows; the router turns that into gradients of its parameters. Coefficients stand in the user's
+// line: layer.backward(d_y, cache, grad, 0.01f * load_balancing_loss(cache.routing).gradient).
+// Counts and selections are constants to every gradient. Only valid tokens count.
+namespace moe {
+
+template <class S>
+struct Loss {
+  S value = 0;
+  RoutingGradient<S> gradient;
+};
+
+namespace detail {
+
+// Squared coefficient of variation, population variance / (mean^2 + 1e-10), and, in `x`, its
+// gradient in place of the values.
+template <class S>
+S squared_variation(Vector<S>& x) {
+  constexpr S kEpsilon = S(1e-10);
+  const Index n = x.size();
+  if (n == 0) return 0;
+  S mean = 0, variance = 0;
+  for (Index i = 0; i < n; ++i) mean += x[i];
+  mean /= S(n);
+  for (Index i = 0; i < n; ++i) variance += (x[i] - mean) * (x[i] - mean);
+  variance /= S(n);
+  const S scale = mean * mean + kEpsilon;
+  for (Index i = 0; i < n; ++i)
+    x[i] = S(2) / S(n) * ((x[i] - mean) / scale - mean * variance / (scale * scale));
+  return variance / scale;
+}
+
+}  // namespace detail
+
+/// Load-balancing loss of Fedus et al. 2021 (Switch Transformer), eq. 4 to 6, for any k:
+///   num_experts * sum over e of f_e P_e,  f_e = demand_e / sum of demand,  P_e = sum over t of p_te / tokens
+/// with the demand before capacity. It is 1 at perfect balance for every k, and 0 for an empty batch.
+/// `demand` [num_experts] and `num_tokens` may come from several batches or machines: then the
+/// losses of the parts add up to the loss of the whole. Other libraries' values differ by constant
+/// factors (Hugging Face: k times this one), so coefficients do too. Gradient by router_probs.
+/// O(tokens * num_experts). Throws when the sizes do not fit.
+template <class S>
+Loss<S> load_balancing_loss(const Routing<S>& routing, const IndexVector& demand,
+                            Index num_tokens) {
+  const Matrix<S>& p = routing.router_probs;
+  const Index tokens = p.rows(), experts = p.cols();
+  require(demand.size() == experts, "load_balancing_loss: demand has ", demand.size(),
+          " entries, expected ", experts, " experts");
+  require(num_tokens >= 0, "load_balancing_loss: num_tokens = ", num_tokens,
+          ", expected at least 0");
+  Loss<S> loss;
+  const Index total = demand.sum();
+  loss.gradient.d_router_probs.setZero(tokens, experts);
+  if (total == 0 || num_tokens == 0) return loss;
+  Vector<S> slope(experts);  // of the loss by p_te, the same for every valid token t
+  for (Index e = 0; e < experts; ++e)
+    slope[e] = S(double(experts) * double(demand[e]) / (double(total) * double(num_tokens)));
+  for (Index t = 0; t < tokens; ++t) {
+    if (!routing.is_valid(t)) continue;
+    for (Index e = 0; e < experts; ++e) loss.value += slope[e] * p(t, e);
+    loss.gradient.d_router_probs.row(t) = slope.transpose();
+  }
+  return loss;
+}
+
+/// The same for this batch alone. Example: load_balancing_loss(cache.routing).value.
+template <class S>
+Loss<S> load_balancing_loss(const Routing<S>& routing) {
+  return load_balancing_loss(routing, demand_per_expert(routing), routing.plan.num_valid_tokens());
+}
+
+/// Which quantity importance_loss sums over tokens.
+enum class Importance {
+  gates,  ///< gates of the chosen experts, before capacity (Shazeer et al. 2017, eq. 6)
+  probs,  ///< softmax of router_logits, without noise (V-MoE; Riquelme et al. 2021, appendix A.1)
+};
+
+/// CV^2 of the experts' importance (Shazeer et al. 2017, eq. 6 and 7, without the coefficient):
+/// population variance / (mean^2 + 1e-10). Gradient by the chosen gates, or by router_logits.
+/// O(choices), or O(tokens * num_experts) for probs.
+template <class S>
+Loss<S> importance_loss(const Routing<S>& routing, Importance recipe = Importance::gates) {
+  const Index tokens = routing.num_tokens(), experts = routing.num_experts();
+  Loss<S> loss;
+  Vector<S> importance = Vector<S>::Zero(experts);
+  if (recipe == Importance::gates) {
+    const Choices<S>& chosen = routing.chosen;
+    for (Index c = 0; c < chosen.size(); ++c) importance[chosen.expert[c]] += chosen.gate[c];
+    loss.value = detail::squared_variation(importance);
+    loss.gradient.d_chosen_gate.resize(chosen.size());
+    for (Index c = 0; c < chosen.size(); ++c)
+      loss.gradient.d_chosen_gate[c] = importance[chosen.expert[c]];
+    return loss;
+  }
+  Matrix<S> p = Matrix<S>::Zero(tokens, experts);
+  for (Index t = 0; t < tokens; ++t) {
+    if (!routing.is_valid(t)) continue;
+    softmax(experts, &routing.router_logits(t, 0), &p(t, 0));
+    importance += p.row(t).transpose();
+  }
+  loss.value = detail::squared_variation(importance);
+  Matrix<S>& d = loss.gradient.d_router_logits;
+  d.setZero(tokens, experts);
+  for (Index t = 0; t < tokens; ++t)
+    if (routing.is_valid(t)) softmax_backward(experts, &p(t, 0), importance.data(), &d(t, 0));
+  return loss;
+}
+
+/// How load_loss asks whether an expert would be chosen again under fresh noise.
+enum class LoadThreshold {
+  /// An expert among the k is measured against the (k+1)-th noisy logit, another against the k-th
+  /// (Shazeer et al. 2017, eq. 8 to 10; tensor2tensor).
+  two,
+  /// Every expert is measured against the k-th noisy logit (V-MoE, Tutel).
+  one,
+};
+
+/// CV^2 of the experts' estimated load (Shazeer et al. 2017, eq. 8 to 11, without the coefficient):
+/// load_e = sum over t of Phi((logit_te - threshold_te) / stddev_te). As in the authors' code the
+/// thresholds are not constants: the gradient flows into the logits and the noise that set them.
+/// Without noise (inference, or k = number of available experts) load is the number of tokens that
+/// chose the expert and the gradient is zero. Gradient by router_logits and by the noise's stddev.
+/// O(tokens * num_experts * top_k).
+template <class S>
+Loss<S> load_loss(const Routing<S>& routing, LoadThreshold threshold = LoadThreshold::two) {
+  const Index tokens = routing.num_tokens(), experts = routing.num_experts();
+  const RoutingNoise<S>& noise = routing.noise;
+  Loss<S> loss;
+  Matrix<S>& d_logits = loss.gradient.d_router_logits;
+  Matrix<S>& d_stddev = loss.gradient.d_noise_stddev;
+  d_logits.setZero(tokens, experts);
+  if (!noise.empty()) d_stddev.setZero(tokens, experts);
+  Vector<S> load = Vector<S>::Zero(experts);
+  IndexVector best(std::min(noise.top_k + 1, experts));
+
+  // For every token whose load is estimated: f(t, e, u, threshold's expert).
+  const auto estimate = [&](Index t, const auto& f) {
+    const S* const noisy = &noise.noisy_logits(t, 0);
+    for (Index e = 0; e < experts; ++e) {
+      if (is_unavailable(noisy[e])) continue;
+      const bool inside =
+          threshold == LoadThreshold::two && noisy[e] > noisy[best[noise.top_k]];
+      const Index limit = best[inside ? noise.top_k : noise.top_k - 1];
+      f(e, limit, (routing.router_logits(t, e) - noisy[limit]) / noise.stddev(t, e));
+    }
+  };
+  const auto is_estimated = [&](Index t) {
+    if (noise.empty() || best.size() <= noise.top_k) return false;
+    top_k(experts, &noise.noisy_logits(t, 0), noise.top_k + 1, best.data());
+    if (is_unavailable(noise.noisy_logits(t, best[noise.top_k]))) return false;
+    for (Index e = 0; e < experts; ++e)
+      if (!(noise.stddev(t, e) > S(0))) return false;
+    return true;
+  };
+  for (Index t = 0; t < tokens; ++t) {
+    if (!routing.is_valid(t)) continue;
+    if (is_estimated(t)) {
+      estimate(t, [&](Index e, Index, S u) {
+        load[e] += S(0.5) * (S(1) + std::erf(u * S(1 / std::numbers::sqrt2)));
+      });
+    } else {
+      const Choices<S>& chosen = routing.chosen;
+      for (Index c = chosen.token_begin[t]; c < chosen.token_begin[t + 1]; ++c)
+        load[chosen.expert[c]] += S(1);
+    }
+  }
+  loss.value = detail::squared_variation(load);
+  for (Index t = 0; t < tokens; ++t) {
+    if (!routing.is_valid(t) || !is_estimated(t)) continue;
+    estimate(t, [&](Index e, Index limit, S u) {
+      constexpr S kDensity = S(std::numbers::inv_sqrtpi / std::numbers::sqrt2);
+      const S d_u = load[e] * kDensity * std::exp(S(-0.5) * u * u);
+      const S d = d_u / noise.stddev(t, e);
+      d_logits(t, e) += d;
+      d_stddev(t, e) -= u * d;
+      d_logits(t, limit) -= d;  // noisy = logit + draw * stddev
+      d_stddev(t, limit) -= noise.draws(t, limit) * d;
+    });
+  }
+  return loss;
+}
+
+/// Router z-loss (Zoph et al. 2022, ST-MoE, eq. 5): the mean over valid tokens of the squared
+/// log-sum-exp of router_logits. Gradient by router_logits. O(tokens * num_experts).
+template <class S>
+Loss<S> router_z_loss(const Routing<S>& routing) {
+  const Index tokens = routing.num_tokens(), experts = routing.num_experts();
+  Loss<S> loss;
+  Matrix<S>& d = loss.gradient.d_router_logits;
+  d.setZero(tokens, experts);
+  const Index valid = routing.plan.num_valid_tokens();
+  for (Index t = 0; t < tokens; ++t) {
+    if (!routing.is_valid(t)) continue;
+    const S* const z = &routing.router_logits(t, 0);
+    const S lse = log_sum_exp(experts, z);
+    loss.value += lse * lse / S(valid);
+    softmax(experts, z, &d(t, 0));
+    d.row(t) *= S(2) * lse / S(valid);
+  }
+  return loss;
+}
+
+}  // namespace moe

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include <moe/check.hpp>
+#include <moe/router.hpp>
+#include <moe/types.hpp>
+
+// What a routing did, as numbers: for dashboards, tests and people. Nothing here is differentiated.
+namespace moe {
+
+/// Number of tokens that chose each expert, before capacity [num_experts]. O(choices).
+template <class S>
+IndexVector demand_per_expert(const Routing<S>& routing) {
+  IndexVector demand = IndexVector::Zero(routing.num_experts());
+  for (const Index e : routing.chosen.expert) ++demand[e];
+  return demand;
+}
+
+/// Number of tokens that each expert processes, after capacity [num_experts]. O(num_experts).
+template <class S>
+IndexVector tokens_per_expert(const Routing<S>& routing) {
+  IndexVector load(routing.num_experts());
+  for (Index e = 0; e < load.size(); ++e) load[e] = routing.plan.rows_of(e);
+  return load;
+}
+
+/// Standard deviation over mean of a load (population); 0 at perfect balance and for no load.
+inline double coefficient_of_variation(const IndexVector& load) {
+  if (load.size() == 0 || load.sum() == 0) return 0;
+  const auto values = load.cast<double>().array();
+  const double mean = values.mean();
+  return std::sqrt((values - mean).square().mean()) / mean;
+}
+
+/// Largest load over mean load: 1 at perfect balance, num_experts when one takes all; 0 for no load.
+inline double max_over_mean(const IndexVector& load) {
+  if (load.size() == 0 || load.sum() == 0) return 0;
+  return double(load.maxCoeff()) * double(load.size()) / double(load.sum());
+}
+
+/// Mean over valid tokens of the entropy of router_probs, in nats: 0 when the router is sure of one
+/// expert, log(num_experts) when it does not care. O(tokens * num_experts).
+template <class S>
+double routing_entropy(const Routing<S>& routing) {
+  double sum = 0;
+  Index valid = 0;
+  for (Index t = 0; t < routing.num_tokens(); ++t) {
+    if (!routing.is_valid(t)) continue;
+    ++valid;
+    for (Index e = 0; e < routing.router_probs.cols(); ++e) {
+      const double p = double(routing.router_probs(t, e));
+      if (p > 0) sum -= p * std::log(p);
+    }
+  }
+  return valid > 0 ? sum / double(valid) : 0;
+}
+
+/// Share of the choices that found no seat; 0 when nothing was chosen.
+template <class S>
+double dropped_fraction(const Routing<S>& routing) {
+  const Index chosen = routing.chosen.size();
+  return chosen > 0 ? double(routing.plan.dropped.size()) / double(chosen) : 0;
+}
+
+/// One expert that worked on a token.
+template <class S>
+struct UsedExpert {
+  Index expert;
+  S gate;
+};
+
+/// The experts that a token's output is made of, in ascending order, with their gates. Empty for a
+/// token that goes nowhere. O(num_experts * log tokens). Throws when there is no such token.
+template <class S>
+std::vector<UsedExpert<S>> trace(const Routing<S>& routing, Index token) {
+  const DispatchPlan<S>& plan = routing.plan;
+  require(token >= 0 && token < plan.num_tokens, "trace: token ", token, " of ", plan.num_tokens);
+  std::vector<UsedExpert<S>> used;
+  for (Index e = 0; e < plan.num_experts(); ++e) {
+    const Index* const end = plan.token.data() + plan.expert_begin[e + 1];
+    const Index* const t = std::lower_bound(plan.token.data() + plan.expert_begin[e], end, token);
+    if (t != end && *t == token) used.push_back({e, plan.gate[t - plan.token.data()]});
+  }
+  return used;
+}
+
+}  // namespace moe

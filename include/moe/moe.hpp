@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// moe: Mixture-of-Experts layers on Eigen. The map of the library, top down:
+//
+//   moe_layer.hpp                     MoELayer: router + experts, forward and backward. Read it first.
+//   routers/*.hpp                     TopKRouter, NoisyTopKRouter, ExpertChoiceRouter
+//   experts/*.hpp                     FeedForward, GatedFeedForward, VariantExpert
+//   router.hpp expert.hpp             the concepts, and what passes between the parts
+//   token_choice.hpp                  what routers in which tokens choose have in common
+//   capacity.hpp                      expert_capacity, apply_capacity: seats and overflow
+//   dispatch.hpp                      dispatch, run_experts, combine, and their backward
+//   loss.hpp metrics.hpp              balance losses with gradients; numbers about a routing
+//   gradient_check.hpp                check_gradients: backward against central differences
+//   scores.hpp softmax.hpp top_k.hpp activation.hpp product.hpp    the mathematics
+//   parameters.hpp random.hpp init.hpp executor.hpp                parameters, numbers, threads
+//   types.hpp buffer.hpp check.hpp version.hpp                     the ground
+//
+// The way of the data: x -> router.route -> Routing -> dispatch -> run_experts -> combine -> y.
+
+#include <moe/activation.hpp>
+#include <moe/buffer.hpp>
+#include <moe/capacity.hpp>
+#include <moe/check.hpp>
+#include <moe/dispatch.hpp>
+#include <moe/executor.hpp>
+#include <moe/expert.hpp>
+#include <moe/experts/feed_forward.hpp>
+#include <moe/experts/gated_feed_forward.hpp>
+#include <moe/experts/variant_expert.hpp>
+#include <moe/gradient_check.hpp>
+#include <moe/init.hpp>
+#include <moe/loss.hpp>
+#include <moe/metrics.hpp>
+#include <moe/moe_layer.hpp>
+#include <moe/parameters.hpp>
+#include <moe/product.hpp>
+#include <moe/random.hpp>
+#include <moe/router.hpp>
+#include <moe/routers/expert_choice_router.hpp>
+#include <moe/routers/noisy_top_k_router.hpp>
+#include <moe/routers/top_k_router.hpp>
+#include <moe/scores.hpp>
+#include <moe/softmax.hpp>
+#include <moe/token_choice.hpp>
+#include <moe/top_k.hpp>
+#include <moe/types.hpp>
+#include <moe/version.hpp>

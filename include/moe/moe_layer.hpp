@@ -1,0 +1,423 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <concepts>
+#include <span>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <moe/dispatch.hpp>
+#include <moe/expert.hpp>
+#include <moe/init.hpp>
+#include <moe/router.hpp>
+#include <moe/token_choice.hpp>
+
+// The layer that joins a router and experts. Read forward() first.
+namespace moe {
+
+/// Experts that see every token, whatever the router says (DeepSeekMoE; Dai et al. 2024, eq. 9).
+template <class E>
+struct SharedExperts {
+  std::vector<E> experts{};
+  /// Whether their outputs are scaled by sigmoid(x w^T) with a trained w (Qwen2-MoE).
+  bool gated = false;
+};
+
+/// Buffers of forward. Reused, they allocate nothing; a default-constructed one is ready for use.
+template <class S>
+struct LayerWorkspace {
+  Routing<S> routing;           ///< what the router decided
+  DispatchPlan<S> all_experts;  ///< its plan with the shared experts after the routed ones
+  Matrix<S> shared_gate;        ///< [tokens, shared experts]
+  RowBuffer<S> x_rows, y_rows;  ///< [assignments, d_model]
+  ExpertScratch<S> scratch;
+};
+
+/// What backward needs of a forward pass, and the buffers of both. Owns everything it needs: x may
+/// be destroyed after forward.
+template <class S>
+struct LayerCache : LayerWorkspace<S> {
+  Matrix<S> x;  ///< input, with zeros in rows of tokens that are not valid [tokens, d_model]
+  ExpertCache<S> experts;
+  RowBuffer<S> d_rows, d_x_rows;  ///< [assignments, d_model]
+  RoutingGradient<S> routing_gradient;
+  Buffer<S> d_gate;         ///< [assignments]
+  Matrix<S> d_shared_gate;  ///< [tokens, shared experts]
+};
+
+/// A Mixture-of-Experts layer (Shazeer et al. 2017, eq. 1):
+///   y_t = sum over the experts e of token t of gate_te * expert_e(x_t)
+///         (+ sum of shared experts) (+ output bias)
+/// x and y are [tokens, d_model]. `info` says more about the batch, `executor` runs the tasks;
+/// results are bitwise the same for every executor. A layer is a value; forward is const and may run
+/// on several threads at once, each with a workspace or cache of its own.
+///
+/// Every call throws std::invalid_argument when shapes do not fit; nothing is changed then but the
+/// output arguments, workspaces and caches. Cost: that of the products, O(tokens * top_k * d_model *
+/// d_ff) and O(tokens * num_experts * d_model) for routing.
+template <Expert E, Router R>
+class MoELayer {
+ public:
+  using Scalar = typename E::Scalar;
+  using S = Scalar;
+  using Workspace = LayerWorkspace<S>;
+  using Cache = LayerCache<S>;
+  static_assert(std::is_same_v<S, typename R::Scalar>,
+                "the experts and the router of a layer must have the same Scalar");
+
+  /// Throws std::invalid_argument unless widths and the number of experts fit the router.
+  MoELayer(std::vector<E> experts, R router, SharedExperts<E> shared = {}, bool output_bias = false)
+      : experts_(std::move(experts)), num_shared_(Index(shared.experts.size())),
+        router_(std::move(router)) {
+    require(!experts_.empty(), "MoELayer: 0 experts, expected at least 1");
+    require(Index(experts_.size()) == router_.num_experts(), "MoELayer: ", experts_.size(),
+            " experts, but the router has num_experts = ", router_.num_experts());
+    for (E& expert : shared.experts) experts_.push_back(std::move(expert));
+    for (std::size_t e = 0; e < experts_.size(); ++e)
+      require(experts_[e].d_model() == d_model(), "MoELayer: expert ", e, " has d_model = ",
+              experts_[e].d_model(), ", but the router has ", d_model());
+    require(!shared.gated || num_shared_ > 0, "MoELayer: gated shared experts, but 0 of them");
+    if (shared.gated) w_shared_gate.setZero(num_shared_, d_model());
+    if (output_bias) b_output.setZero(d_model());
+  }
+
+  Index d_model() const { return router_.d_model(); }
+  Index num_experts() const { return Index(experts_.size()) - num_shared_; }
+  Index num_shared_experts() const { return num_shared_; }
+  std::span<E> experts() { return {experts_.data(), std::size_t(num_experts())}; }
+  std::span<const E> experts() const { return {experts_.data(), std::size_t(num_experts())}; }
+  std::span<E> shared_experts() { return std::span<E>(experts_).subspan(std::size_t(num_experts())); }
+  std::span<const E> shared_experts() const {
+    return std::span<const E>(experts_).subspan(std::size_t(num_experts()));
+  }
+  R& router() { return router_; }
+  const R& router() const { return router_; }
+
+  // ---- Inference: const, no noise.
+
+  template <Executor Ex = DefaultExecutor>
+  Routing<S> route(const ConstMatrixRef<S>& x, const BatchInfo& info = {},
+                   const Ex& executor = {}) const {
+    Routing<S> routing;
+    route(x, info, routing, executor);
+    return routing;
+  }
+
+  template <Executor Ex = DefaultExecutor>
+  Matrix<S> forward(const ConstMatrixRef<S>& x, const BatchInfo& info = {},
+                    const Ex& executor = {}) const {
+    Workspace workspace;
+    Matrix<S> y(x.rows(), x.cols());
+    forward(x, y, workspace, info, executor);
+    return y;
+  }
+
+  /// Allocates nothing once y and the workspace have been used with a batch of this shape.
+  template <Executor Ex = DefaultExecutor>
+  void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Workspace& workspace,
+               const BatchInfo& info = {}, const Ex& executor = {}) const {
+    route(x, info, workspace.routing, executor);
+    y.resize(x.rows(), d_model());
+    const DispatchPlan<S>& plan = all_experts(x, workspace.routing.plan, workspace, executor);
+    dispatch(x, plan, workspace.x_rows, executor);
+    run_experts(all(), plan, workspace.x_rows, workspace.y_rows, workspace.scratch, executor);
+    combine(workspace.y_rows, plan, x, y, executor);
+    add_output_bias(plan, y);
+  }
+
+  /// Output under a routing made before: by route(), stored, edited or made by hand.
+  template <std::same_as<Routing<S>> Made, Executor Ex = DefaultExecutor>
+  Matrix<S> forward(const ConstMatrixRef<S>& x, const Made& routing,
+                    const Ex& executor = {}) const {
+    check_input(x);
+    check_plan(routing.plan, x.rows(), num_experts(), "MoELayer::forward");
+    Workspace workspace;
+    Matrix<S> y(x.rows(), d_model());
+    const DispatchPlan<S>& plan = all_experts(x, routing.plan, workspace, executor);
+    dispatch(x, plan, workspace.x_rows, executor);
+    run_experts(all(), plan, workspace.x_rows, workspace.y_rows, workspace.scratch, executor);
+    combine(workspace.y_rows, plan, x, y, executor);
+    add_output_bias(plan, y);
+    return y;
+  }
+
+  // ---- Differentiable forward: the same values, and a cache for backward.
+
+  template <Executor Ex = DefaultExecutor>
+  Matrix<S> forward(const ConstMatrixRef<S>& x, Cache& cache, const BatchInfo& info = {},
+                    const Ex& executor = {}) const {
+    Matrix<S> y(x.rows(), x.cols());
+    forward(x, y, cache, info, executor);
+    return y;
+  }
+
+  /// Allocates nothing once y and the cache have been used with a batch of this shape.
+  template <Executor Ex = DefaultExecutor>
+  void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Cache& cache, const BatchInfo& info = {},
+               const Ex& executor = {}) const {
+    route(x, info, cache.routing, executor);
+    forward_routed(x, y, cache, executor);
+  }
+
+  /// Training: with the router's noise, jitter and training capacity. An Rng means training.
+  template <Executor Ex = DefaultExecutor>
+  Matrix<S> forward(const ConstMatrixRef<S>& x, Rng& rng, Cache& cache, const BatchInfo& info = {},
+                    const Ex& executor = {}) const {
+    Matrix<S> y(x.rows(), x.cols());
+    forward(x, rng, y, cache, info, executor);
+    return y;
+  }
+
+  /// Allocates nothing once y and the cache have been used with a batch of this shape.
+  template <Executor Ex = DefaultExecutor>
+  void forward(const ConstMatrixRef<S>& x, Rng& rng, Matrix<S>& y, Cache& cache,
+               const BatchInfo& info = {}, const Ex& executor = {}) const {
+    check_input(x);
+    if constexpr (requires { router_.route(x, rng, info, cache.routing, executor); }) {
+      router_.route(x, rng, info, cache.routing, executor);
+    } else if constexpr (requires { router_.route(x, rng, info, cache.routing); }) {
+      router_.route(x, rng, info, cache.routing);
+    } else {
+      route(x, info, cache.routing, executor);
+    }
+    forward_routed(x, y, cache, executor);
+  }
+
+  /// Differentiable, with a routing made before. Gradients are exact where it is the routing that
+  /// this layer's router makes of x.
+  template <std::same_as<Routing<S>> Made, Executor Ex = DefaultExecutor>
+  Matrix<S> forward(const ConstMatrixRef<S>& x, const Made& routing, Cache& cache,
+                    const Ex& executor = {}) const {
+    check_input(x);
+    check_plan(routing.plan, x.rows(), num_experts(), "MoELayer::forward");
+    if (routing.chosen.token_begin.size() > 0) check_choices(routing, "MoELayer::forward");
+    cache.routing = routing;
+    Matrix<S> y(x.rows(), d_model());
+    forward_routed(x, y, cache, executor);
+    return y;
+  }
+
+  // ---- Backward.
+
+  /// d_x [tokens, d_model] from d_y; adds the parameters' gradients to `grad`, a layer made by
+  /// zeros_like(layer). `routing_gradient` is the gradient of losses on cache.routing, e.g.
+  /// 0.01f * load_balancing_loss(cache.routing).gradient. May be called again on the same cache.
+  template <Executor Ex = DefaultExecutor>
+  Matrix<S> backward(const ConstMatrixRef<S>& d_y, Cache& cache, MoELayer& grad,
+                     const RoutingGradient<S>& routing_gradient = {},
+                     const Ex& executor = {}) const {
+    Matrix<S> d_x(d_y.rows(), d_y.cols());
+    backward(d_y, cache, grad, routing_gradient, d_x, executor);
+    return d_x;
+  }
+
+  /// Allocates nothing once d_x and the cache have been used with a batch of this shape.
+  template <Executor Ex = DefaultExecutor>
+  void backward(const ConstMatrixRef<S>& d_y, Cache& cache, MoELayer& grad,
+                const RoutingGradient<S>& routing_gradient, Matrix<S>& d_x,
+                const Ex& executor = {}) const {
+    check_backward(d_y, cache, grad, routing_gradient);
+    const DispatchPlan<S>& routed = cache.routing.plan;
+    const DispatchPlan<S>& plan = num_shared_ > 0 ? cache.all_experts : routed;
+    d_x.resize(d_y.rows(), d_model());
+    combine_backward(d_y, cache.y_rows, plan, cache.d_rows, cache.d_gate, executor);
+    run_experts_backward(all(), plan, cache.x_rows, cache.d_rows, cache.experts, cache.d_x_rows,
+                         std::span<E>(grad.experts_), executor);
+    dispatch_backward(cache.d_x_rows, plan, cache.x, d_y, d_x, cache.d_gate, executor);
+    backward_router(cache, grad, routing_gradient, d_x, executor);
+    backward_shared_gate(cache, grad, d_x, executor);
+    for (Index t = 0; b_output.size() > 0 && t < d_y.rows(); ++t)
+      if (routed.token_state[t] == TokenState::valid)
+        add_scaled(d_model(), S(1), &d_y.coeffRef(t, 0), grad.b_output.data());
+  }
+
+  // ---- Experts come and go.
+
+  /// Appends a routed expert; `w` [d_model] is its row of the router's weights. Throws, and changes
+  /// nothing, when a width does not fit.
+  void add_expert(E expert, const Vector<S>& w)
+    requires requires(R& r) { r.add_expert(w); }
+  {
+    require(expert.d_model() == d_model(), "MoELayer::add_expert: the expert has d_model = ",
+            expert.d_model(), ", expected ", d_model());
+    R router = router_;
+    router.add_expert(w);
+    experts_.insert(experts_.begin() + num_experts(), std::move(expert));
+    router_ = std::move(router);
+  }
+
+  /// Removes a routed expert and its row of the router. Throws, and changes nothing, when it does
+  /// not exist or the router could not work with fewer.
+  void remove_expert(Index expert)
+    requires requires(R& r) { r.remove_expert(expert); }
+  {
+    R router = router_;
+    router.remove_expert(expert);
+    experts_.erase(experts_.begin() + expert);
+    router_ = std::move(router);
+  }
+
+  template <class F, class... Self>
+  static void visit(F&& f, Self&... self) {
+    const MoELayer& first = std::get<0>(std::tie(self...));
+    (require(self.experts_.size() == first.experts_.size() &&
+                 self.num_shared_ == first.num_shared_,
+             "MoELayer::visit: a layer of ", self.num_experts(), " + ", self.num_shared_,
+             " experts beside one of ", first.num_experts(), " + ", first.num_shared_),
+     ...);
+    if constexpr (requires { R::visit(f, self.router_...); })
+      visit_part("router", f, self.router_...);
+    for (std::size_t e = 0; TrainableExpert<E> && e < first.experts_.size(); ++e) {
+      const std::size_t routed = std::size_t(first.num_experts());
+      const std::string name = e < routed ? "experts." + std::to_string(e)
+                                          : "shared_experts." + std::to_string(e - routed);
+      if constexpr (TrainableExpert<E>) visit_part(name, f, self.experts_[e]...);
+    }
+    if (first.w_shared_gate.size() > 0) f(ParameterInfo{"w_shared_gate"}, self.w_shared_gate...);
+    if (first.b_output.size() > 0) f(ParameterInfo{"b_output"}, self.b_output...);
+  }
+
+  Matrix<S> w_shared_gate;  ///< [shared experts, d_model], empty unless they are gated
+  Vector<S> b_output;       ///< [d_model], empty without output bias
+
+ private:
+  std::span<const E> all() const { return experts_; }
+
+  void check_input(const ConstMatrixRef<S>& x) const {
+    require(x.cols() == d_model(), "MoELayer::forward: x has ", x.cols(),
+            " columns, expected d_model = ", d_model());
+  }
+
+  template <class Ex>
+  void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
+             const Ex& executor) const {
+    check_input(x);
+    if constexpr (requires { router_.route(x, info, routing, executor); })
+      router_.route(x, info, routing, executor);
+    else
+      router_.route(x, info, routing);
+  }
+
+  // The plan with the shared experts behind the routed ones: each takes every valid token.
+  template <class Ex>
+  const DispatchPlan<S>& all_experts(const ConstMatrixRef<S>& x, const DispatchPlan<S>& routed,
+                                     Workspace& workspace, const Ex& executor) const {
+    if (num_shared_ == 0) return routed;
+    require(w_shared_gate.size() == 0 || routed.gate_side == GateSide::output,
+            "MoELayer: gated shared experts beside a router whose gates scale inputs");
+    Matrix<S>& gate = workspace.shared_gate;
+    if (w_shared_gate.size() > 0) {
+      gate.resize(x.rows(), num_shared_);
+      for_each_block(x.rows(), executor, [&](Index begin, Index end, Index) {
+        block_logits(x, w_shared_gate, begin, end, gate);
+      });
+    }
+    DispatchPlan<S>& plan = workspace.all_experts;
+    plan.num_tokens = routed.num_tokens;
+    plan.token_state = routed.token_state;
+    plan.gate_side = routed.gate_side;
+    plan.passed_through.reserve(routed.passed_through.capacity());
+    plan.passed_through = routed.passed_through;
+    const Index room = routed.token.capacity() + num_shared_ * routed.num_tokens;
+    plan.expert_begin.reserve(Index(experts_.size()) + 1);
+    plan.token.reserve(room);
+    plan.gate.reserve(room);
+    plan.expert_begin = routed.expert_begin;
+    plan.token = routed.token;
+    plan.gate = routed.gate;
+    for (Index s = 0; s < num_shared_; ++s) {
+      for (Index t = 0; t < plan.num_tokens; ++t) {
+        if (plan.token_state[t] != TokenState::valid) continue;
+        plan.token.push_back(t);
+        plan.gate.push_back(w_shared_gate.size() > 0 ? detail::logistic(gate(t, s)) : S(1));
+        if (plan.gate_side == GateSide::input) plan.gate[plan.gate.size() - 1] = S(1);
+      }
+      plan.expert_begin.push_back(plan.token.size());
+    }
+    return plan;
+  }
+
+  template <class Ex>
+  void forward_routed(const ConstMatrixRef<S>& x, Matrix<S>& y, Cache& cache,
+                      const Ex& executor) const {
+    static_assert(TrainableExpert<E>, "a differentiable forward pass needs a TrainableExpert");
+    cache.x = x;
+    for (Index t = 0; t < x.rows(); ++t)
+      if (!cache.routing.is_valid(t)) cache.x.row(t).setZero();
+    y.resize(x.rows(), d_model());
+    const DispatchPlan<S>& plan = all_experts(cache.x, cache.routing.plan, cache, executor);
+    dispatch(cache.x, plan, cache.x_rows, executor);
+    run_experts(all(), plan, cache.x_rows, cache.y_rows, cache.experts, cache.scratch, executor);
+    combine(cache.y_rows, plan, cache.x, y, executor);
+    add_output_bias(plan, y);
+  }
+
+  void add_output_bias(const DispatchPlan<S>& plan, Matrix<S>& y) const {
+    if (b_output.size() == 0) return;
+    for (Index t = 0; t < y.rows(); ++t)
+      if (plan.token_state[t] == TokenState::valid)
+        add_scaled(d_model(), S(1), b_output.data(), &y(t, 0));
+  }
+
+  void check_backward(const ConstMatrixRef<S>& d_y, const Cache& cache, const MoELayer& grad,
+                      const RoutingGradient<S>& routing_gradient) const {
+    require(cache.x.cols() == d_model() && cache.routing.num_experts() == num_experts() &&
+                (num_shared_ == 0 || cache.all_experts.num_experts() == Index(experts_.size())),
+            "MoELayer::backward: the cache is of a layer with d_model = ", cache.x.cols(), " and ",
+            cache.routing.num_experts(), " experts, expected ", d_model(), " and ", num_experts());
+    require_shape(d_y, cache.x.rows(), d_model(), "MoELayer::backward", "d_y");
+    require(grad.d_model() == d_model() && grad.num_experts() == num_experts() &&
+                grad.num_shared_ == num_shared_ && grad.b_output.size() == b_output.size() &&
+                grad.w_shared_gate.size() == w_shared_gate.size(),
+            "MoELayer::backward: grad is a layer with d_model = ", grad.d_model(), ", ",
+            grad.num_experts(), " + ", grad.num_shared_, " experts, expected ", d_model(), ", ",
+            num_experts(), " + ", num_shared_, " and the same parameters");
+    check_routing_gradient(routing_gradient, cache.routing, "MoELayer::backward");
+  }
+
+  // The router's gradient is that of the losses plus that of the gates which the output used.
+  template <class Ex>
+  void backward_router(Cache& cache, MoELayer& grad, const RoutingGradient<S>& routing_gradient,
+                       Matrix<S>& d_x, const Ex& executor) const {
+    if constexpr (TrainableRouter<R>) {
+      RoutingGradient<S>& gradient = cache.routing_gradient;
+      gradient = routing_gradient;
+      const Index assignments = cache.routing.plan.num_assignments();
+      gradient.d_gate.reserve(cache.routing.plan.token.capacity());
+      if (gradient.d_gate.empty()) gradient.d_gate.assign(assignments, S(0));
+      for (Index a = 0; a < assignments; ++a) gradient.d_gate[a] += cache.d_gate[a];
+      if constexpr (requires {
+                      router_.backward(cache.x, cache.routing, gradient, d_x, grad.router_,
+                                       executor);
+                    })
+        router_.backward(cache.x, cache.routing, gradient, d_x, grad.router_, executor);
+      else
+        router_.backward(cache.x, cache.routing, gradient, d_x, grad.router_);
+    }
+  }
+
+  template <class Ex>
+  void backward_shared_gate(Cache& cache, MoELayer& grad, Matrix<S>& d_x,
+                            const Ex& executor) const {
+    if (w_shared_gate.size() == 0) return;
+    const DispatchPlan<S>& plan = cache.all_experts;
+    cache.d_shared_gate.setZero(d_x.rows(), num_shared_);
+    for (Index s = 0; s < num_shared_; ++s) {
+      const Index e = num_experts() + s;
+      for (Index a = plan.expert_begin[e]; a < plan.expert_begin[e + 1]; ++a)
+        cache.d_shared_gate(plan.token[a], s) =
+            cache.d_gate[a] * plan.gate[a] * (S(1) - plan.gate[a]);
+    }
+    router_linear_backward(cache.x, w_shared_gate, cache.d_shared_gate, grad.w_shared_gate, d_x,
+                           executor);
+  }
+
+  std::vector<E> experts_;  // routed, then shared
+  Index num_shared_ = 0;
+  R router_;
+};
+
+}  // namespace moe

@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <cstdint>
+
+#include <moe/buffer.hpp>
+#include <moe/check.hpp>
+#include <moe/executor.hpp>
+#include <moe/parameters.hpp>
+#include <moe/random.hpp>
+#include <moe/types.hpp>
+
+// What routers take (BatchInfo), what they give (Routing with its DispatchPlan), what flows back
+// (RoutingGradient), and the concepts that a router satisfies.
+namespace moe {
+
+/// What a router may need to know about a batch beside x [tokens, d_model]. Empty members mean
+/// "nothing special".
+struct BatchInfo {
+  /// True for a real token, false for padding, as attention masks have it [tokens]. A token that is
+  /// masked out goes nowhere, uses no capacity, enters no loss; its output row and its d_x are zero.
+  Mask mask{};
+  /// One id a token, for routers that look at ids (hash routing) [tokens].
+  IndexVector token_ids{};
+  /// First token of every group, then the number of tokens [groups + 1]. Rules that couple tokens
+  /// (capacity, expert choice) work within a group. Empty: one group.
+  IndexVector group_begin{};
+
+  Index num_groups() const { return group_begin.size() > 0 ? group_begin.size() - 1 : 1; }
+  Index begin_of(Index group) const { return group_begin.size() > 0 ? group_begin[group] : 0; }
+  Index end_of(Index group, Index tokens) const {
+    return group_begin.size() > 0 ? group_begin[group + 1] : tokens;
+  }
+};
+
+enum class TokenState : std::uint8_t {
+  valid,
+  masked,    ///< padding: output row and d_x are zero
+  poisoned,  ///< a logit is NaN or +inf, or all are -inf: output row is NaN, d_x is zero
+};
+
+/// What every token chose before capacity, as rows of a compressed sparse matrix.
+template <class S>
+struct Choices {
+  Buffer<Index> token_begin;  ///< first choice of a token [tokens + 1]
+  Buffer<Index> expert;       ///< chosen expert, a token's best first [choices]
+  Buffer<S> gate;             ///< its gate over the set that the token chose [choices]
+
+  Index num_tokens() const { return std::max<Index>(token_begin.size() - 1, 0); }
+  Index size() const { return expert.size(); }
+  friend bool operator==(const Choices&, const Choices&) = default;
+};
+
+/// An assignment that found no seat: a token's `choice`-th choice (0 is the first) was `expert`.
+struct Dropped {
+  Index token, expert, choice;
+  friend bool operator==(const Dropped&, const Dropped&) = default;
+};
+
+/// What a gate multiplies: the output of the expert (nearly always) or its input (Llama-4).
+enum class GateSide { output, input };
+
+/// Who goes where: assignments of tokens to experts, as rows of a compressed sparse matrix. Within
+/// an expert tokens ascend, and each appears at most once.
+template <class S>
+struct DispatchPlan {
+  Index num_tokens = 0;
+  Buffer<TokenState> token_state;  ///< [tokens]
+  Buffer<Index> expert_begin;      ///< first assignment of an expert [num_experts + 1]
+  Buffer<Index> token;             ///< [assignments]
+  Buffer<S> gate;                  ///< [assignments]
+  Buffer<Index> choice;            ///< the entry of Routing::chosen it stems from [assignments]
+  GateSide gate_side = GateSide::output;
+  Buffer<Dropped> dropped;         ///< in order of priority
+  Buffer<Index> passed_through;    ///< tokens whose output is x in place of the routed sum, ascending
+
+  Index num_experts() const { return std::max<Index>(expert_begin.size() - 1, 0); }
+  Index num_assignments() const { return token.size(); }
+  Index rows_of(Index expert) const { return expert_begin[expert + 1] - expert_begin[expert]; }
+  Index num_valid_tokens() const {
+    return Index(std::count(token_state.begin(), token_state.end(), TokenState::valid));
+  }
+  friend bool operator==(const DispatchPlan&, const DispatchPlan&) = default;
+};
+
+/// The noise that a router added to its logits in training. Where it added none, empty() is true and
+/// the matrices mean nothing.
+template <class S>
+struct RoutingNoise {
+  Matrix<S> draws;         ///< standard normal [tokens, num_experts]
+  Matrix<S> stddev;        ///< [tokens, num_experts]
+  Matrix<S> noisy_logits;  ///< router_logits + draws * stddev [tokens, num_experts]
+  Index top_k = 0;         ///< how many experts a token chooses; 0: no noise was added
+
+  bool empty() const { return top_k == 0; }
+  void clear() { top_k = 0; }
+};
+
+/// Scratch memory of routers, kept so that a reused Routing allocates nothing. Holds no results, is
+/// not copied.
+template <class S>
+struct RoutingScratch {
+  Buffer<Index> order, load, seat, position;
+  Buffer<S> row;
+  IndexVector capacity;
+  Matrix<S> d_logits, d_noise, input, d_input;
+
+  RoutingScratch() = default;
+  RoutingScratch(const RoutingScratch&) {}
+  RoutingScratch(RoutingScratch&&) = default;
+  RoutingScratch& operator=(const RoutingScratch&) { return *this; }
+  RoutingScratch& operator=(RoutingScratch&&) = default;
+};
+
+/// Everything that a router decided about a batch, and all that its backward pass needs.
+template <class S>
+struct Routing {
+  Matrix<S> router_logits;  ///< before noise [tokens, num_experts]
+  Matrix<S> router_probs;   ///< softmax of the logits that selection looked at; rows of tokens that
+                            ///< are not valid are zero [tokens, num_experts]
+  Choices<S> chosen;        ///< demand, before capacity
+  DispatchPlan<S> plan;     ///< after capacity
+  RoutingNoise<S> noise;    ///< in training, where the router is noisy
+  bool has_input_factor = false;  ///< whether the router jittered its input
+  Matrix<S> input_factor;  ///< what it multiplied x by; means nothing where it did not
+
+  mutable RoutingScratch<S> scratch{};
+
+  Index num_tokens() const { return plan.num_tokens; }
+  Index num_experts() const { return plan.num_experts(); }
+  bool is_valid(Index token) const { return plan.token_state[token] == TokenState::valid; }
+  /// The logits that selection looked at: with noise where there is any.
+  const Matrix<S>& selection_logits() const {
+    return noise.empty() ? router_logits : noise.noisy_logits;
+  }
+};
+
+/// Gradient of a loss by what a routing shows. An empty member means zero. Made by the losses, added
+/// and scaled by the user, taken by the router's backward pass.
+template <class S>
+struct RoutingGradient {
+  Matrix<S> d_router_logits;  ///< [tokens, num_experts]
+  Matrix<S> d_router_probs;   ///< [tokens, num_experts]
+  Matrix<S> d_noise_stddev;   ///< [tokens, num_experts]
+  Buffer<S> d_chosen_gate;    ///< by Routing::chosen.gate [choices]
+  Buffer<S> d_gate;           ///< by Routing::plan.gate [assignments]
+
+  RoutingGradient& operator+=(const RoutingGradient& other) {
+    add(d_router_logits, other.d_router_logits, "d_router_logits");
+    add(d_router_probs, other.d_router_probs, "d_router_probs");
+    add(d_noise_stddev, other.d_noise_stddev, "d_noise_stddev");
+    add(d_chosen_gate, other.d_chosen_gate, "d_chosen_gate");
+    add(d_gate, other.d_gate, "d_gate");
+    return *this;
+  }
+  RoutingGradient& operator*=(S factor) {
+    d_router_logits *= factor;
+    d_router_probs *= factor;
+    d_noise_stddev *= factor;
+    for (S& d : d_chosen_gate) d *= factor;
+    for (S& d : d_gate) d *= factor;
+    return *this;
+  }
+  friend RoutingGradient operator+(RoutingGradient a, const RoutingGradient& b) { return a += b; }
+  friend RoutingGradient operator*(S factor, RoutingGradient a) { return a *= factor; }
+  friend RoutingGradient operator*(RoutingGradient a, S factor) { return a *= factor; }
+
+ private:
+  static void add(Matrix<S>& to, const Matrix<S>& from, const char* what) {
+    if (from.size() == 0) return;
+    if (to.size() == 0) {
+      to = from;
+      return;
+    }
+    require_shape(from, to.rows(), to.cols(), "RoutingGradient: sum", what);
+    to += from;
+  }
+  static void add(Buffer<S>& to, const Buffer<S>& from, const char* what) {
+    if (from.empty()) return;
+    if (to.empty()) {
+      to = from;
+      return;
+    }
+    require(from.size() == to.size(), "RoutingGradient: sum: ", what, " has ", from.size(),
+            " entries, expected ", to.size());
+    for (Index i = 0; i < to.size(); ++i) to[i] += from[i];
+  }
+};
+
+/// Throws std::invalid_argument unless the members of `info` fit a batch of `tokens`.
+/// O(tokens + groups).
+inline void check_batch_info(const BatchInfo& info, Index tokens, const char* where) {
+  require(info.mask.size() == 0 || info.mask.size() == tokens, where, ": mask has ",
+          info.mask.size(), " entries, expected ", tokens, " tokens");
+  require(info.token_ids.size() == 0 || info.token_ids.size() == tokens, where, ": token_ids has ",
+          info.token_ids.size(), " entries, expected ", tokens, " tokens");
+  const IndexVector& begin = info.group_begin;
+  if (begin.size() == 0) return;
+  require(begin.size() >= 2, where, ": group_begin has ", begin.size(),
+          " entry, expected at least 2");
+  require(begin[0] == 0 && begin[begin.size() - 1] == tokens, where, ": group_begin goes from ",
+          begin[0], " to ", begin[begin.size() - 1], ", expected from 0 to ", tokens, " tokens");
+  for (Index g = 1; g < begin.size(); ++g) {
+    require(begin[g - 1] <= begin[g], where, ": group_begin[", g, "] = ", begin[g],
+            " is less than the entry before it, ", begin[g - 1]);
+  }
+}
+
+/// Makes `routing` an empty one for a batch: shapes set, tokens valid or masked, nothing chosen.
+/// Every router begins with this. O(tokens + num_experts); allocates only when shapes grow.
+template <class S>
+void begin_routing(Index tokens, Index num_experts, const BatchInfo& info, Routing<S>& routing,
+                   const char* where) {
+  check_batch_info(info, tokens, where);
+  routing.noise.clear();
+  routing.has_input_factor = false;
+  DispatchPlan<S>& plan = routing.plan;
+  plan.num_tokens = tokens;
+  plan.token_state.assign(tokens, TokenState::valid);
+  for (Index t = 0; t < info.mask.size(); ++t)
+    if (!info.mask[t]) plan.token_state[t] = TokenState::masked;
+  plan.expert_begin.assign(num_experts + 1, 0);
+  plan.token.clear();
+  plan.gate.clear();
+  plan.choice.clear();
+  plan.gate_side = GateSide::output;
+  plan.dropped.clear();
+  plan.passed_through.clear();
+  routing.chosen.token_begin.assign(tokens + 1, 0);
+  routing.chosen.expert.clear();
+  routing.chosen.gate.clear();
+}
+
+/// Throws std::invalid_argument unless a plan from outside is one that the library may follow.
+/// O(tokens + assignments).
+template <class S>
+void check_plan(const DispatchPlan<S>& plan, Index tokens, Index num_experts, const char* where) {
+  require(plan.num_tokens == tokens, where, ": the routing is of ", plan.num_tokens,
+          " tokens, expected ", tokens);
+  require(plan.token_state.size() == tokens, where, ": token_state has ", plan.token_state.size(),
+          " entries, expected ", tokens, " tokens");
+  require(plan.num_experts() == num_experts, where, ": the routing is over ", plan.num_experts(),
+          " experts, expected ", num_experts);
+  const Index assignments = plan.num_assignments();
+  require(plan.gate.size() == assignments, where, ": gate has ", plan.gate.size(),
+          " entries, expected ", assignments, " assignments");
+  require(plan.expert_begin[0] == 0 && plan.expert_begin[num_experts] == assignments, where,
+          ": expert_begin goes from ", plan.expert_begin[0], " to ",
+          plan.expert_begin[num_experts], ", expected from 0 to ", assignments, " assignments");
+  for (Index e = 0; e < num_experts; ++e) {
+    const Index begin = plan.expert_begin[e], end = plan.expert_begin[e + 1];
+    require(begin <= end, where, ": expert_begin[", e + 1, "] = ", end,
+            " is less than the entry before it, ", begin);
+    require(end <= assignments, where, ": expert_begin[", e + 1, "] = ", end, " of only ",
+            assignments, " assignments");
+    for (Index a = begin; a < end; ++a) {
+      const Index t = plan.token[a];
+      require(t >= 0 && t < tokens, where, ": assignment ", a, " is of token ", t, " of ", tokens);
+      require(a == begin || plan.token[a - 1] < t, where, ": tokens of expert ", e,
+              " must ascend, but ", plan.token[a > begin ? a - 1 : a], " goes before ", t);
+      require(plan.token_state[t] == TokenState::valid, where, ": assignment ", a, " is of token ",
+              t, ", which is masked or poisoned");
+    }
+  }
+  for (Index i = 0; i < plan.passed_through.size(); ++i) {
+    const Index t = plan.passed_through[i];
+    require(t >= 0 && t < tokens, where, ": passed_through[", i, "] is token ", t, " of ", tokens);
+    require(i == 0 || plan.passed_through[i - 1] < t, where, ": passed_through must ascend, but ",
+            plan.passed_through[i > 0 ? i - 1 : i], " goes before ", t);
+  }
+}
+
+/// A router for inference. Its route() fills a Routing for x [tokens, d_model]; begin_routing and
+/// dispatch_all or apply_capacity do most of it. An overload with an executor as the last argument
+/// is used where there is one.
+template <class R>
+concept Router = requires(const R& router, const ConstMatrixRef<typename R::Scalar>& x,
+                          const BatchInfo& info, Routing<typename R::Scalar>& routing) {
+  typename R::Scalar;
+  { router.d_model() } -> std::convertible_to<Index>;
+  { router.num_experts() } -> std::convertible_to<Index>;
+  router.route(x, info, routing);
+};
+
+/// A router with a backward pass: adds to d_x [tokens, d_model] and to the gradient's parameters.
+/// x is what route() saw, with zeros in the rows of tokens that are not valid. A router that acts
+/// otherwise in training has an overload route(x, rng, info, routing).
+template <class R>
+concept TrainableRouter =
+    Router<R> && requires(const R& router, R& grad, const ConstMatrixRef<typename R::Scalar>& x,
+                          const Routing<typename R::Scalar>& routing,
+                          const RoutingGradient<typename R::Scalar>& gradient,
+                          MatrixRef<typename R::Scalar> d_x) {
+      router.backward(x, routing, gradient, d_x, grad);
+      R::visit([](const ParameterInfo&, auto&...) {}, grad);
+    };
+
+}  // namespace moe

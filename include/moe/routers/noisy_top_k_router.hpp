@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cmath>
+#include <optional>
+
+#include <moe/init.hpp>
+#include <moe/token_choice.hpp>
+
+namespace moe {
+
+/// Noisy top-k gating with trainable noise (Shazeer et al. 2017, eq. 3 to 5):
+///   H(x) = x w_router^T + N(0, 1) * stddev,  stddev = softplus(x w_noise^T) + noise_epsilon
+///   G(x) = softmax(KeepTopK(H(x), k))
+/// Noise is drawn in training only. As in the authors' code (tensor2tensor) both weights start at
+/// zero and noise_epsilon is 0.01.
+template <class S>
+class NoisyTopKRouter {
+ public:
+  using Scalar = S;
+
+  struct Options {
+    Index d_model = 0;
+    Index num_experts = 0;
+    Index top_k = 2;
+    double noise_epsilon = 1e-2;
+    /// Capacity factor of inference, see expert_capacity; none: dropless.
+    std::optional<double> capacity{};
+    /// Capacity factor of training; none: dropless.
+    std::optional<double> training_capacity{};
+    Overflow overflow = Overflow::drop;
+    Priority priority = Priority::token_order;
+    /// Whether gates sum to 1 over the experts that kept the token, not over those that it chose.
+    bool renormalise_after_drop = false;
+    /// Allows training where every gate is 1 and the router learns nothing from the task.
+    bool allow_constant_gate = false;
+  };
+
+  /// Draws nothing from the Rng: it is there so that all routers are made alike. Throws
+  /// std::invalid_argument for options out of range.
+  NoisyTopKRouter(const Options& options, Rng&) : options_(options) {
+    require(options.d_model > 0, "NoisyTopKRouter: d_model = ", options.d_model,
+            ", expected at least 1");
+    require(options.num_experts > 0, "NoisyTopKRouter: num_experts = ", options.num_experts,
+            ", expected at least 1");
+    check_token_choice(options, "NoisyTopKRouter");
+    require(number_kind(options.noise_epsilon) == NumberKind::finite && options.noise_epsilon >= 0,
+            "NoisyTopKRouter: noise_epsilon = ", options.noise_epsilon,
+            ", expected a finite number of at least 0");
+    w_router.setZero(options.num_experts, options.d_model);
+    w_noise.setZero(options.num_experts, options.d_model);
+  }
+
+  Index d_model() const { return w_router.cols(); }
+  Index num_experts() const { return w_router.rows(); }
+  const Options& options() const { return options_; }
+
+  /// Routing for inference: no noise, capacity `options.capacity`.
+  template <Executor E = DefaultExecutor>
+  void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
+             const E& executor = {}) const {
+    require_shape(x, x.rows(), d_model(), "NoisyTopKRouter::route", "x");
+    begin_routing(x.rows(), num_experts(), info, routing, "NoisyTopKRouter::route");
+    logits(x, w_router, routing.router_logits, executor);
+    route_by_logits(rule(options_.capacity), info, routing, executor);
+  }
+
+  /// Routing for training: noise, capacity `options.training_capacity`. Throws when gates would be
+  /// constant (see Options::allow_constant_gate).
+  template <Executor E = DefaultExecutor>
+  void route(const ConstMatrixRef<S>& x, Rng& rng, const BatchInfo& info, Routing<S>& routing,
+             const E& executor = {}) const {
+    require_shape(x, x.rows(), d_model(), "NoisyTopKRouter::route", "x");
+    require_trainable(options_, rule({}), num_experts(), "NoisyTopKRouter::route");
+    begin_routing(x.rows(), num_experts(), info, routing, "NoisyTopKRouter::route");
+    logits(x, w_router, routing.router_logits, executor);
+    RoutingNoise<S>& noise = routing.noise;
+    noise.top_k = options_.top_k;
+    noise.draws.resize(x.rows(), num_experts());
+    fill_normal(noise.draws, 1.0, rng);
+    logits(x, w_noise, noise.stddev, executor);
+    noise.noisy_logits.resize(x.rows(), num_experts());
+    for (Index i = 0; i < noise.stddev.size(); ++i) {
+      S& stddev = noise.stddev.data()[i];
+      stddev = softplus(stddev) + S(options_.noise_epsilon);
+      noise.noisy_logits.data()[i] =
+          routing.router_logits.data()[i] + noise.draws.data()[i] * stddev;
+    }
+    route_by_logits(rule(options_.training_capacity), info, routing, executor);
+  }
+
+  /// Adds to d_x [tokens, d_model] and to grad's parameters. `x` has zeros in rows of tokens that are
+  /// not valid. O(tokens * num_experts * d_model).
+  template <Executor E = DefaultExecutor>
+  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
+                const RoutingGradient<S>& gradient, MatrixRef<S> d_x, NoisyTopKRouter& grad,
+                const E& executor = {}) const {
+    require_trainable(options_, rule({}), num_experts(), "NoisyTopKRouter::backward");
+    check_routing_gradient(gradient, routing, "NoisyTopKRouter::backward");
+    const RoutingNoise<S>& noise = routing.noise;
+    Matrix<S>& d_logits = routing.scratch.d_logits;
+    selection_backward(rule({}), routing, gradient, d_logits);
+    if (!noise.empty()) {
+      // softplus'(a) = 1 - exp(-softplus(a)), and softplus(a) = stddev - noise_epsilon.
+      Matrix<S>& d_noise = routing.scratch.d_noise;
+      d_noise.setZero(x.rows(), num_experts());
+      for (Index t = 0; t < x.rows(); ++t) {
+        if (!routing.is_valid(t)) continue;
+        for (Index e = 0; e < num_experts(); ++e) {
+          S d = d_logits(t, e) * noise.draws(t, e);
+          if (gradient.d_noise_stddev.size() > 0) d += gradient.d_noise_stddev(t, e);
+          d_noise(t, e) = -d * std::expm1(S(options_.noise_epsilon) - noise.stddev(t, e));
+        }
+      }
+      router_linear_backward(x, w_noise, d_noise, grad.w_noise, d_x, executor);
+    }
+    add_valid_rows(routing, gradient.d_router_logits, d_logits);
+    router_linear_backward(x, w_router, d_logits, grad.w_router, d_x, executor);
+  }
+
+  /// Appends an expert whose logits come from `w` [d_model]; its noise weights are zero.
+  void add_expert(const Vector<S>& w) {
+    append_row(w_router, w, "NoisyTopKRouter::add_expert");
+    append_row(w_noise, Vector<S>(Vector<S>::Zero(d_model())), "NoisyTopKRouter::add_expert");
+    options_.num_experts = num_experts();
+  }
+
+  /// Removes an expert. Throws when it does not exist or fewer than top_k would be left.
+  void remove_expert(Index expert) {
+    check_removal(expert, num_experts(), options_.top_k, "NoisyTopKRouter::remove_expert");
+    w_router = without_row(w_router, expert);
+    w_noise = without_row(w_noise, expert);
+    options_.num_experts = num_experts();
+  }
+
+  template <class F, class... Self>
+  static void visit(F&& f, Self&... self) {
+    f(ParameterInfo{"w_router"}, self.w_router...);
+    f(ParameterInfo{"w_noise"}, self.w_noise...);
+  }
+
+  Matrix<S> w_router;  ///< [num_experts, d_model]
+  Matrix<S> w_noise;   ///< [num_experts, d_model]
+
+ private:
+  SeatingRule rule(std::optional<double> capacity_factor) const {
+    return {GateRecipe::softmax_of_chosen, options_.top_k,    capacity_factor,
+            options_.overflow,             options_.priority, options_.renormalise_after_drop};
+  }
+
+  static S softplus(S a) { return std::max(a, S(0)) + std::log1p(std::exp(-std::abs(a))); }
+
+  template <class E>
+  void logits(const ConstMatrixRef<S>& x, const Matrix<S>& w, Matrix<S>& z,
+              const E& executor) const {
+    z.resize(x.rows(), w.rows());
+    for_each_block(x.rows(), executor,
+                   [&](Index begin, Index end, Index) { block_logits(x, w, begin, end, z); });
+  }
+
+  Options options_;
+};
+
+}  // namespace moe

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <optional>
+
+#include <moe/init.hpp>
+#include <moe/token_choice.hpp>
+
+namespace moe {
+
+/// Each token takes its top_k experts by a linear layer's logits, z = x w_router^T (+ b_router).
+/// With its options: Switch (top_k 1), GShard, GLaM, V-MoE without noise, Mixtral, Grok-1, DBRX, OLMoE, ...
+/// Selection is by the logits, ties to the lower expert.
+template <class S>
+class TopKRouter {
+ public:
+  using Scalar = S;
+
+  struct Options {
+    Index d_model = 0;
+    Index num_experts = 0;
+    Index top_k = 2;
+    /// Softmax over all experts before selection (true), or over the selected ones after it.
+    bool softmax_before_selection = true;
+    /// Whether gates of a token sum to 1. After selection they always do.
+    bool renormalise = false;
+    bool bias = false;
+    /// In training x is multiplied by a draw from [1 - jitter, 1 + jitter], for the router only.
+    double jitter = 0;
+    /// Capacity factor of inference, see expert_capacity; none: dropless.
+    std::optional<double> capacity{};
+    /// Capacity factor of training; none: dropless.
+    std::optional<double> training_capacity{};
+    Overflow overflow = Overflow::drop;
+    Priority priority = Priority::token_order;
+    /// Whether renormalised gates sum to 1 over the experts that kept the token, not over those that
+    /// it chose.
+    bool renormalise_after_drop = false;
+    /// Allows training where every gate is 1 and the router learns nothing from the task.
+    bool allow_constant_gate = false;
+  };
+
+  /// w_router is normal with variance 1 / d_model, b_router zero. Throws std::invalid_argument for
+  /// options out of range.
+  TopKRouter(const Options& options, Rng& rng) : options_(options) {
+    require(options.d_model > 0, "TopKRouter: d_model = ", options.d_model,
+            ", expected at least 1");
+    require(options.num_experts > 0, "TopKRouter: num_experts = ", options.num_experts,
+            ", expected at least 1");
+    check_token_choice(options, "TopKRouter");
+    require(number_kind(options.jitter) == NumberKind::finite && options.jitter >= 0 &&
+                options.jitter < 1,
+            "TopKRouter: jitter = ", options.jitter, " is not in [0, 1)");
+    w_router = lecun_normal<S>(options.num_experts, options.d_model, rng);
+    if (options.bias) b_router.setZero(options.num_experts);
+  }
+
+  Index d_model() const { return w_router.cols(); }
+  Index num_experts() const { return w_router.rows(); }
+  const Options& options() const { return options_; }
+
+  /// Routing for inference: no jitter, capacity `options.capacity`.
+  template <Executor E = DefaultExecutor>
+  void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
+             const E& executor = {}) const {
+    require_shape(x, x.rows(), d_model(), "TopKRouter::route", "x");
+    begin_routing(x.rows(), num_experts(), info, routing, "TopKRouter::route");
+    logits(x, routing.router_logits, executor);
+    route_by_logits(rule(options_.capacity), info, routing, executor);
+  }
+
+  /// Routing for training: jitter, capacity `options.training_capacity`. Throws when gates would be
+  /// constant (see Options::allow_constant_gate).
+  template <Executor E = DefaultExecutor>
+  void route(const ConstMatrixRef<S>& x, Rng& rng, const BatchInfo& info, Routing<S>& routing,
+             const E& executor = {}) const {
+    require_shape(x, x.rows(), d_model(), "TopKRouter::route", "x");
+    require_trainable(options_, rule({}), num_experts(), "TopKRouter::route");
+    begin_routing(x.rows(), num_experts(), info, routing, "TopKRouter::route");
+    if (options_.jitter > 0) {
+      routing.has_input_factor = true;
+      routing.input_factor.resize(x.rows(), x.cols());
+      fill_uniform(routing.input_factor, 1 - options_.jitter, 1 + options_.jitter, rng);
+      Matrix<S>& jittered = routing.scratch.input;
+      jittered = x.cwiseProduct(routing.input_factor);
+      logits(jittered, routing.router_logits, executor);
+    } else {
+      logits(x, routing.router_logits, executor);
+    }
+    route_by_logits(rule(options_.training_capacity), info, routing, executor);
+  }
+
+  /// Adds to d_x [tokens, d_model] and to grad's parameters. `x` has zeros in rows of tokens that are
+  /// not valid. O(tokens * num_experts * d_model).
+  template <Executor E = DefaultExecutor>
+  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
+                const RoutingGradient<S>& gradient, MatrixRef<S> d_x, TopKRouter& grad,
+                const E& executor = {}) const {
+    require_trainable(options_, rule({}), num_experts(), "TopKRouter::backward");
+    check_routing_gradient(gradient, routing, "TopKRouter::backward");
+    Matrix<S>& d_logits = routing.scratch.d_logits;
+    selection_backward(rule({}), routing, gradient, d_logits);
+    add_valid_rows(routing, gradient.d_router_logits, d_logits);
+    if (b_router.size() > 0) bias_backward(d_logits, grad.b_router);
+    if (!routing.has_input_factor) {
+      router_linear_backward(x, w_router, d_logits, grad.w_router, d_x, executor);
+    } else {
+      Matrix<S>&input = routing.scratch.input, &d_input = routing.scratch.d_input;
+      input = x.cwiseProduct(routing.input_factor);
+      d_input.setZero(x.rows(), x.cols());
+      router_linear_backward(input, w_router, d_logits, grad.w_router, d_input, executor);
+      d_x += d_input.cwiseProduct(routing.input_factor);
+    }
+  }
+
+  /// Appends an expert whose logits come from `w` [d_model] (and bias 0).
+  void add_expert(const Vector<S>& w) {
+    append_row(w_router, w, "TopKRouter::add_expert");
+    if (b_router.size() > 0) {
+      b_router.conservativeResize(b_router.size() + 1);
+      b_router[b_router.size() - 1] = 0;
+    }
+    options_.num_experts = num_experts();
+  }
+
+  /// Removes an expert. Throws when it does not exist or fewer than top_k would be left.
+  void remove_expert(Index expert) {
+    check_removal(expert, num_experts(), options_.top_k, "TopKRouter::remove_expert");
+    w_router = without_row(w_router, expert);
+    if (b_router.size() > 0) b_router = without_row(b_router, expert);
+    options_.num_experts = num_experts();
+  }
+
+  template <class F, class... Self>
+  static void visit(F&& f, Self&... self) {
+    f(ParameterInfo{"w_router"}, self.w_router...);
+    if (((self.b_router.size() > 0) && ...)) f(ParameterInfo{"b_router"}, self.b_router...);
+  }
+
+  Matrix<S> w_router;  ///< [num_experts, d_model]
+  Vector<S> b_router;  ///< [num_experts], empty without bias
+
+ private:
+  SeatingRule rule(std::optional<double> capacity_factor) const {
+    const bool all = options_.softmax_before_selection && !options_.renormalise;
+    return {all ? GateRecipe::softmax : GateRecipe::softmax_of_chosen,
+            options_.top_k,
+            capacity_factor,
+            options_.overflow,
+            options_.priority,
+            options_.renormalise_after_drop};
+  }
+
+  template <class X, class E>
+  void logits(const X& x, Matrix<S>& z, const E& executor) const {
+    z.resize(x.rows(), num_experts());
+    for_each_block(x.rows(), executor, [&](Index begin, Index end, Index) {
+      block_logits(x, w_router, begin, end, z);
+      if (b_router.size() > 0) add_bias(b_router, z.middleRows(begin, end - begin));
+    });
+  }
+
+  Options options_;
+};
+
+}  // namespace moe

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include <moe/types.hpp>
+
+// Softmax and its companions on one row of logits, and the test for finite numbers that they share.
+namespace moe {
+
+/// What kind of number a value is, read from its exponent bits, hence also under -ffast-math.
+enum class NumberKind { finite, infinite, nan };
+
+/// Kind of `value`; O(1). Types without a known bit pattern use the <cmath> functions.
+template <class S>
+NumberKind number_kind(S value) {
+  if constexpr (std::is_same_v<S, float> || std::is_same_v<S, double>) {
+    using Bits = std::conditional_t<sizeof(S) == 4, std::uint32_t, std::uint64_t>;
+    constexpr int kMantissa = std::numeric_limits<S>::digits - 1;
+    constexpr Bits kSign = Bits(1) << (8 * sizeof(S) - 1);
+    constexpr Bits kInfinity = (~Bits(0) >> (kMantissa + 1)) << kMantissa;
+    const Bits magnitude = std::bit_cast<Bits>(value) & ~kSign;
+    if (magnitude < kInfinity) return NumberKind::finite;
+    return magnitude == kInfinity ? NumberKind::infinite : NumberKind::nan;
+  } else {
+    if (std::isnan(value)) return NumberKind::nan;
+    return std::isinf(value) ? NumberKind::infinite : NumberKind::finite;
+  }
+}
+
+/// Whether `value` is minus infinity: the logit of an expert that a token can not use.
+template <class S>
+bool is_unavailable(S value) {
+  return number_kind(value) == NumberKind::infinite && std::signbit(value);
+}
+
+/// Largest finite logit of a row; the row must have one. O(n).
+template <class S>
+S max_finite(Index n, const S* logits) {
+  S largest = std::numeric_limits<S>::lowest();
+  for (Index i = 0; i < n; ++i)
+    if (number_kind(logits[i]) == NumberKind::finite) largest = std::max(largest, logits[i]);
+  return largest;
+}
+
+/// log of the sum of exp(logits[i]), without overflow; logits of minus infinity count nothing. O(n).
+/// At least one logit must be finite.
+template <class S>
+S log_sum_exp(Index n, const S* logits) {
+  const S largest = max_finite(n, logits);
+  S sum = 0;
+  for (Index i = 0; i < n; ++i)
+    if (!is_unavailable(logits[i])) sum += std::exp(logits[i] - largest);
+  return largest + std::log(sum);
+}
+
+/// probs[i] = exp(logits[i]) / sum of exp(logits[j]); exactly 0 where the logit is minus infinity.
+/// Equal logits give equal bits wherever they stand in the row. At least one logit must be finite.
+/// In place is allowed. O(n).
+template <class S>
+void softmax(Index n, const S* logits, S* probs) {
+  const S largest = max_finite(n, logits);
+  S sum = 0;
+  for (Index i = 0; i < n; ++i) {
+    probs[i] = is_unavailable(logits[i]) ? S(0) : std::exp(logits[i] - largest);
+    sum += probs[i];
+  }
+  for (Index i = 0; i < n; ++i) probs[i] /= sum;
+}
+
+/// Softmax of every row of a matrix [rows, n]. For example softmax(router_logits).
+template <class S>
+Matrix<S> softmax(const Matrix<S>& logits) {
+  Matrix<S> probs(logits.rows(), logits.cols());
+  for (Index i = 0; i < logits.rows(); ++i) softmax(logits.cols(), &logits(i, 0), &probs(i, 0));
+  return probs;
+}
+
+/// d_logits[i] += probs[i] * (d_probs[i] - sum of probs[j] * d_probs[j]): backward of softmax. O(n).
+template <class S>
+void softmax_backward(Index n, const S* probs, const S* d_probs, S* d_logits) {
+  S mean = 0;
+  for (Index i = 0; i < n; ++i) mean += probs[i] * d_probs[i];
+  for (Index i = 0; i < n; ++i) d_logits[i] += probs[i] * (d_probs[i] - mean);
+}
+
+}  // namespace moe

@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <utility>
+
+#include <moe/capacity.hpp>
+#include <moe/router.hpp>
+#include <moe/scores.hpp>
+#include <moe/softmax.hpp>
+#include <moe/top_k.hpp>
+
+// What routers in which tokens choose their experts have in common: from selection logits to a plan,
+// and from gradients by gates and losses back to selection logits.
+namespace moe {
+
+/// How choices become a plan. Part of the options of every token-choice router.
+struct SeatingRule {
+  GateRecipe recipe = GateRecipe::softmax;
+  Index top_k = 1;
+  std::optional<double> capacity_factor;  ///< none: dropless
+  Overflow overflow = Overflow::drop;
+  Priority priority = Priority::token_order;
+  bool renormalise_after_drop = false;
+
+  /// Whether gates are the recipe's over the experts that a token ends up with, rather than over
+  /// those that it chose.
+  bool gates_follow_seats() const {
+    return overflow == Overflow::next_best ||
+           (renormalise_after_drop && recipe == GateRecipe::softmax_of_chosen);
+  }
+};
+
+namespace detail {
+
+// Marks a valid token as poisoned unless its logits are fit to route by.
+template <class S>
+void check_logits(const S* logits, Index experts, TokenState& state) {
+  bool any_finite = false;
+  for (Index e = 0; e < experts; ++e) {
+    const NumberKind kind = number_kind(logits[e]);
+    any_finite |= kind == NumberKind::finite;
+    if (kind == NumberKind::nan || (kind == NumberKind::infinite && !std::signbit(logits[e]))) {
+      state = TokenState::poisoned;
+      return;
+    }
+  }
+  if (!any_finite) state = TokenState::poisoned;
+}
+
+// For the experts that each token ends up with, calls f(token, n, experts, assignments).
+template <class S, class F>
+void for_each_final_set(const Routing<S>& routing, const F& f) {
+  const Choices<S>& chosen = routing.chosen;
+  const DispatchPlan<S>& plan = routing.plan;
+  Buffer<Index>& seat = routing.scratch.seat;          // [choices]: the assignment of a choice, or -1
+  Buffer<Index>& final_set = routing.scratch.position;  // experts, then assignments, of one token
+  seat.assign(chosen.size(), -1);
+  for (Index a = 0; a < plan.num_assignments(); ++a) seat[plan.choice[a]] = a;
+  for (Index t = 0; t < plan.num_tokens; ++t) {
+    const Index begin = chosen.token_begin[t], end = chosen.token_begin[t + 1];
+    final_set.resize(2 * (end - begin));
+    Index n = 0;
+    for (Index c = begin; c < end; ++c)
+      if (seat[c] >= 0) final_set[end - begin + n++] = seat[c];
+    const Index* const assignments = final_set.data() + (end - begin);
+    for (Index i = 0; i < n; ++i) {
+      const auto& first = plan.expert_begin;
+      final_set[i] =
+          Index(std::upper_bound(first.begin(), first.end(), assignments[i]) - first.begin()) - 1;
+    }
+    if (n > 0) f(t, n, final_set.data(), assignments);
+  }
+}
+
+}  // namespace detail
+
+/// Selects each token's top_k experts by the routing's selection logits and fills router_probs,
+/// chosen and plan. begin_routing must have run and the logits be there. A token takes fewer experts
+/// where fewer are available. O(tokens * num_experts * top_k).
+template <class S, Executor E>
+void route_by_logits(const SeatingRule& rule, const BatchInfo& info, Routing<S>& routing,
+                     const E& executor) {
+  const Matrix<S>& logits = routing.selection_logits();
+  const Index tokens = logits.rows(), experts = logits.cols(), k = rule.top_k;
+  routing.router_probs.resize(tokens, experts);
+  Choices<S>& chosen = routing.chosen;
+  chosen.expert.resize(tokens * k);
+  chosen.gate.resize(tokens * k);
+  for_each_block(tokens, executor, [&](Index begin, Index end, Index) {
+    for (Index t = begin; t < end; ++t) {
+      TokenState& state = routing.plan.token_state[t];
+      if (state == TokenState::valid) detail::check_logits(&logits(t, 0), experts, state);
+      if (state == TokenState::valid && !routing.noise.empty())
+        detail::check_logits(&routing.router_logits(t, 0), experts, state);
+      if (state != TokenState::valid) {
+        routing.router_probs.row(t).setZero();
+        continue;
+      }
+      const S* const z = &logits(t, 0);
+      softmax(experts, z, &routing.router_probs(t, 0));
+      Index* const best = chosen.expert.data() + t * k;
+      top_k(experts, z, k, best);
+      Index n = k;
+      while (n > 0 && is_unavailable(z[best[n - 1]])) --n;
+      compute_gates(rule.recipe, z, &routing.router_probs(t, 0), n, best,
+                    chosen.gate.data() + t * k);
+      chosen.token_begin[t + 1] = n;
+    }
+  });
+  // Close the gaps of tokens with fewer than k choices.
+  for (Index t = 0; t < tokens; ++t) {
+    const Index n = chosen.token_begin[t + 1], to = chosen.token_begin[t];
+    if (to != t * k) {
+      std::copy_n(chosen.expert.data() + t * k, n, chosen.expert.data() + to);
+      std::copy_n(chosen.gate.data() + t * k, n, chosen.gate.data() + to);
+    }
+    chosen.token_begin[t + 1] = to + n;
+  }
+  chosen.expert.resize(chosen.token_begin[tokens]);
+  chosen.gate.resize(chosen.token_begin[tokens]);
+
+  if (!rule.capacity_factor) return dispatch_all(chosen, routing.plan);
+  IndexVector& capacity = routing.scratch.capacity;
+  count_valid_tokens(routing.plan, info, capacity);
+  for (Index& c : capacity) c = expert_capacity(c, experts, k, *rule.capacity_factor);
+  apply_capacity(chosen, logits, capacity, rule.overflow, rule.priority, info, routing.plan,
+                 routing.scratch);
+  if (rule.gates_follow_seats()) {
+    detail::for_each_final_set(
+        routing, [&](Index t, Index n, const Index* used, const Index* assignments) {
+          Buffer<S>& gates = routing.scratch.row;
+          gates.resize(n);
+          compute_gates(rule.recipe, &logits(t, 0), &routing.router_probs(t, 0), n, used,
+                        gates.data());
+          for (Index i = 0; i < n; ++i) routing.plan.gate[assignments[i]] = gates[i];
+        });
+  }
+}
+
+/// d_logits [tokens, num_experts] = the gradient by the selection logits of everything that
+/// `gradient` says of gates and probabilities. Rows of tokens that are not valid are zero.
+template <class S>
+void selection_backward(const SeatingRule& rule, const Routing<S>& routing,
+                        const RoutingGradient<S>& gradient, Matrix<S>& d_logits) {
+  const Choices<S>& chosen = routing.chosen;
+  const DispatchPlan<S>& plan = routing.plan;
+  const Index tokens = routing.router_probs.rows(), experts = routing.router_probs.cols();
+  d_logits.resize(tokens, experts);
+  d_logits.setZero();
+  Buffer<S>& row = routing.scratch.row;
+  const bool by_seats = rule.gates_follow_seats();
+  if (by_seats && !gradient.d_gate.empty()) {
+    detail::for_each_final_set(
+        routing, [&](Index t, Index n, const Index* used, const Index* assignments) {
+          row.resize(2 * n);
+          for (Index i = 0; i < n; ++i) {
+            row[i] = plan.gate[assignments[i]];
+            row[n + i] = gradient.d_gate[assignments[i]];
+          }
+          compute_gates_backward(rule.recipe, &routing.router_probs(t, 0), experts, n, used,
+                                 row.data(), row.data() + n, &d_logits(t, 0));
+        });
+  }
+  // Gates over the set that was chosen: those of the losses, and those of the plan where they were
+  // kept as they were.
+  if (!gradient.d_chosen_gate.empty() || (!by_seats && !gradient.d_gate.empty())) {
+    row.reserve(chosen.expert.capacity());
+    row.assign(chosen.size(), S(0));
+    for (Index c = 0; c < gradient.d_chosen_gate.size(); ++c) row[c] = gradient.d_chosen_gate[c];
+    if (!by_seats)
+      for (Index a = 0; a < gradient.d_gate.size(); ++a) row[plan.choice[a]] += gradient.d_gate[a];
+    for (Index t = 0; t < tokens; ++t) {
+      const Index begin = chosen.token_begin[t], n = chosen.token_begin[t + 1] - begin;
+      if (n == 0) continue;
+      compute_gates_backward(rule.recipe, &routing.router_probs(t, 0), experts, n,
+                             chosen.expert.data() + begin, chosen.gate.data() + begin,
+                             row.data() + begin, &d_logits(t, 0));
+    }
+  }
+  if (gradient.d_router_probs.size() > 0)
+    for (Index t = 0; t < tokens; ++t)
+      if (routing.is_valid(t))
+        softmax_backward(experts, &routing.router_probs(t, 0), &gradient.d_router_probs(t, 0),
+                         &d_logits(t, 0));
+}
+
+/// d_logits += d for the rows of valid tokens; nothing where d is empty.
+template <class S>
+void add_valid_rows(const Routing<S>& routing, const Matrix<S>& d, Matrix<S>& d_logits) {
+  if (d.size() == 0) return;
+  for (Index t = 0; t < d.rows(); ++t)
+    if (routing.is_valid(t)) d_logits.row(t) += d.row(t);
+}
+
+/// Throws std::invalid_argument unless the options that token-choice routers share are in range.
+template <class Options>
+void check_token_choice(const Options& options, const char* where) {
+  require(options.top_k >= 1 && options.top_k <= options.num_experts, where, ": top_k = ",
+          options.top_k, " is not between 1 and num_experts = ", options.num_experts);
+  for (const auto& factor : {options.capacity, options.training_capacity})
+    if (factor)
+      require(number_kind(*factor) == NumberKind::finite && *factor >= 0, where,
+              ": capacity factor = ", *factor, ", expected a finite number of at least 0");
+}
+
+/// Throws std::invalid_argument when every gate of the router is 1 whatever its weights are: more
+/// than one expert, top_k of 1 and gates that sum to 1.
+template <class Options>
+void require_trainable(const Options& options, const SeatingRule& rule, Index num_experts,
+                       const char* where) {
+  require(options.allow_constant_gate || num_experts == 1 || rule.top_k > 1 ||
+              rule.recipe == GateRecipe::softmax,
+          where, ": top_k = ", rule.top_k, " of num_experts = ", num_experts,
+          " with gates that sum to 1 makes every gate 1, and the router learns nothing from the "
+          "task; take softmax before selection without renormalising, or allow_constant_gate");
+}
+
+/// Appends the row `w` to a router's weight [experts, d_model].
+template <class S>
+void append_row(Matrix<S>& weight, const Vector<S>& w, const char* where) {
+  require(w.size() == weight.cols(), where, ": w has ", w.size(), " entries, expected d_model = ",
+          weight.cols());
+  Matrix<S> larger(weight.rows() + 1, weight.cols());
+  larger << weight, w.transpose();
+  weight = std::move(larger);
+}
+
+/// A copy of a matrix or vector without one of its rows.
+template <class M>
+M without_row(const M& m, Index row) {
+  M smaller(m.rows() - 1, m.cols());
+  smaller << m.topRows(row), m.bottomRows(m.rows() - row - 1);
+  return smaller;
+}
+
+/// Throws std::invalid_argument unless `expert` can be removed and leave at least `at_least`.
+inline void check_removal(Index expert, Index num_experts, Index at_least, const char* where) {
+  require(expert >= 0 && expert < num_experts, where, ": expert ", expert, " of ", num_experts);
+  require(num_experts > at_least, where, ": ", num_experts, " experts, and at least ", at_least,
+          " must be left");
+}
+
+/// Throws std::invalid_argument unless every member of `gradient` that is there has the shape that
+/// the routing gives it.
+template <class S>
+void check_routing_gradient(const RoutingGradient<S>& gradient, const Routing<S>& routing,
+                            const char* where) {
+  const Index tokens = routing.num_tokens(), experts = routing.num_experts();
+  const auto matrix = [&](const Matrix<S>& m, const char* what) {
+    if (m.size() > 0) require_shape(m, tokens, experts, where, what);
+  };
+  matrix(gradient.d_router_logits, "d_router_logits");
+  matrix(gradient.d_router_probs, "d_router_probs");
+  matrix(gradient.d_noise_stddev, "d_noise_stddev");
+  const auto array = [&](const Buffer<S>& b, Index size, const char* what) {
+    require(b.empty() || b.size() == size, where, ": ", what, " has ", b.size(),
+            " entries, expected ", size);
+  };
+  array(gradient.d_chosen_gate, routing.chosen.size(), "d_chosen_gate");
+  array(gradient.d_gate, routing.plan.num_assignments(), "d_gate");
+}
+
+/// Throws std::invalid_argument unless a routing that a caller hands to backward has choices and
+/// probabilities that fit its plan. O(tokens + choices + assignments).
+template <class S>
+void check_choices(const Routing<S>& routing, const char* where) {
+  const Choices<S>& chosen = routing.chosen;
+  const DispatchPlan<S>& plan = routing.plan;
+  const Index tokens = plan.num_tokens, experts = plan.num_experts();
+  require_shape(routing.router_probs, tokens, experts, where, "router_probs");
+  require(chosen.token_begin.size() == tokens + 1, where, ": chosen.token_begin has ",
+          chosen.token_begin.size(), " entries, expected ", tokens + 1);
+  require(chosen.token_begin[0] == 0 && chosen.token_begin[tokens] == chosen.size(), where,
+          ": chosen.token_begin goes from ", chosen.token_begin[0], " to ",
+          chosen.token_begin[tokens], ", expected from 0 to ", chosen.size(), " choices");
+  require(chosen.gate.size() == chosen.size(), where, ": chosen.gate has ", chosen.gate.size(),
+          " entries, expected ", chosen.size(), " choices");
+  require(plan.choice.size() == plan.num_assignments(), where, ": plan.choice has ",
+          plan.choice.size(), " entries, expected ", plan.num_assignments(), " assignments");
+  for (Index t = 0; t < tokens; ++t)
+    require(chosen.token_begin[t] <= chosen.token_begin[t + 1], where, ": chosen.token_begin[",
+            t + 1, "] = ", chosen.token_begin[t + 1], " is less than the entry before it, ",
+            chosen.token_begin[t]);
+  for (Index c = 0; c < chosen.size(); ++c)
+    require(chosen.expert[c] >= 0 && chosen.expert[c] < experts, where, ": choice ", c,
+            " is expert ", chosen.expert[c], " of ", experts);
+  for (Index a = 0; a < plan.num_assignments(); ++a) {
+    const Index c = plan.choice[a];
+    require(c >= 0 && c < chosen.size(), where, ": assignment ", a, " stems from choice ", c,
+            " of ", chosen.size());
+  }
+}
+
+}  // namespace moe

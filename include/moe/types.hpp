@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <Eigen/Core>
+
+#include <moe/version.hpp>
+
+// The few types that every header shares. Tokens are rows; matrices are row-major.
+namespace moe {
+
+using Index = Eigen::Index;
+
+/// Dense matrix, row-major, e.g. tokens [tokens, d_model] or a weight [out, in].
+template <class S>
+using Matrix = Eigen::Matrix<S, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+/// Dense column vector, e.g. a bias [d_ff].
+template <class S>
+using Vector = Eigen::Matrix<S, Eigen::Dynamic, 1>;
+
+/// Indices and counts, e.g. tokens_per_expert [num_experts].
+using IndexVector = Eigen::Matrix<Index, Eigen::Dynamic, 1>;
+
+/// One flag a token, e.g. which tokens are real and which are padding [tokens].
+using Mask = Eigen::Array<bool, Eigen::Dynamic, 1>;
+
+/// Read-only view of a row-major matrix or of a block of its rows. An argument of another storage
+/// order or scalar does not bind without a copy: see docs/pitfalls.md.
+template <class S>
+using ConstMatrixRef = Eigen::Ref<const Matrix<S>>;
+
+/// Writable view of a row-major matrix or of a block of its rows.
+template <class S>
+using MatrixRef = Eigen::Ref<Matrix<S>>;
+
+}  // namespace moe
