@@ -76,8 +76,9 @@ void softmax(Index n, const S* logits, S* probs) {
 /// Softmax of every row of a matrix [rows, n]. For example softmax(router_logits).
 template <class S>
 Matrix<S> softmax(const Matrix<S>& logits) {
-  Matrix<S> probs(logits.rows(), logits.cols());
-  for (Index i = 0; i < logits.rows(); ++i) softmax(logits.cols(), &logits(i, 0), &probs(i, 0));
+  const Index n = logits.cols();
+  Matrix<S> probs(logits.rows(), n);
+  for (Index i = 0; i < logits.rows(); ++i) softmax(n, logits.data() + i * n, probs.data() + i * n);
   return probs;
 }
 

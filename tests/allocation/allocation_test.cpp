@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: MIT
+// Counts every allocation of the process while a warm layer works: malloc itself is replaced, so
+// that what Eigen or the OpenMP runtime allocates counts too.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cstddef>
+
+#include <moe/moe.hpp>
+
+namespace {
+std::atomic<long> allocations{0};
+}
+
+extern "C" {
+void* __libc_malloc(std::size_t);
+void* __libc_calloc(std::size_t, std::size_t);
+void* __libc_realloc(void*, std::size_t);
+void* __libc_memalign(std::size_t, std::size_t);
+
+void* malloc(std::size_t size) {
+  ++allocations;
+  return __libc_malloc(size);
+}
+void* calloc(std::size_t count, std::size_t size) {
+  ++allocations;
+  return __libc_calloc(count, size);
+}
+void* realloc(void* p, std::size_t size) {
+  ++allocations;
+  return __libc_realloc(p, size);
+}
+void* memalign(std::size_t alignment, std::size_t size) {
+  ++allocations;
+  return __libc_memalign(alignment, size);
+}
+void* aligned_alloc(std::size_t alignment, std::size_t size) { return memalign(alignment, size); }
+int posix_memalign(void** p, std::size_t alignment, std::size_t size) {
+  *p = memalign(alignment, size);
+  return *p != nullptr ? 0 : ENOMEM;
+}
+}
+
+namespace moe {
+namespace {
+
+TEST(Allocation, TheCounterCountsMallocAndNew) {
+  const long before = allocations;
+  Matrix<float> m(100, 100);
+  std::vector<int> v(1000);
+  EXPECT_GE(allocations - before, 2);
+  EXPECT_EQ(m.size() + Index(v.size()), 11000);
+}
+
+// Runs inference, training forward and backward on batches that all differ; after the first nothing
+// may be allocated.
+template <class Layer, class E>
+void expect_no_allocation(Layer layer, Index tokens, const E& executor) {
+  Rng rng(7);
+  const Index d_model = layer.d_model();
+  Layer::visit([&](const ParameterInfo&, auto& p) { fill_normal(p, 0.3, rng); }, layer);
+  typename Layer::Workspace workspace;
+  typename Layer::Cache cache;
+  Layer grad = zeros_like(layer);
+  RoutingGradient<float> none;
+  Matrix<float> x(tokens, d_model), y, y_train, d_x;
+  BatchInfo info;
+  info.mask = Mask::Constant(tokens, true);
+  for (int step = 0; step < 6; ++step) {
+    fill_normal(x, 1.0, rng);
+    // Batches are skewed in different ways, so that every expert's number of rows moves.
+    if (step % 3 == 1) x.rowwise() += x.row(0) * 3;
+    if (step > 0) info.mask[step * 5] = false;
+    const long before = allocations;
+    layer.forward(x, y, workspace, info, executor);
+    const long inference = allocations;
+    layer.forward(x, rng, y_train, cache, info, executor);
+    const long training = allocations;
+    layer.backward(y, cache, grad, none, d_x, executor);
+    const long backward = allocations;
+    if (step == 0) continue;
+    EXPECT_EQ(inference - before, 0) << "inference, step " << step;
+    EXPECT_EQ(training - inference, 0) << "training forward, step " << step;
+    EXPECT_EQ(backward - training, 0) << "backward, step " << step;
+  }
+}
+
+template <class Router>
+void expect_no_allocation_with(const Router& router) {
+  const Index d_model = router.d_model(), experts = router.num_experts();
+  Rng rng(1);
+  const typename FeedForward<float>::Options plain{.d_model = d_model, .d_ff = 48, .bias = true};
+  const typename GatedFeedForward<float>::Options gated{.d_model = d_model, .d_ff = 48};
+  const MoELayer simple(make_experts<FeedForward<float>>(experts, plain, rng), router);
+  const MoELayer shared(make_experts<GatedFeedForward<float>>(experts, gated, rng), router,
+                        {make_experts<GatedFeedForward<float>>(1, gated, rng), true}, true);
+  expect_no_allocation(simple, 90, Sequential{});
+  expect_no_allocation(shared, 90, Sequential{});
+#ifdef _OPENMP
+  expect_no_allocation(shared, 90, OpenMP{.num_threads = 2});
+#endif
+}
+
+class Allocation : public testing::TestWithParam<Index> {};
+
+TEST_P(Allocation, NoneOnceWarmWithTopK) {
+  Rng rng(1);
+  for (const Overflow overflow : {Overflow::drop, Overflow::next_best, Overflow::pass_through})
+    for (const Priority priority :
+         {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate}) {
+      if (GetParam() > 64 && int(overflow) != int(priority)) continue;  // each value once
+      expect_no_allocation_with(TopKRouter<float>({.d_model = GetParam(),
+                                                   .num_experts = 8,
+                                                   .top_k = 2,
+                                                   .jitter = 0.01,
+                                                   .capacity = 2.0,
+                                                   .training_capacity = 1.1,
+                                                   .overflow = overflow,
+                                                   .priority = priority},
+                                                  rng));
+    }
+}
+
+TEST_P(Allocation, NoneOnceWarmWithDroplessTopK) {
+  Rng rng(1);
+  expect_no_allocation_with(
+      TopKRouter<float>({.d_model = GetParam(), .num_experts = 8, .top_k = 2, .bias = true}, rng));
+}
+
+TEST_P(Allocation, NoneOnceWarmWithNoisyTopK) {
+  Rng rng(1);
+  expect_no_allocation_with(
+      NoisyTopKRouter<float>({.d_model = GetParam(), .num_experts = 8, .top_k = 2}, rng));
+}
+
+TEST_P(Allocation, NoneOnceWarmWithExpertChoice) {
+  Rng rng(1);
+  expect_no_allocation_with(ExpertChoiceRouter<float>({.d_model = GetParam(), .num_experts = 8}, rng));
+}
+
+INSTANTIATE_TEST_SUITE_P(DModel, Allocation, testing::Values(64, 1024),
+                         [](const auto& instance) { return std::to_string(instance.param); });
+
+}  // namespace
+}  // namespace moe

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: MIT
+// A poisoned token changes nothing but its own output row. Built twice: once more with -ffast-math,
+// where comparisons with NaN may not be trusted; hence everything here is compared as bytes.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include <moe/moe.hpp>
+
+namespace moe {
+namespace {
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+const std::vector<Index> kPoisoned{0, 3, 64, 99};
+
+template <class M>
+bool same_bytes(const M& a, const M& b) {
+  return a.rows() == b.rows() && a.cols() == b.cols() &&
+         std::memcmp(a.data(), b.data(), std::size_t(a.size()) * sizeof(*a.data())) == 0;
+}
+
+bool is_poisoned(Index t) {
+  return std::find(kPoisoned.begin(), kPoisoned.end(), t) != kPoisoned.end();
+}
+
+struct Step {
+  Matrix<float> inference, y, d_x;
+  std::vector<float> losses;
+  std::vector<Matrix<float>> gradients;
+};
+
+template <class Layer>
+Step run(const Layer& layer, const Matrix<float>& x, const BatchInfo& info) {
+  Step step;
+  typename Layer::Cache cache;
+  Layer grad = zeros_like(layer);
+  Rng rng(4);
+  step.inference = layer.forward(x, info);
+  step.y = layer.forward(x, rng, cache, info);
+  const auto balance = load_balancing_loss(cache.routing);
+  const auto gates = importance_loss(cache.routing);
+  const auto probs = importance_loss(cache.routing, Importance::probs);
+  const auto load = load_loss(cache.routing);
+  const auto load_one = load_loss(cache.routing, LoadThreshold::one);
+  const auto z = router_z_loss(cache.routing);
+  step.losses = {balance.value, gates.value, probs.value, load.value, load_one.value, z.value};
+  // The output's gradient is what a loss would make of the output: NaN where that is NaN.
+  const Matrix<float> d_y = step.y;
+  step.d_x = layer.backward(d_y, cache, grad,
+                            balance.gradient + gates.gradient + probs.gradient + load.gradient +
+                                load_one.gradient + z.gradient);
+  Layer::visit(
+      [&](const ParameterInfo&, const auto& g) { step.gradients.push_back(Matrix<float>(g)); },
+      grad);
+  return step;
+}
+
+template <class Layer>
+void expect_contained(Layer layer, const std::string& what) {
+  Rng rng(6);
+  Layer::visit([&](const ParameterInfo&, auto& p) { fill_normal(p, 0.3, rng); }, layer);
+  const Index tokens = 100, d_model = layer.d_model();
+  Matrix<float> clean(tokens, d_model);
+  fill_normal(clean, 1.0, rng);
+  BatchInfo masked;
+  masked.mask = Mask::Constant(tokens, true);
+  for (const Index t : kPoisoned) masked.mask[t] = false;
+  const Step expected = run(layer, clean, masked);
+  for (const Index t : kPoisoned) {
+    EXPECT_TRUE((expected.y.row(t).array() == 0).all());
+    EXPECT_TRUE((expected.d_x.row(t).array() == 0).all());
+  }
+  for (const float poison : {kNaN, -kNaN, kInfinity, -kInfinity}) {
+    Matrix<float> x = clean;
+    for (const Index t : kPoisoned) x(t, t % d_model) = poison;
+    for (const bool mask_too : {false, true}) {
+      const Step got = run(layer, x, mask_too ? masked : BatchInfo{});
+      for (const Matrix<float>* y : {&got.inference, &got.y}) {
+        const Matrix<float>& wanted = y == &got.y ? expected.y : expected.inference;
+        for (Index t = 0; t < tokens; ++t) {
+          if (is_poisoned(t) && !mask_too) {
+            for (Index j = 0; j < d_model; ++j)
+              EXPECT_EQ(number_kind((*y)(t, j)), NumberKind::nan) << what << ", token " << t;
+          } else {
+            EXPECT_TRUE(same_bytes(Vector<float>(y->row(t)), Vector<float>(wanted.row(t))))
+                << what << ", token " << t;
+          }
+        }
+      }
+      EXPECT_TRUE(same_bytes(got.d_x, expected.d_x)) << what << ", d_x";
+      EXPECT_EQ(std::memcmp(got.losses.data(), expected.losses.data(),
+                            got.losses.size() * sizeof(float)),
+                0)
+          << what << ", losses";
+      ASSERT_EQ(got.gradients.size(), expected.gradients.size());
+      for (std::size_t i = 0; i < got.gradients.size(); ++i)
+        EXPECT_TRUE(same_bytes(got.gradients[i], expected.gradients[i])) << what << ", parameter " << i;
+    }
+  }
+}
+
+template <class Router>
+void expect_contained_with(const Router& router, const std::string& what) {
+  Rng rng(1);
+  const Index d = router.d_model(), experts = router.num_experts();
+  const typename GatedFeedForward<float>::Options gated{.d_model = d, .d_ff = 20, .bias = true};
+  using Layer = MoELayer<GatedFeedForward<float>, Router>;
+  expect_contained(Layer(make_experts<GatedFeedForward<float>>(experts, gated, rng), router), what);
+  expect_contained(Layer(make_experts<GatedFeedForward<float>>(experts, gated, rng), router,
+                         {make_experts<GatedFeedForward<float>>(1, gated, rng), true}, true),
+                   what + " with a shared expert");
+}
+
+TEST(Poison, StaysInItsTokenWithTopK) {
+  Rng rng(1);
+  int i = 0;
+  for (const Overflow overflow : {Overflow::drop, Overflow::next_best, Overflow::pass_through})
+    for (const Priority priority :
+         {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate})
+      expect_contained_with(TopKRouter<float>({.d_model = 12,
+                                               .num_experts = 5,
+                                               .top_k = 2,
+                                               .softmax_before_selection = ++i % 2 == 0,
+                                               .jitter = 0.1,
+                                               .capacity = 1.0,
+                                               .training_capacity = 0.7,
+                                               .overflow = overflow,
+                                               .priority = priority},
+                                              rng),
+                            "overflow " + std::to_string(int(overflow)) + ", priority " +
+                                std::to_string(int(priority)));
+}
+
+TEST(Poison, StaysInItsTokenWithNoisyTopK) {
+  Rng rng(1);
+  expect_contained_with(NoisyTopKRouter<float>({.d_model = 12, .num_experts = 5, .top_k = 2}, rng),
+                        "noisy top-k");
+}
+
+TEST(Poison, StaysInItsTokenWithExpertChoice) {
+  Rng rng(1);
+  expect_contained_with(ExpertChoiceRouter<float>({.d_model = 12, .num_experts = 5,
+                                                   .overflow = Overflow::pass_through}, rng),
+                        "expert choice");
+}
+
+TEST(Poison, ABatchOfPoisonedTokensOnlyIsNaNAndHasNoLoss) {
+  Rng rng(1);
+  const MoELayer layer(make_experts<FeedForward<float>>(3, {.d_model = 4, .d_ff = 5}, rng),
+                       TopKRouter<float>({.d_model = 4, .num_experts = 3}, rng));
+  const Step step = run(layer, Matrix<float>::Constant(7, 4, kNaN), {});
+  for (Index i = 0; i < step.y.size(); ++i)
+    EXPECT_EQ(number_kind(step.y.data()[i]), NumberKind::nan);
+  for (const float loss : step.losses) EXPECT_EQ(loss, 0.0f);
+  EXPECT_TRUE((step.d_x.array() == 0).all());
+  for (const Matrix<float>& g : step.gradients) EXPECT_TRUE((g.array() == 0).all());
+}
+
+// Minus infinity for some experts is ordinary, for all of them it is poison.
+TEST(Poison, MinusInfinityForAllExpertsIsPoisonButForSomeIsNot) {
+  Rng rng(1);
+  TopKRouter<float> router({.d_model = 4, .num_experts = 3, .top_k = 3, .bias = true}, rng);
+  router.b_router[1] = -kInfinity;
+  Matrix<float> x(2, 4);
+  fill_normal(x, 1.0, rng);
+  Routing<float> routing;
+  router.route(x, {}, routing);
+  EXPECT_EQ(routing.plan.num_valid_tokens(), 2);
+  EXPECT_EQ(routing.plan.rows_of(1), 0);
+  EXPECT_EQ(routing.plan.num_assignments(), 4);
+  EXPECT_EQ(routing.router_probs(0, 1), 0.0f);
+  router.b_router.setConstant(-kInfinity);
+  router.route(x, {}, routing);
+  EXPECT_EQ(routing.plan.token_state[0], TokenState::poisoned);
+  EXPECT_EQ(routing.plan.num_assignments(), 0);
+}
+
+}  // namespace
+}  // namespace moe

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: MIT
+// Results are bitwise the same for every executor and number of threads. These tests are built with
+// and without OpenMP, and run under ThreadSanitizer.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <unsupported/Eigen/CXX11/ThreadPool>
+#include <vector>
+
+#include <moe/moe.hpp>
+
+namespace moe {
+namespace {
+
+template <class S>
+void append(std::string& bytes, const S* data, Index n) {
+  if (n > 0) bytes.append(reinterpret_cast<const char*>(data), std::size_t(n) * sizeof(S));
+}
+
+// Everything that a training step and an inference step compute, as bytes.
+template <class Layer, class E>
+std::string everything(const Layer& layer, const Matrix<float>& x, const BatchInfo& info,
+                       const E& executor) {
+  std::string bytes;
+  typename Layer::Cache cache;
+  typename Layer::Workspace workspace;
+  Layer grad = zeros_like(layer);
+  Rng rng(99);
+  Matrix<float> y, y_train, d_x;
+  layer.forward(x, y, workspace, info, executor);
+  layer.forward(x, rng, y_train, cache, info, executor);
+  const auto balance = load_balancing_loss(cache.routing);
+  const auto importance = importance_loss(cache.routing);
+  const auto load = load_loss(cache.routing);
+  const auto z = router_z_loss(cache.routing);
+  Matrix<float> d_y = Matrix<float>::Constant(x.rows(), x.cols(), 0.25f) + 0.5f * x;
+  layer.backward(d_y, cache, grad,
+                 balance.gradient + importance.gradient + load.gradient + z.gradient, d_x,
+                 executor);
+  append(bytes, y.data(), y.size());
+  append(bytes, y_train.data(), y_train.size());
+  append(bytes, d_x.data(), d_x.size());
+  for (const float value : {balance.value, importance.value, load.value, z.value})
+    append(bytes, &value, 1);
+  const Routing<float>& r = cache.routing;
+  append(bytes, r.router_logits.data(), r.router_logits.size());
+  append(bytes, r.router_probs.data(), r.router_probs.size());
+  append(bytes, r.plan.token.data(), r.plan.token.size());
+  append(bytes, r.plan.gate.data(), r.plan.gate.size());
+  Layer::visit([&](const ParameterInfo&, const auto& g) { append(bytes, g.data(), g.size()); },
+               grad);
+  return bytes;
+}
+
+template <class Layer>
+void expect_same_everywhere(Layer layer, const std::string& what) {
+  Rng rng(5);
+  Layer::visit([&](const ParameterInfo&, auto& p) { fill_normal(p, 0.2, rng); }, layer);
+  Matrix<float> x(437, layer.d_model());
+  fill_normal(x, 1.0, rng);
+  BatchInfo info;
+  info.mask = Mask::Constant(x.rows(), true);
+  for (const Index t : {0, 17, 64, 200, 436}) info.mask[t] = false;
+  info.group_begin.resize(4);
+  info.group_begin << 0, 100, 101, 437;
+
+  const std::string expected = everything(layer, x, info, Sequential{});
+  EXPECT_TRUE(everything(layer, x, info, Sequential{}) == expected) << what << ", run twice";
+  for (const int threads : {1, 2, 3, 8}) {
+    Eigen::ThreadPool pool(threads);
+    EXPECT_TRUE(everything(layer, x, info, ThreadPoolExecutor(pool)) == expected)
+        << what << ", thread pool of " << threads;
+#ifdef _OPENMP
+    EXPECT_TRUE(everything(layer, x, info, OpenMP{.num_threads = threads}) == expected)
+        << what << ", OpenMP with " << threads << " threads";
+#endif
+  }
+#ifdef _OPENMP
+  const int before = omp_get_max_threads();
+  for (const int threads : {1, 2, 3}) {
+    omp_set_num_threads(threads);
+    EXPECT_TRUE(everything(layer, x, info, DefaultExecutor{}) == expected)
+        << what << ", the default executor after omp_set_num_threads(" << threads << ")";
+  }
+  omp_set_num_threads(before);
+#else
+  EXPECT_TRUE(everything(layer, x, info, DefaultExecutor{}) == expected) << what;
+#endif
+}
+
+template <class Router>
+void expect_same_with(const Router& router, const std::string& what) {
+  Rng rng(1);
+  const Index d = router.d_model(), experts = router.num_experts();
+  const typename FeedForward<float, GELUTanh>::Options plain{.d_model = d, .d_ff = 37, .bias = true};
+  const typename GatedFeedForward<float>::Options gated{.d_model = d, .d_ff = 29};
+  using Layer = MoELayer<GatedFeedForward<float>, Router>;
+  expect_same_everywhere(
+      MoELayer(make_experts<FeedForward<float, GELUTanh>>(experts, plain, rng), router), what);
+  expect_same_everywhere(
+      Layer(make_experts<GatedFeedForward<float>>(experts, gated, rng), router,
+            {make_experts<GatedFeedForward<float>>(2, gated, rng), true}, true),
+      what + " with shared experts");
+}
+
+TEST(Threads, TopKIsTheSameForEveryExecutor) {
+  Rng rng(1);
+  int i = 0;
+  for (const Overflow overflow : {Overflow::drop, Overflow::next_best, Overflow::pass_through})
+    for (const Priority priority :
+         {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate})
+      expect_same_with(TopKRouter<float>({.d_model = 33,
+                                          .num_experts = 7,
+                                          .top_k = 2,
+                                          .softmax_before_selection = ++i % 2 == 0,
+                                          .jitter = 0.05,
+                                          .training_capacity = 1.0,
+                                          .overflow = overflow,
+                                          .priority = priority,
+                                          .renormalise_after_drop = true},
+                                         rng),
+                       "overflow " + std::to_string(int(overflow)) + ", priority " +
+                           std::to_string(int(priority)));
+}
+
+TEST(Threads, NoisyTopKIsTheSameForEveryExecutor) {
+  Rng rng(1);
+  expect_same_with(NoisyTopKRouter<float>({.d_model = 33, .num_experts = 7, .top_k = 3}, rng),
+                   "noisy top-k");
+}
+
+TEST(Threads, ExpertChoiceIsTheSameForEveryExecutor) {
+  Rng rng(1);
+  expect_same_with(ExpertChoiceRouter<float>({.d_model = 33, .num_experts = 7, .capacity = 1.5,
+                                              .overflow = Overflow::pass_through}, rng),
+                   "expert choice");
+}
+
+// One hot expert has many blocks of rows, a wide layer many blocks of columns.
+TEST(Threads, AHotExpertIsTheSameForEveryExecutor) {
+  Rng rng(1);
+  expect_same_with(TopKRouter<float>({.d_model = 300, .num_experts = 2, .top_k = 2}, rng),
+                   "two experts that see every token");
+}
+
+TEST(Threads, ManyCallersMayShareALayer) {
+  Rng rng(3);
+  const MoELayer layer(
+      make_experts<GatedFeedForward<float>>(4, {.d_model = 16, .d_ff = 24}, rng),
+      TopKRouter<float>({.d_model = 16, .num_experts = 4}, rng));
+  Matrix<float> x(150, 16);
+  fill_normal(x, 1.0, rng);
+  const Matrix<float> expected = layer.forward(x, BatchInfo{}, Sequential{});
+  const Routing<float> routing = layer.route(x, BatchInfo{}, Sequential{});
+  Eigen::ThreadPool pool(2);
+  std::vector<Matrix<float>> results(6);
+  std::vector<std::thread> callers;
+  for (std::size_t i = 0; i < results.size(); ++i)
+    callers.emplace_back([&, i] {
+      if (i % 3 == 0) results[i] = layer.forward(x);
+      else if (i % 3 == 1) results[i] = layer.forward(x, BatchInfo{}, ThreadPoolExecutor(pool));
+      else results[i] = layer.forward(x, routing, Sequential{});
+    });
+  for (std::thread& caller : callers) caller.join();
+  for (const Matrix<float>& y : results) EXPECT_TRUE(y == expected);
+}
+
+TEST(Threads, ACallFromInsideATaskRunsThere) {
+  Rng rng(3);
+  const MoELayer layer(
+      make_experts<FeedForward<float>>(3, {.d_model = 8, .d_ff = 8}, rng),
+      TopKRouter<float>({.d_model = 8, .num_experts = 3}, rng));
+  Matrix<float> x(80, 8);
+  fill_normal(x, 1.0, rng);
+  const Matrix<float> expected = layer.forward(x, BatchInfo{}, Sequential{});
+  Eigen::ThreadPool pool(3);
+  const ThreadPoolExecutor executor(pool);
+  std::vector<Matrix<float>> results(8);
+  executor.for_each(8, [&](Index task, Index) {
+    results[std::size_t(task)] = layer.forward(x, BatchInfo{}, executor);
+  });
+  for (const Matrix<float>& y : results) EXPECT_TRUE(y == expected);
+}
+
+}  // namespace
+}  // namespace moe
