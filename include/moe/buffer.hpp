@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include <moe/check.hpp>
 #include <moe/types.hpp>
 
 // Storage that is reused from call to call.
@@ -33,6 +34,7 @@ class Buffer {
     return *this;
   }
   Buffer& operator=(Buffer&& other) noexcept {
+    if (this == &other) return *this;
     storage_ = std::move(other.storage_);
     size_ = std::exchange(other.size_, 0);
     return *this;
@@ -47,7 +49,9 @@ class Buffer {
     if (n > capacity()) storage_.resize(std::size_t(n));
   }
   /// Sets the size; elements that the memory held before are kept. Allocates only beyond capacity().
+  /// Throws std::invalid_argument when n is negative.
   void resize(Index n) {
+    require(n >= 0, "Buffer::resize: n = ", n, ", expected at least 0");
     reserve(n);
     size_ = n;
   }
@@ -90,6 +94,17 @@ class Buffer {
 template <class S>
 class RowBuffer {
  public:
+  RowBuffer() = default;
+  RowBuffer(const RowBuffer&) = default;
+  RowBuffer& operator=(const RowBuffer&) = default;
+  RowBuffer(RowBuffer&& other) noexcept { *this = std::move(other); }
+  RowBuffer& operator=(RowBuffer&& other) noexcept {
+    storage_ = std::move(other.storage_);
+    rows_ = std::exchange(other.rows_, storage_.empty() ? rows_ : 0);
+    cols_ = std::exchange(other.cols_, 0);
+    return *this;
+  }
+
   Index rows() const { return rows_; }
   Index cols() const { return cols_; }
   /// Sets the shape. `reserve_rows` rows are made room for. What the memory holds is unspecified.

@@ -10,13 +10,14 @@
 #include <vector>
 
 #include <moe/check.hpp>
+#include <moe/executor.hpp>
 #include <moe/expert.hpp>
 #include <moe/init.hpp>
 #include <moe/loss.hpp>
 #include <moe/router.hpp>
 
 // Backward passes against central differences, for the library's tests and for experts, routers and
-// layers of your own.
+// layers of your own. Everything runs on the calling thread.
 namespace moe {
 
 struct GradientCheckOptions {
@@ -165,14 +166,20 @@ GradientReport check_gradients(const R& router, Matrix<double> x,
                                const GradientCheckOptions& options = {}) {
   R work = router, grad = zeros_like(router);
   Routing<double> routing;
+  const auto route_with = [&](auto&... rng) {
+    if constexpr (requires { work.route(x, rng..., options.info, routing, Sequential{}); })
+      work.route(x, rng..., options.info, routing, Sequential{});
+    else
+      work.route(x, rng..., options.info, routing);
+  };
   const auto route = [&] {
     if constexpr (requires(Rng& rng) { work.route(x, rng, options.info, routing); }) {
       if (options.rng) {
         Rng rng = *options.rng;
-        return work.route(x, rng, options.info, routing);
+        return route_with(rng);
       }
     }
-    work.route(x, options.info, routing);
+    route_with();
   };
   route();
   Rng rng(options.seed);
@@ -187,7 +194,10 @@ GradientReport check_gradients(const R& router, Matrix<double> x,
   Matrix<double> valid_x = x;
   for (Index t = 0; t < x.rows(); ++t)
     if (!routing.is_valid(t)) valid_x.row(t).setZero();
-  work.backward(valid_x, routing, weights, d_x, grad);
+  if constexpr (requires { work.backward(valid_x, routing, weights, d_x, grad, Sequential{}); })
+    work.backward(valid_x, routing, weights, d_x, grad, Sequential{});
+  else
+    work.backward(valid_x, routing, weights, d_x, grad);
   return detail::compare_gradients(
       detail::gradient_arrays(work, grad, x, d_x), options, [&](detail::RoutingSignature& seen) {
         route();
@@ -218,16 +228,16 @@ GradientReport check_gradients(const Layer& layer, Matrix<double> x,
   const auto forward = [&] {
     if (options.rng) {
       Rng rng = *options.rng;
-      work.forward(x, rng, y, cache, options.info);
+      work.forward(x, rng, y, cache, options.info, Sequential{});
     } else {
-      work.forward(x, y, cache, options.info);
+      work.forward(x, y, cache, options.info, Sequential{});
     }
   };
   forward();
   Rng rng(options.seed);
   const Matrix<double> d_y = detail::random_weights(x.rows(), x.cols(), rng);
   Matrix<double> d_x;
-  layer.backward(d_y, cache, grad, loss(cache.routing).gradient, d_x);
+  layer.backward(d_y, cache, grad, loss(cache.routing).gradient, d_x, Sequential{});
   return detail::compare_gradients(detail::gradient_arrays(work, grad, x, d_x), options,
                                    [&](detail::RoutingSignature& seen) {
                                      forward();

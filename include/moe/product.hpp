@@ -2,14 +2,14 @@
 #pragma once
 
 #include <algorithm>
-#include <cassert>
 #include <type_traits>
 
+#include <moe/check.hpp>
 #include <moe/types.hpp>
 
 // Every matrix product of the library. Each one runs on the calling thread whatever Eigen's OpenMP
 // settings are, allocates nothing, and adds in an order that the shapes alone decide: an element of
-// the result is one chain of multiply-adds over the contracted dimension, cut at multiples of 256.
+// the result is one chain of multiply-adds over the contracted dimension, cut at multiples of 128.
 // Hence the bits of a result do not depend on threads, on alignment, or on the rows beside it.
 namespace moe {
 
@@ -26,7 +26,7 @@ inline constexpr int kPacketSize = Eigen::internal::unpacket_traits<Packet<S>>::
 inline constexpr bool kManyRegisters = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS >= 32;
 inline constexpr int kTileRows = kManyRegisters ? 8 : 6;
 inline constexpr int kTilePackets = kManyRegisters ? 3 : 2;
-inline constexpr Index kDepthBlock = 256;
+inline constexpr Index kDepthBlock = 128;
 
 template <class S>
 inline constexpr int kTileCols = kTilePackets * kPacketSize<S>;
@@ -167,6 +167,12 @@ template <class M>
 inline constexpr bool kRowsAreContiguous =
     (M::IsRowMajor || M::ColsAtCompileTime == 1) && M::InnerStrideAtCompileTime == 1;
 
+// From the begin of a row to the next. A vector taken as a matrix of one column is column-major.
+template <class M>
+Index row_stride(const M& m) {
+  return M::IsRowMajor ? m.outerStride() : Index(1);
+}
+
 }  // namespace detail
 
 /// Whether a product writes its result or adds to what is there.
@@ -179,10 +185,11 @@ void linear(const X& x, const W& w, Y&& y, Write write = Write::replace) {
   using Out = std::remove_cvref_t<Y>;
   static_assert(detail::kRowsAreContiguous<X> && detail::kRowsAreContiguous<W> &&
                 detail::kRowsAreContiguous<Out>);
-  assert(x.cols() == w.cols() && y.rows() == x.rows() && y.cols() == w.rows());
-  detail::multiply<detail::Right::transposed>(x.rows(), w.rows(), x.cols(), x.data(),
-                                              x.outerStride(), Index(1), w.data(), w.outerStride(),
-                                              y.data(), y.outerStride(), write == Write::add);
+  require_shape(w, y.cols(), x.cols(), "linear", "w");
+  require_shape(y, x.rows(), w.rows(), "linear", "y");
+  detail::multiply<detail::Right::transposed>(
+      x.rows(), w.rows(), x.cols(), x.data(), detail::row_stride(x), Index(1), w.data(),
+      detail::row_stride(w), y.data(), detail::row_stride(y), write == Write::add);
 }
 
 /// d_x [rows, in] = d_y [rows, out] * w, w [out, in]: the gradient of `linear` by its input.
@@ -191,10 +198,11 @@ void linear_backward_input(const Dy& d_y, const W& w, Dx&& d_x, Write write = Wr
   using Out = std::remove_cvref_t<Dx>;
   static_assert(detail::kRowsAreContiguous<Dy> && detail::kRowsAreContiguous<W> &&
                 detail::kRowsAreContiguous<Out>);
-  assert(d_y.cols() == w.rows() && d_x.rows() == d_y.rows() && d_x.cols() == w.cols());
-  detail::multiply<detail::Right::normal>(d_y.rows(), w.cols(), d_y.cols(), d_y.data(),
-                                          d_y.outerStride(), Index(1), w.data(), w.outerStride(),
-                                          d_x.data(), d_x.outerStride(), write == Write::add);
+  require_shape(w, d_y.cols(), d_x.cols(), "linear_backward_input", "w");
+  require_shape(d_x, d_y.rows(), w.cols(), "linear_backward_input", "d_x");
+  detail::multiply<detail::Right::normal>(
+      d_y.rows(), w.cols(), d_y.cols(), d_y.data(), detail::row_stride(d_y), Index(1), w.data(),
+      detail::row_stride(w), d_x.data(), detail::row_stride(d_x), write == Write::add);
 }
 
 /// d_w [out, in] += d_y^T [out, rows] * x [rows, in]: the gradient of `linear` by its weight.
@@ -203,10 +211,11 @@ void linear_backward_weight(const Dy& d_y, const X& x, Dw&& d_w) {
   using Out = std::remove_cvref_t<Dw>;
   static_assert(detail::kRowsAreContiguous<Dy> && detail::kRowsAreContiguous<X> &&
                 detail::kRowsAreContiguous<Out>);
-  assert(d_y.rows() == x.rows() && d_w.rows() == d_y.cols() && d_w.cols() == x.cols());
-  detail::multiply<detail::Right::normal>(d_y.cols(), x.cols(), d_y.rows(), d_y.data(), Index(1),
-                                          d_y.outerStride(), x.data(), x.outerStride(), d_w.data(),
-                                          d_w.outerStride(), true);
+  require_shape(x, d_y.rows(), d_w.cols(), "linear_backward_weight", "x");
+  require_shape(d_w, d_y.cols(), x.cols(), "linear_backward_weight", "d_w");
+  detail::multiply<detail::Right::normal>(
+      d_y.cols(), x.cols(), d_y.rows(), d_y.data(), Index(1), detail::row_stride(d_y), x.data(),
+      detail::row_stride(x), d_w.data(), detail::row_stride(d_w), true);
 }
 
 /// Sum of a[i] * b[i], in an order that n alone decides.
@@ -245,6 +254,7 @@ void add_scaled(Index n, S scale, const S* x, S* y) {
 template <class B, class Y>
 void add_bias(const B& b, Y&& y) {
   using S = typename std::remove_cvref_t<Y>::Scalar;
+  require(b.size() == y.cols(), "add_bias: b has ", b.size(), " entries, expected ", y.cols());
   for (Index i = 0; i < y.rows(); ++i) add_scaled(y.cols(), S(1), b.data(), &y.coeffRef(i, 0));
 }
 
@@ -252,6 +262,8 @@ void add_bias(const B& b, Y&& y) {
 template <class Dy, class B>
 void bias_backward(const Dy& d_y, B&& d_b) {
   using S = typename Dy::Scalar;
+  require(d_b.size() == d_y.cols(), "bias_backward: d_b has ", d_b.size(), " entries, expected ",
+          d_y.cols());
   for (Index i = 0; i < d_y.rows(); ++i) add_scaled(d_y.cols(), S(1), &d_y.coeffRef(i, 0), d_b.data());
 }
 

@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: MIT
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include <moe/init.hpp>
+#include <moe/product.hpp>
+#include <moe/random.hpp>
+
+namespace {
+
+using moe::Index;
+using moe::Matrix;
+using moe::Vector;
+using moe::Write;
+
+template <class S>
+Matrix<S> random_matrix(Index rows, Index cols, moe::Rng& rng) {
+  Matrix<S> m(rows, cols);
+  moe::fill_normal(m, 1.0, rng);
+  return m;
+}
+
+// The same matrix inside a larger one, so that its rows do not follow each other.
+template <class S>
+struct Strided {
+  Matrix<S> all;
+  Index cols;
+  explicit Strided(const Matrix<S>& m)
+      : all(Matrix<S>::Constant(m.rows(), m.cols() + 5, S(99))), cols(m.cols()) {
+    view() = m;
+  }
+  auto view() { return all.middleCols(3, cols); }
+  bool margins_are_untouched() const {
+    return (all.leftCols(3).array() == S(99)).all() && (all.rightCols(2).array() == S(99)).all();
+  }
+};
+
+// |got - sum a b| within the rounding of a sum of `depth` products.
+template <class S>
+void expect_sum(S got, long double sum, long double magnitude, Index depth) {
+  const long double bound =
+      (long double)(depth + 2) * (long double)(std::numeric_limits<S>::epsilon()) * magnitude;
+  EXPECT_LE(std::abs((long double)(got) - sum), bound);
+}
+
+template <class S>
+void check_products(Index rows, Index in, Index out, moe::Rng& rng) {
+  SCOPED_TRACE(testing::Message() << "rows " << rows << ", in " << in << ", out " << out);
+  const Matrix<S> x = random_matrix<S>(rows, in, rng), w = random_matrix<S>(out, in, rng),
+                  d_y = random_matrix<S>(rows, out, rng);
+  Strided<S> x_view(x), w_view(w), d_y_view(d_y);
+  for (const Write write : {Write::replace, Write::add}) {
+    const Matrix<S> y_before = random_matrix<S>(rows, out, rng),
+                    d_x_before = random_matrix<S>(rows, in, rng);
+    const bool add = write == Write::add;
+    Matrix<S> y = y_before, d_x = d_x_before;
+    moe::linear(x, w, y, write);
+    moe::linear_backward_input(d_y, w, d_x, write);
+    for (Index i = 0; i < rows; ++i) {
+      for (Index j = 0; j < out; ++j) {
+        long double sum = add ? y_before(i, j) : S(0), magnitude = std::abs(sum);
+        for (Index p = 0; p < in; ++p) {
+          sum += (long double)(x(i, p)) * w(j, p);
+          magnitude += std::abs((long double)(x(i, p)) * w(j, p));
+        }
+        expect_sum(y(i, j), sum, magnitude, in);
+      }
+      for (Index p = 0; p < in; ++p) {
+        long double sum = add ? d_x_before(i, p) : S(0), magnitude = std::abs(sum);
+        for (Index j = 0; j < out; ++j) {
+          sum += (long double)(d_y(i, j)) * w(j, p);
+          magnitude += std::abs((long double)(d_y(i, j)) * w(j, p));
+        }
+        expect_sum(d_x(i, p), sum, magnitude, out);
+      }
+    }
+    // Operands whose rows are apart give the same bits.
+    Strided<S> y_view(y_before), d_x_view(d_x_before);
+    moe::linear(x_view.view(), w_view.view(), y_view.view(), write);
+    moe::linear_backward_input(d_y_view.view(), w_view.view(), d_x_view.view(), write);
+    EXPECT_TRUE((y_view.view().array() == y.array()).all());
+    EXPECT_TRUE((d_x_view.view().array() == d_x.array()).all());
+    EXPECT_TRUE(y_view.margins_are_untouched());
+    EXPECT_TRUE(d_x_view.margins_are_untouched());
+  }
+  const Matrix<S> d_w_before = random_matrix<S>(out, in, rng);
+  Matrix<S> d_w = d_w_before;
+  moe::linear_backward_weight(d_y, x, d_w);
+  for (Index j = 0; j < out; ++j) {
+    for (Index p = 0; p < in; ++p) {
+      long double sum = d_w_before(j, p), magnitude = std::abs(sum);
+      for (Index i = 0; i < rows; ++i) {
+        sum += (long double)(d_y(i, j)) * x(i, p);
+        magnitude += std::abs((long double)(d_y(i, j)) * x(i, p));
+      }
+      expect_sum(d_w(j, p), sum, magnitude, rows);
+    }
+  }
+  Strided<S> d_w_view(d_w_before);
+  moe::linear_backward_weight(d_y_view.view(), x_view.view(), d_w_view.view());
+  EXPECT_TRUE((d_w_view.view().array() == d_w.array()).all());
+  EXPECT_TRUE(d_w_view.margins_are_untouched());
+}
+
+template <class S>
+class ProductOf : public testing::Test {};
+using Scalars = testing::Types<float, double, long double>;
+TYPED_TEST_SUITE(ProductOf, Scalars);
+
+TYPED_TEST(ProductOf, EqualsTripleLoopsOverManyOddShapes) {
+  moe::Rng rng(1);
+  const Index sizes[] = {0, 1, 2, 3, 5, 6, 7, 8, 9, 12, 13, 15, 16, 17, 24, 25, 31, 33, 48, 50};
+  for (int i = 0; i < 150; ++i)
+    check_products<TypeParam>(sizes[rng.index(20)], sizes[rng.index(20)], sizes[rng.index(20)],
+                              rng);
+}
+
+TYPED_TEST(ProductOf, EqualsTripleLoopsWhereADimensionIsZeroOrOne) {
+  moe::Rng rng(2);
+  for (const Index rows : {0, 1, 4})
+    for (const Index in : {0, 1, 4})
+      for (const Index out : {0, 1, 4}) check_products<TypeParam>(rows, in, out, rng);
+}
+
+TYPED_TEST(ProductOf, EqualsTripleLoopsAroundTheDepthAtWhichSumsAreCut) {
+  moe::Rng rng(3);
+  for (const Index deep : {255, 256, 257, 511, 512, 513, 700}) {
+    check_products<TypeParam>(5, deep, 7, rng);   // deep in linear
+    check_products<TypeParam>(3, 9, deep, rng);   // deep in the gradient by the input
+    check_products<TypeParam>(deep, 5, 11, rng);  // deep in the gradient by the weight
+  }
+}
+
+TYPED_TEST(ProductOf, TakesMapsAndRefs) {
+  using S = TypeParam;
+  moe::Rng rng(4);
+  const Matrix<S> x = random_matrix<S>(6, 10, rng), w = random_matrix<S>(7, 10, rng);
+  Matrix<S> expected(6, 7), y(6, 7);
+  moe::linear(x, w, expected);
+  const moe::ConstMatrixRef<S> x_ref = x, w_ref = w;
+  moe::MatrixRef<S> y_ref = y;
+  moe::linear(x_ref, w_ref, y_ref);
+  EXPECT_TRUE((y.array() == expected.array()).all());
+  std::vector<S> apart(6 * 12);
+  Eigen::Map<Matrix<S>, 0, Eigen::OuterStride<>> map(apart.data(), 6, 10, Eigen::OuterStride<>(12));
+  map = x;
+  y.setZero();
+  moe::linear(map, Eigen::Map<const Matrix<S>>(w.data(), 7, 10), y);
+  EXPECT_TRUE((y.array() == expected.array()).all());
+  y.setZero();
+  moe::linear(x.middleRows(2, 3), w, y.middleRows(2, 3));
+  EXPECT_TRUE((y.middleRows(2, 3).array() == expected.middleRows(2, 3).array()).all());
+  EXPECT_TRUE((y.topRows(2).array() == S(0)).all());
+}
+
+TYPED_TEST(ProductOf, TakesVectorsAsMatricesOfOneColumn) {
+  using S = TypeParam;
+  moe::Rng rng(5);
+  const Matrix<S> x = random_matrix<S>(9, 1, rng), w = random_matrix<S>(4, 1, rng),
+                  one = random_matrix<S>(1, 6, rng), z = random_matrix<S>(9, 6, rng);
+  Matrix<S> expected(9, 4), y(9, 4);
+  moe::linear(x, w, expected);
+  moe::linear(Vector<S>(x), Vector<S>(w), y);
+  EXPECT_TRUE((y.array() == expected.array()).all());
+  Matrix<S> column(9, 1);
+  Vector<S> column_vector(9);
+  moe::linear(z, one, column);
+  moe::linear(z, one, column_vector);
+  EXPECT_TRUE((column_vector.array() == column.array()).all());
+}
+
+// ---- What decides the bits of a result.
+
+template <class S>
+struct OffsetMap {
+  std::vector<S> memory;
+  Index rows, cols, offset;
+  OffsetMap(const Matrix<S>& m, Index offset_)
+      : memory(std::size_t(m.size() + offset_)), rows(m.rows()), cols(m.cols()), offset(offset_) {
+    map() = m;
+  }
+  Eigen::Map<Matrix<S>> map() { return {memory.data() + offset, rows, cols}; }
+};
+
+TYPED_TEST(ProductOf, ARowsBitsDoNotDependOnTheRowsBesideIt) {
+  using S = TypeParam;
+  moe::Rng rng(6);
+  const Index most = 40;
+  for (const auto& [in, out] : {std::pair<Index, Index>{19, 23}, {300, 37}, {64, 96}}) {
+    const Matrix<S> x = random_matrix<S>(most, in, rng), w = random_matrix<S>(out, in, rng),
+                    d_y = random_matrix<S>(most, out, rng);
+    Matrix<S> y_alone(most, out), d_x_alone(most, in);
+    for (Index i = 0; i < most; ++i) {
+      moe::linear(x.middleRows(i, 1), w, y_alone.middleRows(i, 1));
+      moe::linear_backward_input(d_y.middleRows(i, 1), w, d_x_alone.middleRows(i, 1));
+    }
+    for (Index rows = 1; rows <= most; ++rows) {
+      const Index first = rng.index(most - rows + 1);
+      Matrix<S> y(rows, out), d_x(rows, in);
+      moe::linear(x.middleRows(first, rows), w, y);
+      moe::linear_backward_input(d_y.middleRows(first, rows), w, d_x);
+      EXPECT_TRUE((y.array() == y_alone.middleRows(first, rows).array()).all()) << rows;
+      EXPECT_TRUE((d_x.array() == d_x_alone.middleRows(first, rows).array()).all()) << rows;
+    }
+  }
+}
+
+TYPED_TEST(ProductOf, BitsDoNotDependOnAlignment) {
+  using S = TypeParam;
+  moe::Rng rng(7);
+  const Matrix<S> x = random_matrix<S>(21, 19, rng), w = random_matrix<S>(35, 19, rng),
+                  d_y = random_matrix<S>(21, 35, rng);
+  Matrix<S> y(21, 35), d_x(21, 19), d_w = Matrix<S>::Zero(35, 19);
+  moe::linear(x, w, y);
+  moe::linear_backward_input(d_y, w, d_x);
+  moe::linear_backward_weight(d_y, x, d_w);
+  for (Index offset = 0; offset < 16; ++offset) {
+    OffsetMap<S> x_at(x, offset), w_at(w, 15 - offset), d_y_at(d_y, offset / 2),
+        y_at(Matrix<S>::Zero(21, 35), 5), d_x_at(Matrix<S>::Zero(21, 19), 3 + offset),
+        d_w_at(Matrix<S>::Zero(35, 19), offset);
+    moe::linear(x_at.map(), w_at.map(), y_at.map());
+    moe::linear_backward_input(d_y_at.map(), w_at.map(), d_x_at.map());
+    moe::linear_backward_weight(d_y_at.map(), x_at.map(), d_w_at.map());
+    EXPECT_TRUE((y_at.map().array() == y.array()).all()) << offset;
+    EXPECT_TRUE((d_x_at.map().array() == d_x.array()).all()) << offset;
+    EXPECT_TRUE((d_w_at.map().array() == d_w.array()).all()) << offset;
+  }
+}
+
+TYPED_TEST(ProductOf, AWeightsGradientMayBeMadeInPieces) {
+  using S = TypeParam;
+  moe::Rng rng(8);
+  const Matrix<S> d_y = random_matrix<S>(300, 13, rng), x = random_matrix<S>(300, 41, rng);
+  Matrix<S> whole = Matrix<S>::Zero(13, 41), pieces = whole;
+  moe::linear_backward_weight(d_y, x, whole);
+  for (Index begin = 0; begin < 41; begin += 7) {
+    const Index count = std::min<Index>(7, 41 - begin);
+    moe::linear_backward_weight(d_y, x.middleCols(begin, count), pieces.middleCols(begin, count));
+  }
+  EXPECT_TRUE((pieces.array() == whole.array()).all());
+}
+
+// ---- Vectors.
+
+TYPED_TEST(ProductOf, DotAndAddScaledEqualLoopsAtEveryLengthAndAlignment) {
+  using S = TypeParam;
+  moe::Rng rng(9);
+  for (Index n = 0; n <= 130; ++n) {
+    const Matrix<S> a = random_matrix<S>(1, n, rng), b = random_matrix<S>(1, n, rng);
+    const S scale = S(rng.normal());
+    long double sum = 0, magnitude = 0;
+    for (Index i = 0; i < n; ++i) {
+      sum += (long double)(a(0, i)) * b(0, i);
+      magnitude += std::abs((long double)(a(0, i)) * b(0, i));
+    }
+    const S result = moe::dot(n, a.data(), b.data());
+    expect_sum(result, sum, magnitude, n);
+    Matrix<S> scaled = b;
+    moe::add_scaled(n, scale, a.data(), scaled.data());
+    for (Index i = 0; i < n; ++i)
+      expect_sum(scaled(0, i), b(0, i) + (long double)(scale) * a(0, i),
+                 std::abs((long double)(b(0, i))) + std::abs((long double)(scale) * a(0, i)), 1);
+    const Index offset = 1 + rng.index(15);
+    OffsetMap<S> a_at(a, offset), b_at(b, 16 - offset);
+    EXPECT_EQ(moe::dot(n, a_at.map().data(), b_at.map().data()), result);
+    moe::add_scaled(n, scale, a_at.map().data(), b_at.map().data());
+    EXPECT_TRUE((b_at.map().array() == scaled.array()).all());
+  }
+}
+
+TYPED_TEST(ProductOf, BiasIsAddedToEveryRowAndItsGradientIsTheSumOfRows) {
+  using S = TypeParam;
+  Matrix<S> y(3, 5);
+  y << 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15;
+  const Vector<S> b{{S(100), S(200), S(300), S(400), S(500)}};
+  Vector<S> d_b{{S(1), S(1), S(1), S(1), S(1)}};
+  moe::bias_backward(y, d_b);
+  EXPECT_EQ(d_b, (Vector<S>{{S(19), S(22), S(25), S(28), S(31)}}));
+  Strided<S> view(y);
+  moe::add_bias(b, view.view());
+  for (Index i = 0; i < 3; ++i)
+    for (Index j = 0; j < 5; ++j) EXPECT_EQ(view.view()(i, j), y(i, j) + b[j]);
+  EXPECT_TRUE(view.margins_are_untouched());
+  Matrix<S> none(0, 5);
+  moe::add_bias(b, none);
+  moe::bias_backward(none, d_b);
+  EXPECT_EQ(d_b[0], S(19));
+}
+
+}  // namespace
