@@ -157,11 +157,13 @@ struct Head {
       moe::linear(x.middleRows(begin, end - begin), w, d_logits.middleRows(begin, end - begin));
       for (Index t = begin; t < end; ++t) {
         const std::size_t i = std::size_t(t);
-        float* const row = &d_logits(t, 0);
-        loss[i] = moe::log_sum_exp(kBytes, row) - row[batch.target[i]];
-        moe::softmax(kBytes, row, row);
-        row[batch.target[i]] -= 1;
-        d_logits.row(t) /= float(x.rows());
+        auto row = d_logits.row(t).array();
+        const float largest = row.maxCoeff(), wanted = row[batch.target[i]];
+        row = (row - largest).exp();
+        const float sum = row.sum();
+        loss[i] = std::log(sum) + largest - wanted;
+        row /= sum * float(x.rows());
+        row[batch.target[i]] -= 1 / float(x.rows());
       }
     });
   }
@@ -342,6 +344,7 @@ struct TrainingOptions {
   Index tokens = 1024;  // predictions a step
   double rate = 0.01;   // at its highest
   double balance = 0;   // coefficient of the balance loss
+  bool one_kind = false;  // whether the bytes of a batch are all of one kind
   std::uint64_t seed = 1;
 };
 
@@ -353,10 +356,21 @@ inline double rate_at(const TrainingOptions& options, Index step) {
   return options.rate * std::min({1.0, rising, falling});
 }
 
+// Draws a batch from the training text.
+inline void draw_batch(const Text& text, bool one_kind, moe::Rng& rng, Batch& batch) {
+  const std::vector<Index>& positions = text.positions(Split::train);
+  std::array<Index, 2> range = {0, Index(positions.size())};
+  if (one_kind) {
+    const Index any = positions[std::size_t(rng.index(range[1]))];
+    range = text.range_of(Split::train, text.kind_of[std::size_t(any)]);
+  }
+  for (Index t = 0; t < batch.tokens(); ++t)
+    batch.set(t, text, positions[std::size_t(range[0] + rng.index(range[1] - range[0]))]);
+}
+
 // Trains a model. Calls after_step(step, loss in bits per byte, seconds of training so far).
 template <class Model, class F>
 void train(Model& model, const Text& text, const TrainingOptions& options, F&& after_step) {
-  const std::vector<Index>& positions = text.positions(Split::train);
   moe::Rng rng(options.seed);
   Model grad = moe::zeros_like(model);
   Adam<Model> adam(model);
@@ -366,8 +380,7 @@ void train(Model& model, const Text& text, const TrainingOptions& options, F&& a
   double seconds = 0;
   for (Index step = 0; step < options.steps; ++step) {
     const auto start = std::chrono::steady_clock::now();
-    for (Index t = 0; t < options.tokens; ++t)
-      batch.set(t, text, positions[std::size_t(rng.index(Index(positions.size())))]);
+    draw_batch(text, options.one_kind, rng, batch);
     model.forward(batch, &rng, cache);
     model.backward(batch, cache, options.balance, grad);
     adam.step(model, grad, rate_at(options, step));

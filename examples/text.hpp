@@ -50,6 +50,15 @@ struct Text {
   Index num_kinds() const { return Index(kinds.size()); }
   const std::vector<Index>& positions(Split which) const { return split[std::size_t(which)]; }
 
+  // The entries of positions(which) that are of one kind: [first, last).
+  std::array<Index, 2> range_of(Split which, Index kind) const {
+    const std::vector<Index>& all = positions(which);
+    const auto find = [&](Index byte) {
+      return Index(std::lower_bound(all.begin(), all.end(), byte) - all.begin());
+    };
+    return {find(kind_begin[std::size_t(kind)]), find(kind_begin[std::size_t(kind) + 1])};
+  }
+
   // Cuts a new kind into 50 chunks. Of every ten the ninth is for validation and the tenth for test.
   // The context of a byte lies in its own chunk: no split sees a byte of another.
   void add_kind(const std::string& name, const std::string& content) {
@@ -108,7 +117,8 @@ inline Text load_text(const std::vector<std::string>& files = {}) {
   const std::filesystem::path data = EXAMPLES_DATA_DIR;
   text.add_kind("Bible", read_file(data / "bible.txt"));
   text.add_kind("Unicode table", read_file(data / "unicode.txt"));
-  text.add_kind("C++", read_headers(std::filesystem::path(EIGEN_INCLUDE_DIR) / "Eigen" / "src", 450000));
+  const std::filesystem::path eigen = EIGEN_INCLUDE_DIR;
+  text.add_kind("C++", read_headers(eigen / "Eigen" / "src", 450000));
   return text;
 }
 

@@ -31,7 +31,7 @@ using moe::TokenState;
 template <class S>
 constexpr double kTolerance = sizeof(S) == 4 ? 1e-5 : 1e-12;
 
-// A margin between two logits, or between two gates, is clear when rounding can not have crossed it.
+// A margin between two logits or two gates is clear when rounding can not have crossed it.
 template <class S>
 constexpr double kClear = sizeof(S) == 4 ? 8e-6 : 1e-11;
 

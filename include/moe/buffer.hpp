@@ -100,7 +100,7 @@ class RowBuffer {
   RowBuffer(RowBuffer&& other) noexcept { *this = std::move(other); }
   RowBuffer& operator=(RowBuffer&& other) noexcept {
     storage_ = std::move(other.storage_);
-    rows_ = std::exchange(other.rows_, storage_.empty() ? rows_ : 0);
+    rows_ = std::exchange(other.rows_, 0);
     cols_ = std::exchange(other.cols_, 0);
     return *this;
   }
@@ -109,6 +109,8 @@ class RowBuffer {
   Index cols() const { return cols_; }
   /// Sets the shape. `reserve_rows` rows are made room for. What the memory holds is unspecified.
   void resize(Index rows, Index cols, Index reserve_rows = 0) {
+    require(rows >= 0 && cols >= 0, "RowBuffer::resize: shape [", rows, ", ", cols,
+            "], expected at least [0, 0]");
     storage_.reserve(std::max(rows, reserve_rows) * cols);
     storage_.resize(rows * cols);
     rows_ = rows;

@@ -5,6 +5,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 // How the library refuses bad input: std::invalid_argument with every number that matters.
 namespace moe {
@@ -25,8 +26,8 @@ void require(bool ok, const Parts&... parts) {
 
 /// Throws unless a matrix has the expected shape: "where: what has 3x5, expected 4x5".
 template <class M>
-void require_shape(const M& m, std::ptrdiff_t rows, std::ptrdiff_t cols, const char* where,
-                   const char* what) {
+void require_shape(const M& m, std::ptrdiff_t rows, std::ptrdiff_t cols, std::string_view where,
+                   std::string_view what) {
   require(m.rows() == rows && m.cols() == cols, where, ": ", what, " has shape [", m.rows(), ", ",
           m.cols(), "], expected [", rows, ", ", cols, "]");
 }

@@ -89,6 +89,14 @@ struct OpenMP {
 };
 #endif
 
+namespace detail {
+
+// Whether this thread runs a task of a ThreadPoolExecutor. The pool does not know it of the thread
+// that waits for it.
+inline constinit thread_local bool inside_task = false;
+
+}  // namespace detail
+
 /// Runs tasks on a pool of Eigen's kind (Eigen::ThreadPoolInterface), the calling thread included.
 /// The pool is borrowed. A template, because the pool's header moved between Eigen versions.
 template <class Pool>
@@ -100,11 +108,14 @@ class ThreadPoolExecutor {
   template <class F>
   void for_each(Index n, F&& f) const {
     const Index helpers = std::min<Index>(n, concurrency()) - 1;
-    if (helpers < 1 || pool_->CurrentThreadId() >= 0) return Sequential{}.for_each(n, f);
+    if (helpers < 1 || detail::inside_task || pool_->CurrentThreadId() >= 0)
+      return Sequential{}.for_each(n, f);
     detail::FirstException first;
     std::atomic<Index> next{0};
     const auto work = [&](Index worker) {
+      detail::inside_task = true;
       for (Index i; (i = next.fetch_add(1)) < n;) first.run([&] { f(i, worker); });
+      detail::inside_task = false;
     };
     std::mutex mutex;
     std::condition_variable ended;

@@ -197,7 +197,7 @@ GradientReport check_gradients(const R& router, Matrix<double> x,
   if constexpr (requires { work.backward(valid_x, routing, weights, d_x, grad, Sequential{}); })
     work.backward(valid_x, routing, weights, d_x, grad, Sequential{});
   else
-    work.backward(valid_x, routing, weights, d_x, grad);
+    route_backward_with(work, valid_x, routing, weights, d_x, grad, Sequential{});
   return detail::compare_gradients(
       detail::gradient_arrays(work, grad, x, d_x), options, [&](detail::RoutingSignature& seen) {
         route();

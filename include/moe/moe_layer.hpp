@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include <moe/activation.hpp>
 #include <moe/dispatch.hpp>
 #include <moe/expert.hpp>
 #include <moe/init.hpp>
@@ -176,13 +177,7 @@ class MoELayer {
   void forward(const ConstMatrixRef<S>& x, Rng& rng, Matrix<S>& y, Cache& cache,
                const BatchInfo& info = {}, const Ex& executor = {}) const {
     check_input(x);
-    if constexpr (requires { router_.route(x, rng, info, cache.routing, executor); }) {
-      router_.route(x, rng, info, cache.routing, executor);
-    } else if constexpr (requires { router_.route(x, rng, info, cache.routing); }) {
-      router_.route(x, rng, info, cache.routing);
-    } else {
-      route(x, info, cache.routing, executor);
-    }
+    route_with(router_, x, rng, info, cache.routing, executor);
     forward_routed(x, y, cache, executor);
   }
 
@@ -276,8 +271,8 @@ class MoELayer {
                                           : "shared_experts." + std::to_string(e - routed);
       if constexpr (TrainableExpert<E>) visit_part(name, f, self.experts_[e]...);
     }
-    if (first.w_shared_gate.size() > 0) f(ParameterInfo{"w_shared_gate"}, self.w_shared_gate...);
-    if (first.b_output.size() > 0) f(ParameterInfo{"b_output"}, self.b_output...);
+    if (((self.w_shared_gate.size() > 0) || ...)) visit_array(f, {"w_shared_gate"}, self.w_shared_gate...);
+    if (((self.b_output.size() > 0) || ...)) visit_array(f, {"b_output"}, self.b_output...);
   }
 
   Matrix<S> w_shared_gate;  ///< [shared experts, d_model], empty unless they are gated
@@ -295,10 +290,7 @@ class MoELayer {
   void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
              const Ex& executor) const {
     check_input(x);
-    if constexpr (requires { router_.route(x, info, routing, executor); })
-      router_.route(x, info, routing, executor);
-    else
-      router_.route(x, info, routing);
+    route_with(router_, x, info, routing, executor);
   }
 
   // The plan with the shared experts behind the routed ones: each takes every valid token.
@@ -389,13 +381,7 @@ class MoELayer {
       gradient.d_gate.reserve(cache.routing.plan.token.capacity());
       if (gradient.d_gate.empty()) gradient.d_gate.assign(assignments, S(0));
       for (Index a = 0; a < assignments; ++a) gradient.d_gate[a] += cache.d_gate[a];
-      if constexpr (requires {
-                      router_.backward(cache.x, cache.routing, gradient, d_x, grad.router_,
-                                       executor);
-                    })
-        router_.backward(cache.x, cache.routing, gradient, d_x, grad.router_, executor);
-      else
-        router_.backward(cache.x, cache.routing, gradient, d_x, grad.router_);
+      route_backward_with(router_, cache.x, cache.routing, gradient, d_x, grad.router_, executor);
     }
   }
 

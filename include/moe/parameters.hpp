@@ -4,6 +4,7 @@
 #include <string>
 #include <string_view>
 
+#include <moe/check.hpp>
 #include <moe/types.hpp>
 
 // How code outside a layer reaches its parameters. A type with parameters has
@@ -23,6 +24,16 @@ struct ParameterInfo {
   std::string_view name;
   Kind kind = Kind::parameter;
 };
+
+/// Calls f(info, arrays...) for one array of each of the objects that a visit() visits. Throws
+/// std::invalid_argument unless all have the shape of the first. Buffers may differ: those of a
+/// gradient are empty. Example: visit_array(f, {"w_up"}, self.w_up...).
+template <class F, class First, class... Rest>
+void visit_array(F&& f, const ParameterInfo& info, First& first, Rest&... rest) {
+  if (info.kind != Kind::buffer)
+    (require_shape(rest, first.rows(), first.cols(), "visit", info.name), ...);
+  f(info, first, rest...);
+}
 
 /// Visits the parameters of parts under a name of their own: visit_part("router", f, a, b) calls f
 /// with names "router.w_router" and so on.

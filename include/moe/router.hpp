@@ -297,4 +297,38 @@ concept TrainableRouter =
       R::visit([](const ParameterInfo&, auto&...) {}, grad);
     };
 
+/// Calls router.route for inference, with the executor where the router takes one.
+template <Router R, Executor E>
+void route_with(const R& router, const ConstMatrixRef<typename R::Scalar>& x, const BatchInfo& info,
+                Routing<typename R::Scalar>& routing, const E& executor) {
+  if constexpr (requires { router.route(x, info, routing, executor); })
+    router.route(x, info, routing, executor);
+  else
+    router.route(x, info, routing);
+}
+
+/// The same for training; a router without a way of its own for training routes as in inference.
+template <Router R, Executor E>
+void route_with(const R& router, const ConstMatrixRef<typename R::Scalar>& x, Rng& rng,
+                const BatchInfo& info, Routing<typename R::Scalar>& routing, const E& executor) {
+  if constexpr (requires { router.route(x, rng, info, routing, executor); })
+    router.route(x, rng, info, routing, executor);
+  else if constexpr (requires { router.route(x, rng, info, routing); })
+    router.route(x, rng, info, routing);
+  else
+    route_with(router, x, info, routing, executor);
+}
+
+/// Calls router.backward, with the executor where the router takes one.
+template <TrainableRouter R, Executor E>
+void route_backward_with(const R& router, const ConstMatrixRef<typename R::Scalar>& x,
+                         const Routing<typename R::Scalar>& routing,
+                         const RoutingGradient<typename R::Scalar>& gradient,
+                         MatrixRef<typename R::Scalar> d_x, R& grad, const E& executor) {
+  if constexpr (requires { router.backward(x, routing, gradient, d_x, grad, executor); })
+    router.backward(x, routing, gradient, d_x, grad, executor);
+  else
+    router.backward(x, routing, gradient, d_x, grad);
+}
+
 }  // namespace moe

@@ -87,11 +87,11 @@ class FeedForward {
 
   template <class F, class... Self>
   static void visit(F&& f, Self&... self) {
-    f(ParameterInfo{"w_up"}, self.w_up...);
-    f(ParameterInfo{"w_down"}, self.w_down...);
-    if ((self.has_bias() && ...)) {
-      f(ParameterInfo{"b_up"}, self.b_up...);
-      f(ParameterInfo{"b_down"}, self.b_down...);
+    visit_array(f, {"w_up"}, self.w_up...);
+    visit_array(f, {"w_down"}, self.w_down...);
+    if ((self.has_bias() || ...)) {
+      visit_array(f, {"b_up"}, self.b_up...);
+      visit_array(f, {"b_down"}, self.b_down...);
     }
   }
 

@@ -97,7 +97,7 @@ class ExpertChoiceRouter {
 
   template <class F, class... Self>
   static void visit(F&& f, Self&... self) {
-    f(ParameterInfo{"w_router"}, self.w_router...);
+    visit_array(f, {"w_router"}, self.w_router...);
   }
 
   Matrix<S> w_router;  ///< [num_experts, d_model]

@@ -135,8 +135,8 @@ class NoisyTopKRouter {
 
   template <class F, class... Self>
   static void visit(F&& f, Self&... self) {
-    f(ParameterInfo{"w_router"}, self.w_router...);
-    f(ParameterInfo{"w_noise"}, self.w_noise...);
+    visit_array(f, {"w_router"}, self.w_router...);
+    visit_array(f, {"w_noise"}, self.w_noise...);
   }
 
   Matrix<S> w_router;  ///< [num_experts, d_model]

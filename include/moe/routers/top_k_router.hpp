@@ -133,8 +133,8 @@ class TopKRouter {
 
   template <class F, class... Self>
   static void visit(F&& f, Self&... self) {
-    f(ParameterInfo{"w_router"}, self.w_router...);
-    if (((self.b_router.size() > 0) && ...)) f(ParameterInfo{"b_router"}, self.b_router...);
+    visit_array(f, {"w_router"}, self.w_router...);
+    if (((self.b_router.size() > 0) || ...)) visit_array(f, {"b_router"}, self.b_router...);
   }
 
   Matrix<S> w_router;  ///< [num_experts, d_model]
