@@ -344,8 +344,8 @@ struct TrainingOptions {
   Index tokens = 1024;  // predictions a step
   double rate = 0.01;   // at its highest
   double balance = 0;   // coefficient of the balance loss
-  bool one_kind = false;  // whether the bytes of a batch are all of one kind
   std::uint64_t seed = 1;
+  bool one_kind = false;  // whether the bytes of a batch are all of one kind
 };
 
 // A short warm-up, then linearly to zero.

@@ -29,6 +29,11 @@ inline std::string grouped(long long value) {
   return digits;
 }
 
+inline std::string padded(std::string what, std::size_t width) {
+  what.resize(std::max(what.size(), width), ' ');
+  return what;
+}
+
 struct Report {
   // A line of the chart of loss curves. Lines of one colour belong together.
   struct Line {

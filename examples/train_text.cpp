@@ -13,6 +13,7 @@
 #include <numeric>
 
 #include "language_model.hpp"
+#include "measure.hpp"
 #include "report.hpp"
 #include "text.hpp"
 
@@ -99,107 +100,22 @@ void with_model(const Variant& variant, const Settings& settings, std::uint64_t 
   }
 }
 
-// ---- Measuring.
-
-using Counts = std::vector<std::vector<double>>;  // [expert][column]
-
-struct Measured {
-  double bits = 0;                 // per byte
-  std::vector<double> kind_bits;   // of every kind
-  Counts by_kind, by_class, by_byte;  // tokens of every expert; empty for a dense model
-};
-
-template <class Model>
-Measured measure(const Model& model, const Text& text, const std::vector<Index>& positions) {
-  Measured result;
-  std::vector<double> nats(std::size_t(text.num_kinds())), bytes(nats.size());
-  predict(model, text, positions, [&](const Batch& batch, const auto& cache) {
-    for (std::size_t t = 0; t < batch.target.size(); ++t) {
-      nats[batch.kind[t]] += double(cache.loss[t]);
-      bytes[batch.kind[t]] += 1;
-    }
-    if constexpr (Model::kHasRouter) {
-      const auto& plan = cache.layer.routing.plan;
-      const std::size_t experts = std::size_t(plan.num_experts());
-      result.by_kind.resize(experts, std::vector<double>(nats.size()));
-      result.by_class.resize(experts, std::vector<double>(kByteClasses.size()));
-      result.by_byte.resize(experts, std::vector<double>(std::size_t(kBytes)));
-      for (std::size_t e = 0; e < experts; ++e) {
-        for (Index a = plan.expert_begin[Index(e)]; a < plan.expert_begin[Index(e) + 1]; ++a) {
-          const Index t = plan.token[a];
-          const Byte last = batch.context(t, kContext - 1);
-          result.by_kind[e][batch.kind[std::size_t(t)]] += 1;
-          result.by_class[e][std::size_t(class_of(last))] += 1;
-          result.by_byte[e][last] += 1;
-        }
-      }
-    }
-  });
-  for (std::size_t kind = 0; kind < nats.size(); ++kind)
-    result.kind_bits.push_back(nats[kind] / bytes[kind] / std::numbers::ln2);
-  result.bits = std::accumulate(nats.begin(), nats.end(), 0.0) / double(positions.size()) /
-                std::numbers::ln2;
-  return result;
-}
-
-moe::IndexVector load_of(const Counts& counts) {
-  moe::IndexVector load(Index(counts.size()));
-  for (std::size_t e = 0; e < counts.size(); ++e)
-    load[Index(e)] = Index(std::accumulate(counts[e].begin(), counts[e].end(), 0.0));
-  return load;
-}
-
-// Experts that take less than a hundredth of an even share.
-Index num_unused(const moe::IndexVector& load) {
-  return (load.array() * load.size() * 100 < load.sum()).count();
-}
-
-// Mutual information of row and column, in bits; with `by_row`, the entropy of the row instead.
-double information(const Counts& counts, bool by_row = false) {
-  std::vector<double> columns(counts[0].size());
-  double total = 0, bits = 0;
-  for (const auto& row : counts)
-    for (std::size_t c = 0; c < row.size(); ++c) columns[c] += row[c], total += row[c];
-  for (const auto& row : counts) {
-    const double sum = std::accumulate(row.begin(), row.end(), 0.0);
-    if (by_row && sum > 0) bits -= sum / total * std::log2(sum / total);
-    for (std::size_t c = 0; !by_row && c < row.size(); ++c)
-      if (row[c] > 0) bits += row[c] / total * std::log2(row[c] * total / (sum * columns[c]));
-  }
-  return bits;
-}
-
-struct Statistic {
-  double mean = 0, deviation = 0;
-  std::size_t n = 0;
-
-  explicit Statistic(const std::vector<double>& values) : n(values.size()) {
-    for (const double v : values) mean += v / double(n);
-    for (const double v : values) deviation += (v - mean) * (v - mean);
-    deviation = n > 1 ? std::sqrt(deviation / double(n - 1)) : 0;
-  }
-  std::string show(int digits) const {
-    return fixed(mean, digits) + (n > 1 ? " +- " + fixed(deviation, digits) : "");
-  }
-};
-
 // ---- Runs.
 
 struct Run {
   std::vector<double> step, training, validation;  // the loss curves, bits per byte
-  Measured test;          // in batches of all kinds
-  Measured test_in_order;  // in batches of neighbouring bytes; only where the router looks at the batch
+  Measured mixed;     // in batches of all kinds
+  Measured one_kind;  // in batches of one kind; only for a router that looks at the whole batch
   double ms_per_step = 0;
-  std::uint64_t hash = 0;  // of the trained parameters
+  std::uint64_t hash = 0xcbf29ce484222325u;  // FNV-1a of the trained parameters and the bits per byte
+
+  void add_to_hash(const void* data, std::size_t size) {
+    for (std::size_t i = 0; i < size; ++i)
+      hash = (hash ^ static_cast<const unsigned char*>(data)[i]) * 0x100000001b3u;
+  }
 };
 
-std::uint64_t fnv1a(const void* data, std::size_t size, std::uint64_t hash) {
-  for (std::size_t i = 0; i < size; ++i)
-    hash = (hash ^ static_cast<const unsigned char*>(data)[i]) * 0x100000001b3u;
-  return hash;
-}
-
-// A bar on a terminal, a line for every run elsewhere.
+// Shows on stderr how far the training is: a bar on a terminal, a line for every run elsewhere.
 class Progress {
  public:
   explicit Progress(Index steps) : total_(steps) {
@@ -211,13 +127,12 @@ class Progress {
   void step(const std::string& what, double bits) {
     ++done_;
     if (!terminal_ || (done_ % 10 != 0 && done_ != total_)) return;
-    const int width = int(30 * done_ / total_);
-    std::fprintf(stderr, "\r[%s%s] %3d%%  %s  %.2f bits/byte  %s left\x1b[K",
-                 std::string(std::size_t(width), '#').c_str(),
-                 std::string(std::size_t(30 - width), '.').c_str(), int(100 * done_ / total_),
-                 what.c_str(), bits, time_left().c_str());
+    const std::size_t width = std::size_t(30 * done_ / total_);
+    std::fprintf(stderr, "\r[%s%s] %d%%  %s  %.2f bits/byte  %s left\x1b[K",
+                 std::string(width, '#').c_str(), std::string(30 - width, '.').c_str(),
+                 int(100 * done_ / total_), what.c_str(), bits, time_left().c_str());
   }
-  void end_run(const std::string& what) {
+  void end_run(const std::string& what) const {
     std::fprintf(stderr, "%s%s  (%s left)\n", terminal_ ? "\r\x1b[K" : "", what.c_str(),
                  time_left().c_str());
   }
@@ -235,90 +150,437 @@ class Progress {
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
-// Every n-th entry.
-std::vector<Index> thinned(const std::vector<Index>& positions, std::size_t n) {
-  std::vector<Index> some;
-  for (std::size_t i = 0; i < positions.size(); i += n) some.push_back(positions[i]);
-  return some;
-}
-
-std::vector<Index> shuffled(std::vector<Index> positions) {
+// Positions in an order in which batches hold all kinds; or, one kind after the other, one kind.
+std::vector<Index> shuffled(const Text& text, Split split, bool one_kind) {
+  std::vector<Index> positions = text.positions(split);
   moe::Rng rng(0);
-  for (Index i = Index(positions.size()) - 1; i > 0; --i)
-    std::swap(positions[std::size_t(i)], positions[std::size_t(rng.index(i + 1))]);
+  for (std::size_t i = positions.size(); i > 1; --i)
+    std::swap(positions[i - 1], positions[std::size_t(rng.index(Index(i)))]);
+  if (one_kind)
+    std::stable_sort(positions.begin(), positions.end(), [&](Index a, Index b) {
+      return text.kind_of[std::size_t(a)] < text.kind_of[std::size_t(b)];
+    });
   return positions;
 }
 
+// Trains a new model of the variant and measures it on a split that it has not seen.
 Run train_and_measure(const Variant& variant, const Settings& settings, const Text& text,
-                      std::uint64_t seed, Progress& progress) {
+                      std::uint64_t seed, Split split, Progress& progress) {
   Run run;
+  const TrainingOptions options{.steps = settings.steps, .tokens = kTokens, .rate = variant.rate,
+                                .balance = variant.balance, .seed = seed,
+                                .one_kind = variant.one_kind};
+  const std::string name = variant.name + ", rate " + fixed(variant.rate, 4) + ", seed " +
+                           std::to_string(seed);
+  std::vector<Index> sample = shuffled(text, Split::validation, false);  // for the loss curve
+  sample.resize(std::min<std::size_t>(sample.size(), 8192));
   with_model(variant, settings, seed, [&](auto model) {
-    const std::vector<Index> validation = thinned(shuffled(text.positions(Split::validation)), 16);
     const Index every = std::max<Index>(1, settings.steps / 20);
-    const std::string name = variant.name + ", seed " + std::to_string(seed);
-    double sum = 0, recent = 8;
-    train(model, text,
-          {.steps = settings.steps, .tokens = kTokens, .rate = variant.rate,
-           .balance = variant.balance, .seed = seed, .one_kind = variant.one_kind},
-          [&](Index step, double bits, double seconds) {
-            sum += bits;
-            recent = 0.95 * recent + 0.05 * bits;
-            progress.step(name + "  step " + std::to_string(step + 1), recent);
-            run.ms_per_step = 1000 * seconds / double(step + 1);
-            if ((step + 1) % every != 0) return;
-            run.step.push_back(double(step + 1));
-            run.training.push_back(sum / double(every));
-            run.validation.push_back(measure(model, text, validation).bits);
-            sum = 0;
-          });
-    run.test = measure(model, text, shuffled(text.positions(Split::test)));
+    double sum = 0;
+    train(model, text, options, [&](Index step, double bits, double seconds) {
+      progress.step(name + "  step " + std::to_string(step + 1), bits);
+      run.ms_per_step = 1000 * seconds / double(step + 1);
+      sum += bits;
+      if ((step + 1) % every != 0) return;
+      run.step.push_back(double(step + 1));
+      run.training.push_back(sum / double(every));
+      run.validation.push_back(measure(model, text, sample).bits);
+      sum = 0;
+    });
+    run.mixed = measure(model, text, shuffled(text, split, false));
     if (variant.layer == LayerKind::expert_choice)
-      run.test_in_order = measure(model, text, text.positions(Split::test));
-    run.hash = 0xcbf29ce484222325u;
+      run.one_kind = measure(model, text, shuffled(text, split, true));
     decltype(model)::visit(
         [&](const ParameterInfo&, const auto& p) {
-          run.hash = fnv1a(p.data(), std::size_t(p.size()) * sizeof(float), run.hash);
+          run.add_to_hash(p.data(), std::size_t(p.size()) * sizeof(float));
         },
         model);
-    run.hash = fnv1a(&run.test.bits, sizeof(double), run.hash);
-    progress.end_run(name + ": " + fixed(run.test.bits, 3) + " bits per byte, " +
-                     fixed(run.ms_per_step, 1) + " ms a step");
+    run.add_to_hash(&run.mixed.bits, sizeof run.mixed.bits);
   });
+  progress.end_run(name + ": " + fixed(run.mixed.bits, 3) + " bits per byte, " +
+                   fixed(run.ms_per_step, 1) + " ms a step");
   return run;
 }
 
-// Chooses the rate of every variant: the same candidates for each, one seed that the comparison does
-// not use, by the bits per byte on the validation text.
+// Chooses the rate of every variant by the bits per byte on the validation text: the same candidates
+// for each, and a seed that the comparison does not use.
 void tune(std::vector<Variant>& variants, const Settings& settings, const Text& text) {
   Progress progress(Index(variants.size() * kRates.size()) * settings.steps);
   std::string table = "Validation bits per byte by learning rate, " + grouped(settings.steps) +
                       " steps, one seed\n" + std::string(36, ' ');
-  for (const double rate : kRates) table += fixed(rate, 4) + "   ";
+  for (const double rate : kRates) table += fixed(rate, 4) + "  ";
   for (Variant& variant : variants) {
-    table += "\n" + variant.name + std::string(35 - variant.name.size(), ' ');
-    double best = 0;
-    const double old_rate = variant.rate;
+    table += "\n" + padded(variant.name, 36);
+    double best = 0, best_rate = 0;
     for (const double rate : kRates) {
-      const std::uint64_t seed = settings.seed + std::uint64_t(settings.seeds);
-      double bits = 0, recent = 8;
-      with_model(variant, settings, seed, [&](auto model) {
-        const std::string name = variant.name + ", rate " + fixed(rate, 4);
-        train(model, text,
-              {.steps = settings.steps, .tokens = kTokens, .rate = rate,
-               .balance = variant.balance, .seed = seed, .one_kind = variant.one_kind},
-              [&](Index, double loss, double) {
-                recent = 0.95 * recent + 0.05 * loss;
-                progress.step(name, recent);
-              });
-        bits = measure(model, text, shuffled(text.positions(Split::validation))).bits;
-        progress.end_run(name + ": " + fixed(bits, 4) + " bits per byte");
-      });
-      table += fixed(bits, 3) + (rate == old_rate ? "*   " : "    ");
-      if (best == 0 || bits < best) {
-        best = bits;
-        variant.rate = rate;
-      }
+      variant.rate = rate;
+      const Run run = train_and_measure(variant, settings, text,
+                                        settings.seed + std::uint64_t(settings.seeds),
+                                        Split::validation, progress);
+      const double bits = variant.one_kind && variant.layer == LayerKind::expert_choice
+                              ? run.one_kind.bits : run.mixed.bits;
+      table += fixed(bits, 4) + "  ";
+      if (best == 0 || bits < best) best = bits, best_rate = rate;
+    }
+    variant.rate = best_rate;
+  }
+  std::cout << table << "\n\n";
+}
+
+// ---- What is printed, and the report.
+
+// The names of the largest entries with their shares: "C++ 71%, Bible 28%".
+template <class Names>
+std::string largest(const std::vector<double>& counts, const Names& names) {
+  const double total = std::accumulate(counts.begin(), counts.end(), 0.0);
+  std::vector<std::size_t> order(counts.size());
+  std::iota(order.begin(), order.end(), std::size_t(0));
+  std::stable_sort(order.begin(), order.end(),
+                   [&](std::size_t a, std::size_t b) { return counts[a] > counts[b]; });
+  std::string result;
+  for (std::size_t i = 0; i < std::min<std::size_t>(3, order.size()); ++i) {
+    const double share = total > 0 ? counts[order[i]] / total : 0;
+    if (share < 0.05) break;
+    result += (i > 0 ? ", " : "") + std::string(names[order[i]]) + " " + fixed(100 * share, 0) + "%";
+  }
+  return result.empty() ? "-" : result;
+}
+
+void print(const Report::Table& table) {
+  std::vector<std::size_t> width;
+  for (const std::string& cell : table.header) width.push_back(cell.size());
+  for (const auto& row : table.rows)
+    for (std::size_t i = 0; i < row.size(); ++i) width[i] = std::max(width[i], row[i].size());
+  const auto line = [&](const std::vector<std::string>& row) {
+    for (std::size_t i = 0; i < row.size(); ++i)
+      std::cout << (i > 0 ? "   " : "") << (i + 1 < row.size() ? padded(row[i], width[i]) : row[i]);
+    std::cout << '\n';
+  };
+  std::cout << table.title << "\n\n";
+  line(table.header);
+  for (const auto& row : table.rows) line(row);
+  std::cout << '\n';
+}
+
+// One statistic of all runs of a variant.
+template <class F>
+Statistic over(const std::vector<Run>& runs, F&& f) {
+  std::vector<double> values;
+  for (const Run& run : runs) values.push_back(f(run));
+  return Statistic(values);
+}
+
+std::vector<double> mean_curve(const std::vector<Run>& runs, std::vector<double> Run::*curve) {
+  std::vector<double> mean((runs[0].*curve).size());
+  for (const Run& run : runs)
+    for (std::size_t i = 0; i < mean.size(); ++i) mean[i] += (run.*curve)[i] / double(runs.size());
+  return mean;
+}
+
+std::string describe(const Settings& settings, const Text& text) {
+  std::string result = "Text: ";
+  for (Index kind = 0; kind < text.num_kinds(); ++kind)
+    result += text.kinds[std::size_t(kind)] + " " +
+              grouped(text.kind_begin[std::size_t(kind) + 1] - text.kind_begin[std::size_t(kind)]) +
+              " bytes, ";
+  result += "80% to train, 10% to validate, 10% held out. Context " + std::to_string(kContext) +
+            " bytes, d_model " + std::to_string(kModelWidth) + ". MoE: " +
+            std::to_string(settings.experts) + " experts of d_ff " + std::to_string(settings.d_ff) +
+            ", top_k " + std::to_string(settings.top_k) + ", balance loss " +
+            fixed(settings.balance, 3) + ", " + grouped(settings.flops()) +
+            " operations a token with the router. Dense: d_ff " +
+            std::to_string(settings.dense_d_ff()) + ", " +
+            grouped(4 * kModelWidth * settings.dense_d_ff()) + " operations. Training: " +
+            grouped(settings.steps) + " steps of " + grouped(kTokens) + " bytes, seeds " +
+            std::to_string(settings.seed) + " to " +
+            std::to_string(settings.seed + std::uint64_t(settings.seeds) - 1) + ".";
+  return result;
+}
+
+Report::Table bits_table(const std::vector<Variant>& variants,
+                         const std::vector<std::vector<Run>>& runs, const Text& text) {
+  Report::Table table{"Held-out bits per byte, mean +- standard deviation over " +
+                          std::to_string(runs[0].size()) + " seeds",
+                      {"", "learning rate", "all"},
+                      {}};
+  for (const std::string& kind : text.kinds) table.header.push_back(kind);
+  for (std::size_t v = 0; v < variants.size(); ++v) {
+    auto& row = table.rows.emplace_back();
+    row = {variants[v].name, fixed(variants[v].rate, 4),
+           over(runs[v], [](const Run& run) { return run.mixed.bits; }).show(3)};
+    for (std::size_t kind = 0; kind < text.kinds.size(); ++kind)
+      row.push_back(over(runs[v], [&](const Run& run) { return run.mixed.kind_bits[kind]; }).show(3));
+  }
+  return table;
+}
+
+Report::Table balance_table(const std::vector<Variant>& variants,
+                            const std::vector<std::vector<Run>>& runs) {
+  Report::Table table{
+      "Balance on held-out text (unused: less than 1% of an even share of the tokens)",
+      {"", "standard deviation / mean", "largest / mean", "unused experts", "bits per byte"},
+      {}};
+  for (std::size_t v = 0; v < variants.size(); ++v) {
+    if (variants[v].layer == LayerKind::dense) continue;
+    const auto of_load = [&](auto f, int digits) {
+      return over(runs[v], [&](const Run& run) { return double(f(load_of(run.mixed.by_kind))); })
+          .show(digits);
+    };
+    table.rows.push_back({variants[v].name, of_load(moe::coefficient_of_variation, 2),
+                          of_load(moe::max_over_mean, 2), of_load(num_unused, 1),
+                          over(runs[v], [](const Run& run) { return run.mixed.bits; }).show(3)});
+  }
+  return table;
+}
+
+Report::Table expert_table(const Run& run, const Text& text, std::uint64_t seed) {
+  Report::Table table{"What the experts of the MoE with seed " + std::to_string(seed) +
+                          " serve, on held-out text",
+                      {"expert", "tokens", "share", "kinds of text", "classes of the last byte"},
+                      {}};
+  const moe::IndexVector load = load_of(run.mixed.by_kind);
+  const auto row = [&](const std::string& name, Index tokens, const std::vector<double>& kinds,
+                       const std::vector<double>& classes) {
+    table.rows.push_back({name, grouped(tokens),
+                          fixed(100 * double(tokens) / double(load.sum()), 1) + "%",
+                          largest(kinds, text.kinds), largest(classes, kByteClasses)});
+  };
+  std::vector<double> all_kinds(text.kinds.size()), all_classes(kByteClasses.size());
+  for (Index e = 0; e < load.size(); ++e) {
+    const auto &kinds = run.mixed.by_kind[std::size_t(e)], &classes = run.mixed.by_class[std::size_t(e)];
+    row(std::to_string(e), load[e], kinds, classes);
+    for (std::size_t i = 0; i < kinds.size(); ++i) all_kinds[i] += kinds[i];
+    for (std::size_t i = 0; i < classes.size(); ++i) all_classes[i] += classes[i];
+  }
+  row("all", load.sum(), all_kinds, all_classes);
+  return table;
+}
+
+std::vector<std::string> conclusions(const std::vector<Variant>& variants,
+                                     const std::vector<std::vector<Run>>& runs) {
+  const auto bits = [&](std::size_t v) {
+    return over(runs[v], [](const Run& run) { return run.mixed.bits; });
+  };
+  const auto compare = [&](std::size_t a, std::size_t b) {
+    const double gain = bits(b).mean - bits(a).mean;
+    const double spread = std::max(bits(a).deviation, bits(b).deviation);
+    return variants[a].name + " against " + variants[b].name + ": " + fixed(std::abs(gain), 3) +
+           (gain > 0 ? " bits per byte better" : " bits per byte worse") +
+           (std::abs(gain) <= 2 * spread ? ", no more than the seeds' spread explains." : ".");
+  };
+  std::vector<std::string> lines = {compare(0, 1)};
+  if (variants.size() > 2 && variants[2].layer == LayerKind::top_k) lines.push_back(compare(0, 2));
+  const auto about = [&](Counts Measured::*counts, bool entropy = false) {
+    return over(runs[0], [&](const Run& run) { return information(run.mixed.*counts, entropy); })
+        .show(2);
+  };
+  lines.push_back("What tells the expert: of " + about(&Measured::by_kind, true) +
+                  " bits that name a token's expert, the last byte tells " +
+                  about(&Measured::by_byte) + ", its class " + about(&Measured::by_class) +
+                  ", the kind of text " + about(&Measured::by_kind) + " (mutual information).");
+  return lines;
+}
+
+Report::Table expert_choice_table(const std::vector<Variant>& variants,
+                                  const std::vector<std::vector<Run>>& runs) {
+  Report::Table table{"Expert choice: held-out bits per byte by what a batch holds",
+                      {"trained as", "batches of all kinds", "batches of one kind", "ms a step"},
+                      {}};
+  for (std::size_t v = 0; v < variants.size(); ++v) {
+    if (variants[v].layer == LayerKind::dense) continue;
+    const bool couples = variants[v].layer == LayerKind::expert_choice;
+    table.rows.push_back(
+        {variants[v].name, over(runs[v], [](const Run& run) { return run.mixed.bits; }).show(3),
+         couples ? over(runs[v], [](const Run& run) { return run.one_kind.bits; }).show(3) : "the same",
+         over(runs[v], [](const Run& run) { return run.ms_per_step; }).show(1)});
+  }
+  return table;
+}
+
+// Experts in order of what they serve most, so that the pattern shows.
+std::vector<std::size_t> pattern_order(const Counts& counts) {
+  std::vector<std::size_t> order(counts.size());
+  std::iota(order.begin(), order.end(), std::size_t(0));
+  const auto key = [&](std::size_t e) {
+    const auto best = std::max_element(counts[e].begin(), counts[e].end());
+    const double total = std::accumulate(counts[e].begin(), counts[e].end(), 0.0);
+    return std::pair(best - counts[e].begin(), total > 0 ? -*best / total : 0);
+  };
+  std::stable_sort(order.begin(), order.end(),
+                   [&](std::size_t a, std::size_t b) { return key(a) < key(b); });
+  return order;
+}
+
+void write_report(const Settings& settings, const Text& text, const std::vector<Variant>& variants,
+                  const std::vector<std::vector<Run>>& runs, std::vector<Report::Table> tables) {
+  Report report;
+  report.title = "A small language model with a Mixture-of-Experts layer";
+  report.settings = describe(settings, text);
+  report.tables = std::move(tables);
+  report.notes = conclusions(variants, runs);
+  report.chart_title = "Loss curves, mean over " + std::to_string(settings.seeds) + " seeds";
+  report.x_title = "training step";
+  report.y_title = "bits per byte";
+  for (std::size_t v = 0; v < variants.size(); ++v) {
+    const auto line = [&](const char* what, bool dashed, std::vector<double> Run::*curve) {
+      report.lines.push_back({variants[v].name + what, int(v), dashed, runs[v][0].step,
+                              mean_curve(runs[v], curve)});
+    };
+    line(", validation", false, &Run::validation);
+    line(", training", true, &Run::training);
+  }
+  const Measured& measured = runs[0][0].mixed;
+  const moe::IndexVector load = load_of(measured.by_kind);
+  const auto add_map = [&](const std::string& columns, const Counts& counts, auto names) {
+    Report::HeatMap map{"Experts by " + columns, "expert (tokens)", columns, {},
+                        {names.begin(), names.end()}, {}};
+    std::vector<double> all(counts[0].size());
+    for (const std::size_t e : pattern_order(measured.by_class)) {
+      map.rows.push_back("expert " + std::to_string(e) + " (" + grouped(load[Index(e)]) + ")");
+      map.counts.push_back(counts[e]);
+      for (std::size_t i = 0; i < all.size(); ++i) all[i] += counts[e][i];
+    }
+    map.rows.push_back("all (" + grouped(load.sum()) + ")");
+    map.counts.push_back(all);
+    report.heat_maps.push_back(map);
+  };
+  add_map("kind of text", measured.by_kind, text.kinds);
+  add_map("class of the last byte", measured.by_class, kByteClasses);
+  report.write(settings.report);
+}
+
+// ---- The command line.
+
+struct Option {
+  const char *name, *value, *help;
+  std::function<void(const std::string&)> set;
+};
+
+template <class T>
+T parse(const std::string& name, const std::string& value, T least, T most) {
+  T number{};
+  const char* const end = value.data() + value.size();
+  const auto [stop, error] = std::from_chars(value.data(), end, number);
+  if (error != std::errc() || stop != end || !(number >= least && number <= most)) {
+    std::ostringstream message;
+    message << name << " is '" << value << "', expected a number from " << least << " to " << most;
+    throw std::invalid_argument(message.str());
+  }
+  return number;
+}
+
+std::vector<Option> list_options(Settings& s) {
+  const auto index = [](Index& to, const char* name, Index least, Index most) {
+    return [=, &to](const std::string& value) { to = parse<Index>(name, value, least, most); };
+  };
+  return {
+      {"--seed", "N", "first seed; each seed of a model draws other weights and batches (1)",
+       [&](const std::string& v) { s.seed = parse<std::uint64_t>("--seed", v, 0, 1000000000); }},
+      {"--seeds", "N", "how many seeds to train every model with (3)",
+       index(s.seeds, "--seeds", 1, 100)},
+      {"--steps", "N", "training steps of 1,024 bytes (2000)", index(s.steps, "--steps", 1, 1000000)},
+      {"--experts", "N", "experts of the MoE layer (16)", index(s.experts, "--experts", 1, 4096)},
+      {"--top-k", "N", "experts that a token uses (1)", index(s.top_k, "--top-k", 1, 4096)},
+      {"--d-ff", "N", "hidden width of an expert (256); the dense layer's follows from it",
+       index(s.d_ff, "--d-ff", 1, 65536)},
+      {"--balance", "X", "coefficient of the balance loss (0.05)",
+       [&](const std::string& v) { s.balance = parse<double>("--balance", v, 0, 1000); }},
+      {"--data", "FILE", "train on this file in place of the text that comes with the example; may "
+                         "be repeated, each file is a kind of text",
+       [&](const std::string& v) { s.files.push_back(v); }},
+      {"--report", "FILE", "where to write the report (report.html)",
+       [&](const std::string& v) { s.report = v; }},
+      {"--threads", "N", "OpenMP threads (all cores); the numbers do not depend on it",
+       index(s.threads, "--threads", 1, 1024)},
+      {"--tune", nullptr, "first choose the learning rates anew, on the validation text",
+       [&](const std::string&) { s.tune = true; }},
+      {"--expert-choice", nullptr, "also train models whose experts choose tokens",
+       [&](const std::string&) { s.expert_choice = true; }},
+  };
+}
+
+void print_help(const std::vector<Option>& options) {
+  std::cout << "usage: train_text [options]\n\n"
+               "Trains a byte-level language model with a Mixture-of-Experts layer, and a dense one "
+               "with as\nmany operations a token. Prints how well they predict text that was held "
+               "out and what the\nexperts serve, and writes a report. The number in parentheses is "
+               "the default.\n\n";
+  for (const Option& option : options)
+    std::cout << "  " << padded(option.name + (option.value ? " " + std::string(option.value) : ""), 18)
+              << option.help << '\n';
+  std::cout << "  " << padded("--help", 18) << "this text\n";
+}
+
+// False when there is nothing left to do.
+bool parse_arguments(int argc, char** argv, Settings& settings) {
+  const std::vector<Option> options = list_options(settings);
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument == "--help" || argument == "-h") {
+      print_help(options);
+      return false;
+    }
+    const auto option = std::find_if(options.begin(), options.end(),
+                                     [&](const Option& o) { return argument == o.name; });
+    if (option == options.end())
+      throw std::invalid_argument("unknown option " + argument + "; --help lists the options");
+    if (option->value != nullptr && ++i == argc)
+      throw std::invalid_argument(argument + " needs a value: " + argument + " " + option->value);
+    option->set(option->value != nullptr ? argv[i] : "");
+  }
+  if (settings.top_k > settings.experts)
+    throw std::invalid_argument("--top-k is " + std::to_string(settings.top_k) +
+                                ", expected at most --experts, " + std::to_string(settings.experts));
+  return true;
+}
+
+void demonstrate(const Settings& settings) {
+  const Text text = load_text(settings.files);
+  if (!std::ofstream(settings.report, std::ios::app))
+    throw std::runtime_error("cannot write " + settings.report);
+#ifdef _OPENMP
+  if (settings.threads > 0) omp_set_num_threads(int(settings.threads));
+#endif
+  std::cout << describe(settings, text) << "\n\n" << std::flush;
+  std::vector<Variant> variants = list_variants(settings);
+  if (settings.tune) tune(variants, settings, text);
+
+  Progress progress(Index(variants.size()) * settings.seeds * settings.steps);
+  std::vector<std::vector<Run>> runs;  // [variant][seed]
+  std::uint64_t hash = 0;
+  for (const Variant& variant : variants) {
+    runs.emplace_back();
+    for (Index i = 0; i < settings.seeds; ++i) {
+      runs.back().push_back(train_and_measure(variant, settings, text,
+                                              settings.seed + std::uint64_t(i), Split::test,
+                                              progress));
+      hash = std::rotl(hash, 1) ^ runs.back().back().hash;
     }
   }
-  std::cout << table << "\n(*: the rate that is used without --tune)\n\n";
+
+  std::vector<Report::Table> tables = {bits_table(variants, runs, text),
+                                       balance_table(variants, runs)};
+  if (settings.expert_choice) tables.push_back(expert_choice_table(variants, runs));
+  for (const Report::Table& table : tables) print(table);
+  print(expert_table(runs[0][0], text, settings.seed));
+  for (const std::string& line : conclusions(variants, runs)) std::cout << line << '\n';
+  std::printf("Checksum of all trained parameters and held-out results: %016llx\n",
+              static_cast<unsigned long long>(hash));
+  write_report(settings, text, variants, runs, tables);
+  std::cout << "Curves and heat maps: " << settings.report << '\n';
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Settings settings;
+  try {
+    if (parse_arguments(argc, argv, settings)) demonstrate(settings);
+  } catch (const std::invalid_argument& error) {
+    std::cerr << "train_text: " << error.what() << '\n';
+    return 2;
+  } catch (const std::exception& error) {
+    std::cerr << "train_text: " << error.what() << '\n';
+    return 1;
+  }
 }

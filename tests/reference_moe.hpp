@@ -11,8 +11,8 @@
 #include <moe/moe.hpp>
 
 // A Mixture-of-Experts layer to believe in: scalar loops, one idea a function, a search through
-// everything wherever the library sorts or counts. It reads the library's types and calls none of its
-// functions. Everything is computed in the scalar S of the weights.
+// everything wherever the library sorts or counts. It reads the library's types and calls none of
+// its functions. Everything is computed in the scalar S of the weights.
 namespace reference {
 
 using moe::Index;
@@ -114,8 +114,8 @@ Vector<S> row_of(const Matrix<S>& m, Index i) {
   return row;
 }
 
-// The experts' outputs times their gates (or the experts' outputs for the input times the gate); or x
-// for a token that is passed through.
+// The experts' outputs times their gates (or the experts' outputs for the input times the gate); or
+// x for a token that is passed through.
 template <class S, class Expert>
 Vector<S> routed_sum(Index t, const Vector<S>& x, const std::vector<Expert>& experts,
                      const moe::DispatchPlan<S>& plan) {
@@ -369,8 +369,8 @@ std::vector<Index> full_experts(const std::vector<Choice<S>>& choices, Group gro
 template <class S>
 void seat_group(const Matrix<S>& z, const Rule& rule, Group group, Decision<S>& decision) {
   std::vector<Choice<S>>& choices = decision.choices;
-  const Index seats = seats_of_an_expert(decision, group, z.cols(), rule.top_k,
-                                         *rule.capacity_factor);
+  const Index seats =
+      seats_of_an_expert(decision, group, z.cols(), rule.top_k, *rule.capacity_factor);
   const std::vector<Index> order = in_order_of_priority(choices, group, rule.priority);
   for (const Index c : order)
     if (!contains(full_experts(choices, group, z.cols(), seats), at(choices, c).expert))

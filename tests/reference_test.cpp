@@ -168,8 +168,9 @@ moe::ExpertChoiceRouter<S> draw_router(const Setup& s, moe::ExpertChoiceRouter<S
 template <class S>
 reference::Rule rule_of(const moe::TopKRouter<S>& router, const Setup& setup) {
   const auto& o = router.options();
-  return {o.top_k,    !o.softmax_before_selection || o.renormalise, setup.capacity, o.overflow,
-          o.priority, o.renormalise_after_drop};
+  return {o.top_k,        !o.softmax_before_selection || o.renormalise,
+          setup.capacity, o.overflow,
+          o.priority,     o.renormalise_after_drop};
 }
 
 template <class S>
@@ -216,8 +217,8 @@ reference::Decision<S> decide(const Router& router, const Setup& setup, const Lo
 template <class S>
 reference::Decision<S> decide(const moe::ExpertChoiceRouter<S>& router, const Setup& setup,
                               const Logits<S>& z) {
-  return reference::expert_choice(z.selection, router.options().capacity,
-                                  router.options().overflow, setup.info);
+  return reference::expert_choice(z.selection, router.options().capacity, router.options().overflow,
+                                  setup.info);
 }
 
 // ---- Margins.

@@ -17,7 +17,7 @@ namespace moe {
 struct SeatingRule {
   GateRecipe recipe = GateRecipe::softmax;
   Index top_k = 1;
-  std::optional<double> capacity_factor;  ///< none: dropless
+  std::optional<double> capacity_factor{};  ///< none: dropless
   Overflow overflow = Overflow::drop;
   Priority priority = Priority::token_order;
   bool renormalise_after_drop = false;

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: MIT
+#include <gtest/gtest.h>
+
+#include <moe/moe.hpp>
+
+#include "router_laws.hpp"
+
+namespace laws {
+namespace {
+
+template <class S>
+struct NoisyTopK {
+  using Router = moe::NoisyTopKRouter<S>;
+  static constexpr bool kTokensChoose = true, kGatesSumToOne = true;
+  static Router make(const Wish& wish, Rng& rng) {
+    return {token_choice_options<typename Router::Options>(wish), rng};
+  }
+};
+
+using NoisyTopKs = testing::Types<NoisyTopK<float>, NoisyTopK<double>>;
+
+}  // namespace
+
+INSTANTIATE_TYPED_TEST_SUITE_P(NoisyTopK, RouterLaws, NoisyTopKs);
+
+}  // namespace laws

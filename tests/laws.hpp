@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <vector>
+
+#include <moe/moe.hpp>
+
+// What the laws of routers and the laws of experts share.
+namespace laws {
+
+using moe::Index;
+using moe::Matrix;
+using moe::Rng;
+using moe::Vector;
+
+template <class S>
+Matrix<S> normal_matrix(Index rows, Index cols, Rng& rng) {
+  Matrix<S> m(rows, cols);
+  moe::fill_normal(m, 1.0, rng);
+  return m;
+}
+
+// Fills every parameter, so that none stays zero.
+template <class Thing>
+void randomise(Thing& thing, Rng& rng) {
+  Thing::visit([&](const moe::ParameterInfo&, auto& p) { moe::fill_normal(p, 0.5, rng); }, thing);
+}
+
+template <class S>
+std::vector<S> values_of(const Matrix<S>& m) {
+  return {m.data(), m.data() + m.size()};
+}
+
+// Equal to the last bit, NaN included.
+template <class S>
+bool same_bits(const S* a, const S* b, Index n) {
+  return n == 0 || std::memcmp(a, b, sizeof(S) * std::size_t(n)) == 0;
+}
+template <class S>
+testing::AssertionResult same_bits(const Matrix<S>& a, const Matrix<S>& b) {
+  if (a.rows() != b.rows() || a.cols() != b.cols())
+    return testing::AssertionFailure() << a.rows() << " rows and " << b.rows();
+  for (Index i = 0; i < a.rows(); ++i)
+    if (!same_bits(&a(i, 0), &b(i, 0), a.cols()))
+      return testing::AssertionFailure() << "row " << i << ":\n" << a.row(i) << "\n" << b.row(i);
+  return testing::AssertionSuccess();
+}
+
+template <class S>
+constexpr double kRounding = sizeof(S) == 4 ? 1e-5 : 1e-13;
+
+template <class S>
+testing::AssertionResult equal_to_rounding(const Matrix<S>& a, const Matrix<S>& b) {
+  if (a.rows() != b.rows() || a.cols() != b.cols())
+    return testing::AssertionFailure() << a.rows() << " rows and " << b.rows();
+  double largest = 0, difference = 0;
+  for (Index i = 0; i < a.size(); ++i) {
+    largest = std::max(largest, std::abs(double(b.data()[i])));
+    difference = std::max(difference, std::abs(double(a.data()[i] - b.data()[i])));
+  }
+  if (difference <= kRounding<S> * largest) return testing::AssertionSuccess();
+  return testing::AssertionFailure() << "differ by " << difference << " of " << largest;
+}
+
+}  // namespace laws

@@ -1,0 +1,621 @@
+// SPDX-License-Identifier: MIT
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <limits>
+#include <stdexcept>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include <moe/routers/expert_choice_router.hpp>
+#include <moe/routers/noisy_top_k_router.hpp>
+#include <moe/routers/top_k_router.hpp>
+
+namespace {
+
+using moe::BatchInfo;
+using moe::Index;
+using moe::IndexVector;
+using moe::Matrix;
+using moe::Overflow;
+using moe::Rng;
+using moe::Routing;
+using moe::TokenState;
+using moe::Vector;
+using TopK = moe::TopKRouter<double>;
+using Noisy = moe::NoisyTopKRouter<double>;
+using ExpertChoice = moe::ExpertChoiceRouter<double>;
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+static_assert(moe::TrainableRouter<TopK> && moe::TrainableRouter<moe::TopKRouter<float>>);
+static_assert(moe::TrainableRouter<Noisy> && moe::TrainableRouter<ExpertChoice>);
+static_assert(std::copyable<TopK> && std::copyable<Noisy> && std::copyable<ExpertChoice>);
+static_assert(std::copyable<Routing<float>>);
+
+// A router whose logits are x itself.
+template <class R>
+R identity_router(typename R::Options options, Index experts = 4) {
+  Rng rng(1);
+  options.d_model = options.num_experts = experts;
+  R router(options, rng);
+  router.w_router.setIdentity();
+  return router;
+}
+
+template <class R>
+Routing<double> route(const R& router, const Matrix<double>& x, const BatchInfo& info = {}) {
+  Routing<double> routing;
+  router.route(x, info, routing);
+  return routing;
+}
+
+Matrix<double> known_logits() {
+  Matrix<double> z(4, 4);
+  z << 2, 1, 0, -1, 1.5, 1, .2, .1, 1.2, .3, .9, -.5, -.3, .4, .2, 1.1;
+  return z;
+}
+
+BatchInfo masked(const std::vector<bool>& valid) {
+  BatchInfo info;
+  info.mask.resize(Index(valid.size()));
+  for (std::size_t t = 0; t < valid.size(); ++t) info.mask[Index(t)] = valid[t];
+  return info;
+}
+
+std::vector<Index> chosen_by(const Routing<double>& routing, Index t) {
+  const auto& c = routing.chosen;
+  return {c.expert.begin() + c.token_begin[t], c.expert.begin() + c.token_begin[t + 1]};
+}
+std::vector<double> gates_of(const Routing<double>& routing, Index t) {
+  const auto& c = routing.chosen;
+  return {c.gate.begin() + c.token_begin[t], c.gate.begin() + c.token_begin[t + 1]};
+}
+std::vector<std::vector<Index>> tokens_of_experts(const Routing<double>& routing) {
+  const auto& plan = routing.plan;
+  std::vector<std::vector<Index>> lists;
+  for (Index e = 0; e < plan.num_experts(); ++e)
+    lists.emplace_back(plan.token.begin() + plan.expert_begin[e],
+                       plan.token.begin() + plan.expert_begin[e + 1]);
+  return lists;
+}
+using Lists = std::vector<std::vector<Index>>;
+
+// ---- TopKRouter.
+
+TEST(TopKRouter, LogitsAreALinearLayerWithBias) {
+  Rng rng(2);
+  TopK router({.d_model = 2, .num_experts = 3, .top_k = 1, .bias = true}, rng);
+  router.w_router << 1, 2, 3, 4, 5, 6;
+  router.b_router << .5, -1, 0;
+  const Routing<double> routing = route(router, Matrix<double>{{1, 10}, {-1, 1}});
+  EXPECT_EQ(routing.router_logits, (Matrix<double>{{21.5, 42, 65}, {1.5, 0, 1}}));
+  EXPECT_EQ(tokens_of_experts(routing), (Lists{{1}, {}, {0}}));
+}
+
+TEST(TopKRouter, ChoosesTheBestWithTheGatesOfItsRecipe) {
+  const Matrix<double> x = known_logits();
+  const double e1 = std::exp(1), e2 = std::exp(2), sum = e2 + e1 + 1 + 1 / e1;
+  const auto before = route(identity_router<TopK>({.top_k = 2}), x);
+  EXPECT_EQ(tokens_of_experts(before), (Lists{{0, 1, 2}, {0, 1, 3}, {2}, {3}}));
+  EXPECT_EQ(chosen_by(before, 0), (std::vector<Index>{0, 1}));
+  EXPECT_EQ(chosen_by(before, 3), (std::vector<Index>{3, 1}));  // best first
+  EXPECT_NEAR(gates_of(before, 0)[0], e2 / sum, 1e-15);
+  EXPECT_NEAR(gates_of(before, 0)[1], e1 / sum, 1e-15);
+  EXPECT_EQ(gates_of(before, 0)[0], before.router_probs(0, 0));
+  for (const auto& options :
+       {TopK::Options{.top_k = 2, .renormalise = true},
+        TopK::Options{.top_k = 2, .softmax_before_selection = false},
+        TopK::Options{.top_k = 2, .softmax_before_selection = false, .renormalise = true}}) {
+    const auto after = route(identity_router<TopK>(options), x);
+    EXPECT_NEAR(gates_of(after, 0)[0], e2 / (e2 + e1), 1e-15);
+    EXPECT_NEAR(gates_of(after, 0)[1], e1 / (e2 + e1), 1e-15);
+    EXPECT_TRUE(after.router_probs.isApprox(before.router_probs, 1e-15));
+  }
+}
+
+TEST(TopKRouter, ThePlanIsTheChoicesGroupedByExpert) {
+  const auto routing = route(identity_router<TopK>({.top_k = 2}), known_logits());
+  const auto& plan = routing.plan;
+  EXPECT_EQ(plan.num_tokens, 4);
+  EXPECT_EQ(plan.num_assignments(), 8);
+  for (Index e = 0; e < 4; ++e) {
+    for (Index a = plan.expert_begin[e]; a < plan.expert_begin[e + 1]; ++a) {
+      const Index c = plan.choice[a];
+      EXPECT_EQ(routing.chosen.expert[c], e);
+      EXPECT_EQ(routing.chosen.gate[c], plan.gate[a]);
+      EXPECT_EQ(c / 2, plan.token[a]);
+    }
+  }
+  EXPECT_TRUE(plan.dropped.empty() && plan.passed_through.empty());
+  EXPECT_TRUE(plan.gate_side == moe::GateSide::output);
+}
+
+TEST(TopKRouter, GivesTiesToTheLowerExpert) {
+  const auto routing = route(identity_router<TopK>({.top_k = 2}), Matrix<double>::Zero(3, 4));
+  for (Index t = 0; t < 3; ++t) EXPECT_EQ(chosen_by(routing, t), (std::vector<Index>{0, 1}));
+  EXPECT_EQ(routing.plan.gate[0], 0.25);
+}
+
+TEST(TopKRouter, AllExpertsMayBeChosen) {
+  const auto routing =
+      route(identity_router<TopK>({.top_k = 4, .renormalise = true}), known_logits());
+  EXPECT_EQ(tokens_of_experts(routing), Lists(4, {0, 1, 2, 3}));
+  const auto one = route(identity_router<TopK>({.top_k = 1}, 1), Matrix<double>{{-7.}});
+  EXPECT_EQ(one.plan.gate[0], 1);
+}
+
+TEST(TopKRouter, CapacityOfInferenceIsNotThatOfTraining) {
+  const auto router =
+      identity_router<TopK>({.top_k = 2, .capacity = 1.0, .training_capacity = 0.5});
+  const auto inference = route(router, known_logits());
+  EXPECT_EQ(tokens_of_experts(inference), (Lists{{0, 1}, {0, 1}, {2}, {3}}));
+  ASSERT_EQ(inference.plan.dropped.size(), 2);
+  EXPECT_EQ(inference.plan.dropped[0], (moe::Dropped{2, 0, 0}));
+  EXPECT_EQ(inference.plan.dropped[1], (moe::Dropped{3, 1, 1}));
+  Routing<double> training;
+  Rng rng(1);
+  router.route(known_logits(), rng, {}, training);
+  EXPECT_EQ(tokens_of_experts(training), (Lists{{0}, {0}, {2}, {3}}));
+  EXPECT_EQ(training.chosen, inference.chosen);  // demand is before capacity
+}
+
+TEST(TopKRouter, CapacityCountsValidTokensOfEachGroup) {
+  BatchInfo info = masked({1, 0, 1, 1, 0, 0});
+  info.group_begin = IndexVector{{0, 2, 6}};
+  Matrix<double> x = Matrix<double>::Zero(6, 2);
+  x.col(0).setOnes();  // everybody wants expert 0
+  // ceil(2 * 1 * 1 / 2) = 1 seat in the first group, ceil(2 * 1 * 2 / 2) = 2 in the second.
+  const auto routing = route(identity_router<TopK>({.top_k = 1, .capacity = 2.0}, 2), x, info);
+  EXPECT_EQ(tokens_of_experts(routing), (Lists{{0, 2, 3}, {}}));
+  const auto tight = route(identity_router<TopK>({.top_k = 1, .capacity = 1.0}, 2), x, info);
+  EXPECT_EQ(tokens_of_experts(tight), (Lists{{0, 2}, {}}));
+  ASSERT_EQ(tight.plan.dropped.size(), 1);
+  EXPECT_EQ(tight.plan.dropped[0], (moe::Dropped{3, 0, 0}));
+}
+
+TEST(TopKRouter, GatesStayThoseOfDemandUnlessRenormalisedAfterDrop) {
+  TopK::Options options{.top_k = 2, .renormalise = true, .capacity = 1.0};
+  const auto kept = route(identity_router<TopK>(options), known_logits());
+  options.renormalise_after_drop = true;
+  const auto again = route(identity_router<TopK>(options), known_logits());
+  // Token 2 lost expert 0 and has expert 2 alone: assignment 4.
+  ASSERT_EQ(kept.plan.token[4], 2);
+  EXPECT_NEAR(kept.plan.gate[4], 1 / (1 + std::exp(0.3)), 1e-15);
+  EXPECT_EQ(again.plan.gate[4], 1);
+  EXPECT_EQ(again.chosen, kept.chosen);
+  EXPECT_EQ(again.plan.gate[0], kept.plan.gate[0]);  // token 0 kept both
+}
+
+TEST(TopKRouter, NextBestMakesGatesOverTheFinalSet) {
+  for (const bool renormalise : {false, true}) {
+    const auto routing = route(
+        identity_router<TopK>(
+            {.top_k = 2, .renormalise = renormalise, .capacity = 1.0,
+             .overflow = Overflow::next_best}),
+        known_logits());
+    // Token 2 loses expert 0 and token 3 expert 1. With experts 0 and 1 full, token 2 takes expert 3
+    // beside its expert 2, and token 3 expert 2 beside its expert 3.
+    EXPECT_EQ(tokens_of_experts(routing), (Lists{{0, 1}, {0, 1}, {2, 3}, {2, 3}}));
+    EXPECT_TRUE(routing.plan.dropped.empty());
+    const auto& p = routing.router_probs;
+    for (const Index t : {2, 3}) {
+      const double sum = renormalise ? p(t, 2) + p(t, 3) : 1;
+      EXPECT_NEAR(routing.plan.gate[t == 2 ? 4 : 5], p(t, 2) / sum, 1e-15);
+      EXPECT_NEAR(routing.plan.gate[t == 2 ? 6 : 7], p(t, 3) / sum, 1e-15);
+    }
+    EXPECT_EQ(routing.plan.gate[1], gates_of(routing, 1)[0]);
+    EXPECT_EQ(chosen_by(routing, 2), (std::vector<Index>{0, 2}));  // demand as it was
+  }
+}
+
+TEST(TopKRouter, UnavailableExpertsAreNeverChosenAndNeverNextBest) {
+  auto router = identity_router<TopK>(
+      {.top_k = 3, .bias = true, .capacity = 1.0, .overflow = Overflow::next_best});
+  router.b_router << 0, -kInf, 0, -kInf;
+  const auto routing = route(router, known_logits());
+  for (Index t = 0; t < 4; ++t) {
+    EXPECT_EQ(chosen_by(routing, t).size(), 2u);
+    EXPECT_EQ(routing.router_probs(t, 1), 0);
+    EXPECT_NEAR(routing.router_probs(t, 0) + routing.router_probs(t, 2), 1, 1e-15);
+  }
+  EXPECT_EQ(routing.plan.rows_of(1) + routing.plan.rows_of(3), 0);
+}
+
+TEST(TopKRouter, MaskedAndPoisonedTokensGoNowhere) {
+  auto router = identity_router<TopK>({.top_k = 2, .bias = true});
+  Matrix<double> x = known_logits().replicate(2, 1);
+  x(1, 2) = kNan;
+  x(2, 0) = kInf;  // infinity times zero is NaN in the other logits
+  x(4, 3) = kNan;
+  const auto routing = route(router, x, masked({1, 1, 1, 1, 0, 1, 0, 1}));
+  const std::vector<TokenState> expected = {
+      TokenState::valid,  TokenState::poisoned, TokenState::poisoned, TokenState::valid,
+      TokenState::masked, TokenState::valid,    TokenState::masked,   TokenState::valid};
+  for (Index t = 0; t < 8; ++t) {
+    EXPECT_TRUE(routing.plan.token_state[t] == expected[std::size_t(t)]) << t;
+    const bool valid = expected[std::size_t(t)] == TokenState::valid;
+    EXPECT_EQ(chosen_by(routing, t).size(), valid ? 2u : 0u);
+    EXPECT_EQ((routing.router_probs.row(t).array() == 0).all(), !valid);
+  }
+  EXPECT_EQ(routing.plan.num_valid_tokens(), 4);
+  router.b_router.setConstant(-kInf);  // nobody is available to anybody
+  const auto none = route(router, known_logits());
+  EXPECT_EQ(none.plan.num_valid_tokens(), 0);
+  router.b_router << 0, 0, kInf, 0;
+  EXPECT_EQ(route(router, known_logits()).plan.num_valid_tokens(), 0);
+}
+
+TEST(TopKRouter, JitterMultipliesTheInputInTrainingOnly) {
+  const double jitter = 0.25;
+  const auto router = identity_router<TopK>({.top_k = 2, .jitter = jitter});
+  const Matrix<double> x = known_logits();
+  Rng rng(5), expected(5);
+  Routing<double> routing;
+  router.route(x, rng, masked({1, 0, 1, 1}), routing);
+  ASSERT_TRUE(routing.has_input_factor);
+  double least = 2, most = 0;
+  for (Index t = 0; t < 4; ++t) {
+    for (Index j = 0; j < 4; ++j) {  // row-major, masked tokens included
+      const double factor = expected.uniform(1 - jitter, 1 + jitter);
+      EXPECT_EQ(routing.input_factor(t, j), factor);
+      EXPECT_EQ(routing.router_logits(t, j), x(t, j) * factor);
+    }
+  }
+  EXPECT_EQ(rng, expected);
+  for (int i = 0; i < 200; ++i) {
+    router.route(x, rng, {}, routing);
+    least = std::min(least, routing.input_factor.minCoeff());
+    most = std::max(most, routing.input_factor.maxCoeff());
+  }
+  EXPECT_GE(least, 1 - jitter);
+  EXPECT_LT(most, 1 + jitter);
+  EXPECT_LT(least, 1 - 0.95 * jitter);
+  EXPECT_GT(most, 1 + 0.95 * jitter);
+  router.route(x, {}, routing);
+  EXPECT_FALSE(routing.has_input_factor);
+  EXPECT_EQ(routing.router_logits, x);
+}
+
+TEST(TopKRouter, WithoutJitterTrainingDrawsNothing) {
+  const auto router = identity_router<TopK>({.top_k = 2});
+  Rng rng(6);
+  Routing<double> routing;
+  router.route(known_logits(), rng, {}, routing);
+  EXPECT_EQ(rng, Rng(6));
+  EXPECT_EQ(routing.router_logits, known_logits());
+}
+
+TEST(TopKRouter, AReusedRoutingIsLikeANewOne) {
+  const auto wide = identity_router<TopK>({.top_k = 3, .jitter = 0.1, .training_capacity = 0.5});
+  const auto narrow = identity_router<TopK>({.top_k = 1}, 2);
+  Routing<double> reused;
+  Rng rng(7);
+  wide.route(known_logits(), rng, masked({1, 1, 0, 1}), reused);
+  const Matrix<double> x{{1, 2}, {4, 3}};
+  narrow.route(x, {}, reused);
+  const Routing<double> fresh = route(narrow, x);
+  EXPECT_EQ(reused.plan, fresh.plan);
+  EXPECT_EQ(reused.chosen, fresh.chosen);
+  EXPECT_EQ(reused.router_probs, fresh.router_probs);
+  EXPECT_FALSE(reused.has_input_factor);
+}
+
+TEST(TopKRouter, WeightsHaveVarianceOneOverTheWidth) {
+  Rng rng(8);
+  const TopK router({.d_model = 100, .num_experts = 64, .bias = true}, rng);
+  EXPECT_NEAR(router.w_router.squaredNorm() / 64, 1, 5 * std::sqrt(2.0 / 6400));
+  EXPECT_EQ(router.b_router, Vector<double>::Zero(64));
+}
+
+TEST(TopKRouter, BackwardByHand) {
+  // One token x = 2, experts' weights 0 and ln 3: p = (1/10, 9/10) as 9 = 3^2. Gate of expert 1.
+  Rng rng(9);
+  TopK router({.d_model = 1, .num_experts = 2, .top_k = 1, .bias = true}, rng);
+  router.w_router << 0, std::log(3.0);
+  const Matrix<double> x{{2.}};
+  const Routing<double> routing = route(router, x);
+  EXPECT_NEAR(routing.plan.gate[0], 0.9, 1e-15);
+  moe::RoutingGradient<double> gradient;
+  gradient.d_gate = {1};
+  Matrix<double> d_x = Matrix<double>::Constant(1, 1, 5);
+  TopK grad = moe::zeros_like(router);
+  router.backward(x, routing, gradient, d_x, grad);
+  // dp_1 / dz = (-0.09, 0.09)
+  EXPECT_NEAR(grad.b_router[0], -0.09, 1e-15);
+  EXPECT_NEAR(grad.b_router[1], 0.09, 1e-15);
+  EXPECT_NEAR(grad.w_router(0, 0), -0.18, 1e-15);
+  EXPECT_NEAR(grad.w_router(1, 0), 0.18, 1e-15);
+  EXPECT_NEAR(d_x(0, 0), 5 + 0.09 * std::log(3.0), 1e-15);
+}
+
+// ---- NoisyTopKRouter.
+
+double softplus(double a) { return std::log1p(std::exp(a)); }
+
+TEST(NoisyTopKRouter, StartsWithWeightsOfZeroAndDrawsNothingForThem) {
+  Rng rng(10);
+  const Noisy router({.d_model = 3, .num_experts = 4}, rng);
+  EXPECT_EQ(rng, Rng(10));
+  EXPECT_EQ(router.w_router, Matrix<double>::Zero(4, 3));
+  EXPECT_EQ(router.w_noise, Matrix<double>::Zero(4, 3));
+}
+
+TEST(NoisyTopKRouter, InferenceHasNoNoise) {
+  const auto router = identity_router<Noisy>({.top_k = 2});
+  const auto routing = route(router, known_logits());
+  EXPECT_TRUE(routing.noise.empty());
+  EXPECT_EQ(routing.router_logits, known_logits());
+  EXPECT_EQ(&routing.selection_logits(), &routing.router_logits);
+  const auto mixtral =
+      route(identity_router<TopK>({.top_k = 2, .renormalise = true}), known_logits());
+  EXPECT_EQ(routing.plan, mixtral.plan);  // the gates are the softmax of the chosen
+}
+
+TEST(NoisyTopKRouter, NoiseIsDrawnInRowMajorOrderForAllTokensMaskedOnesIncluded) {
+  auto router = identity_router<Noisy>({.top_k = 2, .noise_epsilon = 0.125});
+  Rng weights(11);
+  moe::fill_normal(router.w_noise, 1.0, weights);
+  const Matrix<double> x = known_logits();
+  Rng rng(12), expected(12);
+  Routing<double> routing;
+  router.route(x, rng, masked({1, 0, 1, 0}), routing);
+  EXPECT_EQ(routing.noise.top_k, 2);
+  for (Index t = 0; t < 4; ++t) {
+    for (Index e = 0; e < 4; ++e) {
+      const double draw = expected.normal();
+      const double stddev = softplus(x.row(t).dot(router.w_noise.row(e))) + 0.125;
+      EXPECT_EQ(routing.noise.draws(t, e), draw);
+      EXPECT_NEAR(routing.noise.stddev(t, e), stddev, 1e-14);
+      EXPECT_NEAR(routing.noise.noisy_logits(t, e), x(t, e) + draw * stddev, 1e-13);
+      EXPECT_EQ(routing.router_logits(t, e), x(t, e));
+    }
+  }
+  EXPECT_EQ(rng, expected);
+}
+
+TEST(NoisyTopKRouter, ChoosesByTheNoisyLogitsWithTheirSoftmaxAsGates) {
+  const auto router = identity_router<Noisy>({.top_k = 2});
+  Rng rng(13);
+  int changed = 0;
+  for (int round = 0; round < 20; ++round) {
+    Routing<double> routing;
+    router.route(known_logits(), rng, {}, routing);
+    EXPECT_EQ(&routing.selection_logits(), &routing.noise.noisy_logits);
+    EXPECT_TRUE(routing.router_probs.isApprox(moe::softmax(routing.noise.noisy_logits), 1e-14));
+    for (Index t = 0; t < 4; ++t) {
+      const auto best = chosen_by(routing, t);
+      const auto gates = gates_of(routing, t);
+      const auto noisy = routing.noise.noisy_logits.row(t);
+      changed += best[0] != chosen_by(route(router, known_logits()), t)[0];
+      for (Index e = 0; e < 4; ++e)
+        EXPECT_TRUE(e == best[0] || e == best[1] || noisy[e] < noisy[best[1]]);
+      EXPECT_NEAR(gates[0], 1 / (1 + std::exp(noisy[best[1]] - noisy[best[0]])), 1e-14);
+      EXPECT_NEAR(gates[0] + gates[1], 1, 1e-15);
+    }
+  }
+  EXPECT_GT(changed, 0);  // stddev is ln 2 + 0.01, enough to change a choice now and then
+}
+
+TEST(NoisyTopKRouter, SoftplusDoesNotOverflow) {
+  auto router = identity_router<Noisy>({.top_k = 1, .noise_epsilon = 0, .allow_constant_gate = true});
+  router.w_noise.setIdentity();
+  Rng rng(14);
+  Routing<double> routing;
+  router.route(Matrix<double>{{1000, -1000, 0, 1}}, rng, {}, routing);
+  EXPECT_EQ(routing.noise.stddev(0, 0), 1000);
+  EXPECT_EQ(routing.noise.stddev(0, 1), 0);
+  EXPECT_EQ(routing.noise.stddev(0, 2), std::log(2.0));
+}
+
+TEST(NoisyTopKRouter, NotANumberInTheNoiseWeightsPoisonsInTrainingOnly) {
+  auto router = identity_router<Noisy>({.top_k = 2});
+  router.w_noise(3, 0) = kNan;
+  EXPECT_EQ(route(router, known_logits()).plan.num_valid_tokens(), 4);
+  Rng rng(15);
+  Routing<double> routing;
+  router.route(known_logits(), rng, {}, routing);
+  EXPECT_EQ(routing.plan.num_valid_tokens(), 0);
+}
+
+// ---- ExpertChoiceRouter.
+
+// The same batch under a capacity of two tokens an expert; computed with Python in double. Each
+// expert's tokens are {0,1}, {1,0}, {2,3}, {3,1}, best first.
+TEST(ExpertChoiceRouter, OfAKnownBatch) {
+  const auto routing = route(identity_router<ExpertChoice>({.capacity = 2.0}), known_logits());
+  EXPECT_EQ(tokens_of_experts(routing), (Lists{{0, 1}, {0, 1}, {2, 3}, {1, 3}}));
+  const auto& plan = routing.plan;
+  for (Index e = 0; e < 4; ++e)
+    for (Index a = plan.expert_begin[e]; a < plan.expert_begin[e + 1]; ++a)
+      EXPECT_EQ(plan.gate[a], routing.router_probs(plan.token[a], e));
+  EXPECT_TRUE(plan.dropped.empty());
+  EXPECT_EQ(chosen_by(routing, 1), (std::vector<Index>{0, 1, 3}));
+  for (Index a = 0; a < plan.num_assignments(); ++a)
+    EXPECT_EQ(routing.chosen.gate[plan.choice[a]], plan.gate[a]);
+}
+
+TEST(ExpertChoiceRouter, ExpertsAreAlwaysFull) {
+  Rng rng(16);
+  for (const double capacity : {0.0, 0.3, 1.0, 2.5, 100.0}) {
+    const ExpertChoice router({.d_model = 3, .num_experts = 5, .capacity = capacity}, rng);
+    Matrix<double> x(17, 3);
+    moe::fill_normal(x, 1.0, rng);
+    const auto routing = route(router, x);
+    for (Index e = 0; e < 5; ++e)
+      EXPECT_EQ(routing.plan.rows_of(e), moe::expert_capacity(17, 5, 1, capacity));
+  }
+}
+
+TEST(ExpertChoiceRouter, GivesTiesToTheLowerToken) {
+  const auto routing =
+      route(identity_router<ExpertChoice>({.capacity = 1.0}, 2), Matrix<double>::Ones(6, 2));
+  EXPECT_EQ(tokens_of_experts(routing), (Lists{{0, 1, 2}, {0, 1, 2}}));
+}
+
+TEST(ExpertChoiceRouter, WorksWithinGroupsAndSkipsWhatIsNotValid) {
+  Matrix<double> x(6, 2);
+  x << 1, 0, 9, 0, 2, 0, 3, 0, 8, 0, 7, 0;  // wanted by expert 0 the more, the larger
+  BatchInfo info = masked({1, 0, 1, 1, 1, 1});
+  info.group_begin = IndexVector{{0, 3, 3, 6}};
+  x(4, 0) = kNan;
+  // Valid: 0 and 2 in the first group, 3 and 5 in the last; one seat an expert in each.
+  const auto routing = route(identity_router<ExpertChoice>({.capacity = 1.0}, 2), x, info);
+  EXPECT_EQ(tokens_of_experts(routing), (Lists{{2, 5}, {0, 3}}));
+  EXPECT_TRUE(routing.plan.token_state[4] == TokenState::poisoned);
+}
+
+TEST(ExpertChoiceRouter, TokensThatNobodyTakesMayPassThrough) {
+  Matrix<double> x(4, 2);
+  x << 5, 0, 0, 0, 0, 5, 0, 0;
+  BatchInfo info = masked({1, 1, 1, 0});
+  for (const auto overflow : {Overflow::drop, Overflow::pass_through}) {
+    const auto routing = route(
+        identity_router<ExpertChoice>({.capacity = 0.5, .overflow = overflow}, 2), x, info);
+    EXPECT_EQ(tokens_of_experts(routing), (Lists{{0}, {2}}));
+    EXPECT_EQ(routing.plan.passed_through.size(), overflow == Overflow::drop ? 0 : 1);
+    if (overflow == Overflow::pass_through) { EXPECT_EQ(routing.plan.passed_through[0], 1); }
+  }
+}
+
+TEST(ExpertChoiceRouter, AnExpertTakesOnlyTokensThatItIsAvailableTo) {
+  ExpertChoice router = identity_router<ExpertChoice>({.capacity = 2.0}, 2);
+  Matrix<double> x(2, 2);
+  x << 1, 2, 3, 4;
+  router.w_router << 1, 0, -kInf, 0;  // logits of expert 1 are minus infinity, as 0 * x is 0 here
+  x.col(1).setZero();
+  const auto routing = route(router, x);
+  EXPECT_EQ(routing.plan.rows_of(0), 2);
+  EXPECT_EQ(routing.plan.rows_of(1), 0);
+  EXPECT_EQ(routing.plan.gate[0], 1);
+}
+
+// ---- What all have in common.
+
+template <class R>
+class AnyRouter : public testing::Test {};
+using Routers = testing::Types<TopK, Noisy, ExpertChoice>;
+TYPED_TEST_SUITE(AnyRouter, Routers);
+
+TYPED_TEST(AnyRouter, AnEmptyBatchIsFine) {
+  const auto router = identity_router<TypeParam>({});
+  const auto routing = route(router, Matrix<double>(0, 4));
+  EXPECT_EQ(routing.num_tokens(), 0);
+  EXPECT_EQ(routing.num_experts(), 4);
+  EXPECT_EQ(routing.plan.num_assignments(), 0);
+  Matrix<double> d_x(0, 4);
+  TypeParam grad = moe::zeros_like(router);
+  router.backward(Matrix<double>(0, 4), routing, {}, d_x, grad);
+  EXPECT_EQ(grad.w_router, Matrix<double>::Zero(4, 4));
+}
+
+TYPED_TEST(AnyRouter, ABatchOfMaskedTokensGoesNowhere) {
+  const auto routing =
+      route(identity_router<TypeParam>({}), known_logits(), masked({0, 0, 0, 0}));
+  EXPECT_EQ(routing.plan.num_assignments(), 0);
+  EXPECT_EQ(routing.chosen.size(), 0);
+  EXPECT_TRUE((routing.router_probs.array() == 0).all());
+}
+
+TYPED_TEST(AnyRouter, ExpertsComeAndGo) {
+  auto router = identity_router<TypeParam>({});
+  router.w_router(2, 0) = 0.5;
+  router.add_expert(Vector<double>{{9, 8, 7, 6}});
+  EXPECT_EQ(router.num_experts(), 5);
+  EXPECT_EQ(router.options().num_experts, 5);
+  EXPECT_EQ(router.w_router.row(4), (Matrix<double>{{9, 8, 7, 6}}).row(0));
+  EXPECT_EQ(route(router, known_logits()).num_experts(), 5);
+  router.remove_expert(1);
+  EXPECT_EQ(router.num_experts(), 4);
+  EXPECT_EQ(router.w_router,
+            (Matrix<double>{{1, 0, 0, 0}, {.5, 0, 1, 0}, {0, 0, 0, 1}, {9, 8, 7, 6}}));
+  EXPECT_THROW(router.remove_expert(4), std::invalid_argument);
+  EXPECT_THROW(router.remove_expert(-1), std::invalid_argument);
+  EXPECT_THROW(router.add_expert(Vector<double>::Zero(3)), std::invalid_argument);
+  EXPECT_EQ(router.num_experts(), 4);
+}
+
+TYPED_TEST(AnyRouter, RefusesWidthsThatAreNotPositive) {
+  Rng rng(17);
+  for (const Index bad : {0, -1, -8}) {
+    EXPECT_THROW(TypeParam({.d_model = bad, .num_experts = 4}, rng), std::invalid_argument);
+    EXPECT_THROW(TypeParam({.d_model = 4, .num_experts = bad}, rng), std::invalid_argument);
+  }
+}
+
+TEST(TokenChoiceRouters, KeepEnoughExpertsForTopK) {
+  auto router = identity_router<TopK>({.top_k = 3, .bias = true});
+  router.b_router << 1, 2, 3, 4;
+  router.add_expert(Vector<double>::Zero(4));
+  EXPECT_EQ(router.b_router, (Vector<double>{{1, 2, 3, 4, 0}}));
+  router.remove_expert(0);
+  EXPECT_EQ(router.b_router, (Vector<double>{{2, 3, 4, 0}}));
+  router.remove_expert(0);
+  EXPECT_THROW(router.remove_expert(0), std::invalid_argument);
+  auto noisy = identity_router<Noisy>({.top_k = 4});
+  EXPECT_THROW(noisy.remove_expert(0), std::invalid_argument);
+  EXPECT_EQ(noisy.w_noise.rows(), 4);
+  noisy.add_expert(Vector<double>::Ones(4));
+  EXPECT_EQ(noisy.w_noise.row(4), (Matrix<double>::Zero(1, 4)));
+  noisy.remove_expert(4);
+  EXPECT_EQ(noisy.w_noise.rows(), 4);
+  auto choice = identity_router<ExpertChoice>({}, 1);
+  EXPECT_THROW(choice.remove_expert(0), std::invalid_argument);
+}
+
+TEST(TokenChoiceRouters, RefuseOptionsOutOfRange) {
+  Rng rng(18);
+  const auto refused = [&](auto options) {
+    options.d_model = 4;
+    options.num_experts = 4;
+    if constexpr (requires { options.softmax_before_selection; })
+      EXPECT_THROW(TopK(options, rng), std::invalid_argument);
+    else if constexpr (requires { options.noise_epsilon; })
+      EXPECT_THROW(Noisy(options, rng), std::invalid_argument);
+    else
+      EXPECT_THROW(ExpertChoice(options, rng), std::invalid_argument);
+  };
+  for (const Index k : {-1, 0, 5}) {
+    refused(TopK::Options{.top_k = k});
+    refused(Noisy::Options{.top_k = k});
+  }
+  for (const double factor : {-0.1, kInf, kNan}) {
+    refused(TopK::Options{.capacity = factor});
+    refused(TopK::Options{.training_capacity = factor});
+    refused(Noisy::Options{.capacity = factor});
+    refused(Noisy::Options{.training_capacity = factor});
+    refused(Noisy::Options{.noise_epsilon = factor});
+    refused(ExpertChoice::Options{.capacity = factor});
+    refused(TopK::Options{.jitter = factor});
+  }
+  refused(TopK::Options{.jitter = 1});
+  refused(ExpertChoice::Options{.overflow = Overflow::next_best});
+}
+
+TEST(TokenChoiceRouters, ConstantGatesAreRefusedInTrainingOnly) {
+  Rng rng(19);
+  Routing<double> routing;
+  const auto trains = [&](const auto& router) {
+    try {
+      router.route(known_logits(), rng, {}, routing);
+    } catch (const std::invalid_argument&) {
+      return false;
+    }
+    return true;
+  };
+  EXPECT_FALSE(trains(identity_router<TopK>({.top_k = 1, .renormalise = true})));
+  EXPECT_FALSE(trains(identity_router<TopK>({.top_k = 1, .softmax_before_selection = false})));
+  EXPECT_FALSE(trains(identity_router<Noisy>({.top_k = 1})));
+  route(identity_router<Noisy>({.top_k = 1}), known_logits());  // inference is fine
+  EXPECT_TRUE(trains(
+      identity_router<TopK>({.top_k = 1, .renormalise = true, .allow_constant_gate = true})));
+  EXPECT_TRUE(trains(identity_router<Noisy>({.top_k = 1, .allow_constant_gate = true})));
+  EXPECT_TRUE(trains(identity_router<TopK>({.top_k = 1})));
+  EXPECT_TRUE(trains(identity_router<TopK>({.top_k = 2, .renormalise = true})));
+  const auto one = identity_router<TopK>({.top_k = 1, .renormalise = true}, 1);
+  one.route(Matrix<double>{{1.}}, rng, {}, routing);  // one expert is one expert
+}
+
+}  // namespace

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: MIT
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include <moe/init.hpp>
+#include <moe/random.hpp>
+#include <moe/scores.hpp>
+#include <moe/top_k.hpp>
+
+namespace {
+
+using moe::GateRecipe;
+using moe::Index;
+using moe::IndexVector;
+using moe::Matrix;
+using moe::Vector;
+
+struct Row {
+  Vector<double> logits, probs;
+  explicit Row(const Vector<double>& z) : logits(z), probs(z.size()) {
+    moe::softmax(z.size(), z.data(), probs.data());
+  }
+  Vector<double> gates(GateRecipe recipe, const IndexVector& experts) const {
+    Vector<double> gates(experts.size());
+    moe::compute_gates(recipe, logits.data(), probs.data(), experts.size(), experts.data(),
+                       gates.data());
+    return gates;
+  }
+  // The gradient by the logits of <d_gates, gates>.
+  Vector<double> backward(GateRecipe recipe, const IndexVector& experts,
+                          const Vector<double>& d_gates) const {
+    const Vector<double> g = gates(recipe, experts);
+    Vector<double> d = Vector<double>::Zero(logits.size());
+    moe::compute_gates_backward(recipe, probs.data(), logits.size(), experts.size(), experts.data(),
+                                g.data(), d_gates.data(), d.data());
+    return d;
+  }
+};
+
+Vector<double> random_vector(Index n, moe::Rng& rng) {
+  Vector<double> v(n);
+  moe::fill_normal(v, 1.0, rng);
+  return v;
+}
+
+// Computed with Python in double: softmax before selection as Switch, OLMoE and Qwen2-MoE take it,
+// after selection as Mixtral and gpt-oss do.
+TEST(Gates, OfAKnownRow) {
+  const Row row(Vector<double>{{1, .5, -.25, 2, -1, .75, 0, -2}});
+  const IndexVector best = moe::top_k(row.logits, 2);
+  EXPECT_EQ(best, (IndexVector{{3, 0}}));
+  const Vector<double> before = row.gates(GateRecipe::softmax, best);
+  EXPECT_NEAR(before[0], 0.457382973, 1e-9);
+  EXPECT_NEAR(before[1], 0.168261792, 1e-9);
+  const Vector<double> after = row.gates(GateRecipe::softmax_of_chosen, best);
+  EXPECT_NEAR(after[0], 0.731058579, 1e-9);
+  EXPECT_NEAR(after[1], 0.268941421, 1e-9);
+}
+
+TEST(Gates, RenormalisedProbabilitiesAreTheSoftmaxOfTheChosenInValueAndGradient) {
+  moe::Rng rng(1);
+  for (int round = 0; round < 200; ++round) {
+    const Index experts = 1 + rng.index(10), k = 1 + rng.index(experts);
+    const Row row(random_vector(experts, rng) * 2);
+    const IndexVector best = moe::top_k(row.logits, k);
+    const Vector<double> gates = row.gates(GateRecipe::softmax_of_chosen, best);
+    const Vector<double> p = row.gates(GateRecipe::softmax, best);
+    const double sum = p.sum();
+    for (Index i = 0; i < k; ++i) EXPECT_NEAR(gates[i], p[i] / sum, 1e-14);
+    EXPECT_NEAR(gates.sum(), 1, 1e-14);
+
+    // w = p / s:  dp_e = (dw_e - sum of w dw) / s for the chosen, then through the softmax.
+    const Vector<double> d_gates = random_vector(k, rng);
+    const double mean = gates.dot(d_gates);
+    Vector<double> d_p = Vector<double>::Zero(experts), expected = Vector<double>::Zero(experts);
+    for (Index i = 0; i < k; ++i) d_p[best[i]] = (d_gates[i] - mean) / sum;
+    moe::softmax_backward(experts, row.probs.data(), d_p.data(), expected.data());
+    const Vector<double> d = row.backward(GateRecipe::softmax_of_chosen, best, d_gates);
+    for (Index e = 0; e < experts; ++e) EXPECT_NEAR(d[e], expected[e], 1e-13);
+  }
+}
+
+TEST(Gates, GradientsAreDifferenceQuotients) {
+  moe::Rng rng(2);
+  const double step = 1e-6;
+  for (const auto recipe : {GateRecipe::softmax, GateRecipe::softmax_of_chosen}) {
+    for (Index k = 1; k <= 6; ++k) {
+      const Vector<double> z = random_vector(6, rng);
+      const IndexVector best = moe::top_k(z, k);  // held fixed: selection is not differentiated
+      const Vector<double> d_gates = random_vector(k, rng);
+      const Vector<double> d = Row(z).backward(recipe, best, d_gates);
+      for (Index e = 0; e < 6; ++e) {
+        Vector<double> up = z, down = z;
+        up[e] += step;
+        down[e] -= step;
+        const double numeric = (d_gates.dot(Row(up).gates(recipe, best)) -
+                                d_gates.dot(Row(down).gates(recipe, best))) /
+                               (2 * step);
+        EXPECT_NEAR(d[e], numeric, 1e-9) << "k " << k << ", expert " << e;
+      }
+    }
+  }
+}
+
+TEST(Gates, UnselectedLogitsGetGradientOnlyFromTheSoftmaxOverAll) {
+  const Row row(Vector<double>{{1, .5, -.25, 2}});
+  const IndexVector best{{3, 0}};
+  const Vector<double> d_gates{{1, -2}};
+  const Vector<double> of_chosen = row.backward(GateRecipe::softmax_of_chosen, best, d_gates);
+  EXPECT_EQ(of_chosen[1], 0);
+  EXPECT_EQ(of_chosen[2], 0);
+  EXPECT_NE(of_chosen[0], 0);
+  const Vector<double> of_all = row.backward(GateRecipe::softmax, best, d_gates);
+  EXPECT_NE(of_all[1], 0);
+  EXPECT_NE(of_all[2], 0);
+}
+
+TEST(Gates, OneRenormalisedGateIsExactlyOneAndTeachesNothing) {
+  const Row row(Vector<double>{{.1, 2.7, -.25, .3}});
+  const IndexVector best{{1}};
+  EXPECT_EQ(row.gates(GateRecipe::softmax_of_chosen, best)[0], 1.0);
+  const Vector<double> d =
+      row.backward(GateRecipe::softmax_of_chosen, best, Vector<double>{{3.14}});
+  EXPECT_TRUE((d.array() == 0).all());
+}
+
+TEST(Gates, OfTheChosenSurviveProbabilitiesThatUnderflow) {
+  const Row row(Vector<double>{{5000, 1, 0}});
+  EXPECT_EQ(row.probs[1], 0);
+  const Vector<double> gates = row.gates(GateRecipe::softmax_of_chosen, IndexVector{{1, 2}});
+  EXPECT_NEAR(gates[0], 1 / (1 + std::exp(-1)), 1e-15);
+}
+
+TEST(Gates, UnavailableExpertsGetNoGradient) {
+  const double inf = std::numeric_limits<double>::infinity();
+  const Row row(Vector<double>{{1, -inf, .5, 0}});
+  for (const auto recipe : {GateRecipe::softmax, GateRecipe::softmax_of_chosen}) {
+    const Vector<double> d = row.backward(recipe, IndexVector{{0, 2}}, Vector<double>{{1, -1}});
+    EXPECT_EQ(d[1], 0);
+    EXPECT_TRUE(d.allFinite());
+  }
+}
+
+TEST(Gates, OfNobodyAreNothing) {
+  const Row row(Vector<double>{{1, 2, 3}});
+  for (const auto recipe : {GateRecipe::softmax, GateRecipe::softmax_of_chosen}) {
+    EXPECT_EQ(row.gates(recipe, IndexVector()).size(), 0);
+    EXPECT_EQ(row.backward(recipe, IndexVector(), Vector<double>()), Vector<double>::Zero(3));
+  }
+}
+
+TEST(Gates, BackwardAddsToWhatIsThere) {
+  const Row row(Vector<double>{{1, 2, 3}});
+  const IndexVector best{{2}};
+  const Vector<double> gates = row.gates(GateRecipe::softmax, best), d_gates{{2}};
+  const Vector<double> alone = row.backward(GateRecipe::softmax, best, d_gates);
+  Vector<double> d = Vector<double>::Constant(3, 10);
+  moe::compute_gates_backward(GateRecipe::softmax, row.probs.data(), Index(3), Index(1),
+                              best.data(), gates.data(), d_gates.data(), d.data());
+  for (Index e = 0; e < 3; ++e) EXPECT_NEAR(d[e], 10 + alone[e], 1e-14);
+}
+
+// ---- The linear layer of a router.
+
+TEST(RouterLinear, EqualsTripleLoopsInEveryBlock) {
+  moe::Rng rng(3);
+  const Index tokens = 150, experts = 5, d_model = 270;  // more than two blocks of each
+  Matrix<double> x(tokens, d_model), w(experts, d_model), d_z(tokens, experts);
+  for (auto* m : {&x, &w, &d_z}) moe::fill_normal(*m, 1.0, rng);
+  Matrix<double> z = Matrix<double>::Constant(tokens, experts, 99);
+  moe::for_each_block(tokens, moe::Sequential{}, [&](Index begin, Index end, Index) {
+    moe::block_logits(x, w, begin, end, z);
+  });
+  Matrix<double> d_w = Matrix<double>::Ones(experts, d_model);
+  Matrix<double> d_x = Matrix<double>::Constant(tokens, d_model, 2);
+  moe::router_linear_backward(x, w, d_z, d_w, d_x, moe::Sequential{});
+  for (Index t = 0; t < tokens; ++t) {
+    for (Index e = 0; e < experts; ++e) {
+      double sum = 0;
+      for (Index i = 0; i < d_model; ++i) sum += x(t, i) * w(e, i);
+      EXPECT_NEAR(z(t, e), sum, 1e-11);
+    }
+    for (Index i = 0; i < d_model; ++i) {
+      double sum = 2;
+      for (Index e = 0; e < experts; ++e) sum += d_z(t, e) * w(e, i);
+      EXPECT_NEAR(d_x(t, i), sum, 1e-12);
+    }
+  }
+  for (Index e = 0; e < experts; ++e) {
+    for (Index i = 0; i < d_model; ++i) {
+      double sum = 1;
+      for (Index t = 0; t < tokens; ++t) sum += d_z(t, e) * x(t, i);
+      EXPECT_NEAR(d_w(e, i), sum, 1e-11);
+    }
+  }
+}
+
+TEST(RouterLinear, BlocksLeaveOtherRowsAlone) {
+  Matrix<float> x = Matrix<float>::Ones(5, 2), w = Matrix<float>::Ones(3, 2),
+                z = Matrix<float>::Constant(5, 3, -1);
+  moe::block_logits(x, w, 1, 3, z);
+  EXPECT_TRUE((z.middleRows(1, 2).array() == 2).all());
+  for (const Index t : {0, 3, 4}) EXPECT_TRUE((z.row(t).array() == -1).all());
+}
+
+}  // namespace
