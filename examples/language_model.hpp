@@ -8,8 +8,8 @@
 //   y      = x + Layer(RmsNorm(x))                [tokens, d_model]
 //   logits = Head(RmsNorm(y))                     [tokens, 256]
 //
-// Work is cut into blocks that do not depend on the number of threads, and sums are taken in a fixed
-// order: results are bitwise the same for every number of threads.
+// Work is cut into blocks that do not depend on the number of threads, and sums are taken in a
+// fixed order: results are bitwise the same for every number of threads.
 
 #include <array>
 #include <chrono>
@@ -27,15 +27,14 @@ using Matrix = moe::Matrix<float>;
 using Vector = moe::Vector<float>;
 using moe::ParameterInfo;
 
-inline constexpr Index kBytes = 256;
 inline const moe::DefaultExecutor kExecutor{};  // OpenMP where there is OpenMP
 
-// Independent predictions: what comes after each context?
+// Contexts and the bytes that follow them, independent of each other.
 struct Batch {
-  moe::Matrix<Byte> context;   // [tokens, kContext], the last byte last
-  std::vector<Byte> target;    // [tokens]
-  std::vector<Byte> kind;      // [tokens]
-  moe::BatchInfo info;         // token_ids: the last byte, for routers that look at it
+  moe::Matrix<Byte> context;  // [tokens, kContext], the last byte last
+  std::vector<Byte> target;   // [tokens]
+  std::vector<Byte> kind;     // [tokens]
+  moe::BatchInfo info;        // token_ids: the last bytes, for routers that look at them
 
   Index tokens() const { return context.rows(); }
   void resize(Index tokens) {
@@ -76,14 +75,13 @@ struct Embedding {
   void backward(const Batch& batch, const Matrix& d_x, Embedding& grad) const {
     kExecutor.for_each(kContext, [&](Index p, Index) {
       for (Index t = 0; t < batch.tokens(); ++t)
-        moe::add_scaled(w.cols(), 1.0f, &d_x(t, 0),
-                        &grad.w(p * kBytes + batch.context(t, p), 0));
+        moe::add_scaled(w.cols(), 1.0f, &d_x(t, 0), &grad.w(p * kBytes + batch.context(t, p), 0));
     });
   }
 
   template <class F, class... Self>
   static void visit(F&& f, Self&... self) {
-    f(ParameterInfo{"w"}, self.w...);
+    moe::visit_array(f, {"w"}, self.w...);
   }
 };
 
@@ -92,9 +90,9 @@ struct RmsNorm {
   Vector scale;  // [d_model]
 
   struct Cache {
-    Matrix x;         // [tokens, d_model]
-    Vector inverse;   // 1 / rms(x) [tokens]
-    Matrix d_scale;   // a row for every block of tokens
+    Matrix x;        // [tokens, d_model]
+    Vector inverse;  // 1 / rms(x) [tokens]
+    Matrix d_scale;  // [blocks of tokens, d_model]
   };
 
   explicit RmsNorm(Index d_model) : scale(Vector::Ones(d_model)) {}
@@ -138,7 +136,7 @@ struct RmsNorm {
 
   template <class F, class... Self>
   static void visit(F&& f, Self&... self) {
-    f(ParameterInfo{"scale"}, self.scale...);
+    moe::visit_array(f, {"scale"}, self.scale...);
   }
 };
 
@@ -183,7 +181,7 @@ struct Head {
 
   template <class F, class... Self>
   static void visit(F&& f, Self&... self) {
-    f(ParameterInfo{"w"}, self.w...);
+    moe::visit_array(f, {"w"}, self.w...);
   }
 };
 
@@ -252,8 +250,11 @@ struct LanguageModel {
   };
 
   LanguageModel(Layer with, moe::Rng& rng)
-      : embedding(with.d_model(), rng), norm_in(with.d_model()), layer(std::move(with)),
-        norm_out(layer.d_model()), head(layer.d_model()) {}
+      : embedding(with.d_model(), rng),
+        norm_in(with.d_model()),
+        layer(std::move(with)),
+        norm_out(layer.d_model()),
+        head(layer.d_model()) {}
 
   // cache.loss of a batch. With an rng the router acts as in training.
   void forward(const Batch& batch, moe::Rng* rng, Cache& cache) const {
@@ -276,7 +277,8 @@ struct LanguageModel {
     norm_out.backward(cache.d_normed, cache.norm_out, cache.d_y, grad.norm_out);
     if constexpr (kHasRouter) {
       moe::RoutingGradient<float> extra;
-      if (balance > 0) extra = float(balance) * moe::load_balancing_loss(cache.layer.routing).gradient;
+      if (balance > 0)
+        extra = float(balance) * moe::load_balancing_loss(cache.layer.routing).gradient;
       layer.backward(cache.d_y, cache.layer, grad.layer, extra, cache.d_normed);
     } else {
       layer.backward(cache.d_y, cache.layer, grad.layer, cache.d_normed);
@@ -314,7 +316,7 @@ class Adam {
         },
         model, grad, m_, v_);
     ++steps_;
-    constexpr float kBeta1 = 0.9f, kBeta2 = 0.99f, kEpsilon = 1e-8f;
+    constexpr float kBeta1 = 0.9f, kBeta2 = 0.999f, kEpsilon = 1e-8f;
     const float size = float(rate / (1 - std::pow(double(kBeta1), steps_)));
     const float correction = float(1 / (1 - std::pow(double(kBeta2), steps_)));
     kExecutor.for_each(Index(blocks_.size()), [&](Index i, Index) {
@@ -342,10 +344,10 @@ class Adam {
 struct TrainingOptions {
   Index steps = 1000;
   Index tokens = 1024;  // predictions a step
-  double rate = 0.01;   // at its highest
+  double rate = 0.01;   // learning rate at its highest
   double balance = 0;   // coefficient of the balance loss
   std::uint64_t seed = 1;
-  bool one_kind = false;  // whether the bytes of a batch are all of one kind
+  bool one_kind = false;  // whether a batch holds one kind of text only
 };
 
 // A short warm-up, then linearly to zero.

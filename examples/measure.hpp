@@ -18,11 +18,14 @@ namespace examples {
 using Counts = std::vector<std::vector<double>>;  // [expert][column]
 
 struct Measured {
-  double bits = 0;                 // per byte
-  std::vector<double> kind_bits;   // of every kind
-  Counts by_kind, by_class, by_byte;  // tokens of every expert; empty for a dense model
+  double bits = 0;                // per byte
+  std::vector<double> kind_bits;  // of every kind
+  // Assignments of every expert: by kind of text, by class of the last byte, by the last byte, and
+  // by both the last byte and the kind. Empty for a model without router.
+  Counts by_kind, by_class, by_byte, by_byte_and_kind;
 };
 
+// Predicts the bytes at `positions`, in batches in that order.
 template <class Model>
 Measured measure(const Model& model, const Text& text, const std::vector<Index>& positions) {
   Measured result;
@@ -35,24 +38,26 @@ Measured measure(const Model& model, const Text& text, const std::vector<Index>&
     if constexpr (Model::kHasRouter) {
       const auto& plan = cache.layer.routing.plan;
       const std::size_t experts = std::size_t(plan.num_experts());
-      result.by_kind.resize(experts, std::vector<double>(nats.size()));
-      result.by_class.resize(experts, std::vector<double>(kByteClasses.size()));
-      result.by_byte.resize(experts, std::vector<double>(std::size_t(kBytes)));
-      for (std::size_t e = 0; e < experts; ++e) {
-        for (Index a = plan.expert_begin[Index(e)]; a < plan.expert_begin[Index(e) + 1]; ++a) {
-          const Index t = plan.token[a];
-          const Byte last = batch.context(t, kContext - 1);
-          result.by_kind[e][batch.kind[std::size_t(t)]] += 1;
-          result.by_class[e][std::size_t(class_of(last))] += 1;
-          result.by_byte[e][last] += 1;
-        }
-      }
+      const auto count = [&](Counts& counts, Index columns, auto column) {
+        counts.resize(experts, std::vector<double>(std::size_t(columns)));
+        for (std::size_t e = 0; e < experts; ++e)
+          for (Index a = plan.expert_begin[Index(e)]; a < plan.expert_begin[Index(e) + 1]; ++a)
+            counts[e][column(plan.token[a])] += 1;
+      };
+      const auto kind = [&](Index t) { return std::size_t(batch.kind[std::size_t(t)]); };
+      const auto last = [&](Index t) { return batch.context(t, kContext - 1); };
+      count(result.by_kind, text.num_kinds(), kind);
+      count(result.by_class, Index(kByteClasses.size()),
+            [&](Index t) { return class_of(last(t)); });
+      count(result.by_byte, kBytes, [&](Index t) { return std::size_t(last(t)); });
+      count(result.by_byte_and_kind, kBytes * text.num_kinds(),
+            [&](Index t) { return last(t) * nats.size() + kind(t); });
     }
   });
   for (std::size_t kind = 0; kind < nats.size(); ++kind)
     result.kind_bits.push_back(nats[kind] / bytes[kind] / std::numbers::ln2);
-  result.bits = std::accumulate(nats.begin(), nats.end(), 0.0) / double(positions.size()) /
-                std::numbers::ln2;
+  result.bits =
+      std::accumulate(nats.begin(), nats.end(), 0.0) / double(positions.size()) / std::numbers::ln2;
   return result;
 }
 
@@ -68,21 +73,31 @@ inline Index num_unused(const moe::IndexVector& load) {
   return (load.array() * load.size() * 100 < load.sum()).count();
 }
 
-// Mutual information of row and column, in bits; with `by_row`, the entropy of the row instead.
-inline double information(const Counts& counts, bool by_row = false) {
-  std::vector<double> columns(counts[0].size());
-  double total = 0, bits = 0;
-  for (const auto& row : counts)
-    for (std::size_t c = 0; c < row.size(); ++c) columns[c] += row[c], total += row[c];
-  for (const auto& row : counts) {
-    const double sum = std::accumulate(row.begin(), row.end(), 0.0);
-    if (by_row && sum > 0) bits -= sum / total * std::log2(sum / total);
-    for (std::size_t c = 0; !by_row && c < row.size(); ++c)
-      if (row[c] > 0) bits += row[c] / total * std::log2(row[c] * total / (sum * columns[c]));
-  }
+// Entropy of a count, in bits.
+inline double entropy(const std::vector<double>& counts) {
+  const double total = std::accumulate(counts.begin(), counts.end(), 0.0);
+  double bits = 0;
+  for (const double count : counts)
+    if (count > 0) bits -= count / total * std::log2(count / total);
   return bits;
 }
 
+inline double entropy_of_expert(const Counts& counts) {
+  const moe::IndexVector load = load_of(counts);
+  return entropy({load.begin(), load.end()});
+}
+
+// What the column tells about the expert: their mutual information, in bits.
+inline double information(const Counts& counts) {
+  std::vector<double> columns(counts[0].size()), cells;
+  for (const auto& row : counts) {
+    cells.insert(cells.end(), row.begin(), row.end());
+    for (std::size_t c = 0; c < row.size(); ++c) columns[c] += row[c];
+  }
+  return entropy_of_expert(counts) + entropy(columns) - entropy(cells);
+}
+
+// Mean and standard deviation over seeds.
 struct Statistic {
   double mean = 0, deviation = 0;
   std::size_t n = 0;

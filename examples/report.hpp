@@ -42,7 +42,7 @@ struct Report {
     bool dashed = false;
     std::vector<double> x, y;
   };
-  // counts[row][column]; drawn are the shares of each row.
+  // counts[row][column]; drawn are the shares of each row. The last row is the sum of the others.
   struct HeatMap {
     std::string title, row_title, column_title;
     std::vector<std::string> rows, columns;
@@ -63,14 +63,17 @@ struct Report {
 
   void write(const std::string& path) const {
     std::ostringstream html;
-    html << kHead << "<title>" << escaped(title) << "</title>\n" << kStyle << "</head><body>\n<h1>"
-         << escaped(title) << "</h1>\n<p>" << escaped(settings) << "</p>\n";
+    html << kHead << "<title>" << escaped(title) << "</title>\n"
+         << kStyle << "</head><body>\n<h1>" << escaped(title) << "</h1>\n<p>" << escaped(settings)
+         << "</p>\n";
     for (const Table& table : tables) write_table(html, table);
+    html << "<ul>\n";
+    for (const std::string& note : notes) html << "<li>" << escaped(note) << "</li>\n";
+    html << "</ul>\n";
     write_chart(html);
     html << "<div class=maps>\n";
     for (const HeatMap& map : heat_maps) write_heat_map(html, map);
     html << "</div>\n";
-    for (const std::string& note : notes) html << "<p>" << escaped(note) << "</p>\n";
     html << "</body></html>\n";
     std::ofstream file(path, std::ios::binary);
     file << html.str();
@@ -82,11 +85,16 @@ struct Report {
   static std::string escaped(const std::string& text) {
     std::string result;
     for (const char c : text) {
-      if (c == '&') result += "&amp;";
-      else if (c == '<') result += "&lt;";
-      else if (c == '>') result += "&gt;";
-      else if (c == '"') result += "&quot;";
-      else result += c;
+      if (c == '&')
+        result += "&amp;";
+      else if (c == '<')
+        result += "&lt;";
+      else if (c == '>')
+        result += "&gt;";
+      else if (c == '"')
+        result += "&quot;";
+      else
+        result += c;
     }
     return result;
   }
@@ -126,21 +134,22 @@ struct Report {
 
     html << "<h2>" << escaped(chart_title) << "</h2>\n<div class=legend>";
     for (const Line& line : lines)
-      html << "<span><svg width=28 height=10><line x1=0 y1=5 x2=28 y2=5 class=\"line c" << line.color
-           << (line.dashed ? " dashed" : "") << "\"/></svg> " << escaped(line.name) << "</span>";
+      html << "<span><svg width=28 height=10><line x1=0 y1=5 x2=28 y2=5 class=\"line c"
+           << line.color << (line.dashed ? " dashed" : "") << "\"/></svg> " << escaped(line.name)
+           << "</span>";
     html << "</div>\n<div class=wide><svg viewBox=\"0 0 " << kWidth << ' ' << kHeight
          << "\" class=chart role=img aria-label=\"" << escaped(chart_title) << "\">\n";
     for (double y = y_least; y < y_most + unit / 2; y += unit) {
-      html << "<line class=grid x1=" << kLeft << " x2=" << kWidth - kRight << " y1="
-           << fixed(at_y(y), 1) << " y2=" << fixed(at_y(y), 1) << " />\n";
+      html << "<line class=grid x1=" << kLeft << " x2=" << kWidth - kRight
+           << " y1=" << fixed(at_y(y), 1) << " y2=" << fixed(at_y(y), 1) << " />\n";
       text(html, kLeft - 8, at_y(y) + 4, "tick end", fixed(y, 1));
     }
     for (int i = 0; i <= 4; ++i)
       text(html, at_x(x_most * i / 4), kHeight - kBottom + 20, i == 4 ? "tick end" : "tick middle",
            grouped(std::llround(x_most * i / 4)));
     text(html, (kLeft + kWidth - kRight) / 2, kHeight - 6, "axis middle", x_title);
-    html << "<text class=\"axis middle\" transform=\"translate(16," << (kTop + kHeight - kBottom) / 2
-         << ") rotate(-90)\">" << escaped(y_title) << "</text>\n";
+    html << "<text class=\"axis middle\" transform=\"translate(16,"
+         << (kTop + kHeight - kBottom) / 2 << ") rotate(-90)\">" << escaped(y_title) << "</text>\n";
     for (const Line& line : lines) {
       html << "<polyline class=\"line c" << line.color << (line.dashed ? " dashed" : "")
            << "\" points=\"";
@@ -158,10 +167,10 @@ struct Report {
   }
 
   static void write_heat_map(std::ostream& html, const HeatMap& map) {
-    constexpr double kCellHeight = 24, kLeft = 130, kTop = 96;
-    const double cell = std::clamp(400.0 / double(map.columns.size()), 40.0, 80.0);
-    const double width = kLeft + cell * double(map.columns.size()) + 70;
-    const double height = kTop + kCellHeight * double(map.rows.size()) + 8;
+    constexpr double kCellHeight = 24, kLeft = 116, kTop = 92;
+    const double cell = std::clamp(400.0 / double(map.columns.size()), 40.0, 64.0);
+    const double width = kLeft + cell * double(map.columns.size()) + 66;
+    const double height = kTop + kCellHeight * double(map.rows.size()) + 14;
     html << "<figure><h2>" << escaped(map.title) << "</h2>\n<svg viewBox=\"0 0 " << width << ' '
          << height << "\" width=" << width << " height=" << height << " role=img aria-label=\""
          << escaped(map.title) << "\">\n";
@@ -172,7 +181,8 @@ struct Report {
            << fixed(kLeft + cell * (double(column) + 0.5), 1) << ',' << kTop - 8
            << ") rotate(-35)\">" << escaped(map.columns[column]) << "</text>\n";
     for (std::size_t row = 0; row < map.rows.size(); ++row) {
-      const double y = kTop + kCellHeight * double(row);
+      const double gap = row + 1 == map.rows.size() ? 6 : 0;  // before the sum of all
+      const double y = kTop + kCellHeight * double(row) + gap;
       double total = 0;
       for (const double count : map.counts[row]) total += count;
       text(html, 0, y + 16, "tick", map.rows[row]);
@@ -182,15 +192,15 @@ struct Report {
         html << "<g><title>" << escaped(map.rows[row]) << ", " << escaped(map.columns[column])
              << ": " << grouped(std::llround(map.counts[row][column])) << " of "
              << grouped(std::llround(total)) << " tokens, " << fixed(100 * share, 1)
-             << "%</title><rect class=empty x=" << fixed(x, 1) << " y=" << y << " width="
-             << fixed(cell - 2, 1) << " height=" << kCellHeight - 2
+             << "%</title><rect class=empty x=" << fixed(x, 1) << " y=" << y
+             << " width=" << fixed(cell - 2, 1) << " height=" << kCellHeight - 2
              << " /><rect class=cell fill-opacity=" << fixed(share, 3) << " x=" << fixed(x, 1)
              << " y=" << y << " width=" << fixed(cell - 2, 1) << " height=" << kCellHeight - 2
              << " />";
         if (share >= 0.005)
-          html << "<text class=\"value middle" << (share > 0.55 ? " on" : "") << "\" x="
-               << fixed(x + cell / 2 - 1, 1) << " y=" << y + 15 << ">" << fixed(100 * share, 0)
-               << "</text>";
+          html << "<text class=\"value middle" << (share > 0.75 ? " on" : "")
+               << "\" x=" << fixed(x + cell / 2 - 1, 1) << " y=" << y + 15 << ">"
+               << fixed(100 * share, 0) << "</text>";
         html << "</g>\n";
       }
     }
@@ -198,8 +208,8 @@ struct Report {
     const double x = kLeft + cell * double(map.columns.size()) + 14;
     for (int i = 0; i <= 4; ++i) {
       html << "<rect class=empty x=" << x << " y=" << kTop + 20 * i << " width=14 height=20 />"
-           << "<rect class=cell fill-opacity=" << fixed(i / 4.0, 2) << " x=" << x << " y="
-           << kTop + 20 * i << " width=14 height=20 />\n";
+           << "<rect class=cell fill-opacity=" << fixed(i / 4.0, 2) << " x=" << x
+           << " y=" << kTop + 20 * i << " width=14 height=20 />\n";
       text(html, x + 18, kTop + 20 * i + 14, "tick", std::to_string(25 * i) + "%");
     }
     html << "</svg></figure>\n";
@@ -216,14 +226,14 @@ struct Report {
   --rule: #3a3a37; --empty: #262624; --cell: #6da7ec; --on: #101010;
   --c0: #5598e7; --c1: #e8803a; --c2: #3fb68b; --c3: #b283ea; --c4: #e070a0; --c5: #c9b440; } }
 body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
-  max-width: 1060px; margin: 2rem auto; padding: 0 1rem; }
+  max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.05rem; margin: 1.8rem 0 .5rem; }
 .wide { overflow-x: auto; } .chart { width: 100%; max-width: 900px; min-width: 560px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .25rem .9rem; border-bottom: 1px solid var(--rule); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; } th { color: var(--soft); font-weight: 500; }
 .legend span { margin-right: 1.4rem; color: var(--soft); white-space: nowrap; }
-.maps { display: flex; flex-wrap: wrap; gap: 0 2rem; } figure { margin: 0; overflow-x: auto; }
+.maps { display: flex; flex-wrap: wrap; gap: 0 1rem; } ul { padding-left: 1.2rem; max-width: 56rem; } figure { margin: 0; overflow-x: auto; }
 svg text { fill: var(--soft); font-size: 12px; } svg .axis { fill: var(--ink); }
 .middle { text-anchor: middle; } .end { text-anchor: end; }
 svg .value { fill: var(--ink); font-size: 11px; } svg .value.on { fill: var(--on); }

@@ -21,12 +21,13 @@ using Byte = std::uint8_t;
 using moe::Index;
 
 inline constexpr Index kContext = 16;  // bytes that a prediction looks at
+inline constexpr Index kBytes = 256;
 
 // What the last byte of a context is.
 inline constexpr std::array<const char*, 8> kByteClasses = {
     "lower case", "upper case", "digit", "space", "newline", "bracket", "punctuation", "other"};
 
-inline Index class_of(Byte byte) {
+inline std::size_t class_of(Byte byte) {
   const char c = char(byte);
   if (c >= 'a' && c <= 'z') return 0;
   if (c >= 'A' && c <= 'Z') return 1;
@@ -59,13 +60,14 @@ struct Text {
     return {find(kind_begin[std::size_t(kind)]), find(kind_begin[std::size_t(kind) + 1])};
   }
 
-  // Cuts a new kind into 50 chunks. Of every ten the ninth is for validation and the tenth for test.
-  // The context of a byte lies in its own chunk: no split sees a byte of another.
+  // Cuts a new kind into 50 chunks. Of every ten the ninth is for validation and the tenth for
+  // test. The context of a byte lies in its own chunk: no split sees a byte of another.
   void add_kind(const std::string& name, const std::string& content) {
     constexpr Index kChunks = 50;
     const Index size = Index(content.size()), begin = Index(bytes.size());
     if (size < kChunks * 4 * kContext)
-      throw std::runtime_error(name + " has " + std::to_string(size) + " bytes, expected at least " +
+      throw std::runtime_error(name + " has " + std::to_string(size) +
+                               " bytes, expected at least " +
                                std::to_string(kChunks * 4 * kContext));
     if (kinds.size() == 255) throw std::runtime_error(name + " is one kind too many: at most 255");
     for (Index chunk = 0; chunk < kChunks; ++chunk) {
@@ -108,7 +110,8 @@ inline std::string read_headers(const std::filesystem::path& directory, std::siz
   return content;
 }
 
-// The Bible, the Unicode character table, and Eigen's headers as C++; or the given files, each a kind.
+// The Bible, the Unicode character table, and Eigen's headers as C++; or the given files, each a
+// kind.
 inline Text load_text(const std::vector<std::string>& files = {}) {
   Text text;
   for (const std::string& file : files)

@@ -627,6 +627,31 @@ TYPED_TEST_P(RouterLaws, AWorkspaceAndACacheCanBeReused) {
   }
 }
 
+TYPED_TEST_P(RouterLaws, OutputsAddUpInAscendingExpertsSharedOnesLast) {
+  Rng rng(27);
+  using S = typename TestFixture::Scalar;
+  const Wish wish{.num_experts = 5, .top_k = 4};
+  const auto router = this->make_router(wish, rng);
+  const typename TestFixture::ExpertType::Options options{wish.d_model, 7, true, {}};
+  using Expert = typename TestFixture::ExpertType;
+  const typename TestFixture::LayerType layer(moe::make_experts<Expert>(5, options, rng), router,
+                                              {moe::make_experts<Expert>(2, options, rng)});
+  const Matrix<S> x = normal_matrix<S>(20, wish.d_model, rng);
+  auto routing = this->route(router, x);
+  for (S& gate : routing.plan.gate) gate = 1;  // sums of products would depend on fused rounding
+  Matrix<S> expected = Matrix<S>::Zero(20, wish.d_model);
+  const auto add = [&](const Expert& expert, Index t) {
+    Matrix<S> y(1, wish.d_model);
+    expert.forward(x.row(t), y);
+    expected.row(t) += y;
+  };
+  for (const Seat& seat : seats_of(routing.plan))
+    add(layer.experts()[std::size_t(seat.expert)], seat.token);
+  for (const Expert& expert : layer.shared_experts())
+    for (Index t = 0; t < 20; ++t) add(expert, t);
+  EXPECT_TRUE(same_bits(layer.forward(x, routing, Sequential{}), expected));
+}
+
 // ---- Ordinary inputs that are easily forgotten.
 
 TYPED_TEST_P(RouterLaws, AnEmptyBatchIsOrdinary) {
@@ -843,8 +868,9 @@ REGISTER_TYPED_TEST_SUITE_P(
     WithAllExpertsOutputsAreTheDenseMixture, PaddingChangesNoBitOfTheOtherRows,
     PaddingGetsNoGradientAndGivesNone, APoisonedTokenCountsAsPadding,
     MaskingATokenInTrainingLeavesTheNoiseOfOthersAlone, GroupsAreRoutedAsIfAlone,
-    ARoutingCanBeReplayed, AWorkspaceAndACacheCanBeReused, AnEmptyBatchIsOrdinary,
-    ABatchOfPaddingIsOrdinary, OneExpertAloneIsThatExpert, AllTokensMayWantOneExpert,
+    ARoutingCanBeReplayed, OutputsAddUpInAscendingExpertsSharedOnesLast,
+    AWorkspaceAndACacheCanBeReused, AnEmptyBatchIsOrdinary, ABatchOfPaddingIsOrdinary,
+    OneExpertAloneIsThatExpert, AllTokensMayWantOneExpert,
     ExpertsWithoutTokensGetNoGradientFromTheOutput, TiesGoToTheLowerExpertAndToTheLowerToken,
     UnavailableExpertsAreNeverUsed, ParametersHaveNamesAndTheirGradientsTheSameShapes,
     BackwardAddsToTheGradientAndCanBeRepeated);

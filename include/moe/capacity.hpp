@@ -46,9 +46,13 @@ inline Index expert_capacity(Index tokens, Index num_experts, Index top_k, doubl
   return seats >= double(tokens) ? tokens : Index(seats);
 }
 
-/// valid [groups] = number of valid tokens of every group. O(tokens).
+/// valid [groups] = number of valid tokens of every group. O(tokens). Throws std::invalid_argument
+/// when `info` does not fit the plan.
 template <class S>
 void count_valid_tokens(const DispatchPlan<S>& plan, const BatchInfo& info, IndexVector& valid) {
+  require(plan.token_state.size() == plan.num_tokens, "count_valid_tokens: token_state has ",
+          plan.token_state.size(), " entries, expected ", plan.num_tokens, " tokens");
+  check_batch_info(info, plan.num_tokens, "count_valid_tokens");
   valid.setZero(info.num_groups());
   for (Index g = 0; g < valid.size(); ++g)
     for (Index t = info.begin_of(g); t < info.end_of(g, plan.num_tokens); ++t)
@@ -152,9 +156,11 @@ void plan_from_seats(const Choices<S>& chosen, const Buffer<Index>& seat, Dispat
 }  // namespace detail
 
 /// Dropless: seats every choice. plan.num_tokens, token_state and the number of experts must be set.
-/// Gates are those of the choices. O(choices + tokens + num_experts).
+/// Gates are those of the choices. O(choices + tokens + num_experts). Throws std::invalid_argument
+/// when the choices do not fit the plan.
 template <class S>
 void dispatch_all(const Choices<S>& chosen, DispatchPlan<S>& plan) {
+  check_choices(chosen, plan.num_tokens, plan.num_experts(), "dispatch_all");
   plan.dropped.clear();
   plan.passed_through.clear();
   detail::plan_from_seats(chosen, chosen.expert, plan);
@@ -165,14 +171,18 @@ void dispatch_all(const Choices<S>& chosen, DispatchPlan<S>& plan) {
 /// [tokens, num_experts] ranks a token's experts (minus infinity: unavailable); it may be empty
 /// otherwise. Gates are those of the choices, also where an expert was replaced: recomputing them is
 /// the router's business. Everything dropped is listed in the plan.
-/// O(choices log choices), and O(num_experts) more per overflowing choice for next_best.
+/// O(choices log choices), and O(num_experts) more per overflowing choice for next_best. Throws
+/// std::invalid_argument when the arguments do not fit each other, and for gates that can not be
+/// ordered.
 template <class S>
 void apply_capacity(const Choices<S>& chosen, const Matrix<S>& scores, const IndexVector& capacity,
                     Overflow overflow, Priority priority, const BatchInfo& info,
                     DispatchPlan<S>& plan, RoutingScratch<S>& scratch) {
   const Index tokens = plan.num_tokens, experts = plan.num_experts();
-  require(chosen.num_tokens() == tokens, "apply_capacity: chosen is of ", chosen.num_tokens(),
-          " tokens, expected ", tokens);
+  check_choices(chosen, tokens, experts, "apply_capacity");
+  for (Index c = 0; priority != Priority::token_order && c < chosen.size(); ++c)
+    require(number_kind(chosen.gate[c]) != NumberKind::nan, "apply_capacity: the gate of choice ", c,
+            " of ", chosen.size(), " is NaN");
   check_batch_info(info, tokens, "apply_capacity");
   require(capacity.size() == info.num_groups(), "apply_capacity: ", capacity.size(),
           " capacities, expected one for each of ", info.num_groups(), " groups");

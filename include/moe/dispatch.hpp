@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cassert>
 #include <limits>
 #include <span>
 
@@ -12,7 +13,9 @@
 #include <moe/router.hpp>
 
 // Moving rows: dispatch copies every assignment's token to a row of its expert, run_experts runs
-// the experts on their rows, combine adds the rows up in token order; and the same backwards.
+// the experts on their rows, combine adds the rows up in token order; and the same backwards. All
+// throw std::invalid_argument when their arguments do not fit the plan, or the plan itself is not
+// one that can be followed; checking it takes O(tokens + assignments), little beside moving rows.
 namespace moe {
 
 namespace detail {
@@ -26,6 +29,14 @@ void for_each_assignment(const DispatchPlan<S>& plan, Index begin, Index end, co
     const Index* t = std::lower_bound(token + plan.expert_begin[e], last, begin);
     for (; t != last && *t < end; ++t) f(Index(t - token), *t);
   }
+}
+
+// Throws unless there is a row for every assignment.
+template <class S>
+void require_rows(const RowBuffer<S>& rows, const DispatchPlan<S>& plan, const char* where,
+                  const char* what) {
+  require(rows.rows() == plan.num_assignments(), where, ": ", what, " has ", rows.rows(),
+          " rows, expected ", plan.num_assignments(), " assignments");
 }
 
 // out [tokens, d_model] = for each token the sum over its assignments a, in ascending expert, of
@@ -51,8 +62,7 @@ void sum_rows(const DispatchPlan<S>& plan, const RowBuffer<S>& rows, const Passe
 /// O(assignments * d_model). Allocates only when rows grows.
 template <class X, class S, Executor E = DefaultExecutor>
 void dispatch(const X& x, const DispatchPlan<S>& plan, RowBuffer<S>& rows, const E& executor = {}) {
-  require(x.rows() == plan.num_tokens, "dispatch: x has ", x.rows(), " rows, expected ",
-          plan.num_tokens, " tokens");
+  check_plan(plan, x.rows(), plan.num_experts(), "dispatch");
   rows.resize(plan.num_assignments(), x.cols(), plan.token.capacity());
   for_each_block(plan.num_assignments(), executor, [&](Index begin, Index end, Index) {
     for (Index a = begin; a < end; ++a) {
@@ -74,8 +84,8 @@ void dispatch(const X& x, const DispatchPlan<S>& plan, RowBuffer<S>& rows, const
 template <class X, class S, class Y, Executor E = DefaultExecutor>
 void combine(const RowBuffer<S>& rows, const DispatchPlan<S>& plan, const X& x, Y&& y,
              const E& executor = {}) {
-  require(rows.rows() == plan.num_assignments(), "combine: rows has ", rows.rows(),
-          " rows, expected ", plan.num_assignments(), " assignments");
+  check_plan(plan, y.rows(), plan.num_experts(), "combine");
+  detail::require_rows(rows, plan, "combine", "rows");
   require_shape(x, plan.num_tokens, rows.cols(), "combine", "x");
   require_shape(y, plan.num_tokens, rows.cols(), "combine", "y");
   const bool scale = plan.gate_side == GateSide::output;
@@ -91,6 +101,8 @@ void combine(const RowBuffer<S>& rows, const DispatchPlan<S>& plan, const X& x, 
 template <class Dy, class S, Executor E = DefaultExecutor>
 void combine_backward(const Dy& d_y, const RowBuffer<S>& rows, const DispatchPlan<S>& plan,
                       RowBuffer<S>& d_rows, Buffer<S>& d_gate, const E& executor = {}) {
+  check_plan(plan, d_y.rows(), plan.num_experts(), "combine_backward");
+  detail::require_rows(rows, plan, "combine_backward", "rows");
   require_shape(d_y, plan.num_tokens, rows.cols(), "combine_backward", "d_y");
   d_rows.resize(plan.num_assignments(), rows.cols(), plan.token.capacity());
   d_gate.reserve(plan.token.capacity());
@@ -117,8 +129,16 @@ void combine_backward(const Dy& d_y, const RowBuffer<S>& rows, const DispatchPla
 template <class X, class Dy, class S, class Dx, Executor E = DefaultExecutor>
 void dispatch_backward(const RowBuffer<S>& d_rows, const DispatchPlan<S>& plan, const X& x,
                        const Dy& d_y, Dx&& d_x, Buffer<S>& d_gate, const E& executor = {}) {
+  check_plan(plan, d_x.rows(), plan.num_experts(), "dispatch_backward");
+  detail::require_rows(d_rows, plan, "dispatch_backward", "d_rows");
   require_shape(d_x, plan.num_tokens, d_rows.cols(), "dispatch_backward", "d_x");
+  require_shape(d_y, plan.num_tokens, d_rows.cols(), "dispatch_backward", "d_y");
   const bool scale = plan.gate_side == GateSide::input;
+  if (scale) {
+    require_shape(x, plan.num_tokens, d_rows.cols(), "dispatch_backward", "x");
+    require(d_gate.size() == plan.num_assignments(), "dispatch_backward: d_gate has ",
+            d_gate.size(), " entries, expected ", plan.num_assignments(), " assignments");
+  }
   if (scale && d_rows.cols() > 0) {
     for_each_block(plan.num_assignments(), executor, [&](Index begin, Index end, Index) {
       for (Index a = begin; a < end; ++a)
@@ -139,26 +159,39 @@ class ExpertCache {
   template <class Ex>
   void resize(std::span<const Ex> experts, const DispatchPlan<S>& plan) {
     const Index count = plan.num_experts();
+    require(Index(experts.size()) == count, "ExpertCache::resize: ", experts.size(),
+            " experts, expected the plan's ", count);
     begin_.resize(count);
+    rows_.resize(count);
     cols_.resize(count);
     Index size = 0, widest = 0;
     for (Index e = 0; e < count; ++e) {
+      rows_[e] = plan.rows_of(e);
       cols_[e] = experts[std::size_t(e)].cache_cols();
       begin_[e] = size;
-      size += plan.rows_of(e) * cols_[e];
+      size += rows_[e] * cols_[e];
       widest = std::max(widest, cols_[e]);
     }
     storage_.reserve(std::max(size, plan.token.capacity() * widest));
     storage_.resize(size);
   }
+  /// Throws std::invalid_argument unless the blocks are those of a plan like this. O(num_experts).
+  void check(const DispatchPlan<S>& plan, const char* where) const {
+    require(rows_.size() == plan.num_experts(), where, ": the cache is of ", rows_.size(),
+            " experts, expected ", plan.num_experts());
+    for (Index e = 0; e < rows_.size(); ++e)
+      require(rows_[e] == plan.rows_of(e), where, ": the cache has ", rows_[e],
+              " rows of expert ", e, ", expected ", plan.rows_of(e));
+  }
   /// Rows [begin, begin + count) of an expert's block, counted from its first row.
   Eigen::Map<Matrix<S>> block(Index expert, Index begin, Index count) {
+    assert(begin >= 0 && count >= 0 && begin + count <= rows_[expert]);
     return {storage_.data() + begin_[expert] + begin * cols_[expert], count, cols_[expert]};
   }
 
  private:
   Buffer<S> storage_;
-  Buffer<Index> begin_, cols_;
+  Buffer<Index> begin_, rows_, cols_;
 };
 
 namespace detail {
@@ -197,6 +230,8 @@ void run_experts(std::span<const Ex> experts, const DispatchPlan<S>& plan,
                  const E& executor = {}) {
   require(Index(experts.size()) == plan.num_experts(), "run_experts: ", experts.size(),
           " experts, expected the plan's ", plan.num_experts());
+  check_plan_arrays(plan, "run_experts");
+  detail::require_rows(x_rows, plan, "run_experts", "x_rows");
   y_rows.resize(x_rows.rows(), x_rows.cols(), plan.token.capacity());
   detail::list_expert_rows(plan, scratch.tasks);
   Index widest = 0;
@@ -227,6 +262,8 @@ void run_experts(std::span<const Ex> experts, const DispatchPlan<S>& plan,
                  ExpertScratch<S>& scratch, const E& executor = {}) {
   require(Index(experts.size()) == plan.num_experts(), "run_experts: ", experts.size(),
           " experts, expected the plan's ", plan.num_experts());
+  check_plan_arrays(plan, "run_experts");
+  detail::require_rows(x_rows, plan, "run_experts", "x_rows");
   y_rows.resize(x_rows.rows(), x_rows.cols(), plan.token.capacity());
   detail::list_expert_rows(plan, scratch.tasks);
   cache.resize(experts, plan);
@@ -249,6 +286,10 @@ void run_experts_backward(std::span<const Ex> experts, const DispatchPlan<S>& pl
   require(Index(experts.size()) == count && Index(grads.size()) == count,
           "run_experts_backward: ", experts.size(), " experts and ", grads.size(),
           " gradients, expected the plan's ", count);
+  check_plan_arrays(plan, "run_experts_backward");
+  detail::require_rows(x_rows, plan, "run_experts_backward", "x_rows");
+  require_shape(d_y_rows, x_rows.rows(), x_rows.cols(), "run_experts_backward", "d_y_rows");
+  cache.check(plan, "run_experts_backward");
   d_x_rows.resize(x_rows.rows(), x_rows.cols(), plan.token.capacity());
   executor.for_each(count, [&](Index task, Index) {
     const Index e = count - 1 - task;  // shared experts stand last and are the largest

@@ -8,6 +8,7 @@
 #include <exception>
 #include <mutex>
 
+#include <moe/check.hpp>
 #include <moe/types.hpp>
 
 #ifdef _OPENMP
@@ -76,7 +77,11 @@ struct OpenMP {
   /// Number of threads; 0 takes what omp_get_max_threads() says at each call.
   int num_threads = 0;
 
-  Index concurrency() const { return num_threads > 0 ? num_threads : omp_get_max_threads(); }
+  /// Throws std::invalid_argument when num_threads is negative.
+  Index concurrency() const {
+    require(num_threads >= 0, "OpenMP: num_threads = ", num_threads, ", expected at least 0");
+    return num_threads > 0 ? num_threads : omp_get_max_threads();
+  }
   template <class F>
   void for_each(Index n, F&& f) const {
     const int threads = int(std::min<Index>(n, concurrency()));

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <algorithm>
 #include <concepts>
 #include <cstddef>
 #include <vector>
 
+#include <moe/check.hpp>
 #include <moe/parameters.hpp>
 #include <moe/types.hpp>
 
@@ -38,11 +38,13 @@ concept TrainableExpert =
     };
 
 /// `count` experts of one configuration, each with weights of its own drawn from rng in turn.
+/// Throws std::invalid_argument when count is negative.
 /// Example: make_experts<GatedFeedForward<float>>(8, {.d_model = 64, .d_ff = 256}, rng).
 template <class E, class R>
 std::vector<E> make_experts(Index count, const typename E::Options& options, R& rng) {
+  require(count >= 0, "make_experts: count = ", count, ", expected at least 0");
   std::vector<E> experts;
-  experts.reserve(std::size_t(std::max<Index>(count, 0)));
+  experts.reserve(std::size_t(count));
   for (Index e = 0; e < count; ++e) experts.emplace_back(options, rng);
   return experts;
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -15,6 +16,7 @@
 #include <moe/init.hpp>
 #include <moe/loss.hpp>
 #include <moe/router.hpp>
+#include <moe/softmax.hpp>
 
 // Backward passes against central differences, for the library's tests and for experts, routers and
 // layers of your own. Everything runs on the calling thread.
@@ -32,7 +34,7 @@ struct GradientCheckOptions {
 struct GradientReport {
   /// Largest |analytic - numeric| of an array over the larger of its largest entry, analytic or
   /// numeric, and options.floor; the worst of all arrays. A correct backward pass in double gives
-  /// less than 1e-6.
+  /// less than 1e-6; NaN and infinity count as the largest double.
   double worst = 0;
   std::string where;        ///< the array where that was
   double analytic = 0;      ///< the entry where that was
@@ -65,6 +67,14 @@ struct RoutingSignature {
 template <class Value>
 GradientReport compare_gradients(const std::vector<GradientArray>& arrays,
                                  const GradientCheckOptions& options, const Value& value) {
+  constexpr double kWorst = std::numeric_limits<double>::max();  // stands for NaN and infinity
+  const auto positive = [](double v, const char* what) {
+    require(number_kind(v) == NumberKind::finite && v > 0, "check_gradients: options.", what, " = ",
+            v, ", expected a finite number above 0");
+  };
+  positive(options.step, "step");
+  positive(options.margin, "margin");
+  positive(options.floor, "floor");
   GradientReport report;
   RoutingSignature here, there;
   value(here);
@@ -89,15 +99,17 @@ GradientReport compare_gradients(const std::vector<GradientArray>& arrays,
       const double numeric = (at[1] - at[0]) / (2 * options.step);
       const double analytic = array.analytic[i];
       largest = std::max({largest, std::abs(numeric), std::abs(analytic)});
-      // Written so that a NaN counts as the worst error.
-      if (!(std::abs(analytic - numeric) <= error)) {
-        error = std::abs(analytic - numeric);
+      double difference = std::abs(analytic - numeric);
+      if (number_kind(difference) != NumberKind::finite) difference = kWorst;
+      if (difference > error) {
+        error = difference;
         worst_analytic = analytic;
         worst_numeric = numeric;
       }
     }
-    if (!(error / largest <= report.worst)) {
-      report.worst = error / largest;
+    const double relative = error == kWorst ? kWorst : error / largest;
+    if (relative > report.worst) {
+      report.worst = relative;
       report.where = array.name;
       report.analytic = worst_analytic;
       report.numeric = worst_numeric;
@@ -190,6 +202,8 @@ GradientReport check_gradients(const R& router, Matrix<double> x,
     weights.d_chosen_gate.push_back(rng.uniform(-1, 1));
   for (Index i = 0; i < routing.plan.num_assignments(); ++i)
     weights.d_gate.push_back(rng.uniform(-1, 1));
+  for (Index i = 0; i < routing.router_logits.size(); ++i)
+    if (is_unavailable(routing.router_logits.data()[i])) weights.d_router_logits.data()[i] = 0;
   Matrix<double> d_x = Matrix<double>::Zero(x.rows(), x.cols());
   Matrix<double> valid_x = x;
   for (Index t = 0; t < x.rows(); ++t)
@@ -203,10 +217,13 @@ GradientReport check_gradients(const R& router, Matrix<double> x,
         route();
         seen = detail::RoutingSignature(routing);
         double sum = 0;
-        for (Index t = 0; t < x.rows(); ++t)
-          if (routing.is_valid(t))
-            sum += weights.d_router_logits.row(t).dot(routing.router_logits.row(t)) +
-                   weights.d_router_probs.row(t).dot(routing.router_probs.row(t));
+        for (Index t = 0; t < x.rows(); ++t) {
+          if (!routing.is_valid(t)) continue;
+          sum += weights.d_router_probs.row(t).dot(routing.router_probs.row(t));
+          for (Index e = 0; e < routing.num_experts(); ++e)  // 0 times minus infinity would be NaN
+            if (weights.d_router_logits(t, e) != 0)
+              sum += weights.d_router_logits(t, e) * routing.router_logits(t, e);
+        }
         const Index choices = std::min(routing.chosen.size(), weights.d_chosen_gate.size());
         for (Index i = 0; i < choices; ++i) sum += weights.d_chosen_gate[i] * routing.chosen.gate[i];
         const Index kept = std::min(routing.plan.num_assignments(), weights.d_gate.size());

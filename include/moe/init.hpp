@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include <moe/check.hpp>
 #include <moe/random.hpp>
 #include <moe/types.hpp>
 
@@ -25,16 +26,20 @@ void fill_uniform(Eigen::DenseBase<Derived>& m, double low, double high, Rng& rn
 }
 
 /// A weight [out, in] with variance 1 / in (LeCun et al. 1998): outputs vary as much as inputs do.
+/// Throws std::invalid_argument for a negative size.
 template <class S>
 Matrix<S> lecun_normal(Index out, Index in, Rng& rng) {
+  require(out >= 0 && in >= 0, "lecun_normal: shape [", out, ", ", in, "], expected at least [0, 0]");
   Matrix<S> w(out, in);
   fill_normal(w, in > 0 ? 1.0 / std::sqrt(double(in)) : 0.0, rng);
   return w;
 }
 
-/// A weight [out, in] with variance 2 / in (He et al. 2015), for layers that ReLU follows.
+/// A weight [out, in] with variance 2 / in (He et al. 2015), for layers that ReLU follows. Throws
+/// std::invalid_argument for a negative size.
 template <class S>
 Matrix<S> he_normal(Index out, Index in, Rng& rng) {
+  require(out >= 0 && in >= 0, "he_normal: shape [", out, ", ", in, "], expected at least [0, 0]");
   Matrix<S> w(out, in);
   fill_normal(w, in > 0 ? std::sqrt(2.0 / double(in)) : 0.0, rng);
   return w;

@@ -51,16 +51,21 @@ S squared_variation(Vector<S>& x) {
 /// `demand` [num_experts] and `num_tokens` may come from several batches or machines: then the
 /// losses of the parts add up to the loss of the whole. Other libraries' values differ by constant
 /// factors (Hugging Face: k times this one), so coefficients do too. Gradient by router_probs.
-/// O(tokens * num_experts). Throws when the sizes do not fit.
+/// O(tokens * num_experts). Throws when the sizes do not fit, and for negative counts.
 template <class S>
 Loss<S> load_balancing_loss(const Routing<S>& routing, const IndexVector& demand,
                             Index num_tokens) {
   const Matrix<S>& p = routing.router_probs;
-  const Index tokens = p.rows(), experts = p.cols();
+  const Index tokens = routing.num_tokens(), experts = routing.num_experts();
+  check_plan_arrays(routing.plan, "load_balancing_loss");
+  require_shape(p, tokens, experts, "load_balancing_loss", "router_probs");
   require(demand.size() == experts, "load_balancing_loss: demand has ", demand.size(),
           " entries, expected ", experts, " experts");
   require(num_tokens >= 0, "load_balancing_loss: num_tokens = ", num_tokens,
           ", expected at least 0");
+  for (Index e = 0; e < experts; ++e)
+    require(demand[e] >= 0, "load_balancing_loss: demand[", e, "] = ", demand[e],
+            ", expected at least 0");
   Loss<S> loss;
   const Index total = demand.sum();
   loss.gradient.d_router_probs.setZero(tokens, experts);
@@ -94,6 +99,10 @@ enum class Importance {
 template <class S>
 Loss<S> importance_loss(const Routing<S>& routing, Importance recipe = Importance::gates) {
   const Index tokens = routing.num_tokens(), experts = routing.num_experts();
+  check_plan_arrays(routing.plan, "importance_loss");
+  check_choices(routing.chosen, tokens, experts, "importance_loss");
+  if (recipe == Importance::probs)
+    require_shape(routing.router_logits, tokens, experts, "importance_loss", "router_logits");
   Loss<S> loss;
   Vector<S> importance = Vector<S>::Zero(experts);
   if (recipe == Importance::gates) {
@@ -133,11 +142,21 @@ enum class LoadThreshold {
 /// thresholds are not constants: the gradient flows into the logits and the noise that set them.
 /// Without noise (inference, or k = number of available experts) load is the number of tokens that
 /// chose the expert and the gradient is zero. Gradient by router_logits and by the noise's stddev.
-/// O(tokens * num_experts * top_k).
+/// O(tokens * num_experts * top_k). Throws when the members of the routing do not fit each other.
 template <class S>
 Loss<S> load_loss(const Routing<S>& routing, LoadThreshold threshold = LoadThreshold::two) {
   const Index tokens = routing.num_tokens(), experts = routing.num_experts();
   const RoutingNoise<S>& noise = routing.noise;
+  check_plan_arrays(routing.plan, "load_loss");
+  check_choices(routing.chosen, tokens, experts, "load_loss");
+  require(noise.top_k >= 0 && noise.top_k <= experts, "load_loss: noise.top_k = ", noise.top_k,
+          " is not between 0 and num_experts = ", experts);
+  if (!noise.empty()) {
+    require_shape(routing.router_logits, tokens, experts, "load_loss", "router_logits");
+    require_shape(noise.draws, tokens, experts, "load_loss", "noise.draws");
+    require_shape(noise.stddev, tokens, experts, "load_loss", "noise.stddev");
+    require_shape(noise.noisy_logits, tokens, experts, "load_loss", "noise.noisy_logits");
+  }
   Loss<S> loss;
   Matrix<S>& d_logits = loss.gradient.d_router_logits;
   Matrix<S>& d_stddev = loss.gradient.d_noise_stddev;
@@ -198,6 +217,8 @@ Loss<S> load_loss(const Routing<S>& routing, LoadThreshold threshold = LoadThres
 template <class S>
 Loss<S> router_z_loss(const Routing<S>& routing) {
   const Index tokens = routing.num_tokens(), experts = routing.num_experts();
+  check_plan_arrays(routing.plan, "router_z_loss");
+  require_shape(routing.router_logits, tokens, experts, "router_z_loss", "router_logits");
   Loss<S> loss;
   Matrix<S>& d = loss.gradient.d_router_logits;
   d.setZero(tokens, experts);

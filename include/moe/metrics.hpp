@@ -12,11 +12,16 @@
 // What a routing did, as numbers: for dashboards, tests and people. Nothing here is differentiated.
 namespace moe {
 
-/// Number of tokens that chose each expert, before capacity [num_experts]. O(choices).
+/// Number of tokens that chose each expert, before capacity [num_experts]. O(choices). Throws when a
+/// choice is of no expert.
 template <class S>
 IndexVector demand_per_expert(const Routing<S>& routing) {
   IndexVector demand = IndexVector::Zero(routing.num_experts());
-  for (const Index e : routing.chosen.expert) ++demand[e];
+  for (const Index e : routing.chosen.expert) {
+    require(e >= 0 && e < demand.size(), "demand_per_expert: a choice is expert ", e, " of ",
+            demand.size());
+    ++demand[e];
+  }
   return demand;
 }
 
@@ -28,8 +33,19 @@ IndexVector tokens_per_expert(const Routing<S>& routing) {
   return load;
 }
 
-/// Standard deviation over mean of a load (population); 0 at perfect balance and for no load.
+namespace detail {
+
+inline void check_load(const IndexVector& load, const char* where) {
+  for (Index e = 0; e < load.size(); ++e)
+    require(load[e] >= 0, where, ": load[", e, "] = ", load[e], ", expected at least 0");
+}
+
+}  // namespace detail
+
+/// Standard deviation over mean of a load (population); 0 at perfect balance and for no load. Throws
+/// for a negative load.
 inline double coefficient_of_variation(const IndexVector& load) {
+  detail::check_load(load, "coefficient_of_variation");
   if (load.size() == 0 || load.sum() == 0) return 0;
   const auto values = load.cast<double>().array();
   const double mean = values.mean();
@@ -37,15 +53,21 @@ inline double coefficient_of_variation(const IndexVector& load) {
 }
 
 /// Largest load over mean load: 1 at perfect balance, num_experts when one takes all; 0 for no load.
+/// Throws for a negative load.
 inline double max_over_mean(const IndexVector& load) {
+  detail::check_load(load, "max_over_mean");
   if (load.size() == 0 || load.sum() == 0) return 0;
   return double(load.maxCoeff()) * double(load.size()) / double(load.sum());
 }
 
 /// Mean over valid tokens of the entropy of router_probs, in nats: 0 when the router is sure of one
-/// expert, log(num_experts) when it does not care. O(tokens * num_experts).
+/// expert, log(num_experts) when it does not care. O(tokens * num_experts). Throws when router_probs
+/// do not fit the plan.
 template <class S>
 double routing_entropy(const Routing<S>& routing) {
+  check_plan_arrays(routing.plan, "routing_entropy");
+  require_shape(routing.router_probs, routing.num_tokens(), routing.num_experts(),
+                "routing_entropy", "router_probs");
   double sum = 0;
   Index valid = 0;
   for (Index t = 0; t < routing.num_tokens(); ++t) {
@@ -79,6 +101,7 @@ template <class S>
 std::vector<UsedExpert<S>> trace(const Routing<S>& routing, Index token) {
   const DispatchPlan<S>& plan = routing.plan;
   require(token >= 0 && token < plan.num_tokens, "trace: token ", token, " of ", plan.num_tokens);
+  check_plan_arrays(plan, "trace");
   std::vector<UsedExpert<S>> used;
   for (Index e = 0; e < plan.num_experts(); ++e) {
     const Index* const end = plan.token.data() + plan.expert_begin[e + 1];

@@ -80,7 +80,8 @@ class MoELayer {
     for (std::size_t e = 0; e < experts_.size(); ++e)
       require(experts_[e].d_model() == d_model(), "MoELayer: expert ", e, " has d_model = ",
               experts_[e].d_model(), ", but the router has ", d_model());
-    require(!shared.gated || num_shared_ > 0, "MoELayer: gated shared experts, but 0 of them");
+    require(!shared.gated || num_shared_ > 0,
+            "MoELayer: gated shared experts, but 0 of them, expected at least 1");
     if (shared.gated) w_shared_gate.setZero(num_shared_, d_model());
     if (output_bias) b_output.setZero(d_model());
   }
@@ -271,7 +272,8 @@ class MoELayer {
                                           : "shared_experts." + std::to_string(e - routed);
       if constexpr (TrainableExpert<E>) visit_part(name, f, self.experts_[e]...);
     }
-    if (((self.w_shared_gate.size() > 0) || ...)) visit_array(f, {"w_shared_gate"}, self.w_shared_gate...);
+    if (((self.w_shared_gate.size() > 0) || ...))
+      visit_array(f, {"w_shared_gate"}, self.w_shared_gate...);
     if (((self.b_output.size() > 0) || ...)) visit_array(f, {"b_output"}, self.b_output...);
   }
 
@@ -360,13 +362,25 @@ class MoELayer {
                 (num_shared_ == 0 || cache.all_experts.num_experts() == Index(experts_.size())),
             "MoELayer::backward: the cache is of a layer with d_model = ", cache.x.cols(), " and ",
             cache.routing.num_experts(), " experts, expected ", d_model(), " and ", num_experts());
+    require(cache.x.rows() == cache.routing.num_tokens(), "MoELayer::backward: the cache holds ",
+            cache.x.rows(), " tokens, but its routing is of ", cache.routing.num_tokens());
     require_shape(d_y, cache.x.rows(), d_model(), "MoELayer::backward", "d_y");
     require(grad.d_model() == d_model() && grad.num_experts() == num_experts() &&
-                grad.num_shared_ == num_shared_ && grad.b_output.size() == b_output.size() &&
-                grad.w_shared_gate.size() == w_shared_gate.size(),
+                grad.num_shared_ == num_shared_,
             "MoELayer::backward: grad is a layer with d_model = ", grad.d_model(), ", ",
             grad.num_experts(), " + ", grad.num_shared_, " experts, expected ", d_model(), ", ",
-            num_experts(), " + ", num_shared_, " and the same parameters");
+            num_experts(), " + ", num_shared_);
+    // Before anything is added to grad. Not by visit(), whose names need memory.
+    const auto same_shape = [](const ParameterInfo& info, const auto& p, const auto& g) {
+      if (info.kind != Kind::buffer)
+        require_shape(g, p.rows(), p.cols(), "MoELayer::backward: grad", info.name);
+    };
+    visit_array(same_shape, {"w_shared_gate"}, w_shared_gate, grad.w_shared_gate);
+    visit_array(same_shape, {"b_output"}, b_output, grad.b_output);
+    for (std::size_t e = 0; e < experts_.size(); ++e)
+      E::visit(same_shape, experts_[e], grad.experts_[e]);
+    if constexpr (requires { R::visit(same_shape, router_, grad.router_); })
+      R::visit(same_shape, router_, grad.router_);
     check_routing_gradient(routing_gradient, cache.routing, "MoELayer::backward");
   }
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <numbers>
 
+#include <moe/check.hpp>
 #include <moe/types.hpp>
 
 // Random numbers that are the same with every standard library. (The standard's engines are portable,
@@ -50,8 +51,12 @@ class Rng {
   /// Uniform in [low, high).
   double uniform(double low, double high) { return low + (high - low) * uniform(); }
 
-  /// Uniform integer in [0, n), n > 0, by the upper bits of a product (bias below n / 2^53).
-  Index index(Index n) { return Index(uniform() * double(n)); }
+  /// Uniform integer in [0, n) by the upper bits of a product (bias below n / 2^53). Throws
+  /// std::invalid_argument unless n is positive.
+  Index index(Index n) {
+    require(n > 0, "Rng::index: n = ", n, ", expected at least 1");
+    return Index(uniform() * double(n));
+  }
 
   /// Normal with mean 0 and standard deviation 1 (Box and Muller 1958). Two steps of the generator.
   double normal() {

@@ -209,10 +209,13 @@ inline void check_batch_info(const BatchInfo& info, Index tokens, const char* wh
 }
 
 /// Makes `routing` an empty one for a batch: shapes set, tokens valid or masked, nothing chosen.
-/// Every router begins with this. O(tokens + num_experts); allocates only when shapes grow.
+/// Every router begins with this. O(tokens + num_experts); allocates only when shapes grow. Throws
+/// std::invalid_argument for counts out of range and when `info` does not fit.
 template <class S>
 void begin_routing(Index tokens, Index num_experts, const BatchInfo& info, Routing<S>& routing,
                    const char* where) {
+  require(tokens >= 0, where, ": ", tokens, " tokens, expected at least 0");
+  require(num_experts >= 1, where, ": ", num_experts, " experts, expected at least 1");
   check_batch_info(info, tokens, where);
   routing.noise.clear();
   routing.has_input_factor = false;
@@ -233,28 +236,35 @@ void begin_routing(Index tokens, Index num_experts, const BatchInfo& info, Routi
   routing.chosen.gate.clear();
 }
 
+/// Throws std::invalid_argument unless the arrays of a plan fit each other. O(num_experts).
+template <class S>
+void check_plan_arrays(const DispatchPlan<S>& plan, const char* where) {
+  const Index experts = plan.num_experts(), assignments = plan.num_assignments();
+  require(plan.token_state.size() == plan.num_tokens, where, ": token_state has ",
+          plan.token_state.size(), " entries, expected ", plan.num_tokens, " tokens");
+  require(plan.gate.size() == assignments, where, ": gate has ", plan.gate.size(),
+          " entries, expected ", assignments, " assignments");
+  require(experts >= 1, where, ": the routing is over ", experts, " experts, expected at least 1");
+  require(plan.expert_begin[0] == 0 && plan.expert_begin[experts] == assignments, where,
+          ": expert_begin goes from ", plan.expert_begin[0], " to ", plan.expert_begin[experts],
+          ", expected from 0 to ", assignments, " assignments");
+  for (Index e = 0; e < experts; ++e)
+    require(plan.expert_begin[e] <= plan.expert_begin[e + 1], where, ": expert_begin[", e + 1,
+            "] = ", plan.expert_begin[e + 1], " is less than the entry before it, ",
+            plan.expert_begin[e]);
+}
+
 /// Throws std::invalid_argument unless a plan from outside is one that the library may follow.
 /// O(tokens + assignments).
 template <class S>
 void check_plan(const DispatchPlan<S>& plan, Index tokens, Index num_experts, const char* where) {
   require(plan.num_tokens == tokens, where, ": the routing is of ", plan.num_tokens,
           " tokens, expected ", tokens);
-  require(plan.token_state.size() == tokens, where, ": token_state has ", plan.token_state.size(),
-          " entries, expected ", tokens, " tokens");
   require(plan.num_experts() == num_experts, where, ": the routing is over ", plan.num_experts(),
           " experts, expected ", num_experts);
-  const Index assignments = plan.num_assignments();
-  require(plan.gate.size() == assignments, where, ": gate has ", plan.gate.size(),
-          " entries, expected ", assignments, " assignments");
-  require(plan.expert_begin[0] == 0 && plan.expert_begin[num_experts] == assignments, where,
-          ": expert_begin goes from ", plan.expert_begin[0], " to ",
-          plan.expert_begin[num_experts], ", expected from 0 to ", assignments, " assignments");
+  check_plan_arrays(plan, where);
   for (Index e = 0; e < num_experts; ++e) {
     const Index begin = plan.expert_begin[e], end = plan.expert_begin[e + 1];
-    require(begin <= end, where, ": expert_begin[", e + 1, "] = ", end,
-            " is less than the entry before it, ", begin);
-    require(end <= assignments, where, ": expert_begin[", e + 1, "] = ", end, " of only ",
-            assignments, " assignments");
     for (Index a = begin; a < end; ++a) {
       const Index t = plan.token[a];
       require(t >= 0 && t < tokens, where, ": assignment ", a, " is of token ", t, " of ", tokens);
@@ -269,7 +279,29 @@ void check_plan(const DispatchPlan<S>& plan, Index tokens, Index num_experts, co
     require(t >= 0 && t < tokens, where, ": passed_through[", i, "] is token ", t, " of ", tokens);
     require(i == 0 || plan.passed_through[i - 1] < t, where, ": passed_through must ascend, but ",
             plan.passed_through[i > 0 ? i - 1 : i], " goes before ", t);
+    require(plan.token_state[t] == TokenState::valid, where, ": passed_through[", i, "] is token ",
+            t, ", which is masked or poisoned");
   }
+}
+
+/// Throws std::invalid_argument unless `chosen` lists choices that `tokens` tokens may make among
+/// `num_experts` experts. O(tokens + choices).
+template <class S>
+void check_choices(const Choices<S>& chosen, Index tokens, Index num_experts, const char* where) {
+  const Buffer<Index>& begin = chosen.token_begin;
+  require(begin.size() == tokens + 1, where, ": chosen.token_begin has ", begin.size(),
+          " entries, expected ", tokens + 1);
+  require(begin[0] == 0 && begin[tokens] == chosen.size(), where,
+          ": chosen.token_begin goes from ", begin[0], " to ", begin[tokens],
+          ", expected from 0 to ", chosen.size(), " choices");
+  require(chosen.gate.size() == chosen.size(), where, ": chosen.gate has ", chosen.gate.size(),
+          " entries, expected ", chosen.size(), " choices");
+  for (Index t = 0; t < tokens; ++t)
+    require(begin[t] <= begin[t + 1], where, ": chosen.token_begin[", t + 1, "] = ", begin[t + 1],
+            " is less than the entry before it, ", begin[t]);
+  for (Index c = 0; c < chosen.size(); ++c)
+    require(chosen.expert[c] >= 0 && chosen.expert[c] < num_experts, where, ": choice ", c,
+            " is expert ", chosen.expert[c], " of ", num_experts);
 }
 
 /// A router for inference. Its route() fills a Routing for x [tokens, d_model]; begin_routing and

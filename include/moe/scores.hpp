@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <moe/buffer.hpp>
+#include <algorithm>
+
+#include <moe/check.hpp>
 #include <moe/executor.hpp>
 #include <moe/product.hpp>
 #include <moe/softmax.hpp>
@@ -52,6 +54,9 @@ void compute_gates_backward(GateRecipe recipe, const S* probs, Index num_experts
 /// logits [tokens, experts] = x w^T for the tokens [begin, end) of x [tokens, d_model].
 template <class S, class X>
 void block_logits(const X& x, const Matrix<S>& w, Index begin, Index end, Matrix<S>& logits) {
+  require(begin >= 0 && begin <= end && end <= x.rows(), "block_logits: rows [", begin, ", ", end,
+          ") of x, which has ", x.rows());
+  require_shape(logits, x.rows(), w.rows(), "block_logits", "logits");
   linear(x.middleRows(begin, end - begin), w, logits.middleRows(begin, end - begin));
 }
 
@@ -60,6 +65,9 @@ void block_logits(const X& x, const Matrix<S>& w, Index begin, Index end, Matrix
 template <class S, class X, class Dx, Executor E>
 void router_linear_backward(const X& x, const Matrix<S>& w, const Matrix<S>& d_logits,
                             Matrix<S>& d_w, Dx&& d_x, const E& executor) {
+  require_shape(d_logits, x.rows(), w.rows(), "router_linear_backward", "d_logits");
+  require_shape(d_w, w.rows(), x.cols(), "router_linear_backward", "d_w");
+  require_shape(d_x, x.rows(), w.cols(), "router_linear_backward", "d_x");
   constexpr Index kCols = 128;
   executor.for_each((x.cols() + kCols - 1) / kCols, [&](Index block, Index) {
     const Index begin = block * kCols, count = std::min(kCols, x.cols() - begin);

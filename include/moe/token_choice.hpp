@@ -76,12 +76,17 @@ void for_each_final_set(const Routing<S>& routing, const F& f) {
 
 /// Selects each token's top_k experts by the routing's selection logits and fills router_probs,
 /// chosen and plan. begin_routing must have run and the logits be there. A token takes fewer experts
-/// where fewer are available. O(tokens * num_experts * top_k).
+/// where fewer are available. O(tokens * num_experts * top_k). Throws std::invalid_argument when the
+/// logits do not fit the plan, and for a rule out of range.
 template <class S, Executor E>
 void route_by_logits(const SeatingRule& rule, const BatchInfo& info, Routing<S>& routing,
                      const E& executor) {
   const Matrix<S>& logits = routing.selection_logits();
-  const Index tokens = logits.rows(), experts = logits.cols(), k = rule.top_k;
+  const Index tokens = routing.num_tokens(), experts = routing.num_experts(), k = rule.top_k;
+  require_shape(routing.router_logits, tokens, experts, "route_by_logits", "router_logits");
+  require_shape(logits, tokens, experts, "route_by_logits", "selection_logits");
+  require(k >= 1 && k <= experts, "route_by_logits: top_k = ", k,
+          " is not between 1 and num_experts = ", experts);
   routing.router_probs.resize(tokens, experts);
   Choices<S>& chosen = routing.chosen;
   chosen.expert.resize(tokens * k);
@@ -137,11 +142,53 @@ void route_by_logits(const SeatingRule& rule, const BatchInfo& info, Routing<S>&
   }
 }
 
+/// Throws std::invalid_argument unless every member of `gradient` that is there has the shape that
+/// the routing gives it.
+template <class S>
+void check_routing_gradient(const RoutingGradient<S>& gradient, const Routing<S>& routing,
+                            const char* where) {
+  const Index tokens = routing.num_tokens(), experts = routing.num_experts();
+  const auto matrix = [&](const Matrix<S>& m, const char* what) {
+    if (m.size() > 0) require_shape(m, tokens, experts, where, what);
+  };
+  matrix(gradient.d_router_logits, "d_router_logits");
+  matrix(gradient.d_router_probs, "d_router_probs");
+  matrix(gradient.d_noise_stddev, "d_noise_stddev");
+  const auto array = [&](const Buffer<S>& b, Index size, const char* what) {
+    require(b.empty() || b.size() == size, where, ": ", what, " has ", b.size(),
+            " entries, expected ", size);
+  };
+  array(gradient.d_chosen_gate, routing.chosen.size(), "d_chosen_gate");
+  array(gradient.d_gate, routing.plan.num_assignments(), "d_gate");
+}
+
+/// Throws std::invalid_argument unless a routing that a caller hands to backward has choices and
+/// probabilities that fit its plan. O(tokens + choices + assignments).
+template <class S>
+void check_choices(const Routing<S>& routing, const char* where) {
+  const Choices<S>& chosen = routing.chosen;
+  const DispatchPlan<S>& plan = routing.plan;
+  const Index tokens = plan.num_tokens, experts = plan.num_experts();
+  require_shape(routing.router_probs, tokens, experts, where, "router_probs");
+  check_choices(chosen, tokens, experts, where);
+  require(plan.choice.size() == plan.num_assignments(), where, ": plan.choice has ",
+          plan.choice.size(), " entries, expected ", plan.num_assignments(), " assignments");
+  for (Index a = 0; a < plan.num_assignments(); ++a) {
+    const Index c = plan.choice[a];
+    require(c >= 0 && c < chosen.size(), where, ": assignment ", a, " stems from choice ", c,
+            " of ", chosen.size());
+  }
+}
+
 /// d_logits [tokens, num_experts] = the gradient by the selection logits of everything that
-/// `gradient` says of gates and probabilities. Rows of tokens that are not valid are zero.
+/// `gradient` says of gates and probabilities. Rows of tokens that are not valid are zero. Throws
+/// std::invalid_argument when the routing and the gradient do not fit each other.
 template <class S>
 void selection_backward(const SeatingRule& rule, const Routing<S>& routing,
                         const RoutingGradient<S>& gradient, Matrix<S>& d_logits) {
+  check_plan_arrays(routing.plan, "selection_backward");
+  check_choices(routing, "selection_backward");
+  check_routing_gradient(gradient, routing, "selection_backward");
   const Choices<S>& chosen = routing.chosen;
   const DispatchPlan<S>& plan = routing.plan;
   const Index tokens = routing.router_probs.rows(), experts = routing.router_probs.cols();
@@ -184,10 +231,13 @@ void selection_backward(const SeatingRule& rule, const Routing<S>& routing,
                          &d_logits(t, 0));
 }
 
-/// d_logits += d for the rows of valid tokens; nothing where d is empty.
+/// d_logits += d for the rows of valid tokens; nothing where d is empty. Throws
+/// std::invalid_argument when shapes do not fit.
 template <class S>
 void add_valid_rows(const Routing<S>& routing, const Matrix<S>& d, Matrix<S>& d_logits) {
   if (d.size() == 0) return;
+  require_shape(d, routing.num_tokens(), routing.num_experts(), "add_valid_rows", "d");
+  require_shape(d_logits, d.rows(), d.cols(), "add_valid_rows", "d_logits");
   for (Index t = 0; t < d.rows(); ++t)
     if (routing.is_valid(t)) d_logits.row(t) += d.row(t);
 }
@@ -240,55 +290,23 @@ inline void check_removal(Index expert, Index num_experts, Index at_least, const
           " must be left");
 }
 
-/// Throws std::invalid_argument unless every member of `gradient` that is there has the shape that
-/// the routing gives it.
-template <class S>
-void check_routing_gradient(const RoutingGradient<S>& gradient, const Routing<S>& routing,
-                            const char* where) {
-  const Index tokens = routing.num_tokens(), experts = routing.num_experts();
-  const auto matrix = [&](const Matrix<S>& m, const char* what) {
-    if (m.size() > 0) require_shape(m, tokens, experts, where, what);
-  };
-  matrix(gradient.d_router_logits, "d_router_logits");
-  matrix(gradient.d_router_probs, "d_router_probs");
-  matrix(gradient.d_noise_stddev, "d_noise_stddev");
-  const auto array = [&](const Buffer<S>& b, Index size, const char* what) {
-    require(b.empty() || b.size() == size, where, ": ", what, " has ", b.size(),
-            " entries, expected ", size);
-  };
-  array(gradient.d_chosen_gate, routing.chosen.size(), "d_chosen_gate");
-  array(gradient.d_gate, routing.plan.num_assignments(), "d_gate");
-}
-
-/// Throws std::invalid_argument unless a routing that a caller hands to backward has choices and
-/// probabilities that fit its plan. O(tokens + choices + assignments).
-template <class S>
-void check_choices(const Routing<S>& routing, const char* where) {
-  const Choices<S>& chosen = routing.chosen;
-  const DispatchPlan<S>& plan = routing.plan;
-  const Index tokens = plan.num_tokens, experts = plan.num_experts();
-  require_shape(routing.router_probs, tokens, experts, where, "router_probs");
-  require(chosen.token_begin.size() == tokens + 1, where, ": chosen.token_begin has ",
-          chosen.token_begin.size(), " entries, expected ", tokens + 1);
-  require(chosen.token_begin[0] == 0 && chosen.token_begin[tokens] == chosen.size(), where,
-          ": chosen.token_begin goes from ", chosen.token_begin[0], " to ",
-          chosen.token_begin[tokens], ", expected from 0 to ", chosen.size(), " choices");
-  require(chosen.gate.size() == chosen.size(), where, ": chosen.gate has ", chosen.gate.size(),
-          " entries, expected ", chosen.size(), " choices");
-  require(plan.choice.size() == plan.num_assignments(), where, ": plan.choice has ",
-          plan.choice.size(), " entries, expected ", plan.num_assignments(), " assignments");
-  for (Index t = 0; t < tokens; ++t)
-    require(chosen.token_begin[t] <= chosen.token_begin[t + 1], where, ": chosen.token_begin[",
-            t + 1, "] = ", chosen.token_begin[t + 1], " is less than the entry before it, ",
-            chosen.token_begin[t]);
-  for (Index c = 0; c < chosen.size(); ++c)
-    require(chosen.expert[c] >= 0 && chosen.expert[c] < experts, where, ": choice ", c,
-            " is expert ", chosen.expert[c], " of ", experts);
-  for (Index a = 0; a < plan.num_assignments(); ++a) {
-    const Index c = plan.choice[a];
-    require(c >= 0 && c < chosen.size(), where, ": assignment ", a, " stems from choice ", c,
-            " of ", chosen.size());
+/// Throws std::invalid_argument unless the arguments of a router's backward pass fit the router and
+/// each other. What selection_backward checks is left to it. O(1).
+template <class R, class S>
+void check_router_backward(const R& router, const ConstMatrixRef<S>& x, const Routing<S>& routing,
+                           const MatrixRef<S>& d_x, const R& grad, const char* where) {
+  require(routing.num_tokens() == x.rows() && routing.num_experts() == router.num_experts(), where,
+          ": the routing is of ", routing.num_tokens(), " tokens and ", routing.num_experts(),
+          " experts, expected ", x.rows(), " and ", router.num_experts());
+  require_shape(x, x.rows(), router.d_model(), where, "x");
+  require_shape(d_x, x.rows(), router.d_model(), where, "d_x");
+  if (routing.has_input_factor)
+    require_shape(routing.input_factor, x.rows(), x.cols(), where, "input_factor");
+  if (const RoutingNoise<S>& noise = routing.noise; !noise.empty()) {
+    require_shape(noise.draws, x.rows(), router.num_experts(), where, "noise.draws");
+    require_shape(noise.stddev, x.rows(), router.num_experts(), where, "noise.stddev");
   }
+  R::visit([](const ParameterInfo&, const auto&...) {}, router, grad);  // throws if shapes differ
 }
 
 }  // namespace moe

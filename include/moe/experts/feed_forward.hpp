@@ -69,7 +69,7 @@ class FeedForward {
     require_shape(d_y, x.rows(), d_model(), "FeedForward::backward", "d_y");
     require_shape(cache, x.rows(), cache_cols(), "FeedForward::backward", "cache");
     require_shape(d_x, x.rows(), d_model(), "FeedForward::backward", "d_x");
-    require_shape(grad.w_up, d_ff(), d_model(), "FeedForward::backward", "grad.w_up");
+    visit([](const ParameterInfo&, const auto&...) {}, *this, grad);  // throws if shapes differ
     const auto before = cache.leftCols(d_ff());
     auto hidden = cache.rightCols(d_ff());  // overwritten by its own gradient, recomputed first
     activate_rows(before, hidden);

@@ -78,7 +78,7 @@ class GatedFeedForward {
     require_shape(d_y, x.rows(), d_model(), "GatedFeedForward::backward", "d_y");
     require_shape(cache, x.rows(), cache_cols(), "GatedFeedForward::backward", "cache");
     require_shape(d_x, x.rows(), d_model(), "GatedFeedForward::backward", "d_x");
-    require_shape(grad.w_up, d_ff(), d_model(), "GatedFeedForward::backward", "grad.w_up");
+    visit([](const ParameterInfo&, const auto&...) {}, *this, grad);  // throws if shapes differ
     const auto gate = cache.leftCols(d_ff());
     const auto up = cache.middleCols(d_ff(), d_ff());
     auto hidden = cache.middleCols(2 * d_ff(), d_ff());  // then the gradient by gate

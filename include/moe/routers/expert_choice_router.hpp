@@ -75,7 +75,7 @@ class ExpertChoiceRouter {
   void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, ExpertChoiceRouter& grad,
                 const E& executor = {}) const {
-    check_routing_gradient(gradient, routing, "ExpertChoiceRouter::backward");
+    check_router_backward(*this, x, routing, d_x, grad, "ExpertChoiceRouter::backward");
     Matrix<S>& d_logits = routing.scratch.d_logits;
     selection_backward(SeatingRule{}, routing, gradient, d_logits);
     add_valid_rows(routing, gradient.d_router_logits, d_logits);

@@ -72,6 +72,7 @@ class NoisyTopKRouter {
              const E& executor = {}) const {
     require_shape(x, x.rows(), d_model(), "NoisyTopKRouter::route", "x");
     require_trainable(options_, rule({}), num_experts(), "NoisyTopKRouter::route");
+    require_shape(w_noise, num_experts(), d_model(), "NoisyTopKRouter::route", "w_noise");
     begin_routing(x.rows(), num_experts(), info, routing, "NoisyTopKRouter::route");
     logits(x, w_router, routing.router_logits, executor);
     RoutingNoise<S>& noise = routing.noise;
@@ -96,7 +97,7 @@ class NoisyTopKRouter {
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, NoisyTopKRouter& grad,
                 const E& executor = {}) const {
     require_trainable(options_, rule({}), num_experts(), "NoisyTopKRouter::backward");
-    check_routing_gradient(gradient, routing, "NoisyTopKRouter::backward");
+    check_router_backward(*this, x, routing, d_x, grad, "NoisyTopKRouter::backward");
     const RoutingNoise<S>& noise = routing.noise;
     Matrix<S>& d_logits = routing.scratch.d_logits;
     selection_backward(rule({}), routing, gradient, d_logits);

@@ -97,7 +97,7 @@ class TopKRouter {
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, TopKRouter& grad,
                 const E& executor = {}) const {
     require_trainable(options_, rule({}), num_experts(), "TopKRouter::backward");
-    check_routing_gradient(gradient, routing, "TopKRouter::backward");
+    check_router_backward(*this, x, routing, d_x, grad, "TopKRouter::backward");
     Matrix<S>& d_logits = routing.scratch.d_logits;
     selection_backward(rule({}), routing, gradient, d_logits);
     add_valid_rows(routing, gradient.d_router_logits, d_logits);
