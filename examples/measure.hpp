@@ -3,6 +3,7 @@
 
 // How well a trained model predicts, and what its experts serve.
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
 #include <numeric>
@@ -94,7 +95,7 @@ inline double information(const Counts& counts) {
     cells.insert(cells.end(), row.begin(), row.end());
     for (std::size_t c = 0; c < row.size(); ++c) columns[c] += row[c];
   }
-  return entropy_of_expert(counts) + entropy(columns) - entropy(cells);
+  return std::max(0.0, entropy_of_expert(counts) + entropy(columns) - entropy(cells));
 }
 
 // Mean and standard deviation over seeds.

@@ -54,7 +54,8 @@ struct Report {
     std::vector<std::vector<std::string>> rows;
   };
 
-  std::string title, settings;
+  std::string title;
+  std::vector<std::string> settings;
   std::vector<Table> tables;
   std::string chart_title, x_title, y_title;
   std::vector<Line> lines;
@@ -63,9 +64,10 @@ struct Report {
 
   void write(const std::string& path) const {
     std::ostringstream html;
-    html << kHead << "<title>" << escaped(title) << "</title>\n"
-         << kStyle << "</head><body>\n<h1>" << escaped(title) << "</h1>\n<p>" << escaped(settings)
-         << "</p>\n";
+    html << kHead << "<title>" << escaped(title) << "</title>\n" << kStyle << "</head><body>\n";
+    html << "<h1>" << escaped(title) << "</h1>\n<p>";
+    for (const std::string& line : settings) html << escaped(line) << "<br>\n";
+    html << "</p>\n";
     for (const Table& table : tables) write_table(html, table);
     html << "<ul>\n";
     for (const std::string& note : notes) html << "<li>" << escaped(note) << "</li>\n";

@@ -89,8 +89,8 @@ TYPED_TEST(UnaryActivation, DerivativeIsTheDifferenceQuotient) {
 
 template <class U>
 class GatedActivation : public testing::Test {};
-using Gated = testing::Types<moe::SwiGLU, moe::GEGLU, moe::GEGLUTanh, moe::ReGLU,
-                             moe::ClampedSwiGLU>;
+using Gated =
+    testing::Types<moe::SwiGLU, moe::GEGLU, moe::GEGLUTanh, moe::ReGLU, moe::ClampedSwiGLU>;
 TYPED_TEST_SUITE(GatedActivation, Gated);
 
 TYPED_TEST(GatedActivation, DerivativesAreTheDifferenceQuotients) {
@@ -157,7 +157,8 @@ void gated_pack_form_equals_scalar_form(const U& glu) {
   moe::activate_gated_backward(glu, n, g.data(), u.data(), d.data(), d_g.data(), d_u.data());
   for (Index i = 0; i < n; ++i) {
     const auto slope = glu.derivative(g[i], u[i]);
-    const S by_gate_terms = (S(1) + std::min(std::abs(g[i] * g[i]), S(100))) * (S(1) + std::abs(u[i]));
+    const S by_gate_terms =
+        (S(1) + std::min(std::abs(g[i] * g[i]), S(100))) * (S(1) + std::abs(u[i]));
     expect_close(out[i], glu.forward(g[i], u[i]), g[i] * (S(1) + std::abs(u[i])));
     expect_close(d_g[i], S(-0.75) * S(slope.by_gate), by_gate_terms);
     expect_close(d_u[i], S(-0.75) * S(slope.by_up), g[i]);

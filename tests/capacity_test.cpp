@@ -199,8 +199,14 @@ TEST(ApplyCapacity, OfZeroDropsEverything) {
     s.scores = Matrix<double>::Zero(4, 3);
     s.seat({0}, overflow);
     EXPECT_EQ(s.tokens_of_experts(), (Lists{{}, {}, {}}));
-    EXPECT_EQ(s.dropped(), (Drops{{0, 0, 0}, {1, 0, 0}, {2, 0, 0}, {3, 1, 0},
-                                  {0, 1, 1}, {1, 2, 1}, {2, 1, 1}, {3, 0, 1}}));
+    EXPECT_EQ(s.dropped(), (Drops{{0, 0, 0},
+                                  {1, 0, 0},
+                                  {2, 0, 0},
+                                  {3, 1, 0},
+                                  {0, 1, 1},
+                                  {1, 2, 1},
+                                  {2, 1, 1},
+                                  {3, 0, 1}}));
     EXPECT_EQ(s.passed(), overflow == Overflow::pass_through ? (std::vector<Index>{0, 1, 2, 3})
                                                              : std::vector<Index>{});
   }
@@ -425,8 +431,12 @@ TEST(ApplyCapacity, NothingIsLostSilently) {
         ASSERT_TRUE(a == plan.expert_begin[e] || plan.token[a - 1] < t);
         ASSERT_TRUE(chosen.token_begin[t] <= c && c < chosen.token_begin[t + 1]);
         ASSERT_EQ(plan.gate[a], chosen.gate[c]);
-        if (overflow != Overflow::next_best) { ASSERT_EQ(chosen.expert[c], e); }
-        if (chosen.expert[c] != e) { ASSERT_NE(scores(t, e), -kInf); }
+        if (overflow != Overflow::next_best) {
+          ASSERT_EQ(chosen.expert[c], e);
+        }
+        if (chosen.expert[c] != e) {
+          ASSERT_NE(scores(t, e), -kInf);
+        }
         ++load[info.num_groups() == 2 && t >= info.group_begin[1] ? 1u : 0u];
       }
       for (std::size_t g = 0; g < capacity.size(); ++g) ASSERT_LE(load[g], capacity[g]);

@@ -236,8 +236,8 @@ TEST(Combine, BackwardIsItsAdjoint) {
     moe::combine_backward(poison(d_y, plan), rows, plan, d_rows, d_gate);
     double expected = 0;
     for (Index t = 0; t < plan.num_tokens; ++t) {
-      const bool passed = std::binary_search(plan.passed_through.begin(),
-                                             plan.passed_through.end(), t);
+      const bool passed =
+          std::binary_search(plan.passed_through.begin(), plan.passed_through.end(), t);
       if (plan.token_state[t] == TokenState::valid && !passed) expected += y.row(t).dot(d_y.row(t));
       EXPECT_EQ(y.row(t).array().isNaN().all(), plan.token_state[t] == TokenState::poisoned);
     }
@@ -314,8 +314,7 @@ TEST(RunExperts, ManyRowsComeInBlocksThatCoverAllOfThem) {
 TEST(RunExperts, WithAndWithoutACacheAndAloneGiveTheSameBits) {
   using Expert = moe::FeedForward<double, moe::GELU>;
   moe::Rng rng(4);
-  const auto experts =
-      moe::make_experts<Expert>(3, {.d_model = 5, .d_ff = 7, .bias = true}, rng);
+  const auto experts = moe::make_experts<Expert>(3, {.d_model = 5, .d_ff = 7, .bias = true}, rng);
   std::vector<Assignment> all;
   for (Index t = 0; t < 300; ++t) all.push_back({t % 2 == 0 ? 0 : 2, t, 1});
   const auto plan = make_plan(300, 3, all);
@@ -346,8 +345,8 @@ TEST(RunExperts, BackwardIsThatOfEveryExpertAlone) {
   std::vector<Expert> grads;
   for (const Expert& e : experts) grads.push_back(moe::zeros_like(e));
   moe::run_experts(std::span<const Expert>(experts), plan, x_rows, y_rows, cache, scratch);
-  moe::run_experts_backward(std::span<const Expert>(experts), plan, x_rows, d_rows, cache,
-                            d_x_rows, std::span<Expert>(grads));
+  moe::run_experts_backward(std::span<const Expert>(experts), plan, x_rows, d_rows, cache, d_x_rows,
+                            std::span<Expert>(grads));
   for (const Index e : {0, 1, 2}) {
     const Index begin = plan.expert_begin[e], count = plan.rows_of(e);
     const Expert& expert = experts[std::size_t(e)];

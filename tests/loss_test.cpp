@@ -105,7 +105,8 @@ void expect_gradient(const Matrix<double>& d, Matrix<double>& at,
 // ---- Values from other implementations' formulas, computed with Python in double.
 
 TEST(LoadBalancing, OfAKnownBatch) {
-  // Top-1: Switch Transformer, mesh_tensorflow, Tutel. Top-2: Megatron-LM, and half of Hugging Face.
+  // Top-1: Switch Transformer, mesh_tensorflow, Tutel. Top-2: Megatron-LM, and half of Hugging
+  // Face.
   EXPECT_NEAR(moe::load_balancing_loss(route_logits(known_logits(), 1)).value, 1.416588236225243,
               1e-14);
   EXPECT_NEAR(moe::load_balancing_loss(route_logits(known_logits(), 2)).value, 1.146485625668751,
@@ -136,15 +137,15 @@ TEST(LoadLoss, OfAKnownBatch) {
   EXPECT_NEAR(moe::load_loss(known_noisy(), LoadThreshold::one).value, 0.11895809386810192, 1e-14);
 }
 
-// The loads themselves: of a batch repeated n times they are n times as large, and CV^2 is the same;
-// so each load shows when its expert is all that differs. Here: one token at a time.
+// The loads themselves: of a batch repeated n times they are n times as large, and CV^2 is the
+// same; so each load shows when its expert is all that differs. Here: one token at a time.
 TEST(LoadLoss, OfOneTokenIsTheVariationOfItsProbabilities) {
   const Matrix<double> z = known_logits(), draws = known_draws();
   const double sigma = .8;
   const auto phi = [](double u) { return 0.5 * std::erfc(-u / std::sqrt(2.0)); };
   for (Index t = 0; t < 4; ++t) {
-    const Routing<double> routing = route_noisy(
-        z.row(t), draws.row(t), Matrix<double>::Constant(1, 4, sigma), 2);
+    const Routing<double> routing =
+        route_noisy(z.row(t), draws.row(t), Matrix<double>::Constant(1, 4, sigma), 2);
     Vector<double> noisy = (z.row(t) + sigma * draws.row(t)).transpose(), sorted = noisy;
     std::sort(sorted.begin(), sorted.end(), std::greater<>());
     Vector<double> two(4), one(4);
@@ -233,8 +234,7 @@ const std::vector<NamedLoss>& losses() {
       {"importance of probs",
        [](const auto& r) { return moe::importance_loss(r, Importance::probs); }},
       {"load, two thresholds", [](const auto& r) { return moe::load_loss(r); }},
-      {"load, one threshold",
-       [](const auto& r) { return moe::load_loss(r, LoadThreshold::one); }},
+      {"load, one threshold", [](const auto& r) { return moe::load_loss(r, LoadThreshold::one); }},
       {"z", [](const auto& r) { return moe::router_z_loss(r); }},
   };
   return all;
@@ -368,9 +368,9 @@ TEST(LoadLoss, GradientByTheLogitsAndByTheNoise) {
   for (const auto threshold : {LoadThreshold::two, LoadThreshold::one}) {
     for (Index k = 1; k <= 4; ++k) {
       SCOPED_TRACE(k);
-      Routing<double> routing = route_noisy(
-          random_matrix(6, 5, 16), random_matrix(6, 5, 17),
-          (random_matrix(6, 5, 18).cwiseAbs().array() + 0.4).matrix(), k);
+      Routing<double> routing =
+          route_noisy(random_matrix(6, 5, 16), random_matrix(6, 5, 17),
+                      (random_matrix(6, 5, 18).cwiseAbs().array() + 0.4).matrix(), k);
       const auto value = [&] {
         auto& [draws, stddev, noisy, top_k] = routing.noise;
         noisy = routing.router_logits + draws.cwiseProduct(stddev);
@@ -435,8 +435,7 @@ TEST(LoadLoss, ATokenWithoutAThresholdCountsItsChoices) {
 TEST(LoadLoss, UnavailableExpertsHaveNoLoad) {
   Matrix<double> z = known_logits();
   z.col(3).setConstant(-std::numeric_limits<double>::infinity());
-  Routing<double> routing =
-      route_noisy(z, known_draws(), Matrix<double>::Constant(4, 4, .8), 1);
+  Routing<double> routing = route_noisy(z, known_draws(), Matrix<double>::Constant(4, 4, .8), 1);
   const Loss<double> loss = moe::load_loss(routing);
   EXPECT_TRUE(std::isfinite(loss.value));
   expect_gradient(loss.gradient.d_router_logits, routing.router_logits, [&] {

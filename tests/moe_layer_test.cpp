@@ -33,7 +33,8 @@ using TopK = moe::TopKRouter<double>;
 using Noisy = moe::NoisyTopKRouter<double>;
 using Layer = moe::MoELayer<Gated, TopK>;
 
-static_assert(std::copyable<Layer> && std::copyable<Layer::Cache> && std::copyable<Layer::Workspace>);
+static_assert(std::copyable<Layer> && std::copyable<Layer::Cache> &&
+              std::copyable<Layer::Workspace>);
 
 constexpr Index kModel = 6;
 
@@ -58,16 +59,20 @@ Layer make_layer(Parts parts = {}) {
   parts.router.d_model = kModel;
   parts.router.num_experts = parts.experts;
   const Gated::Options expert{.d_model = kModel, .d_ff = parts.d_ff, .bias = true};
-  Layer layer(moe::make_experts<Gated>(parts.experts, expert, rng), TopK(parts.router, rng),
-              {.experts = moe::make_experts<Gated>(parts.shared, expert, rng), .gated = parts.gated},
-              parts.output_bias);
+  Layer layer(
+      moe::make_experts<Gated>(parts.experts, expert, rng), TopK(parts.router, rng),
+      {.experts = moe::make_experts<Gated>(parts.shared, expert, rng), .gated = parts.gated},
+      parts.output_bias);
   Layer::visit([&](const moe::ParameterInfo&, auto& p) { moe::fill_normal(p, 0.4, rng); }, layer);
   return layer;
 }
 
 // A layer with everything that a layer can have.
 Layer full_layer() {
-  return make_layer({.router = {.top_k = 2, .renormalise = true, .bias = true, .capacity = 0.75,
+  return make_layer({.router = {.top_k = 2,
+                                .renormalise = true,
+                                .bias = true,
+                                .capacity = 0.75,
                                 .training_capacity = 0.75,
                                 .overflow = moe::Overflow::pass_through},
                      .shared = 2,
@@ -96,8 +101,8 @@ BatchInfo masked(const std::vector<bool>& valid) {
 // ---- The formula.
 
 TEST(MoELayer, OutputIsTheGatedSumOfExpertsPlusSharedOnesPlusBias) {
-  const Layer layer = make_layer(
-      {.router = {.top_k = 2}, .shared = 2, .gated = true, .output_bias = true});
+  const Layer layer =
+      make_layer({.router = {.top_k = 2}, .shared = 2, .gated = true, .output_bias = true});
   const Matrix<double> x = random_matrix(9, kModel, 2);
   const Routing<double> routing = layer.route(x);
   const Matrix<double> y = layer.forward(x);
@@ -108,8 +113,8 @@ TEST(MoELayer, OutputIsTheGatedSumOfExpertsPlusSharedOnesPlusBias) {
                   expert_output(layer.experts()[std::size_t(routing.chosen.expert[c])], x.row(t));
     for (Index s = 0; s < 2; ++s) {
       const double z = layer.w_shared_gate.row(s).dot(x.row(t));
-      expected += 1 / (1 + std::exp(-z)) *
-                  expert_output(layer.shared_experts()[std::size_t(s)], x.row(t));
+      expected +=
+          1 / (1 + std::exp(-z)) * expert_output(layer.shared_experts()[std::size_t(s)], x.row(t));
     }
     EXPECT_TRUE(y.row(t).isApprox(expected.row(0), 1e-12)) << t;
   }
@@ -121,8 +126,7 @@ TEST(MoELayer, UngatedSharedExpertsAreAddedAsTheyAre) {
     return Layer({experts.begin(), experts.end()}, with.router());
   }();
   const Matrix<double> x = random_matrix(5, kModel, 3);
-  const Matrix<double> expected =
-      without.forward(x) + expert_output(with.shared_experts()[0], x);
+  const Matrix<double> expected = without.forward(x) + expert_output(with.shared_experts()[0], x);
   EXPECT_TRUE(with.forward(x).isApprox(expected, 1e-13));
 }
 
@@ -258,8 +262,7 @@ TEST(MoELayer, GradientsAccumulateAndBackwardMayBeCalledAgain) {
   const auto loss = 0.1 * moe::router_z_loss(cache.routing).gradient;
   Layer once = moe::zeros_like(layer), twice = once;
   const Matrix<double> d_x = layer.backward(d_y, cache, once, loss);
-  for (int round = 0; round < 2; ++round)
-    EXPECT_EQ(layer.backward(d_y, cache, twice, loss), d_x);
+  for (int round = 0; round < 2; ++round) EXPECT_EQ(layer.backward(d_y, cache, twice, loss), d_x);
   Layer::visit(
       [](const auto& info, const auto& one, const auto& two) {
         EXPECT_TRUE(two.isApprox(2 * one, 1e-12)) << info.name;
@@ -285,7 +288,8 @@ TEST(MoELayer, ACacheServesBatchesOfEverySize) {
   Layer::Cache reused;
   Layer::Workspace workspace;
   for (const Index tokens : {7, 30, 1, 0, 70, 7}) {
-    const Matrix<double> x = random_matrix(tokens, kModel, 20), d_y = random_matrix(tokens, kModel, 21);
+    const Matrix<double> x = random_matrix(tokens, kModel, 20),
+                         d_y = random_matrix(tokens, kModel, 21);
     Layer::Cache fresh;
     Matrix<double> y;
     EXPECT_EQ(layer.forward(x, reused), layer.forward(x, fresh));
@@ -330,7 +334,8 @@ TEST(MoELayer, RefusesAGradientOfAnotherShapeAndLeavesItAlone) {
   const auto refused = [&](const Parts& other) {
     Layer grad = moe::zeros_like(make_layer(other));
     EXPECT_THROW(layer.backward(x, cache, grad), std::invalid_argument);
-    Layer::visit([](const auto& info, const auto& p) { EXPECT_EQ(p.norm(), 0) << info.name; }, grad);
+    Layer::visit([](const auto& info, const auto& p) { EXPECT_EQ(p.norm(), 0) << info.name; },
+                 grad);
   };
   Parts other = parts;
   other.experts = 5;
@@ -406,8 +411,7 @@ TEST(MoELayer, MaskedRowsAreZeroAndPoisonedOnesNotANumber) {
   EXPECT_TRUE(d_x.allFinite());
   Layer::visit([](const auto& name, const auto& p) { EXPECT_TRUE(p.allFinite()) << name.name; },
                grad);
-  const Vector<double> sum =
-      (d_y.row(0) + d_y.row(2) + d_y.row(3) + d_y.row(5)).transpose();
+  const Vector<double> sum = (d_y.row(0) + d_y.row(2) + d_y.row(3) + d_y.row(5)).transpose();
   EXPECT_TRUE(grad.b_output.isApprox(sum, 1e-13));
 }
 
@@ -466,7 +470,8 @@ TEST(MoELayer, AnAddedExpertStandsBehindTheRoutedOnes) {
 }
 
 TEST(MoELayer, RemovingAnExpertThatNobodyUsesChangesNothing) {
-  Layer layer = make_layer({.experts = 5, .router = {.top_k = 2, .renormalise = true, .bias = true}});
+  Layer layer =
+      make_layer({.experts = 5, .router = {.top_k = 2, .renormalise = true, .bias = true}});
   layer.router().b_router[1] = -1000;
   const Matrix<double> x = random_matrix(30, kModel, 34);
   const Matrix<double> y = layer.forward(x);
@@ -648,9 +653,9 @@ TEST(MoELayer, TrainsWithARouterOfTheUserAndGatesOnEitherSide) {
   using OwnLayer = moe::MoELayer<Gated, Fixed>;
   for (const auto side : {moe::GateSide::output, moe::GateSide::input}) {
     Rng rng(41);
-    const OwnLayer layer(moe::make_experts<Gated>(2, {.d_model = kModel, .d_ff = 4}, rng),
-                         Fixed{side},
-                         {.experts = moe::make_experts<Gated>(1, {.d_model = kModel, .d_ff = 3}, rng)});
+    const OwnLayer layer(
+        moe::make_experts<Gated>(2, {.d_model = kModel, .d_ff = 4}, rng), Fixed{side},
+        {.experts = moe::make_experts<Gated>(1, {.d_model = kModel, .d_ff = 3}, rng)});
     Matrix<double> x = random_matrix(5, kModel, 42);
     const Matrix<double> d_y = random_matrix(5, kModel, 43);
     // The formula: gate * f(x), or f(gate * x).
@@ -660,8 +665,9 @@ TEST(MoELayer, TrainsWithARouterOfTheUserAndGatesOnEitherSide) {
       for (Index e = 0; e < 2; ++e) {
         const double gate = std::tanh(x.row(t).dot(layer.router().w.row(e)));
         const Gated& expert = layer.experts()[std::size_t(e)];
-        expected += side == moe::GateSide::output ? Matrix<double>(gate * expert_output(expert, x.row(t)))
-                                                  : expert_output(expert, gate * x.row(t));
+        expected += side == moe::GateSide::output
+                        ? Matrix<double>(gate * expert_output(expert, x.row(t)))
+                        : expert_output(expert, gate * x.row(t));
       }
       EXPECT_TRUE(y.row(t).isApprox(expected.row(0), 1e-12));
     }
@@ -692,8 +698,7 @@ TEST(MoELayer, TrainsWithARouterOfTheUserAndGatesOnEitherSide) {
 TEST(MoELayer, GatedSharedExpertsNeedGatesOnOutputs) {
   Rng rng(44);
   const moe::MoELayer<Gated, Fixed> layer(
-      moe::make_experts<Gated>(2, {.d_model = kModel, .d_ff = 4}, rng),
-      Fixed{moe::GateSide::input},
+      moe::make_experts<Gated>(2, {.d_model = kModel, .d_ff = 4}, rng), Fixed{moe::GateSide::input},
       {.experts = moe::make_experts<Gated>(1, {.d_model = kModel, .d_ff = 3}, rng), .gated = true});
   EXPECT_THROW(layer.forward(random_matrix(2, kModel, 45)), std::invalid_argument);
 }

@@ -59,16 +59,19 @@ struct Kinds {
 
 TEST(Parameters, NamesAreDotted) {
   EXPECT_EQ(names_of(make_layer()),
-            (std::vector<std::string>{
-                "router.w_router", "router.b_router",                            //
-                "experts.0.w_gate", "experts.0.w_up", "experts.0.w_down",        //
-                "experts.0.b_gate", "experts.0.b_up", "experts.0.b_down",        //
-                "experts.1.w_gate", "experts.1.w_up", "experts.1.w_down",        //
-                "experts.1.b_gate", "experts.1.b_up", "experts.1.b_down",        //
-                "shared_experts.0.w_gate", "shared_experts.0.w_up",              //
-                "shared_experts.0.w_down", "shared_experts.0.b_gate",            //
-                "shared_experts.0.b_up", "shared_experts.0.b_down",              //
-                "w_shared_gate", "b_output"}));
+            (std::vector<std::string>{"router.w_router",         "router.b_router",  //
+                                      "experts.0.w_gate",        "experts.0.w_up",
+                                      "experts.0.w_down",  //
+                                      "experts.0.b_gate",        "experts.0.b_up",
+                                      "experts.0.b_down",  //
+                                      "experts.1.w_gate",        "experts.1.w_up",
+                                      "experts.1.w_down",  //
+                                      "experts.1.b_gate",        "experts.1.b_up",
+                                      "experts.1.b_down",                                    //
+                                      "shared_experts.0.w_gate", "shared_experts.0.w_up",    //
+                                      "shared_experts.0.w_down", "shared_experts.0.b_gate",  //
+                                      "shared_experts.0.b_up",   "shared_experts.0.b_down",  //
+                                      "w_shared_gate",           "b_output"}));
 }
 
 TEST(Parameters, WhatIsNotThereIsNotVisited) {

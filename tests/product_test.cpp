@@ -29,12 +29,13 @@ struct Strided {
   Matrix<S> all;
   Index cols;
   explicit Strided(const Matrix<S>& m)
-      : all(Matrix<S>::Constant(m.rows(), m.cols() + 5, S(99))), cols(m.cols()) {
+      : all(Matrix<S>::Constant(m.rows() + 1, m.cols() + 5, S(99))), cols(m.cols()) {
     view() = m;
   }
-  auto view() { return all.middleCols(3, cols); }
+  auto view() { return all.block(0, 3, all.rows() - 1, cols); }
   bool margins_are_untouched() const {
-    return (all.leftCols(3).array() == S(99)).all() && (all.rightCols(2).array() == S(99)).all();
+    return (all.leftCols(3).array() == S(99)).all() && (all.rightCols(2).array() == S(99)).all() &&
+           (all.bottomRows(1).array() == S(99)).all();
   }
 };
 
@@ -43,7 +44,7 @@ template <class S>
 void expect_sum(S got, long double sum, long double magnitude, Index depth) {
   const long double bound =
       (long double)(depth + 2) * (long double)(std::numeric_limits<S>::epsilon()) * magnitude;
-  EXPECT_LE(std::abs((long double)(got) - sum), bound);
+  EXPECT_LE(std::abs((long double)(got)-sum), bound);
 }
 
 template <class S>
@@ -261,8 +262,8 @@ TYPED_TEST(ProductOf, DotAndAddScaledEqualLoopsAtEveryLengthAndAlignment) {
     Matrix<S> scaled = b;
     moe::add_scaled(n, scale, a.data(), scaled.data());
     for (Index i = 0; i < n; ++i)
-      expect_sum(scaled(0, i), b(0, i) + (long double)(scale) * a(0, i),
-                 std::abs((long double)(b(0, i))) + std::abs((long double)(scale) * a(0, i)), 1);
+      expect_sum(scaled(0, i), b(0, i) + (long double)(scale)*a(0, i),
+                 std::abs((long double)(b(0, i))) + std::abs((long double)(scale)*a(0, i)), 1);
     const Index offset = 1 + rng.index(15);
     OffsetMap<S> a_at(a, offset), b_at(b, 16 - offset);
     EXPECT_EQ(moe::dot(n, a_at.map().data(), b_at.map().data()), result);

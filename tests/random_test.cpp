@@ -17,12 +17,12 @@ using moe::Rng;
 static_assert(std::uniform_random_bit_generator<Rng>);
 static_assert(std::copyable<Rng>);
 
-// The published splitmix64.c and xoshiro256plusplus.c, run by a Python transcription; the vector for
-// seed 0 is also that of the Rust crate rand (Xoshiro256PlusPlus::seed_from_u64(0)).
+// The published splitmix64.c and xoshiro256plusplus.c, run by a Python transcription; the vector
+// for seed 0 is also that of the Rust crate rand (Xoshiro256PlusPlus::seed_from_u64(0)).
 TEST(Rng, IsXoshiro256PlusPlusSeededBySplitmix64) {
   const std::uint64_t of_seed_0[] = {
-      5987356902031041503u, 7051070477665621255u,  6633766593972829180u,  211316841551650330u,
-      9136120204379184874u, 379361710973160858u,   15813423377499357806u, 15596884590815070553u,
+      5987356902031041503u, 7051070477665621255u, 6633766593972829180u,  211316841551650330u,
+      9136120204379184874u, 379361710973160858u,  15813423377499357806u, 15596884590815070553u,
       5439680534584881407u, 1369371744833522710u};
   const std::uint64_t of_seed_42[] = {
       15021278609987233951u, 5881210131331364753u,  18149643915985481100u, 12933668939759105464u,

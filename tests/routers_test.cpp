@@ -191,13 +191,13 @@ TEST(TopKRouter, GatesStayThoseOfDemandUnlessRenormalisedAfterDrop) {
 
 TEST(TopKRouter, NextBestMakesGatesOverTheFinalSet) {
   for (const bool renormalise : {false, true}) {
-    const auto routing = route(
-        identity_router<TopK>(
-            {.top_k = 2, .renormalise = renormalise, .capacity = 1.0,
-             .overflow = Overflow::next_best}),
-        known_logits());
-    // Token 2 loses expert 0 and token 3 expert 1. With experts 0 and 1 full, token 2 takes expert 3
-    // beside its expert 2, and token 3 expert 2 beside its expert 3.
+    const auto routing = route(identity_router<TopK>({.top_k = 2,
+                                                      .renormalise = renormalise,
+                                                      .capacity = 1.0,
+                                                      .overflow = Overflow::next_best}),
+                               known_logits());
+    // Token 2 loses expert 0 and token 3 expert 1. With experts 0 and 1 full, token 2 takes expert
+    // 3 beside its expert 2, and token 3 expert 2 beside its expert 3.
     EXPECT_EQ(tokens_of_experts(routing), (Lists{{0, 1}, {0, 1}, {2, 3}, {2, 3}}));
     EXPECT_TRUE(routing.plan.dropped.empty());
     const auto& p = routing.router_probs;
@@ -400,7 +400,8 @@ TEST(NoisyTopKRouter, ChoosesByTheNoisyLogitsWithTheirSoftmaxAsGates) {
 }
 
 TEST(NoisyTopKRouter, SoftplusDoesNotOverflow) {
-  auto router = identity_router<Noisy>({.top_k = 1, .noise_epsilon = 0, .allow_constant_gate = true});
+  auto router =
+      identity_router<Noisy>({.top_k = 1, .noise_epsilon = 0, .allow_constant_gate = true});
   router.w_noise.setIdentity();
   Rng rng(14);
   Routing<double> routing;
@@ -472,11 +473,13 @@ TEST(ExpertChoiceRouter, TokensThatNobodyTakesMayPassThrough) {
   x << 5, 0, 0, 0, 0, 5, 0, 0;
   BatchInfo info = masked({1, 1, 1, 0});
   for (const auto overflow : {Overflow::drop, Overflow::pass_through}) {
-    const auto routing = route(
-        identity_router<ExpertChoice>({.capacity = 0.5, .overflow = overflow}, 2), x, info);
+    const auto routing =
+        route(identity_router<ExpertChoice>({.capacity = 0.5, .overflow = overflow}, 2), x, info);
     EXPECT_EQ(tokens_of_experts(routing), (Lists{{0}, {2}}));
     EXPECT_EQ(routing.plan.passed_through.size(), overflow == Overflow::drop ? 0 : 1);
-    if (overflow == Overflow::pass_through) { EXPECT_EQ(routing.plan.passed_through[0], 1); }
+    if (overflow == Overflow::pass_through) {
+      EXPECT_EQ(routing.plan.passed_through[0], 1);
+    }
   }
 }
 
@@ -512,8 +515,7 @@ TYPED_TEST(AnyRouter, AnEmptyBatchIsFine) {
 }
 
 TYPED_TEST(AnyRouter, ABatchOfMaskedTokensGoesNowhere) {
-  const auto routing =
-      route(identity_router<TypeParam>({}), known_logits(), masked({0, 0, 0, 0}));
+  const auto routing = route(identity_router<TypeParam>({}), known_logits(), masked({0, 0, 0, 0}));
   EXPECT_EQ(routing.plan.num_assignments(), 0);
   EXPECT_EQ(routing.chosen.size(), 0);
   EXPECT_TRUE((routing.router_probs.array() == 0).all());

@@ -153,7 +153,8 @@ struct NoLoss {
 }  // namespace detail
 
 /// Checks an expert: d_x and every parameter's gradient of a random weighted sum of its output, for
-/// x [rows, d_model], in double. O(parameters) forward passes: keep it small.
+/// x [rows, d_model], in double. O(parameters) forward passes: keep it small. Throws
+/// std::invalid_argument for a step, margin or floor that is not positive.
 template <TrainableExpert E>
 GradientReport check_gradients(const E& expert, Matrix<double> x,
                                const GradientCheckOptions& options = {}) {

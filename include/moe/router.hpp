@@ -141,11 +141,11 @@ struct Routing {
 /// and scaled by the user, taken by the router's backward pass.
 template <class S>
 struct RoutingGradient {
-  Matrix<S> d_router_logits;  ///< [tokens, num_experts]
-  Matrix<S> d_router_probs;   ///< [tokens, num_experts]
-  Matrix<S> d_noise_stddev;   ///< [tokens, num_experts]
-  Buffer<S> d_chosen_gate;    ///< by Routing::chosen.gate [choices]
-  Buffer<S> d_gate;           ///< by Routing::plan.gate [assignments]
+  Matrix<S> d_router_logits{};  ///< [tokens, num_experts]
+  Matrix<S> d_router_probs{};   ///< [tokens, num_experts]
+  Matrix<S> d_noise_stddev{};   ///< [tokens, num_experts]
+  Buffer<S> d_chosen_gate{};    ///< by Routing::chosen.gate [choices]
+  Buffer<S> d_gate{};           ///< by Routing::plan.gate [assignments]
 
   RoutingGradient& operator+=(const RoutingGradient& other) {
     add(d_router_logits, other.d_router_logits, "d_router_logits");

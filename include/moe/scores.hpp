@@ -68,6 +68,7 @@ void router_linear_backward(const X& x, const Matrix<S>& w, const Matrix<S>& d_l
   require_shape(d_logits, x.rows(), w.rows(), "router_linear_backward", "d_logits");
   require_shape(d_w, w.rows(), x.cols(), "router_linear_backward", "d_w");
   require_shape(d_x, x.rows(), w.cols(), "router_linear_backward", "d_x");
+  if (x.rows() == 0) return;
   constexpr Index kCols = 128;
   executor.for_each((x.cols() + kCols - 1) / kCols, [&](Index block, Index) {
     const Index begin = block * kCols, count = std::min(kCols, x.cols() - begin);

@@ -53,6 +53,7 @@ class FeedForward {
     require_shape(x, x.rows(), d_model(), "FeedForward::forward", "x");
     require_shape(y, x.rows(), d_model(), "FeedForward::forward", "y");
     require_shape(cache, x.rows(), cache_cols(), "FeedForward::forward", "cache");
+    if (x.rows() == 0) return;
     auto before = cache.leftCols(d_ff());   // [rows, d_ff]
     auto hidden = cache.rightCols(d_ff());  // [rows, d_ff]
     linear(x, w_up, before);
@@ -70,6 +71,7 @@ class FeedForward {
     require_shape(cache, x.rows(), cache_cols(), "FeedForward::backward", "cache");
     require_shape(d_x, x.rows(), d_model(), "FeedForward::backward", "d_x");
     visit([](const ParameterInfo&, const auto&...) {}, *this, grad);  // throws if shapes differ
+    if (x.rows() == 0) return;
     const auto before = cache.leftCols(d_ff());
     auto hidden = cache.rightCols(d_ff());  // overwritten by its own gradient, recomputed first
     activate_rows(before, hidden);

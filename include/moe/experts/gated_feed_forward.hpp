@@ -57,6 +57,7 @@ class GatedFeedForward {
     require_shape(x, x.rows(), d_model(), "GatedFeedForward::forward", "x");
     require_shape(y, x.rows(), d_model(), "GatedFeedForward::forward", "y");
     require_shape(cache, x.rows(), cache_cols(), "GatedFeedForward::forward", "cache");
+    if (x.rows() == 0) return;
     auto gate = cache.leftCols(d_ff());                   // [rows, d_ff]
     auto up = cache.middleCols(d_ff(), d_ff());           // [rows, d_ff]
     auto hidden = cache.middleCols(2 * d_ff(), d_ff());   // [rows, d_ff]
@@ -79,6 +80,7 @@ class GatedFeedForward {
     require_shape(cache, x.rows(), cache_cols(), "GatedFeedForward::backward", "cache");
     require_shape(d_x, x.rows(), d_model(), "GatedFeedForward::backward", "d_x");
     visit([](const ParameterInfo&, const auto&...) {}, *this, grad);  // throws if shapes differ
+    if (x.rows() == 0) return;
     const auto gate = cache.leftCols(d_ff());
     const auto up = cache.middleCols(d_ff(), d_ff());
     auto hidden = cache.middleCols(2 * d_ff(), d_ff());  // then the gradient by gate
