@@ -86,7 +86,7 @@ void train(const char* name, Layer layer) {
   std::vector<LowRank<float>> maps = moe::make_experts<LowRank<float>>(4, {d_model, 4}, rng);
   typename Layer::Cache cache;
   moe::Matrix<float> x(tokens, d_model), wanted(tokens, d_model);
-  std::printf("%s: squared error", name);
+  std::printf("%s\n  error relative to the target at steps 0, 200, 400, 600:", name);
   for (int step = 0; step <= 600; ++step) {
     moe::fill_normal(x, 1.0, rng);
     for (moe::Index t = 0; t < tokens; ++t) {
@@ -95,13 +95,15 @@ void train(const char* name, Layer layer) {
       maps[std::size_t(t % 4)].forward(x.row(t), wanted.row(t));
     }
     const moe::Matrix<float> error = layer.forward(x, rng, cache) - wanted;
-    if (step % 200 == 0) std::printf(" %.1f", error.squaredNorm() / wanted.squaredNorm());
+    if (step % 200 == 0) std::printf(" %.2f", error.squaredNorm() / wanted.squaredNorm());
     Layer grad = moe::zeros_like(layer);
     const auto balance = moe::load_balancing_loss(cache.routing);
     layer.backward(error / float(tokens), cache, grad, 0.01f * balance.gradient);
     Layer::visit([](auto, auto& p, const auto& g) { p -= 0.1f * g; }, layer, grad);
   }
-  std::printf(" of the target's, at steps 0, 200, 400, 600\n");
+  std::printf("\n  tokens per expert in the last step:");
+  for (const moe::Index load : moe::tokens_per_expert(cache.routing)) std::printf(" %td", load);
+  std::printf("\n");
 }
 
 int main() {
@@ -122,7 +124,8 @@ int main() {
   train("8 experts of low rank",
         moe::MoELayer(moe::make_experts<LowRank<float>>(8, {.d_model = 32, .rank = 4}, rng),
                       router(8)));
-  train("4 of low rank, 4 feed-forward", moe::MoELayer(std::move(mixed), router(8)));
+  train("4 experts of low rank and, in turn, 4 feed-forward",
+        moe::MoELayer(std::move(mixed), router(8)));
 
   // The whole layer can be checked the same way.
   ok &= check("layer",

@@ -37,10 +37,15 @@ class ByteRouter {
     moe::begin_routing(x.rows(), num_experts_, info, routing, "ByteRouter::route");
     moe::require(info.token_ids.size() == x.rows(), "ByteRouter::route: ", info.token_ids.size(),
                  " token_ids, expected one for each of ", x.rows(), " tokens");
+    // A router that does not look at x must say itself which rows can not be used.
+    moe::mark_poisoned_rows(x, routing.plan);
     moe::Choices<float>& chosen = routing.chosen;
     for (Index t = 0; t < x.rows(); ++t) {
       if (routing.is_valid(t)) {  // not padding
-        chosen.expert.push_back(expert_of_[std::size_t(info.token_ids[t])]);
+        const Index id = info.token_ids[t];
+        moe::require(id >= 0 && id < kBytes, "ByteRouter::route: token_ids[", t, "] = ", id,
+                     " is not a byte of ", kBytes);
+        chosen.expert.push_back(expert_of_[std::size_t(id)]);
         chosen.gate.push_back(1.0f);
       }
       chosen.token_begin[t + 1] = chosen.size();

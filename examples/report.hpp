@@ -122,9 +122,14 @@ struct Report {
   void write_chart(std::ostream& html) const {
     constexpr double kWidth = 860, kHeight = 400, kLeft = 60, kRight = 16, kTop = 14, kBottom = 46;
     double x_most = 1, y_least = 1e30, y_most = 0;
-    for (const Line& line : lines) {
+    for (const Line& line : lines)
       for (const double x : line.x) x_most = std::max(x_most, x);
-      for (const double y : line.y) y_least = std::min(y_least, y), y_most = std::max(y_most, y);
+    // The steep begin may leave the picture at its top.
+    for (const Line& line : lines) {
+      for (std::size_t i = 0; i < line.x.size(); ++i) {
+        y_least = std::min(y_least, line.y[i]);
+        if (line.x[i] >= x_most / 10) y_most = std::max(y_most, line.y[i]);
+      }
     }
     const double unit = y_most - y_least > 3 ? 1 : y_most - y_least > 1 ? 0.5 : 0.1;
     y_least = std::floor(y_least / unit) * unit;
@@ -152,6 +157,9 @@ struct Report {
     text(html, (kLeft + kWidth - kRight) / 2, kHeight - 6, "axis middle", x_title);
     html << "<text class=\"axis middle\" transform=\"translate(16,"
          << (kTop + kHeight - kBottom) / 2 << ") rotate(-90)\">" << escaped(y_title) << "</text>\n";
+    html << "<clipPath id=plot><rect x=" << kLeft << " y=" << kTop
+         << " width=" << kWidth - kLeft - kRight << " height=" << kHeight - kTop - kBottom
+         << " /></clipPath>\n<g clip-path=\"url(#plot)\">\n";
     for (const Line& line : lines) {
       html << "<polyline class=\"line c" << line.color << (line.dashed ? " dashed" : "")
            << "\" points=\"";
@@ -165,7 +173,7 @@ struct Report {
              << " cy=" << fixed(at_y(line.y[i]), 1) << " r=6><title>" << escaped(line.name)
              << ", step " << grouped(std::llround(line.x[i])) << ": " << fixed(line.y[i], 3)
              << "</title></circle>\n";
-    html << "</svg></div>\n";
+    html << "</g></svg></div>\n";
   }
 
   static void write_heat_map(std::ostream& html, const HeatMap& map) {

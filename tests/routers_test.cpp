@@ -483,16 +483,21 @@ TEST(ExpertChoiceRouter, TokensThatNobodyTakesMayPassThrough) {
   }
 }
 
-TEST(ExpertChoiceRouter, AnExpertTakesOnlyTokensThatItIsAvailableTo) {
+TEST(ExpertChoiceRouter, AnExpertTakesOnlyValidTokensThatItIsAvailableTo) {
   ExpertChoice router = identity_router<ExpertChoice>({.capacity = 2.0}, 2);
-  Matrix<double> x(2, 2);
-  x << 1, 2, 3, 4;
-  router.w_router << 1, 0, -kInf, 0;  // logits of expert 1 are minus infinity, as 0 * x is 0 here
-  x.col(1).setZero();
-  const auto routing = route(router, x);
-  EXPECT_EQ(routing.plan.rows_of(0), 2);
-  EXPECT_EQ(routing.plan.rows_of(1), 0);
-  EXPECT_EQ(routing.plan.gate[0], 1);
+  router.w_router << 1, 0, -kInf, 0;  // the logit of expert 1 is minus infinity where x is positive
+  const Matrix<double> x{{1, 0}, {-3, 0}, {4, 0}};
+  const auto all = route(router, x.cwiseAbs());
+  EXPECT_EQ(all.plan.rows_of(0), 3);
+  EXPECT_EQ(all.plan.rows_of(1), 0);
+  EXPECT_EQ(all.plan.gate[0], 1);
+  // Seats stay empty rather than to be given to a masked or a poisoned token (+infinity).
+  const auto some = route(router, x, masked({1, 1, 0}));
+  EXPECT_EQ(tokens_of_experts(some), (Lists{{0}, {}}));
+  EXPECT_TRUE(some.plan.token_state[1] == TokenState::poisoned);
+  Matrix<double> finite = x;
+  finite(1, 0) = 0;  // 0 times infinity is NaN: poisoned as well
+  EXPECT_EQ(tokens_of_experts(route(router, finite, masked({1, 1, 0}))), (Lists{{0}, {}}));
 }
 
 // ---- What all have in common.

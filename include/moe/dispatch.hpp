@@ -5,6 +5,7 @@
 #include <cassert>
 #include <limits>
 #include <span>
+#include <type_traits>
 
 #include <moe/buffer.hpp>
 #include <moe/executor.hpp>
@@ -19,6 +20,11 @@
 namespace moe {
 
 namespace detail {
+
+// What the functions here take as a matrix of tokens. A column-major matrix does not compile: bind it
+// to a ConstMatrixRef first, which copies.
+template <class M>
+inline constexpr bool kIsTokenMatrix = kRowsAreContiguous<std::remove_cvref_t<M>>;
 
 // Calls f(assignment, token) for every assignment of the tokens [begin, end), experts ascending.
 template <class S, class F>
@@ -62,6 +68,7 @@ void sum_rows(const DispatchPlan<S>& plan, const RowBuffer<S>& rows, const Passe
 /// O(assignments * d_model). Allocates only when rows grows.
 template <class X, class S, Executor E = DefaultExecutor>
 void dispatch(const X& x, const DispatchPlan<S>& plan, RowBuffer<S>& rows, const E& executor = {}) {
+  static_assert(detail::kIsTokenMatrix<X>);
   check_plan(plan, x.rows(), plan.num_experts(), "dispatch");
   rows.resize(plan.num_assignments(), x.cols(), plan.token.capacity());
   for_each_block(plan.num_assignments(), executor, [&](Index begin, Index end, Index) {
@@ -84,6 +91,7 @@ void dispatch(const X& x, const DispatchPlan<S>& plan, RowBuffer<S>& rows, const
 template <class X, class S, class Y, Executor E = DefaultExecutor>
 void combine(const RowBuffer<S>& rows, const DispatchPlan<S>& plan, const X& x, Y&& y,
              const E& executor = {}) {
+  static_assert(detail::kIsTokenMatrix<X> && detail::kIsTokenMatrix<Y>);
   check_plan(plan, y.rows(), plan.num_experts(), "combine");
   detail::require_rows(rows, plan, "combine", "rows");
   require_shape(x, plan.num_tokens, rows.cols(), "combine", "x");
@@ -101,6 +109,7 @@ void combine(const RowBuffer<S>& rows, const DispatchPlan<S>& plan, const X& x, 
 template <class Dy, class S, Executor E = DefaultExecutor>
 void combine_backward(const Dy& d_y, const RowBuffer<S>& rows, const DispatchPlan<S>& plan,
                       RowBuffer<S>& d_rows, Buffer<S>& d_gate, const E& executor = {}) {
+  static_assert(detail::kIsTokenMatrix<Dy>);
   check_plan(plan, d_y.rows(), plan.num_experts(), "combine_backward");
   detail::require_rows(rows, plan, "combine_backward", "rows");
   require_shape(d_y, plan.num_tokens, rows.cols(), "combine_backward", "d_y");
@@ -129,6 +138,8 @@ void combine_backward(const Dy& d_y, const RowBuffer<S>& rows, const DispatchPla
 template <class X, class Dy, class S, class Dx, Executor E = DefaultExecutor>
 void dispatch_backward(const RowBuffer<S>& d_rows, const DispatchPlan<S>& plan, const X& x,
                        const Dy& d_y, Dx&& d_x, Buffer<S>& d_gate, const E& executor = {}) {
+  static_assert(detail::kIsTokenMatrix<X> && detail::kIsTokenMatrix<Dy> &&
+                detail::kIsTokenMatrix<Dx>);
   check_plan(plan, d_x.rows(), plan.num_experts(), "dispatch_backward");
   detail::require_rows(d_rows, plan, "dispatch_backward", "d_rows");
   require_shape(d_x, plan.num_tokens, d_rows.cols(), "dispatch_backward", "d_x");
@@ -175,13 +186,18 @@ class ExpertCache {
     storage_.reserve(std::max(size, plan.token.capacity() * widest));
     storage_.resize(size);
   }
-  /// Throws std::invalid_argument unless the blocks are those of a plan like this. O(num_experts).
-  void check(const DispatchPlan<S>& plan, const char* where) const {
+  /// Throws std::invalid_argument unless the blocks are those of such experts under such a plan.
+  /// O(num_experts).
+  template <class Ex>
+  void check(std::span<const Ex> experts, const DispatchPlan<S>& plan, const char* where) const {
     require(rows_.size() == plan.num_experts(), where, ": the cache is of ", rows_.size(),
             " experts, expected ", plan.num_experts());
     for (Index e = 0; e < rows_.size(); ++e)
       require(rows_[e] == plan.rows_of(e), where, ": the cache has ", rows_[e],
               " rows of expert ", e, ", expected ", plan.rows_of(e));
+    for (Index e = 0; e < cols_.size(); ++e)
+      require(cols_[e] == experts[std::size_t(e)].cache_cols(), where, ": the cache has ", cols_[e],
+              " columns for expert ", e, ", expected ", experts[std::size_t(e)].cache_cols());
   }
   /// Rows [begin, begin + count) of an expert's block, counted from its first row.
   Eigen::Map<Matrix<S>> block(Index expert, Index begin, Index count) {
@@ -289,7 +305,7 @@ void run_experts_backward(std::span<const Ex> experts, const DispatchPlan<S>& pl
   check_plan_arrays(plan, "run_experts_backward");
   detail::require_rows(x_rows, plan, "run_experts_backward", "x_rows");
   require_shape(d_y_rows, x_rows.rows(), x_rows.cols(), "run_experts_backward", "d_y_rows");
-  cache.check(plan, "run_experts_backward");
+  cache.check(experts, plan, "run_experts_backward");
   d_x_rows.resize(x_rows.rows(), x_rows.cols(), plan.token.capacity());
   executor.for_each(count, [&](Index task, Index) {
     const Index e = count - 1 - task;  // shared experts stand last and are the largest

@@ -88,6 +88,19 @@ double dropped_fraction(const Routing<S>& routing) {
   return chosen > 0 ? double(routing.plan.dropped.size()) / double(chosen) : 0;
 }
 
+/// Number of valid tokens that no routed expert processes: all their choices were dropped, or, in
+/// expert choice, nobody took them. O(tokens + assignments).
+template <class S>
+Index unserved_tokens(const Routing<S>& routing) {
+  const DispatchPlan<S>& plan = routing.plan;
+  check_plan_arrays(plan, "unserved_tokens");
+  Mask served = Mask::Constant(plan.num_tokens, false);
+  for (const Index t : plan.token) served[t] = true;
+  Index count = 0;
+  for (Index t = 0; t < plan.num_tokens; ++t) count += routing.is_valid(t) && !served[t];
+  return count;
+}
+
 /// One expert that worked on a token.
 template <class S>
 struct UsedExpert {
@@ -95,7 +108,7 @@ struct UsedExpert {
   S gate;
 };
 
-/// The experts that a token's output is made of, in ascending order, with their gates. Empty for a
+/// The routed experts that a token's output is made of, in ascending order, with their gates. Empty for a
 /// token that goes nowhere. O(num_experts * log tokens). Throws when there is no such token.
 template <class S>
 std::vector<UsedExpert<S>> trace(const Routing<S>& routing, Index token) {

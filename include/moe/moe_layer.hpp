@@ -117,10 +117,11 @@ class MoELayer {
     return y;
   }
 
-  /// Allocates nothing once y and the workspace have been used with a batch of this shape.
+  /// Allocates nothing when y and the workspace were last used with a batch of this shape.
   template <Executor Ex = DefaultExecutor>
   void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Workspace& workspace,
                const BatchInfo& info = {}, const Ex& executor = {}) const {
+    require_apart(x, y, "MoELayer::forward: y is x");
     route(x, info, workspace.routing, executor);
     y.resize(x.rows(), d_model());
     const DispatchPlan<S>& plan = all_experts(x, workspace.routing.plan, workspace, executor);
@@ -156,7 +157,7 @@ class MoELayer {
     return y;
   }
 
-  /// Allocates nothing once y and the cache have been used with a batch of this shape.
+  /// Allocates nothing when y and the cache were last used with a batch of this shape. y is not x.
   template <Executor Ex = DefaultExecutor>
   void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Cache& cache, const BatchInfo& info = {},
                const Ex& executor = {}) const {
@@ -173,12 +174,13 @@ class MoELayer {
     return y;
   }
 
-  /// Allocates nothing once y and the cache have been used with a batch of this shape.
+  /// Allocates nothing when y and the cache were last used with a batch of this shape. y is not x.
   template <Executor Ex = DefaultExecutor>
   void forward(const ConstMatrixRef<S>& x, Rng& rng, Matrix<S>& y, Cache& cache,
                const BatchInfo& info = {}, const Ex& executor = {}) const {
     check_input(x);
     route_with(router_, x, rng, info, cache.routing, executor);
+    check_routed(cache.routing, x.rows());
     forward_routed(x, y, cache, executor);
   }
 
@@ -210,12 +212,13 @@ class MoELayer {
     return d_x;
   }
 
-  /// Allocates nothing once d_x and the cache have been used with a batch of this shape.
+  /// Allocates nothing when d_x and the cache were last used with a batch of this shape. d_x is not d_y.
   template <Executor Ex = DefaultExecutor>
   void backward(const ConstMatrixRef<S>& d_y, Cache& cache, MoELayer& grad,
                 const RoutingGradient<S>& routing_gradient, Matrix<S>& d_x,
                 const Ex& executor = {}) const {
     check_backward(d_y, cache, grad, routing_gradient);
+    require_apart(d_y, d_x, "MoELayer::backward: d_x is d_y");
     const DispatchPlan<S>& routed = cache.routing.plan;
     const DispatchPlan<S>& plan = num_shared_ > 0 ? cache.all_experts : routed;
     d_x.resize(d_y.rows(), d_model());
@@ -266,11 +269,12 @@ class MoELayer {
      ...);
     if constexpr (requires { R::visit(f, self.router_...); })
       visit_part("router", f, self.router_...);
-    for (std::size_t e = 0; TrainableExpert<E> && e < first.experts_.size(); ++e) {
+    constexpr bool kExpertsHaveParameters = requires { E::visit(f, std::get<0>(std::tie(self...)).experts_[0]); };
+    for (std::size_t e = 0; kExpertsHaveParameters && e < first.experts_.size(); ++e) {
       const std::size_t routed = std::size_t(first.num_experts());
       const std::string name = e < routed ? "experts." + std::to_string(e)
                                           : "shared_experts." + std::to_string(e - routed);
-      if constexpr (TrainableExpert<E>) visit_part(name, f, self.experts_[e]...);
+      if constexpr (kExpertsHaveParameters) visit_part(name, f, self.experts_[e]...);
     }
     if (((self.w_shared_gate.size() > 0) || ...))
       visit_array(f, {"w_shared_gate"}, self.w_shared_gate...);
@@ -283,9 +287,26 @@ class MoELayer {
  private:
   std::span<const E> all() const { return experts_; }
 
+  // Throws when two matrices share their memory.
+  static void require_apart(const ConstMatrixRef<S>& a, const Matrix<S>& b, const char* what) {
+    require(a.size() == 0 || a.data() != b.data(), what, ", expected two matrices");
+  }
+
+  // Throws unless what a router made is of this batch and of these experts.
+  void check_routed(const Routing<S>& routing, Index tokens) const {
+    require(routing.num_tokens() == tokens && routing.num_experts() == num_experts(),
+            "MoELayer::route: the router made a plan of ", routing.num_tokens(), " tokens and ",
+            routing.num_experts(), " experts, expected ", tokens, " and ", num_experts());
+    check_plan_arrays(routing.plan, "MoELayer::route");
+  }
+
   void check_input(const ConstMatrixRef<S>& x) const {
     require(x.cols() == d_model(), "MoELayer::forward: x has ", x.cols(),
             " columns, expected d_model = ", d_model());
+    require(b_output.size() == 0 || b_output.size() == d_model(), "MoELayer::forward: b_output has ",
+            b_output.size(), " entries, expected d_model = ", d_model());
+    if (w_shared_gate.size() > 0)
+      require_shape(w_shared_gate, num_shared_, d_model(), "MoELayer::forward", "w_shared_gate");
   }
 
   template <class Ex>
@@ -293,6 +314,7 @@ class MoELayer {
              const Ex& executor) const {
     check_input(x);
     route_with(router_, x, info, routing, executor);
+    check_routed(routing, x.rows());
   }
 
   // The plan with the shared experts behind the routed ones: each takes every valid token.
@@ -338,6 +360,7 @@ class MoELayer {
   void forward_routed(const ConstMatrixRef<S>& x, Matrix<S>& y, Cache& cache,
                       const Ex& executor) const {
     static_assert(TrainableExpert<E>, "a differentiable forward pass needs a TrainableExpert");
+    require_apart(x, y, "MoELayer::forward: y is x");
     cache.x = x;
     for (Index t = 0; t < x.rows(); ++t)
       if (!cache.routing.is_valid(t)) cache.x.row(t).setZero();
@@ -381,7 +404,27 @@ class MoELayer {
       E::visit(same_shape, experts_[e], grad.experts_[e]);
     if constexpr (requires { R::visit(same_shape, router_, grad.router_); })
       R::visit(same_shape, router_, grad.router_);
+    check_plan_arrays(cache.routing.plan, "MoELayer::backward");
+    if (num_shared_ > 0) {
+      const Buffer<Index>&all = cache.all_experts.expert_begin,
+            &routed = cache.routing.plan.expert_begin;
+      require(cache.all_experts.num_tokens == cache.x.rows() &&
+                  std::equal(routed.begin(), routed.end(), all.begin()),
+              "MoELayer::backward: the cache's routing of ", cache.routing.plan.num_assignments(),
+              " assignments is not the one of its forward pass, which had ",
+              all[num_experts()]);
+    }
+    cache.experts.check(all(), num_shared_ > 0 ? cache.all_experts : cache.routing.plan,
+                        "MoELayer::backward");
     check_routing_gradient(routing_gradient, cache.routing, "MoELayer::backward");
+    if constexpr (requires { router_.check_backward(cache.x, cache.routing, grad.router_); })
+      router_.check_backward(cache.x, cache.routing, grad.router_);
+    constexpr bool kHasParameters = requires { R::visit(same_shape, router_, grad.router_); };
+    static_assert(TrainableRouter<R> || !kHasParameters,
+                  "a router with visit() must satisfy TrainableRouter: see its backward()");
+    if constexpr (!TrainableRouter<R>)
+      require(routing_gradient.empty(), "MoELayer::backward: a routing gradient of ",
+              cache.routing.num_tokens(), " tokens for a router without backward, expected none");
   }
 
   // The router's gradient is that of the losses plus that of the gates which the output used.

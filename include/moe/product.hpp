@@ -253,6 +253,8 @@ void add_scaled(Index n, S scale, const S* x, S* y) {
 /// Adds the vector b [cols] to every row of y [rows, cols].
 template <class B, class Y>
 void add_bias(const B& b, Y&& y) {
+  static_assert(detail::kRowsAreContiguous<B> &&
+                detail::kRowsAreContiguous<std::remove_cvref_t<Y>>);
   using S = typename std::remove_cvref_t<Y>::Scalar;
   require(b.size() == y.cols(), "add_bias: b has ", b.size(), " entries, expected ", y.cols());
   for (Index i = 0; i < y.rows(); ++i) add_scaled(y.cols(), S(1), b.data(), &y.coeffRef(i, 0));
@@ -261,6 +263,8 @@ void add_bias(const B& b, Y&& y) {
 /// d_b [cols] += the sum of the rows of d_y [rows, cols], from the first row to the last.
 template <class Dy, class B>
 void bias_backward(const Dy& d_y, B&& d_b) {
+  static_assert(detail::kRowsAreContiguous<Dy> &&
+                detail::kRowsAreContiguous<std::remove_cvref_t<B>>);
   using S = typename Dy::Scalar;
   require(d_b.size() == d_y.cols(), "bias_backward: d_b has ", d_b.size(), " entries, expected ",
           d_y.cols());

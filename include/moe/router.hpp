@@ -10,6 +10,7 @@
 #include <moe/executor.hpp>
 #include <moe/parameters.hpp>
 #include <moe/random.hpp>
+#include <moe/softmax.hpp>
 #include <moe/types.hpp>
 
 // What routers take (BatchInfo), what they give (Routing with its DispatchPlan), what flows back
@@ -45,7 +46,8 @@ enum class TokenState : std::uint8_t {
 template <class S>
 struct Choices {
   Buffer<Index> token_begin;  ///< first choice of a token [tokens + 1]
-  Buffer<Index> expert;       ///< chosen expert, a token's best first [choices]
+  Buffer<Index> expert;       ///< chosen expert: a token's best first, ascending where experts
+                              ///< choose [choices]
   Buffer<S> gate;             ///< its gate over the set that the token chose [choices]
 
   Index num_tokens() const { return std::max<Index>(token_begin.size() - 1, 0); }
@@ -73,7 +75,7 @@ struct DispatchPlan {
   Buffer<S> gate;                  ///< [assignments]
   Buffer<Index> choice;            ///< the entry of Routing::chosen it stems from [assignments]
   GateSide gate_side = GateSide::output;
-  Buffer<Dropped> dropped;         ///< in order of priority
+  Buffer<Dropped> dropped;         ///< in order of priority, group by group
   Buffer<Index> passed_through;    ///< tokens whose output is x in place of the routed sum, ascending
 
   Index num_experts() const { return std::max<Index>(expert_begin.size() - 1, 0); }
@@ -146,6 +148,12 @@ struct RoutingGradient {
   Matrix<S> d_noise_stddev{};   ///< [tokens, num_experts]
   Buffer<S> d_chosen_gate{};    ///< by Routing::chosen.gate [choices]
   Buffer<S> d_gate{};           ///< by Routing::plan.gate [assignments]
+
+  /// Whether every member is absent: the gradient is zero.
+  bool empty() const {
+    return d_router_logits.size() == 0 && d_router_probs.size() == 0 &&
+           d_noise_stddev.size() == 0 && d_chosen_gate.empty() && d_gate.empty();
+  }
 
   RoutingGradient& operator+=(const RoutingGradient& other) {
     add(d_router_logits, other.d_router_logits, "d_router_logits");
@@ -284,11 +292,24 @@ void check_plan(const DispatchPlan<S>& plan, Index tokens, Index num_experts, co
   }
 }
 
+/// Marks valid tokens with a NaN or an infinity in their row of x [tokens, d_model] as poisoned.
+/// O(tokens * d_model). Throws when x has another number of rows than the plan has tokens.
+template <class S>
+void mark_poisoned_rows(const ConstMatrixRef<S>& x, DispatchPlan<S>& plan) {
+  require(x.rows() == plan.token_state.size(), "mark_poisoned_rows: x has ", x.rows(),
+          " rows, expected ", plan.token_state.size(), " tokens");
+  for (Index t = 0; t < x.rows(); ++t)
+    for (Index j = 0; j < x.cols(); ++j)
+      if (plan.token_state[t] == TokenState::valid && number_kind(x(t, j)) != NumberKind::finite)
+        plan.token_state[t] = TokenState::poisoned;
+}
+
 /// Throws std::invalid_argument unless `chosen` lists choices that `tokens` tokens may make among
-/// `num_experts` experts. O(tokens + choices).
+/// `num_experts` experts, each at most once. O(tokens + choices * choices of a token).
 template <class S>
 void check_choices(const Choices<S>& chosen, Index tokens, Index num_experts, const char* where) {
   const Buffer<Index>& begin = chosen.token_begin;
+  require(tokens >= 0, where, ": num_tokens = ", tokens, ", expected at least 0");
   require(begin.size() == tokens + 1, where, ": chosen.token_begin has ", begin.size(),
           " entries, expected ", tokens + 1);
   require(begin[0] == 0 && begin[tokens] == chosen.size(), where,
@@ -302,11 +323,18 @@ void check_choices(const Choices<S>& chosen, Index tokens, Index num_experts, co
   for (Index c = 0; c < chosen.size(); ++c)
     require(chosen.expert[c] >= 0 && chosen.expert[c] < num_experts, where, ": choice ", c,
             " is expert ", chosen.expert[c], " of ", num_experts);
+  for (Index t = 0; t < tokens; ++t)
+    for (Index c = begin[t]; c < begin[t + 1]; ++c)
+      for (Index d = begin[t]; d < c; ++d)
+        require(chosen.expert[c] != chosen.expert[d], where, ": token ", t, " chose expert ",
+                chosen.expert[c], " twice, as choices ", d - begin[t], " and ", c - begin[t]);
 }
 
 /// A router for inference. Its route() fills a Routing for x [tokens, d_model]; begin_routing and
 /// dispatch_all or apply_capacity do most of it. An overload with an executor as the last argument
-/// is used where there is one.
+/// is used where there is one. A token that can not be routed must be marked as poisoned in
+/// plan.token_state; a router that does not look at x at all does so where x is not finite
+/// (mark_poisoned_rows).
 template <class R>
 concept Router = requires(const R& router, const ConstMatrixRef<typename R::Scalar>& x,
                           const BatchInfo& info, Routing<typename R::Scalar>& routing) {
@@ -318,7 +346,9 @@ concept Router = requires(const R& router, const ConstMatrixRef<typename R::Scal
 
 /// A router with a backward pass: adds to d_x [tokens, d_model] and to the gradient's parameters.
 /// x is what route() saw, with zeros in the rows of tokens that are not valid. A router that acts
-/// otherwise in training has an overload route(x, rng, info, routing).
+/// otherwise in training has an overload route(x, rng, info, routing). One whose backward may throw has
+/// check_backward(x, routing, grad), which throws the same before anything is added to a gradient.
+/// backward may use routing.scratch: two threads must not share a routing there.
 template <class R>
 concept TrainableRouter =
     Router<R> && requires(const R& router, R& grad, const ConstMatrixRef<typename R::Scalar>& x,

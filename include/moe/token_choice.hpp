@@ -13,7 +13,7 @@
 // and from gradients by gates and losses back to selection logits.
 namespace moe {
 
-/// How choices become a plan. Part of the options of every token-choice router.
+/// How choices become a plan. Every token-choice router makes one of its options.
 struct SeatingRule {
   GateRecipe recipe = GateRecipe::softmax;
   Index top_k = 1;
@@ -82,6 +82,10 @@ template <class S, Executor E>
 void route_by_logits(const SeatingRule& rule, const BatchInfo& info, Routing<S>& routing,
                      const E& executor) {
   const Matrix<S>& logits = routing.selection_logits();
+  require(routing.plan.token_state.size() == logits.rows() &&
+              routing.chosen.token_begin.size() == logits.rows() + 1,
+          "route_by_logits: begin_routing was for ", routing.plan.token_state.size(),
+          " tokens, but the logits are of ", logits.rows());
   const Index tokens = routing.num_tokens(), experts = routing.num_experts(), k = rule.top_k;
   require_shape(routing.router_logits, tokens, experts, "route_by_logits", "router_logits");
   require_shape(logits, tokens, experts, "route_by_logits", "selection_logits");
@@ -177,6 +181,9 @@ void check_choices(const Routing<S>& routing, const char* where) {
     const Index c = plan.choice[a];
     require(c >= 0 && c < chosen.size(), where, ": assignment ", a, " stems from choice ", c,
             " of ", chosen.size());
+    const Index t = plan.token[a];
+    require(chosen.token_begin[t] <= c && c < chosen.token_begin[t + 1], where, ": assignment ", a,
+            " of token ", t, " stems from choice ", c, " of another token");
   }
 }
 
@@ -294,12 +301,13 @@ inline void check_removal(Index expert, Index num_experts, Index at_least, const
 /// each other. What selection_backward checks is left to it. O(1).
 template <class R, class S>
 void check_router_backward(const R& router, const ConstMatrixRef<S>& x, const Routing<S>& routing,
-                           const MatrixRef<S>& d_x, const R& grad, const char* where) {
+                           const R& grad, const char* where) {
   require(routing.num_tokens() == x.rows() && routing.num_experts() == router.num_experts(), where,
           ": the routing is of ", routing.num_tokens(), " tokens and ", routing.num_experts(),
           " experts, expected ", x.rows(), " and ", router.num_experts());
   require_shape(x, x.rows(), router.d_model(), where, "x");
-  require_shape(d_x, x.rows(), router.d_model(), where, "d_x");
+  check_plan_arrays(routing.plan, where);
+  check_choices(routing, where);
   if (routing.has_input_factor)
     require_shape(routing.input_factor, x.rows(), x.cols(), where, "input_factor");
   if (const RoutingNoise<S>& noise = routing.noise; !noise.empty()) {

@@ -24,8 +24,8 @@ using IndexVector = Eigen::Matrix<Index, Eigen::Dynamic, 1>;
 /// One flag a token, e.g. which tokens are real and which are padding [tokens].
 using Mask = Eigen::Array<bool, Eigen::Dynamic, 1>;
 
-/// Read-only view of a row-major matrix or of a block of its rows. An argument of another storage
-/// order or scalar does not bind without a copy: see docs/pitfalls.md.
+/// Read-only view of a row-major matrix or of a block of its rows. A matrix of another storage order
+/// binds through a copy, one of another scalar not at all: see docs/pitfalls.md.
 template <class S>
 using ConstMatrixRef = Eigen::Ref<const Matrix<S>>;
 

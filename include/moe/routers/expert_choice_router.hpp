@@ -75,11 +75,18 @@ class ExpertChoiceRouter {
   void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, ExpertChoiceRouter& grad,
                 const E& executor = {}) const {
-    check_router_backward(*this, x, routing, d_x, grad, "ExpertChoiceRouter::backward");
+    require_shape(d_x, x.rows(), d_model(), "ExpertChoiceRouter::backward", "d_x");
+    check_backward(x, routing, grad);
     Matrix<S>& d_logits = routing.scratch.d_logits;
     selection_backward(SeatingRule{}, routing, gradient, d_logits);
     add_valid_rows(routing, gradient.d_router_logits, d_logits);
     router_linear_backward(x, w_router, d_logits, grad.w_router, d_x, executor);
+  }
+
+  /// Throws what backward would throw for its arguments, and changes nothing.
+  void check_backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
+                      const ExpertChoiceRouter& grad) const {
+    check_router_backward(*this, x, routing, grad, "ExpertChoiceRouter::backward");
   }
 
   /// Appends an expert whose logits come from `w` [d_model].

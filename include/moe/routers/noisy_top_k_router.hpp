@@ -96,8 +96,8 @@ class NoisyTopKRouter {
   void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, NoisyTopKRouter& grad,
                 const E& executor = {}) const {
-    require_trainable(options_, rule({}), num_experts(), "NoisyTopKRouter::backward");
-    check_router_backward(*this, x, routing, d_x, grad, "NoisyTopKRouter::backward");
+    require_shape(d_x, x.rows(), d_model(), "NoisyTopKRouter::backward", "d_x");
+    check_backward(x, routing, grad);
     const RoutingNoise<S>& noise = routing.noise;
     Matrix<S>& d_logits = routing.scratch.d_logits;
     selection_backward(rule({}), routing, gradient, d_logits);
@@ -117,6 +117,13 @@ class NoisyTopKRouter {
     }
     add_valid_rows(routing, gradient.d_router_logits, d_logits);
     router_linear_backward(x, w_router, d_logits, grad.w_router, d_x, executor);
+  }
+
+  /// Throws what backward would throw for its arguments, and changes nothing.
+  void check_backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
+                      const NoisyTopKRouter& grad) const {
+    require_trainable(options_, rule({}), num_experts(), "NoisyTopKRouter::backward");
+    check_router_backward(*this, x, routing, grad, "NoisyTopKRouter::backward");
   }
 
   /// Appends an expert whose logits come from `w` [d_model]; its noise weights are zero.

@@ -33,8 +33,8 @@ class TopKRouter {
     std::optional<double> training_capacity{};
     Overflow overflow = Overflow::drop;
     Priority priority = Priority::token_order;
-    /// Whether renormalised gates sum to 1 over the experts that kept the token, not over those that
-    /// it chose.
+    /// Whether gates that sum to 1 do so over the experts that kept the token, not over those that it
+    /// chose. Gates that do not sum to 1 are what they are either way.
     bool renormalise_after_drop = false;
     /// Allows training where every gate is 1 and the router learns nothing from the task.
     bool allow_constant_gate = false;
@@ -96,8 +96,8 @@ class TopKRouter {
   void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, TopKRouter& grad,
                 const E& executor = {}) const {
-    require_trainable(options_, rule({}), num_experts(), "TopKRouter::backward");
-    check_router_backward(*this, x, routing, d_x, grad, "TopKRouter::backward");
+    require_shape(d_x, x.rows(), d_model(), "TopKRouter::backward", "d_x");
+    check_backward(x, routing, grad);
     Matrix<S>& d_logits = routing.scratch.d_logits;
     selection_backward(rule({}), routing, gradient, d_logits);
     add_valid_rows(routing, gradient.d_router_logits, d_logits);
@@ -111,6 +111,13 @@ class TopKRouter {
       router_linear_backward(input, w_router, d_logits, grad.w_router, d_input, executor);
       d_x += d_input.cwiseProduct(routing.input_factor);
     }
+  }
+
+  /// Throws what backward would throw for its arguments, and changes nothing.
+  void check_backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
+                      const TopKRouter& grad) const {
+    require_trainable(options_, rule({}), num_experts(), "TopKRouter::backward");
+    check_router_backward(*this, x, routing, grad, "TopKRouter::backward");
   }
 
   /// Appends an expert whose logits come from `w` [d_model] (and bias 0).
