@@ -2,7 +2,8 @@
 
 // A router of your own: what a type needs to satisfy moe::Router. This one learns nothing: it sends
 // a token to an expert by the last byte of its context (a hash layer; Roller et al. 2021). It is
-// compared with a learned router in the language model of train_text.
+// compared with a learned router in the language model of train_text, both at the learning rate that
+// was chosen for the learned one.
 //
 //   custom_router [--steps N] [--seeds N]
 

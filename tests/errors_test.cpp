@@ -519,6 +519,7 @@ TEST(Errors, OfAPlan) {
                                   d_x_rows, std::span<Gated>(grads));
       },
       false);
+  expect_bad_plan("unserved_tokens", [](const Routing& r) { moe::unserved_tokens(r); }, false);
   const Layer layer = make_layer(), shared = make_layer(true);
   expect_bad_plan("MoELayer::forward", [&](const Routing& r) { layer.forward(input(), r); });
   expect_bad_plan("MoELayer::forward", [&](const Routing& r) { shared.forward(input(), r); });
@@ -600,7 +601,7 @@ TEST(Errors, OfChoices) {
     layer.forward(input(), r, cache);
   });
   const auto backward = [](auto router) {
-    expect_bad_choices("selection_backward", [&](Routing& r) {
+    expect_bad_choices("Router::backward", [&](Routing& r) {
       Matrix<double> d_x = ones(5, 4);
       auto grad = moe::zeros_like(router);
       router.backward(input(), r, Gradient{}, d_x, grad);
@@ -829,7 +830,7 @@ TEST(Errors, OfTokenChoice) {
   expect_errors({
       {"route_by_logits: top_k", route(4, 5, 3), {"route_by_logits", "4", "3"}},
       {"route_by_logits: no top_k", route(0, 5, 3), {"top_k = 0", "1", "3"}},
-      {"route_by_logits: rows", route(2, 6, 3), {"[6, 3]", "[5, 3]"}},
+      {"route_by_logits: rows", route(2, 6, 3), {"route_by_logits", "5", "6"}},
       {"route_by_logits: columns", route(2, 5, 4), {"[5, 4]", "[5, 3]"}},
       {"route_by_logits: noise",
        [] {
@@ -1367,7 +1368,7 @@ TEST(Errors, OfTheLayer) {
        {"MoELayer::backward", "0", "4"}},
       {"backward: the cache of more experts", other_cache(layer_5, input()), {"5", "3"}},
       {"backward: the cache of a wider layer", other_cache(layer_9, ones(5, 9)), {"9", "4"}},
-      {"backward: the cache of a wider expert", other_cache(other_ff, input()), {"[", "]"}},
+      {"backward: the cache of a wider expert", other_cache(other_ff, input()), {"32", "24"}},
       {"backward: a cache used for inference since",
        [&] {
          Layer::Cache c;

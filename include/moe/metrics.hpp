@@ -89,11 +89,12 @@ double dropped_fraction(const Routing<S>& routing) {
 }
 
 /// Number of valid tokens that no routed expert processes: all their choices were dropped, or, in
-/// expert choice, nobody took them. O(tokens + assignments).
+/// expert choice, nobody took them. O(tokens + assignments). Throws when the plan is not one that can
+/// be followed.
 template <class S>
 Index unserved_tokens(const Routing<S>& routing) {
   const DispatchPlan<S>& plan = routing.plan;
-  check_plan_arrays(plan, "unserved_tokens");
+  check_plan(plan, plan.num_tokens, plan.num_experts(), "unserved_tokens");
   Mask served = Mask::Constant(plan.num_tokens, false);
   for (const Index t : plan.token) served[t] = true;
   Index count = 0;

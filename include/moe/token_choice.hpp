@@ -182,6 +182,7 @@ void check_choices(const Routing<S>& routing, const char* where) {
     require(c >= 0 && c < chosen.size(), where, ": assignment ", a, " stems from choice ", c,
             " of ", chosen.size());
     const Index t = plan.token[a];
+    require(t >= 0 && t < tokens, where, ": assignment ", a, " is of token ", t, " of ", tokens);
     require(chosen.token_begin[t] <= c && c < chosen.token_begin[t + 1], where, ": assignment ", a,
             " of token ", t, " stems from choice ", c, " of another token");
   }
