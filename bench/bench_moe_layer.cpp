@@ -27,6 +27,7 @@ void forward_products(const Layer& layer, const DispatchPlan<float>& plan,
                       const RowBuffer<float>& x, Matrix<float>& hidden, RowBuffer<float>& y) {
   for (Index e = 0; e < plan.num_experts(); ++e) {
     const Index begin = plan.expert_begin[e], rows = plan.rows_of(e);
+    if (rows == 0) continue;
     const Expert& expert = layer.experts()[std::size_t(e)];
     linear(x.block(begin, rows), expert.w_gate, hidden.topRows(rows));
     linear(x.block(begin, rows), expert.w_up, hidden.topRows(rows));
