@@ -270,6 +270,50 @@ struct Bilinear {
   moe::GluDerivative<float> derivative(float g, float u) const { return {u, g}; }
 };
 
+// Takes anything, but what it does compiles for scalars only.
+struct Unconstrained {
+  template <class T>
+  T forward(T x) const {
+    return std::tanh(x);
+  }
+  template <class T>
+  auto derivative(T x) const {
+    return 1 - std::tanh(x) * std::tanh(x);
+  }
+};
+
+// One that says that it takes packs: the scalar form is wrong on purpose.
+struct Packed {
+  static constexpr bool takes_packs = true;
+  template <class T>
+  T forward(const T& x) const {
+    return T(x + x);
+  }
+  float forward(float) const { return -1; }
+  template <class T>
+  T derivative(const T& x) const {
+    return T(x + x);
+  }
+};
+
+TEST(Activation, ThoseThatTakePacksSaySo) {
+  static_assert(moe::TakesPacks<moe::SwiGLU> && moe::TakesPacks<Packed>);
+  static_assert(!moe::TakesPacks<Unconstrained> && !moe::TakesPacks<moe::Glu<Unconstrained>>);
+  const Index n = 21;
+  const Vector<float> x = inputs<float>(n, 19), u = inputs<float>(n, 20);
+  Vector<float> out(n), d = Vector<float>::Ones(n);
+  moe::activate(Unconstrained{}, n, x.data(), out.data());
+  moe::activate_backward(Unconstrained{}, n, x.data(), d.data());
+  for (Index i = 0; i < n; ++i) {
+    EXPECT_EQ(out[i], std::tanh(x[i]));
+    EXPECT_EQ(d[i], 1 - std::tanh(x[i]) * std::tanh(x[i]));
+  }
+  moe::activate_gated(moe::Glu<Unconstrained>{}, n, x.data(), u.data(), out.data());
+  for (Index i = 0; i < n; ++i) EXPECT_EQ(out[i], std::tanh(x[i]) * u[i]);
+  moe::activate(Packed{}, n, x.data(), out.data());
+  for (Index i = 0; i < n; ++i) EXPECT_EQ(out[i], x[i] + x[i]);
+}
+
 TEST(Activation, OnesOfTheUserNeedTheScalarFormOnly) {
   for (const Index n : {1, 5, 16, 35}) {
     const Vector<float> x = inputs<float>(n, 17).cwiseMin(20.f), u = inputs<float>(n, 18);

@@ -361,4 +361,39 @@ TEST(RunExperts, BackwardIsThatOfEveryExpertAlone) {
   EXPECT_TRUE((grads[1].w_up.array() == 0).all());
 }
 
+// ---- What compiles.
+
+// A column-major matrix of tokens would be read as if its rows lay side by side.
+template <class M>
+constexpr bool kDispatches = requires(const M& x, const DispatchPlan<double>& plan,
+                                      RowBuffer<double>& rows) { moe::dispatch(x, plan, rows); };
+template <class X, class Y>
+constexpr bool kCombines =
+    requires(const RowBuffer<double>& rows, const DispatchPlan<double>& plan, const X& x, Y& y) {
+      moe::combine(rows, plan, x, y);
+    };
+template <class D>
+constexpr bool kGoesBack =
+    requires(const D& d_y, RowBuffer<double>& rows, const DispatchPlan<double>& plan,
+             Buffer<double>& d_gate) { moe::combine_backward(d_y, rows, plan, rows, d_gate); };
+template <class X, class D, class Dx>
+constexpr bool kGoesBackToX =
+    requires(const RowBuffer<double>& rows, const DispatchPlan<double>& plan, const X& x,
+             const D& d_y, Dx& d_x, Buffer<double>& d_gate) {
+      moe::dispatch_backward(rows, plan, x, d_y, d_x, d_gate);
+    };
+using RowMajor = Matrix<double>;
+using ColumnMajor = Eigen::MatrixXd;
+using Strided = Eigen::Map<RowMajor, 0, Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>>;
+static_assert(kDispatches<RowMajor> && kDispatches<moe::ConstMatrixRef<double>> &&
+              kDispatches<Eigen::Block<RowMajor>>);
+static_assert(!kDispatches<ColumnMajor> && !kDispatches<Strided>);
+static_assert(kCombines<RowMajor, RowMajor> && kCombines<RowMajor, moe::MatrixRef<double>>);
+static_assert(!kCombines<ColumnMajor, RowMajor> && !kCombines<RowMajor, ColumnMajor>);
+static_assert(kGoesBack<RowMajor> && !kGoesBack<ColumnMajor>);
+static_assert(kGoesBackToX<RowMajor, RowMajor, RowMajor>);
+static_assert(!kGoesBackToX<ColumnMajor, RowMajor, RowMajor> &&
+              !kGoesBackToX<RowMajor, ColumnMajor, RowMajor> &&
+              !kGoesBackToX<RowMajor, RowMajor, ColumnMajor>);
+
 }  // namespace

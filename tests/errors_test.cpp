@@ -557,6 +557,12 @@ TEST(Errors, OfAPlan) {
       {"a routing of another batch",
        [&] { layer.forward(ones(7, kModel), good_routing()); },
        {"5", "7"}},
+      {"mark_poisoned_rows",
+       [] {
+         Routing r = good_routing();
+         moe::mark_poisoned_rows<double>(ones(7, kModel), r.plan);
+       },
+       {"mark_poisoned_rows", "7", "5"}},
   });
 }
 
@@ -579,6 +585,9 @@ void expect_bad_choices(const char* where, const std::function<void(Routing&)>& 
       {"gates", bad([](auto& c) { c.gate.resize(9); }), {where, "9", "10"}},
       {"expert too large", bad([](auto& c) { c.expert[6] = 3; }), {where, "choice 6", "3 of 3"}},
       {"expert negative", bad([](auto& c) { c.expert[2] = -1; }), {where, "choice 2", "-1 of 3"}},
+      {"an expert twice",
+       bad([](auto& c) { c.expert[7] = c.expert[6]; }),
+       {where, "token 3", "twice", "0 and 1"}},
   });
 }
 
@@ -859,11 +868,8 @@ TEST(Errors, OfTokenChoice) {
          moe::add_valid_rows(good_routing(), ones(5, 3), d_logits);
        },
        {"[5, 2]", "[5, 3]"}},
-      {"append_row",
-       [] {
-         Matrix<double> w = ones(3, 4);
-         moe::append_row(w, Vector<double>(Vector<double>::Ones(5)), "here");
-       },
+      {"with_row",
+       [] { moe::with_row(ones(3, 4), Vector<double>(Vector<double>::Ones(5)), "here"); },
        {"here", "5", "4"}},
       {"check_removal: expert", [] { moe::check_removal(3, 3, 1, "here"); }, {"here", "3 of 3"}},
       {"check_removal: negative", [] { moe::check_removal(-1, 3, 1, "here"); }, {"-1 of 3"}},
@@ -1267,6 +1273,17 @@ TEST(Errors, OfRouters) {
 
 // ---- The layer.
 
+// A router whose plan is of as many tokens and experts as it is told.
+struct Careless {
+  using Scalar = double;
+  Index tokens, experts;
+  Index d_model() const { return kModel; }
+  Index num_experts() const { return kExperts; }
+  void route(const moe::ConstMatrixRef<double>&, const BatchInfo&, Routing& routing) const {
+    moe::begin_routing(tokens, experts, {}, routing, "Careless::route");
+  }
+};
+
 TEST(Errors, OfTheLayer) {
   const Layer layer = make_layer();
   Layer::Cache good_cache;
@@ -1338,6 +1355,53 @@ TEST(Errors, OfTheLayer) {
          layer.forward(ones(5, 3), r, y, c);
        },
        {"3", "4"}},
+      {"forward: y is x",
+       [&] {
+         Matrix<double> x = input();
+         Layer::Workspace w;
+         layer.forward(x, x, w);
+       },
+       {"MoELayer::forward", "y is x"}},
+      {"forward with a cache: y is x",
+       [&] {
+         Matrix<double> x = input();
+         Layer::Cache c;
+         layer.forward(x, x, c);
+       },
+       {"MoELayer::forward", "y is x"}},
+      {"backward: d_x is d_y",
+       [&] {
+         Matrix<double> d = input();
+         Layer grad = moe::zeros_like(layer);
+         layer.backward(d, good_cache, grad, {}, d);
+       },
+       {"MoELayer::backward", "d_x is d_y"}},
+      {"a router's plan of fewer tokens",
+       [] {
+         const moe::MoELayer<Gated, Careless> careless(make_experts(kExperts), Careless{4, 3});
+         careless.forward(input());
+       },
+       {"MoELayer::route", "4", "5"}},
+      {"a router's plan over more experts",
+       [] {
+         const moe::MoELayer<Gated, Careless> careless(make_experts(kExperts), Careless{5, 7});
+         careless.forward(input());
+       },
+       {"MoELayer::route", "7", "3"}},
+      {"b_output",
+       [&] {
+         Layer l = layer;
+         l.b_output.setZero(6);
+         l.forward(input());
+       },
+       {"MoELayer::forward", "b_output", "6", "4"}},
+      {"w_shared_gate",
+       [] {
+         Layer l = make_layer(true);
+         l.w_shared_gate.setZero(2, 4);
+         l.forward(input());
+       },
+       {"MoELayer::forward", "w_shared_gate", "[2, 4]", "[1, 4]"}},
       {"replay: x", [&] { layer.forward(ones(5, 3), good_routing()); }, {"3", "4"}},
       {"replay with a cache: x",
        [&] {

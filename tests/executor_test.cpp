@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: MIT
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <mutex>
+#include <new>
 #include <set>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -219,6 +222,28 @@ TEST(ThreadPoolExecutor, RunsInlineOnAThreadOfItsPool) {
   while (!ended && std::chrono::steady_clock::now() < end) std::this_thread::yield();
   EXPECT_TRUE(ended);
   EXPECT_EQ(count, 10);
+}
+
+// A pool that takes one task and has no memory for the next.
+class FullPool : public Eigen::ThreadPool {
+ public:
+  FullPool() : Eigen::ThreadPool(3) {}
+  void Schedule(std::function<void()> task) override {
+    if (taken_++ > 0) throw std::bad_alloc();
+    Eigen::ThreadPool::Schedule(std::move(task));
+  }
+
+ private:
+  int taken_ = 0;
+};
+
+TEST(ThreadPoolExecutor, APoolThatRefusesATaskIsReportedAfterAllTasksHaveEnded) {
+  FullPool pool;
+  std::atomic<int> count{0};
+  EXPECT_THROW(
+      moe::ThreadPoolExecutor<FullPool>(pool).for_each(100, [&](Index, Index) { ++count; }),
+      std::bad_alloc);
+  EXPECT_EQ(count, 100);
 }
 
 #ifdef _OPENMP

@@ -331,6 +331,20 @@ TEST(TopKRouter, BackwardByHand) {
   EXPECT_NEAR(d_x(0, 0), 5 + 0.09 * std::log(3.0), 1e-15);
 }
 
+TEST(RoutingGradient, ASumThatThrowsChangesNothing) {
+  const moe::RoutingGradient<double> one{.d_router_logits = Matrix<double>::Ones(2, 3),
+                                         .d_gate = {1, 2}};
+  moe::RoutingGradient<double> sum = one;
+  EXPECT_THROW(sum += (moe::RoutingGradient<double>{.d_router_logits = one.d_router_logits,
+                                                    .d_gate = {1, 2, 3}}),
+               std::invalid_argument);
+  EXPECT_EQ(sum.d_router_logits, one.d_router_logits);
+  EXPECT_EQ(sum.d_gate, one.d_gate);
+  sum += one;
+  EXPECT_EQ(sum.d_router_logits, 2 * one.d_router_logits);
+  EXPECT_EQ(sum.d_gate, (moe::Buffer<double>{2, 4}));
+}
+
 // ---- NoisyTopKRouter.
 
 double softplus(double a) { return std::log1p(std::exp(a)); }

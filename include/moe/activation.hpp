@@ -9,14 +9,19 @@
 #include <moe/types.hpp>
 
 // Activations as small value types. A unary one has forward(x) and derivative(x); a gated unit has
-// forward(g, u) and derivative(g, u) -> {by g, by u}. A type of your own needs only the scalar form;
-// the ones here are also templates over packs of 16 values, so that they run in vector registers.
+// forward(g, u) and derivative(g, u) -> {by g, by u}. A type of your own needs only the scalar form.
+// One that says `static constexpr bool takes_packs = true;`, as those here do, is also called with packs
+// of 16 values, and so runs in vector registers.
 namespace moe {
 
 /// 16 values at a time. Every element of a matrix goes through the same pack code wherever it
 /// stands, the last ones included: a value's result does not depend on its place.
 template <class S>
 using Pack = Eigen::Array<S, 16, 1>;
+
+/// An activation or gated unit whose functions take packs as well as scalars.
+template <class Activation>
+concept TakesPacks = requires { requires Activation::takes_packs; };
 
 /// The derivatives of a gated unit by the gate and by the linear branch.
 template <class T>
@@ -84,6 +89,7 @@ T logistic(const T& x) {
 
 /// max(x, 0); the derivative at 0 is 0.
 struct ReLU {
+  static constexpr bool takes_packs = true;
   template <class T>
   T forward(const T& x) const { return detail::positive_part(x); }
   template <class T>
@@ -92,6 +98,7 @@ struct ReLU {
 
 /// x Phi(x) with the exact normal distribution function (PyTorch's default).
 struct GELU {
+  static constexpr bool takes_packs = true;
   template <class T>
   T forward(const T& x) const {
     using S = detail::Scalar<T>;
@@ -109,6 +116,7 @@ struct GELU {
 /// The tanh approximation of GELU (the default of jax.nn.gelu; Grok-1, V-MoE):
 /// 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
 struct GELUTanh {
+  static constexpr bool takes_packs = true;
   template <class T>
   T forward(const T& x) const {
     using S = detail::Scalar<T>;
@@ -134,6 +142,7 @@ struct GELUTanh {
 
 /// x / (1 + exp(-x)), also called swish.
 struct SiLU {
+  static constexpr bool takes_packs = true;
   template <class T>
   T forward(const T& x) const { return x * detail::logistic(x); }
   template <class T>
@@ -147,6 +156,7 @@ struct SiLU {
 /// act(g) * u for any unary activation: Shazeer 2020, "GLU Variants Improve Transformer", eq. 5 and 6.
 template <class Activation>
 struct Glu {
+  static constexpr bool takes_packs = TakesPacks<Activation>;
   Activation activation{};
   template <class T>
   T forward(const T& g, const T& u) const { return activation.forward(g) * u; }
@@ -164,6 +174,7 @@ using ReGLU = Glu<ReLU>;
 /// gpt-oss's gated unit: g' = min(g, limit), u' = clamp(u, -limit, limit), and
 /// (u' + offset) * g' / (1 + exp(-alpha g')). The derivative is zero beyond a clamp.
 struct ClampedSwiGLU {
+  static constexpr bool takes_packs = true;
   double alpha = 1.702;
   double limit = 7.0;
   double offset = 1.0;
@@ -219,7 +230,7 @@ void activate(const Activation& activation, Index n, const S* x, S* out) {
   detail::for_each_pack<S>(n, [&](Index i, Index count) {
     const Pack<S> in = detail::load_pack(x + i, count);
     Pack<S> result;
-    if constexpr (requires { Pack<S>(activation.forward(in)); }) {
+    if constexpr (TakesPacks<Activation>) {
       result = activation.forward(in);
     } else {
       result = in.unaryExpr([&](S v) { return S(activation.forward(v)); });
@@ -234,7 +245,7 @@ void activate_backward(const Activation& activation, Index n, const S* x, S* d) 
   detail::for_each_pack<S>(n, [&](Index i, Index count) {
     const Pack<S> in = detail::load_pack(x + i, count);
     Pack<S> slope;
-    if constexpr (requires { Pack<S>(activation.derivative(in)); }) {
+    if constexpr (TakesPacks<Activation>) {
       slope = activation.derivative(in);
     } else {
       slope = in.unaryExpr([&](S v) { return S(activation.derivative(v)); });
@@ -249,7 +260,7 @@ void activate_gated(const Unit& glu, Index n, const S* g, const S* u, S* out) {
   detail::for_each_pack<S>(n, [&](Index i, Index count) {
     const Pack<S> gate = detail::load_pack(g + i, count), up = detail::load_pack(u + i, count);
     Pack<S> result;
-    if constexpr (requires { Pack<S>(glu.forward(gate, up)); }) {
+    if constexpr (TakesPacks<Unit>) {
       result = glu.forward(gate, up);
     } else {
       for (Index j = 0; j < count; ++j) result[j] = S(glu.forward(gate[j], up[j]));
@@ -266,7 +277,7 @@ void activate_gated_backward(const Unit& glu, Index n, const S* g, const S* u, c
     const Pack<S> gate = detail::load_pack(g + i, count), up = detail::load_pack(u + i, count);
     const Pack<S> d = detail::load_pack(d_out + i, count);
     Pack<S> by_gate, by_up;
-    if constexpr (requires { Pack<S>(glu.derivative(gate, up).by_gate); }) {
+    if constexpr (TakesPacks<Unit>) {
       const auto slope = glu.derivative(gate, up);
       by_gate = d * slope.by_gate;
       by_up = d * slope.by_up;

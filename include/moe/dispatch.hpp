@@ -19,12 +19,12 @@
 // one that can be followed; checking it takes O(tokens + assignments), little beside moving rows.
 namespace moe {
 
-namespace detail {
-
-// What the functions here take as a matrix of tokens. A column-major matrix does not compile: bind it
-// to a ConstMatrixRef first, which copies.
+/// What the functions here take as a matrix of tokens: the elements of a row lie side by side. A
+/// column-major matrix does not compile: bind it to a ConstMatrixRef first, which copies.
 template <class M>
-inline constexpr bool kIsTokenMatrix = kRowsAreContiguous<std::remove_cvref_t<M>>;
+concept TokenMatrix = detail::kRowsAreContiguous<std::remove_cvref_t<M>>;
+
+namespace detail {
 
 // Calls f(assignment, token) for every assignment of the tokens [begin, end), experts ascending.
 template <class S, class F>
@@ -66,9 +66,8 @@ void sum_rows(const DispatchPlan<S>& plan, const RowBuffer<S>& rows, const Passe
 
 /// rows [assignments, d_model]: row a is x's row of token[a], times gate[a] where gates scale inputs.
 /// O(assignments * d_model). Allocates only when rows grows.
-template <class X, class S, Executor E = DefaultExecutor>
+template <TokenMatrix X, class S, Executor E = DefaultExecutor>
 void dispatch(const X& x, const DispatchPlan<S>& plan, RowBuffer<S>& rows, const E& executor = {}) {
-  static_assert(detail::kIsTokenMatrix<X>);
   check_plan(plan, x.rows(), plan.num_experts(), "dispatch");
   rows.resize(plan.num_assignments(), x.cols(), plan.token.capacity());
   for_each_block(plan.num_assignments(), executor, [&](Index begin, Index end, Index) {
@@ -88,10 +87,9 @@ void dispatch(const X& x, const DispatchPlan<S>& plan, RowBuffer<S>& rows, const
 /// y [tokens, d_model]: the sum over a token's assignments of gate * row, in ascending expert index;
 /// x's row where the plan passes the token through; zero for a masked token, NaN for a poisoned one.
 /// O(tokens * d_model + assignments * d_model). The order does not depend on the executor.
-template <class X, class S, class Y, Executor E = DefaultExecutor>
+template <TokenMatrix X, class S, TokenMatrix Y, Executor E = DefaultExecutor>
 void combine(const RowBuffer<S>& rows, const DispatchPlan<S>& plan, const X& x, Y&& y,
              const E& executor = {}) {
-  static_assert(detail::kIsTokenMatrix<X> && detail::kIsTokenMatrix<Y>);
   check_plan(plan, y.rows(), plan.num_experts(), "combine");
   detail::require_rows(rows, plan, "combine", "rows");
   require_shape(x, plan.num_tokens, rows.cols(), "combine", "x");
@@ -106,10 +104,9 @@ void combine(const RowBuffer<S>& rows, const DispatchPlan<S>& plan, const X& x, 
 
 /// Backward of combine by its rows: d_rows[a] = gate[a] * d_y[token[a]], and, where gates scale
 /// outputs, d_gate[a] = <d_y[token[a]], rows[a]>. O(assignments * d_model).
-template <class Dy, class S, Executor E = DefaultExecutor>
+template <TokenMatrix Dy, class S, Executor E = DefaultExecutor>
 void combine_backward(const Dy& d_y, const RowBuffer<S>& rows, const DispatchPlan<S>& plan,
                       RowBuffer<S>& d_rows, Buffer<S>& d_gate, const E& executor = {}) {
-  static_assert(detail::kIsTokenMatrix<Dy>);
   check_plan(plan, d_y.rows(), plan.num_experts(), "combine_backward");
   detail::require_rows(rows, plan, "combine_backward", "rows");
   require_shape(d_y, plan.num_tokens, rows.cols(), "combine_backward", "d_y");
@@ -135,11 +132,9 @@ void combine_backward(const Dy& d_y, const RowBuffer<S>& rows, const DispatchPla
 /// Backward of dispatch: d_x [tokens, d_model] = the sum of a token's d_rows in ascending expert
 /// index (times their gates where gates scale inputs, with d_gate[a] = <d_rows[a], x[token[a]]>),
 /// plus d_y's row where the plan passes the token through. O((tokens + assignments) * d_model).
-template <class X, class Dy, class S, class Dx, Executor E = DefaultExecutor>
+template <TokenMatrix X, TokenMatrix Dy, class S, TokenMatrix Dx, Executor E = DefaultExecutor>
 void dispatch_backward(const RowBuffer<S>& d_rows, const DispatchPlan<S>& plan, const X& x,
                        const Dy& d_y, Dx&& d_x, Buffer<S>& d_gate, const E& executor = {}) {
-  static_assert(detail::kIsTokenMatrix<X> && detail::kIsTokenMatrix<Dy> &&
-                detail::kIsTokenMatrix<Dx>);
   check_plan(plan, d_x.rows(), plan.num_experts(), "dispatch_backward");
   detail::require_rows(d_rows, plan, "dispatch_backward", "d_rows");
   require_shape(d_x, plan.num_tokens, d_rows.cols(), "dispatch_backward", "d_x");

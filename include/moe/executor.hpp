@@ -20,7 +20,7 @@
 //                    ended; the first exception is then rethrown on the caller
 //   concurrency()    an upper bound of `worker` + 1, for sizing scratch
 // Tasks may run in any order and one after the other: none may wait for another. A call from inside
-// a task runs on that task's thread. Results of the library do not depend on the executor.
+// one of several tasks runs on that task's thread. Results of the library do not depend on the executor.
 namespace moe {
 
 template <class E>
@@ -125,15 +125,19 @@ class ThreadPoolExecutor {
     std::mutex mutex;
     std::condition_variable ended;
     Index running = helpers;
-    for (Index worker = 1; worker <= helpers; ++worker) {
-      pool_->Schedule([&, worker] {
-        work(worker);
-        const std::lock_guard lock(mutex);
-        if (--running == 0) ended.notify_one();
-      });
-    }
+    Index scheduled = 0;
+    first.run([&] {  // where the pool refuses a helper, the others do its share
+      for (; scheduled < helpers; ++scheduled) {
+        pool_->Schedule([&, worker = scheduled + 1] {
+          work(worker);
+          const std::lock_guard lock(mutex);
+          if (--running == 0) ended.notify_one();
+        });
+      }
+    });
     work(0);
     std::unique_lock lock(mutex);
+    running -= helpers - scheduled;
     ended.wait(lock, [&] { return running == 0; });
     lock.unlock();
     first.rethrow();

@@ -17,6 +17,7 @@
 #include <moe/loss.hpp>
 #include <moe/router.hpp>
 #include <moe/softmax.hpp>
+#include <moe/top_k.hpp>
 
 // Backward passes against central differences, for the library's tests and for experts, routers and
 // layers of your own. Everything runs on the calling thread.
@@ -53,13 +54,20 @@ struct GradientArray {
   Index size;
 };
 
-// Everything of a routing that selection decides.
+// Everything of a routing that selection decides. Where there is noise also each token's best
+// top_k + 1 experts, whose last two load_loss takes as thresholds.
 struct RoutingSignature {
-  Buffer<Index> expert_begin, token, passed_through, chosen;
+  Buffer<Index> expert_begin, token, passed_through, chosen, best;
   RoutingSignature() = default;
   explicit RoutingSignature(const Routing<double>& r)
       : expert_begin(r.plan.expert_begin), token(r.plan.token),
-        passed_through(r.plan.passed_through), chosen(r.chosen.expert) {}
+        passed_through(r.plan.passed_through), chosen(r.chosen.expert) {
+    if (r.noise.empty()) return;
+    const Index k = std::min(r.noise.top_k + 1, r.num_experts());
+    best.assign(r.num_tokens() * k, 0);
+    for (Index t = 0; t < r.num_tokens(); ++t)
+      if (r.is_valid(t)) top_k(r.num_experts(), &r.noise.noisy_logits(t, 0), k, &best[t * k]);
+  }
   friend bool operator==(const RoutingSignature&, const RoutingSignature&) = default;
 };
 
@@ -173,7 +181,7 @@ GradientReport check_gradients(const E& expert, Matrix<double> x,
 }
 
 /// Checks a router: d_x and every parameter's gradient of a random weighted sum of router_logits,
-/// router_probs, the chosen gates and the plan's gates.
+/// router_probs, the noise's stddev, the chosen gates and the plan's gates.
 template <TrainableRouter R>
 GradientReport check_gradients(const R& router, Matrix<double> x,
                                const GradientCheckOptions& options = {}) {
@@ -199,6 +207,8 @@ GradientReport check_gradients(const R& router, Matrix<double> x,
   RoutingGradient<double> weights;
   weights.d_router_logits = detail::random_weights(x.rows(), router.num_experts(), rng);
   weights.d_router_probs = detail::random_weights(x.rows(), router.num_experts(), rng);
+  if (!routing.noise.empty())
+    weights.d_noise_stddev = detail::random_weights(x.rows(), router.num_experts(), rng);
   for (Index i = 0; i < routing.chosen.size(); ++i)
     weights.d_chosen_gate.push_back(rng.uniform(-1, 1));
   for (Index i = 0; i < routing.plan.num_assignments(); ++i)
@@ -221,6 +231,8 @@ GradientReport check_gradients(const R& router, Matrix<double> x,
         for (Index t = 0; t < x.rows(); ++t) {
           if (!routing.is_valid(t)) continue;
           sum += weights.d_router_probs.row(t).dot(routing.router_probs.row(t));
+          if (!routing.noise.empty())
+            sum += weights.d_noise_stddev.row(t).dot(routing.noise.stddev.row(t));
           for (Index e = 0; e < routing.num_experts(); ++e)  // 0 times minus infinity would be NaN
             if (weights.d_router_logits(t, e) != 0)
               sum += weights.d_router_logits(t, e) * routing.router_logits(t, e);

@@ -76,7 +76,8 @@ struct DispatchPlan {
   Buffer<Index> choice;            ///< the entry of Routing::chosen it stems from [assignments]
   GateSide gate_side = GateSide::output;
   Buffer<Dropped> dropped;         ///< in order of priority, group by group
-  Buffer<Index> passed_through;    ///< tokens whose output is x in place of the routed sum, ascending
+  Buffer<Index> passed_through;    ///< tokens to whose sum x is added; a router lists those that no
+                                   ///< expert of theirs had a seat for, ascending
 
   Index num_experts() const { return std::max<Index>(expert_begin.size() - 1, 0); }
   Index num_assignments() const { return token.size(); }
@@ -155,12 +156,18 @@ struct RoutingGradient {
            d_noise_stddev.size() == 0 && d_chosen_gate.empty() && d_gate.empty();
   }
 
+  /// Throws std::invalid_argument, and changes nothing, where shapes differ.
   RoutingGradient& operator+=(const RoutingGradient& other) {
-    add(d_router_logits, other.d_router_logits, "d_router_logits");
-    add(d_router_probs, other.d_router_probs, "d_router_probs");
-    add(d_noise_stddev, other.d_noise_stddev, "d_noise_stddev");
-    add(d_chosen_gate, other.d_chosen_gate, "d_chosen_gate");
-    add(d_gate, other.d_gate, "d_gate");
+    check(d_router_logits, other.d_router_logits, "d_router_logits");
+    check(d_router_probs, other.d_router_probs, "d_router_probs");
+    check(d_noise_stddev, other.d_noise_stddev, "d_noise_stddev");
+    check(d_chosen_gate, other.d_chosen_gate, "d_chosen_gate");
+    check(d_gate, other.d_gate, "d_gate");
+    add(d_router_logits, other.d_router_logits);
+    add(d_router_probs, other.d_router_probs);
+    add(d_noise_stddev, other.d_noise_stddev);
+    add(d_chosen_gate, other.d_chosen_gate);
+    add(d_gate, other.d_gate);
     return *this;
   }
   RoutingGradient& operator*=(S factor) {
@@ -176,24 +183,23 @@ struct RoutingGradient {
   friend RoutingGradient operator*(RoutingGradient a, S factor) { return a *= factor; }
 
  private:
-  static void add(Matrix<S>& to, const Matrix<S>& from, const char* what) {
-    if (from.size() == 0) return;
-    if (to.size() == 0) {
-      to = from;
-      return;
-    }
-    require_shape(from, to.rows(), to.cols(), "RoutingGradient: sum", what);
-    to += from;
+  static void check(const Matrix<S>& to, const Matrix<S>& from, const char* what) {
+    if (to.size() > 0 && from.size() > 0)
+      require_shape(from, to.rows(), to.cols(), "RoutingGradient: sum", what);
   }
-  static void add(Buffer<S>& to, const Buffer<S>& from, const char* what) {
-    if (from.empty()) return;
-    if (to.empty()) {
-      to = from;
-      return;
-    }
-    require(from.size() == to.size(), "RoutingGradient: sum: ", what, " has ", from.size(),
-            " entries, expected ", to.size());
-    for (Index i = 0; i < to.size(); ++i) to[i] += from[i];
+  static void check(const Buffer<S>& to, const Buffer<S>& from, const char* what) {
+    if (!to.empty() && !from.empty())
+      require(from.size() == to.size(), "RoutingGradient: sum: ", what, " has ", from.size(),
+              " entries, expected ", to.size());
+  }
+  static void add(Matrix<S>& to, const Matrix<S>& from) {
+    if (to.size() == 0) to = from;
+    else if (from.size() > 0) to += from;
+  }
+  static void add(Buffer<S>& to, const Buffer<S>& from) {
+    if (to.empty()) to = from;
+    else
+      for (Index i = 0; i < from.size(); ++i) to[i] += from[i];
   }
 };
 

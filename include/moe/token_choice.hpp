@@ -275,12 +275,12 @@ void require_trainable(const Options& options, const SeatingRule& rule, Index nu
 
 /// Appends the row `w` to a router's weight [experts, d_model].
 template <class S>
-void append_row(Matrix<S>& weight, const Vector<S>& w, const char* where) {
+Matrix<S> with_row(const Matrix<S>& weight, const Vector<S>& w, const char* where) {
   require(w.size() == weight.cols(), where, ": w has ", w.size(), " entries, expected d_model = ",
           weight.cols());
   Matrix<S> larger(weight.rows() + 1, weight.cols());
   larger << weight, w.transpose();
-  weight = std::move(larger);
+  return larger;
 }
 
 /// A copy of a matrix or vector without one of its rows.

@@ -91,7 +91,7 @@ class ExpertChoiceRouter {
 
   /// Appends an expert whose logits come from `w` [d_model].
   void add_expert(const Vector<S>& w) {
-    append_row(w_router, w, "ExpertChoiceRouter::add_expert");
+    w_router = with_row(w_router, w, "ExpertChoiceRouter::add_expert");
     options_.num_experts = num_experts();
   }
 

@@ -128,16 +128,18 @@ class NoisyTopKRouter {
 
   /// Appends an expert whose logits come from `w` [d_model]; its noise weights are zero.
   void add_expert(const Vector<S>& w) {
-    append_row(w_router, w, "NoisyTopKRouter::add_expert");
-    append_row(w_noise, Vector<S>(Vector<S>::Zero(d_model())), "NoisyTopKRouter::add_expert");
+    Matrix<S> router = with_row(w_router, w, "NoisyTopKRouter::add_expert");
+    w_noise = with_row(w_noise, Vector<S>(Vector<S>::Zero(d_model())), "NoisyTopKRouter::add_expert");
+    w_router = std::move(router);
     options_.num_experts = num_experts();
   }
 
   /// Removes an expert. Throws when it does not exist or fewer than top_k would be left.
   void remove_expert(Index expert) {
     check_removal(expert, num_experts(), options_.top_k, "NoisyTopKRouter::remove_expert");
-    w_router = without_row(w_router, expert);
+    Matrix<S> router = without_row(w_router, expert);
     w_noise = without_row(w_noise, expert);
+    w_router = std::move(router);
     options_.num_experts = num_experts();
   }
 

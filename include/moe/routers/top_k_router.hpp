@@ -122,19 +122,21 @@ class TopKRouter {
 
   /// Appends an expert whose logits come from `w` [d_model] (and bias 0).
   void add_expert(const Vector<S>& w) {
-    append_row(w_router, w, "TopKRouter::add_expert");
+    Matrix<S> router = with_row(w_router, w, "TopKRouter::add_expert");
     if (b_router.size() > 0) {
       b_router.conservativeResize(b_router.size() + 1);
       b_router[b_router.size() - 1] = 0;
     }
+    w_router = std::move(router);
     options_.num_experts = num_experts();
   }
 
   /// Removes an expert. Throws when it does not exist or fewer than top_k would be left.
   void remove_expert(Index expert) {
     check_removal(expert, num_experts(), options_.top_k, "TopKRouter::remove_expert");
-    w_router = without_row(w_router, expert);
+    Matrix<S> router = without_row(w_router, expert);
     if (b_router.size() > 0) b_router = without_row(b_router, expert);
+    w_router = std::move(router);
     options_.num_experts = num_experts();
   }
 
