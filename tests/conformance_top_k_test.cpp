@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: MIT
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <vector>
+
 #include <moe/moe.hpp>
 
 #include "router_laws.hpp"
@@ -32,8 +35,67 @@ struct RenormalisedTopK {
   }
 };
 
-using TopKs = testing::Types<PlainTopK<float>, PlainTopK<double>,  //
-                             RenormalisedTopK<float>, RenormalisedTopK<double>>;
+// As Llama-4, but for the side of the gates, and with a noise as V-MoE's.
+template <class S>
+struct SigmoidTopK {
+  using Router = moe::TopKRouter<S>;
+  static constexpr bool kTokensChoose = true, kGatesSumToOne = false;
+  static Router make(const Wish& wish, Rng& rng) {
+    auto options = token_choice_options<typename Router::Options>(wish);
+    options.score = moe::Score::sigmoid;
+    options.noise_stddev = 0.3;
+    return {options, rng};
+  }
+  static S gate(const Matrix<S>& z, Index t, Index e, const std::vector<Index>&) {
+    return reference::sigmoid(z(t, e));
+  }
+};
+
+// As DeepSeek-V3: sigmoid, selection bias, groups where the number of experts allows, a scale.
+template <class S>
+struct BiasedTopK {
+  using Router = moe::TopKRouter<S>;
+  static constexpr bool kTokensChoose = true, kGatesSumToOne = false, kExpertsAreAlike = false;
+  static Router make(const Wish& wish, Rng& rng) {
+    auto options = token_choice_options<typename Router::Options>(wish);
+    options.score = moe::Score::sigmoid;
+    options.renormalise = true;
+    options.renormalise_epsilon = 1e-20;
+    options.gate_scale = 2.5;
+    options.selection_bias = true;
+    if (wish.num_experts == 6 && wish.top_k <= 4 && wish.d_model == 5)
+      options.group_limit = {.groups = 3, .kept = 2, .score = moe::GroupScore::top_two_sum};
+    return {options, rng};
+  }
+  static S gate(const Matrix<S>& z, Index t, Index e, const std::vector<Index>& among) {
+    S sum = 0;
+    for (const Index other : among) sum += reference::sigmoid(z(t, other));
+    return S(2.5) * (reference::sigmoid(z(t, e)) / sum);
+  }
+};
+
+// As DeepSeek-V2 in its groups; scores as Megatron-LM has them.
+template <class S>
+struct GroupedTopK {
+  using Router = moe::TopKRouter<S>;
+  static constexpr bool kTokensChoose = true, kGatesSumToOne = false, kExpertsAreAlike = false;
+  static Router make(const Wish& wish, Rng& rng) {
+    auto options = token_choice_options<typename Router::Options>(wish);
+    options.score = moe::Score::sqrt_softplus;
+    options.bias = true;
+    if (wish.num_experts == 6 && wish.top_k <= 3 && wish.d_model == 5)
+      options.group_limit = {.groups = 2, .kept = 1};
+    return {options, rng};
+  }
+  static S gate(const Matrix<S>& z, Index t, Index e, const std::vector<Index>&) {
+    return std::sqrt(std::log(S(1) + std::exp(z(t, e))));
+  }
+};
+
+using TopKs = testing::Types<PlainTopK<float>, PlainTopK<double>,                //
+                             RenormalisedTopK<float>, RenormalisedTopK<double>,  //
+                             SigmoidTopK<float>, SigmoidTopK<double>,            //
+                             BiasedTopK<float>, BiasedTopK<double>, GroupedTopK<double>>;
 
 }  // namespace
 

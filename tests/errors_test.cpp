@@ -833,7 +833,7 @@ TEST(Errors, OfTokenChoice) {
       Routing r;
       moe::begin_routing(5, 3, {}, r, "");
       r.router_logits = ones(rows, cols);
-      moe::route_by_logits({.top_k = top_k}, {}, r, moe::Sequential{});
+      moe::route_by_logits({.top_k = top_k}, {}, {}, r, moe::Sequential{});
     };
   };
   expect_errors({
@@ -845,7 +845,7 @@ TEST(Errors, OfTokenChoice) {
        [] {
          Routing r = noisy_routing();
          r.noise.noisy_logits = ones(5, 2);
-         moe::route_by_logits({.top_k = 2}, {}, r, moe::Sequential{});
+         moe::route_by_logits({.top_k = 2}, {}, {}, r, moe::Sequential{});
        },
        {"[5, 2]", "[5, 3]"}},
       {"route_by_logits: capacity factor",
@@ -853,7 +853,7 @@ TEST(Errors, OfTokenChoice) {
          Routing r;
          moe::begin_routing(5, 3, {}, r, "");
          r.router_logits = ones(5, 3);
-         moe::route_by_logits({.top_k = 2, .capacity_factor = -1}, {}, r, moe::Sequential{});
+         moe::route_by_logits({.top_k = 2, .capacity_factor = -1}, {}, {}, r, moe::Sequential{});
        },
        {"-1", "0"}},
       {"add_valid_rows: d",

@@ -33,7 +33,7 @@ Routing<S> route_logits(const Matrix<S>& logits, Index k, const BatchInfo& info 
   Routing<S> routing;
   moe::begin_routing(logits.rows(), logits.cols(), info, routing, "test");
   routing.router_logits = logits;
-  moe::route_by_logits({.recipe = moe::GateRecipe::softmax_of_chosen, .top_k = k}, info, routing,
+  moe::route_by_logits({.gate = {.renormalise = true}, .top_k = k}, {}, info, routing,
                        moe::Sequential{});
   return routing;
 }

@@ -12,30 +12,32 @@
 
 namespace {
 
-using moe::GateRecipe;
+using moe::GateRule;
 using moe::Index;
 using moe::IndexVector;
 using moe::Matrix;
 using moe::Vector;
+
+constexpr GateRule kOfAll{}, kOfChosen{.renormalise = true};
 
 struct Row {
   Vector<double> logits, probs;
   explicit Row(const Vector<double>& z) : logits(z), probs(z.size()) {
     moe::softmax(z.size(), z.data(), probs.data());
   }
-  Vector<double> gates(GateRecipe recipe, const IndexVector& experts) const {
+  Vector<double> gates(const GateRule& recipe, const IndexVector& experts) const {
     Vector<double> gates(experts.size());
     moe::compute_gates(recipe, logits.data(), probs.data(), experts.size(), experts.data(),
                        gates.data());
     return gates;
   }
   // The gradient by the logits of <d_gates, gates>.
-  Vector<double> backward(GateRecipe recipe, const IndexVector& experts,
+  Vector<double> backward(const GateRule& recipe, const IndexVector& experts,
                           const Vector<double>& d_gates) const {
     const Vector<double> g = gates(recipe, experts);
     Vector<double> d = Vector<double>::Zero(logits.size());
-    moe::compute_gates_backward(recipe, probs.data(), logits.size(), experts.size(), experts.data(),
-                                g.data(), d_gates.data(), d.data());
+    moe::compute_gates_backward(recipe, logits.data(), probs.data(), logits.size(), experts.size(),
+                                experts.data(), g.data(), d_gates.data(), d.data());
     return d;
   }
 };
@@ -52,10 +54,10 @@ TEST(Gates, OfAKnownRow) {
   const Row row(Vector<double>{{1, .5, -.25, 2, -1, .75, 0, -2}});
   const IndexVector best = moe::top_k(row.logits, 2);
   EXPECT_EQ(best, (IndexVector{{3, 0}}));
-  const Vector<double> before = row.gates(GateRecipe::softmax, best);
+  const Vector<double> before = row.gates(kOfAll, best);
   EXPECT_NEAR(before[0], 0.457382973, 1e-9);
   EXPECT_NEAR(before[1], 0.168261792, 1e-9);
-  const Vector<double> after = row.gates(GateRecipe::softmax_of_chosen, best);
+  const Vector<double> after = row.gates(kOfChosen, best);
   EXPECT_NEAR(after[0], 0.731058579, 1e-9);
   EXPECT_NEAR(after[1], 0.268941421, 1e-9);
 }
@@ -66,8 +68,8 @@ TEST(Gates, RenormalisedProbabilitiesAreTheSoftmaxOfTheChosenInValueAndGradient)
     const Index experts = 1 + rng.index(10), k = 1 + rng.index(experts);
     const Row row(random_vector(experts, rng) * 2);
     const IndexVector best = moe::top_k(row.logits, k);
-    const Vector<double> gates = row.gates(GateRecipe::softmax_of_chosen, best);
-    const Vector<double> p = row.gates(GateRecipe::softmax, best);
+    const Vector<double> gates = row.gates(kOfChosen, best);
+    const Vector<double> p = row.gates(kOfAll, best);
     const double sum = p.sum();
     for (Index i = 0; i < k; ++i) EXPECT_NEAR(gates[i], p[i] / sum, 1e-14);
     EXPECT_NEAR(gates.sum(), 1, 1e-14);
@@ -78,7 +80,7 @@ TEST(Gates, RenormalisedProbabilitiesAreTheSoftmaxOfTheChosenInValueAndGradient)
     Vector<double> d_p = Vector<double>::Zero(experts), expected = Vector<double>::Zero(experts);
     for (Index i = 0; i < k; ++i) d_p[best[i]] = (d_gates[i] - mean) / sum;
     moe::softmax_backward(experts, row.probs.data(), d_p.data(), expected.data());
-    const Vector<double> d = row.backward(GateRecipe::softmax_of_chosen, best, d_gates);
+    const Vector<double> d = row.backward(kOfChosen, best, d_gates);
     for (Index e = 0; e < experts; ++e) EXPECT_NEAR(d[e], expected[e], 1e-13);
   }
 }
@@ -86,7 +88,7 @@ TEST(Gates, RenormalisedProbabilitiesAreTheSoftmaxOfTheChosenInValueAndGradient)
 TEST(Gates, GradientsAreDifferenceQuotients) {
   moe::Rng rng(2);
   const double step = 1e-6;
-  for (const auto recipe : {GateRecipe::softmax, GateRecipe::softmax_of_chosen}) {
+  for (const auto recipe : {kOfAll, kOfChosen}) {
     for (Index k = 1; k <= 6; ++k) {
       const Vector<double> z = random_vector(6, rng);
       const IndexVector best = moe::top_k(z, k);  // held fixed: selection is not differentiated
@@ -109,11 +111,11 @@ TEST(Gates, UnselectedLogitsGetGradientOnlyFromTheSoftmaxOverAll) {
   const Row row(Vector<double>{{1, .5, -.25, 2}});
   const IndexVector best{{3, 0}};
   const Vector<double> d_gates{{1, -2}};
-  const Vector<double> of_chosen = row.backward(GateRecipe::softmax_of_chosen, best, d_gates);
+  const Vector<double> of_chosen = row.backward(kOfChosen, best, d_gates);
   EXPECT_EQ(of_chosen[1], 0);
   EXPECT_EQ(of_chosen[2], 0);
   EXPECT_NE(of_chosen[0], 0);
-  const Vector<double> of_all = row.backward(GateRecipe::softmax, best, d_gates);
+  const Vector<double> of_all = row.backward(kOfAll, best, d_gates);
   EXPECT_NE(of_all[1], 0);
   EXPECT_NE(of_all[2], 0);
 }
@@ -121,23 +123,23 @@ TEST(Gates, UnselectedLogitsGetGradientOnlyFromTheSoftmaxOverAll) {
 TEST(Gates, OneRenormalisedGateIsExactlyOneAndTeachesNothing) {
   const Row row(Vector<double>{{.1, 2.7, -.25, .3}});
   const IndexVector best{{1}};
-  EXPECT_EQ(row.gates(GateRecipe::softmax_of_chosen, best)[0], 1.0);
+  EXPECT_EQ(row.gates(kOfChosen, best)[0], 1.0);
   const Vector<double> d =
-      row.backward(GateRecipe::softmax_of_chosen, best, Vector<double>{{3.14}});
+      row.backward(kOfChosen, best, Vector<double>{{3.14}});
   EXPECT_TRUE((d.array() == 0).all());
 }
 
 TEST(Gates, OfTheChosenSurviveProbabilitiesThatUnderflow) {
   const Row row(Vector<double>{{5000, 1, 0}});
   EXPECT_EQ(row.probs[1], 0);
-  const Vector<double> gates = row.gates(GateRecipe::softmax_of_chosen, IndexVector{{1, 2}});
+  const Vector<double> gates = row.gates(kOfChosen, IndexVector{{1, 2}});
   EXPECT_NEAR(gates[0], 1 / (1 + std::exp(-1)), 1e-15);
 }
 
 TEST(Gates, UnavailableExpertsGetNoGradient) {
   const double inf = std::numeric_limits<double>::infinity();
   const Row row(Vector<double>{{1, -inf, .5, 0}});
-  for (const auto recipe : {GateRecipe::softmax, GateRecipe::softmax_of_chosen}) {
+  for (const auto recipe : {kOfAll, kOfChosen}) {
     const Vector<double> d = row.backward(recipe, IndexVector{{0, 2}}, Vector<double>{{1, -1}});
     EXPECT_EQ(d[1], 0);
     EXPECT_TRUE(d.allFinite());
@@ -146,7 +148,7 @@ TEST(Gates, UnavailableExpertsGetNoGradient) {
 
 TEST(Gates, OfNobodyAreNothing) {
   const Row row(Vector<double>{{1, 2, 3}});
-  for (const auto recipe : {GateRecipe::softmax, GateRecipe::softmax_of_chosen}) {
+  for (const auto recipe : {kOfAll, kOfChosen}) {
     EXPECT_EQ(row.gates(recipe, IndexVector()).size(), 0);
     EXPECT_EQ(row.backward(recipe, IndexVector(), Vector<double>()), Vector<double>::Zero(3));
   }
@@ -155,10 +157,10 @@ TEST(Gates, OfNobodyAreNothing) {
 TEST(Gates, BackwardAddsToWhatIsThere) {
   const Row row(Vector<double>{{1, 2, 3}});
   const IndexVector best{{2}};
-  const Vector<double> gates = row.gates(GateRecipe::softmax, best), d_gates{{2}};
-  const Vector<double> alone = row.backward(GateRecipe::softmax, best, d_gates);
+  const Vector<double> gates = row.gates(kOfAll, best), d_gates{{2}};
+  const Vector<double> alone = row.backward(kOfAll, best, d_gates);
   Vector<double> d = Vector<double>::Constant(3, 10);
-  moe::compute_gates_backward(GateRecipe::softmax, row.probs.data(), Index(3), Index(1),
+  moe::compute_gates_backward(kOfAll, row.logits.data(), row.probs.data(), Index(3), Index(1),
                               best.data(), gates.data(), d_gates.data(), d.data());
   for (Index e = 0; e < 3; ++e) EXPECT_NEAR(d[e], 10 + alone[e], 1e-14);
 }

@@ -108,7 +108,7 @@ struct RoutingScratch {
   Buffer<Index> order, load, seat, position;
   Buffer<S> row;
   IndexVector capacity;
-  Matrix<S> d_logits, d_noise, input, d_input;
+  Matrix<S> ranking, d_logits, d_noise, input, d_input;
 
   RoutingScratch() = default;
   RoutingScratch(const RoutingScratch&) {}
@@ -121,8 +121,9 @@ struct RoutingScratch {
 template <class S>
 struct Routing {
   Matrix<S> router_logits;  ///< before noise [tokens, num_experts]
-  Matrix<S> router_probs;   ///< softmax of the logits that selection looked at; rows of tokens that
-                            ///< are not valid are zero [tokens, num_experts]
+  Matrix<S> router_probs;   ///< scores of the logits that selection looked at, with a sum of 1 (a
+                            ///< softmax, for most routers); rows of tokens that are not valid are
+                            ///< zero [tokens, num_experts]
   Choices<S> chosen;        ///< demand, before capacity
   DispatchPlan<S> plan;     ///< after capacity
   RoutingNoise<S> noise;    ///< in training, where the router is noisy

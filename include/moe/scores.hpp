@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include <moe/check.hpp>
 #include <moe/executor.hpp>
@@ -9,45 +11,156 @@
 #include <moe/softmax.hpp>
 #include <moe/types.hpp>
 
-// From x to logits and from logits to gates, with the backward of both.
+// From x to logits, from logits to scores, from scores to gates; with the backward of each.
 namespace moe {
 
-/// How the gates of the experts that a token uses follow from its logits z over all experts.
-enum class GateRecipe {
-  /// softmax over all experts, p_e, taken as it is: gates of a token sum to less than 1 (Switch,
-  /// V-MoE, Grok-1, OLMoE, Qwen2-MoE).
-  softmax,
-  /// softmax over the experts in use, exp(z_e) / sum over those (Shazeer et al. 2017, eq. 3 to 5;
-  /// Mixtral, gpt-oss). Equal to p_e renormalised to sum to 1 (GShard, DBRX, Qwen3-MoE), in value
-  /// and in gradient, and computed without the intermediate p_e, which may underflow.
-  softmax_of_chosen,
+/// What makes a router's logits z a score of every expert.
+enum class Score {
+  softmax,        ///< exp(z_e) / sum of exp(z_j), over all experts
+  sigmoid,        ///< 1 / (1 + exp(-z_e)) (DeepSeek-V3, Llama-4)
+  sqrt_softplus,  ///< sqrt(log(1 + exp(z_e))) (Megatron-LM)
 };
 
-/// gates[i] of the experts[i], i < n, of one token. logits and probs are the token's rows
-/// [num_experts]. O(n).
+/// How the gates of the experts that a token uses follow from its scores s:
+///   gate_e = scale * s_e                                            (Switch, Grok-1, OLMoE, ...)
+///   gate_e = scale * s_e / (sum over the experts in use of s + epsilon)   where renormalised
+/// A renormalised softmax without epsilon is computed as the softmax over the logits of the experts in
+/// use: equal in value and gradient (Mixtral is published in both forms), but nothing underflows.
+struct GateRule {
+  Score score = Score::softmax;
+  bool renormalise = false;
+  double epsilon = 0;
+  double scale = 1;
+
+  bool is_softmax_of_chosen() const {
+    return score == Score::softmax && renormalise && epsilon == 0;
+  }
+};
+
+namespace detail {
+
 template <class S>
-void compute_gates(GateRecipe recipe, const S* logits, const S* probs, Index n,
-                   const Index* experts, S* gates) {
-  if (recipe == GateRecipe::softmax) {
-    for (Index i = 0; i < n; ++i) gates[i] = probs[experts[i]];
-  } else if (n > 0) {
-    for (Index i = 0; i < n; ++i) gates[i] = logits[experts[i]];
-    softmax(n, gates, gates);
+S softplus(S z) {
+  return std::max(z, S(0)) + std::log1p(std::exp(-std::abs(z)));
+}
+
+template <class S>
+S sigmoid(S z) {
+  const S e = std::exp(-std::abs(z));
+  return (z < S(0) ? e : S(1)) / (S(1) + e);
+}
+
+// The score of one expert, for scores that look at its logit alone; 0 for an unavailable one.
+template <class S>
+S score_of(Score score, S z) {
+  if (is_unavailable(z)) return S(0);
+  return score == Score::sigmoid ? sigmoid(z) : std::sqrt(softplus(z));
+}
+
+// The derivative of score_of, s being its value.
+template <class S>
+S score_slope(Score score, S z, S s) {
+  if (!(s > S(0))) return S(0);
+  return score == Score::sigmoid ? s * (S(1) - s) : sigmoid(z) / (S(2) * s);
+}
+
+// What scores are divided by: never zero, so that scores that all underflow give gates of zero.
+template <class S>
+S score_sum(S sum, double epsilon) {
+  return std::max(sum + S(epsilon), std::numeric_limits<S>::min());
+}
+
+inline constexpr double kProbsEpsilon = 1e-20;  // as Megatron-LM
+
+}  // namespace detail
+
+/// probs [n] = the scores of one token divided by their sum (+ 1e-20 where the score is not softmax, as
+/// Megatron-LM has it); 0 where the logit is minus infinity. In place is allowed. O(n).
+template <class S>
+void normalised_scores(Score score, Index n, const S* logits, S* probs) {
+  if (score == Score::softmax) return softmax(n, logits, probs);
+  S sum = 0;
+  for (Index e = 0; e < n; ++e) sum += probs[e] = detail::score_of(score, logits[e]);
+  for (Index e = 0; e < n; ++e) probs[e] /= detail::score_sum(sum, detail::kProbsEpsilon);
+}
+
+/// Adds to d_logits [n] what the gradient d_probs [n] by normalised_scores makes of it. O(n).
+template <class S>
+void normalised_scores_backward(Score score, Index n, const S* logits, const S* probs,
+                                const S* d_probs, S* d_logits) {
+  if (score == Score::softmax) return softmax_backward(n, probs, d_probs, d_logits);
+  S sum = 0, mean = 0;
+  for (Index e = 0; e < n; ++e) {
+    sum += detail::score_of(score, logits[e]);
+    mean += probs[e] * d_probs[e];
+  }
+  for (Index e = 0; e < n; ++e) {
+    const S s = detail::score_of(score, logits[e]);
+    d_logits[e] += (d_probs[e] - mean) / detail::score_sum(sum, detail::kProbsEpsilon) *
+                   detail::score_slope(score, logits[e], s);
   }
 }
 
-/// Adds to d_logits [num_experts] what the gradient d_gates[i] by the gates[i] of the experts[i]
-/// makes of it. O(n) for softmax_of_chosen, O(num_experts) for softmax.
+/// gates[i] of the experts[i], i < n, of one token. logits and probs (normalised_scores) are the
+/// token's rows [num_experts]. O(n).
 template <class S>
-void compute_gates_backward(GateRecipe recipe, const S* probs, Index num_experts, Index n,
-                            const Index* experts, const S* gates, const S* d_gates, S* d_logits) {
-  S mean = 0;
-  for (Index i = 0; i < n; ++i) mean += gates[i] * d_gates[i];
-  for (Index i = 0; i < n; ++i) d_logits[experts[i]] += gates[i] * d_gates[i];
-  if (recipe == GateRecipe::softmax) {
-    for (Index e = 0; e < num_experts; ++e) d_logits[e] -= probs[e] * mean;
+void compute_gates(const GateRule& rule, const S* logits, const S* probs, Index n,
+                   const Index* experts, S* gates) {
+  if (n == 0) return;
+  S sum = 1;
+  if (rule.is_softmax_of_chosen()) {
+    for (Index i = 0; i < n; ++i) gates[i] = logits[experts[i]];
+    softmax(n, gates, gates);
   } else {
-    for (Index i = 0; i < n; ++i) d_logits[experts[i]] -= gates[i] * mean;
+    for (Index i = 0; i < n; ++i)
+      gates[i] = rule.score == Score::softmax ? probs[experts[i]]
+                                              : detail::score_of(rule.score, logits[experts[i]]);
+    if (rule.renormalise) {
+      sum = 0;
+      for (Index i = 0; i < n; ++i) sum += gates[i];
+      sum = detail::score_sum(sum, rule.epsilon);
+    }
+  }
+  if (sum == S(1) && rule.scale == 1) return;
+  for (Index i = 0; i < n; ++i) gates[i] = S(rule.scale) * (gates[i] / sum);
+}
+
+/// Adds to d_logits [num_experts] what the gradient d_gates[i] by the gates[i] of the experts[i]
+/// makes of it. O(n), and O(num_experts) for a softmax that is not one of the chosen alone.
+template <class S>
+void compute_gates_backward(const GateRule& rule, const S* logits, const S* probs,
+                            Index num_experts, Index n, const Index* experts, const S* gates,
+                            const S* d_gates, S* d_logits) {
+  S mean = 0, sum = 0;
+  for (Index i = 0; i < n; ++i) mean += gates[i] * d_gates[i];
+  if (rule.is_softmax_of_chosen()) {
+    for (Index i = 0; i < n; ++i)
+      d_logits[experts[i]] += gates[i] * (d_gates[i] - mean / S(rule.scale));
+    return;
+  }
+  const auto score = [&](Index e) {
+    return rule.score == Score::softmax ? probs[e] : detail::score_of(rule.score, logits[e]);
+  };
+  if (rule.renormalise) {
+    for (Index i = 0; i < n; ++i) sum += score(experts[i]);
+    sum = detail::score_sum(sum, rule.epsilon);
+  }
+  const auto d_score = [&](Index i) {
+    return rule.renormalise ? (S(rule.scale) * d_gates[i] - mean) / sum : S(rule.scale) * d_gates[i];
+  };
+  if (rule.score == Score::softmax) {
+    S all = 0;
+    for (Index i = 0; i < n; ++i) {
+      const S d = probs[experts[i]] * d_score(i);
+      d_logits[experts[i]] += d;
+      all += d;
+    }
+    for (Index e = 0; e < num_experts; ++e) d_logits[e] -= probs[e] * all;
+  } else {
+    for (Index i = 0; i < n; ++i) {
+      const Index e = experts[i];
+      d_logits[e] += d_score(i) * detail::score_slope(rule.score, logits[e], score(e));
+    }
   }
 }
 

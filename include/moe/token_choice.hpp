@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <limits>
 #include <utility>
 
 #include <moe/capacity.hpp>
+#include <moe/group_limit.hpp>
 #include <moe/router.hpp>
 #include <moe/scores.hpp>
 #include <moe/softmax.hpp>
@@ -15,18 +17,20 @@ namespace moe {
 
 /// How choices become a plan. Every token-choice router makes one of its options.
 struct SeatingRule {
-  GateRecipe recipe = GateRecipe::softmax;
+  GateRule gate{};
+  GateSide gate_side = GateSide::output;
   Index top_k = 1;
+  GroupLimit group_limit{};
   std::optional<double> capacity_factor{};  ///< none: dropless
   Overflow overflow = Overflow::drop;
   Priority priority = Priority::token_order;
   bool renormalise_after_drop = false;
 
-  /// Whether gates are the recipe's over the experts that a token ends up with, rather than over
+  /// Whether gates are the rule's over the experts that a token ends up with, rather than over
   /// those that it chose.
   bool gates_follow_seats() const {
     return overflow == Overflow::next_best ||
-           (renormalise_after_drop && recipe == GateRecipe::softmax_of_chosen);
+           (renormalise_after_drop && gate.renormalise);
   }
 };
 
@@ -74,13 +78,14 @@ void for_each_final_set(const Routing<S>& routing, const F& f) {
 
 }  // namespace detail
 
-/// Selects each token's top_k experts by the routing's selection logits and fills router_probs,
-/// chosen and plan. begin_routing must have run and the logits be there. A token takes fewer experts
-/// where fewer are available. O(tokens * num_experts * top_k). Throws std::invalid_argument when the
-/// logits do not fit the plan, and for a rule out of range.
+/// Selects each token's top_k experts and fills router_probs, chosen and plan. begin_routing must have
+/// run and the logits be there. Selection is by the routing's selection logits; by scores where there
+/// is a bias [num_experts] to add to them for selection alone, or a group limit that sums scores. A
+/// token takes fewer experts where fewer are available. O(tokens * num_experts * top_k). Throws
+/// std::invalid_argument when the logits do not fit the plan, and for a rule out of range.
 template <class S, Executor E>
-void route_by_logits(const SeatingRule& rule, const BatchInfo& info, Routing<S>& routing,
-                     const E& executor) {
+void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
+                     const BatchInfo& info, Routing<S>& routing, const E& executor) {
   const Matrix<S>& logits = routing.selection_logits();
   require(routing.plan.token_state.size() == logits.rows() &&
               routing.chosen.token_begin.size() == logits.rows() + 1,
@@ -91,11 +96,27 @@ void route_by_logits(const SeatingRule& rule, const BatchInfo& info, Routing<S>&
   require_shape(logits, tokens, experts, "route_by_logits", "selection_logits");
   require(k >= 1 && k <= experts, "route_by_logits: top_k = ", k,
           " is not between 1 and num_experts = ", experts);
+  require(selection_bias.size() == 0 || selection_bias.size() == experts,
+          "route_by_logits: selection_bias has ", selection_bias.size(), " entries, expected ",
+          experts, " experts");
+  check_group_limit(rule.group_limit, experts, k, "route_by_logits");
+  const bool limited = rule.group_limit.applies();
+  const bool by_scores = selection_bias.size() > 0 ||
+                         (limited && rule.group_limit.score == GroupScore::top_two_sum);
+  const Matrix<S>& ranking = by_scores || limited ? routing.scratch.ranking : logits;
+  if (by_scores || limited) routing.scratch.ranking.resize(tokens, experts);
+  Buffer<S>& group_score = routing.scratch.row;
+  Buffer<Index>& kept_group = routing.scratch.order;
+  if (limited) {
+    group_score.resize(executor.concurrency() * rule.group_limit.groups);
+    kept_group.resize(executor.concurrency() * rule.group_limit.kept);
+  }
+  routing.plan.gate_side = rule.gate_side;
   routing.router_probs.resize(tokens, experts);
   Choices<S>& chosen = routing.chosen;
   chosen.expert.resize(tokens * k);
   chosen.gate.resize(tokens * k);
-  for_each_block(tokens, executor, [&](Index begin, Index end, Index) {
+  for_each_block(tokens, executor, [&](Index begin, Index end, Index worker) {
     for (Index t = begin; t < end; ++t) {
       TokenState& state = routing.plan.token_state[t];
       if (state == TokenState::valid) detail::check_logits(&logits(t, 0), experts, state);
@@ -103,16 +124,32 @@ void route_by_logits(const SeatingRule& rule, const BatchInfo& info, Routing<S>&
         detail::check_logits(&routing.router_logits(t, 0), experts, state);
       if (state != TokenState::valid) {
         routing.router_probs.row(t).setZero();
+        if (by_scores || limited)
+          routing.scratch.ranking.row(t).setConstant(-std::numeric_limits<S>::infinity());
         continue;
       }
       const S* const z = &logits(t, 0);
-      softmax(experts, z, &routing.router_probs(t, 0));
+      S* const probs = &routing.router_probs(t, 0);
+      normalised_scores(rule.gate.score, experts, z, probs);
+      if (by_scores || limited) {
+        S* const values = &routing.scratch.ranking(t, 0);
+        for (Index e = 0; e < experts; ++e) {
+          if (!by_scores || is_unavailable(z[e])) values[e] = z[e];
+          else if (rule.gate.score == Score::softmax) values[e] = probs[e];
+          else values[e] = detail::score_of(rule.gate.score, z[e]);
+          if (selection_bias.size() > 0) values[e] += selection_bias[e];
+        }
+        if (limited)
+          limit_to_groups(rule.group_limit, experts, values,
+                          group_score.data() + worker * rule.group_limit.groups,
+                          kept_group.data() + worker * rule.group_limit.kept);
+      }
+      const S* const rank = &ranking(t, 0);
       Index* const best = chosen.expert.data() + t * k;
-      top_k(experts, z, k, best);
+      top_k(experts, rank, k, best);
       Index n = k;
-      while (n > 0 && is_unavailable(z[best[n - 1]])) --n;
-      compute_gates(rule.recipe, z, &routing.router_probs(t, 0), n, best,
-                    chosen.gate.data() + t * k);
+      while (n > 0 && is_unavailable(rank[best[n - 1]])) --n;
+      compute_gates(rule.gate, z, probs, n, best, chosen.gate.data() + t * k);
       chosen.token_begin[t + 1] = n;
     }
   });
@@ -132,14 +169,14 @@ void route_by_logits(const SeatingRule& rule, const BatchInfo& info, Routing<S>&
   IndexVector& capacity = routing.scratch.capacity;
   count_valid_tokens(routing.plan, info, capacity);
   for (Index& c : capacity) c = expert_capacity(c, experts, k, *rule.capacity_factor);
-  apply_capacity(chosen, logits, capacity, rule.overflow, rule.priority, info, routing.plan,
+  apply_capacity(chosen, ranking, capacity, rule.overflow, rule.priority, info, routing.plan,
                  routing.scratch);
   if (rule.gates_follow_seats()) {
     detail::for_each_final_set(
         routing, [&](Index t, Index n, const Index* used, const Index* assignments) {
           Buffer<S>& gates = routing.scratch.row;
           gates.resize(n);
-          compute_gates(rule.recipe, &logits(t, 0), &routing.router_probs(t, 0), n, used,
+          compute_gates(rule.gate, &logits(t, 0), &routing.router_probs(t, 0), n, used,
                         gates.data());
           for (Index i = 0; i < n; ++i) routing.plan.gate[assignments[i]] = gates[i];
         });
@@ -200,8 +237,9 @@ void selection_backward(const SeatingRule& rule, const Routing<S>& routing,
   const Choices<S>& chosen = routing.chosen;
   const DispatchPlan<S>& plan = routing.plan;
   const Index tokens = routing.router_probs.rows(), experts = routing.router_probs.cols();
-  d_logits.resize(tokens, experts);
-  d_logits.setZero();
+  const Matrix<S>& logits = routing.selection_logits();
+  require_shape(logits, tokens, experts, "selection_backward", "selection_logits");
+  d_logits.setZero(tokens, experts);
   Buffer<S>& row = routing.scratch.row;
   const bool by_seats = rule.gates_follow_seats();
   if (by_seats && !gradient.d_gate.empty()) {
@@ -212,8 +250,8 @@ void selection_backward(const SeatingRule& rule, const Routing<S>& routing,
             row[i] = plan.gate[assignments[i]];
             row[n + i] = gradient.d_gate[assignments[i]];
           }
-          compute_gates_backward(rule.recipe, &routing.router_probs(t, 0), experts, n, used,
-                                 row.data(), row.data() + n, &d_logits(t, 0));
+          compute_gates_backward(rule.gate, &logits(t, 0), &routing.router_probs(t, 0), experts, n,
+                                 used, row.data(), row.data() + n, &d_logits(t, 0));
         });
   }
   // Gates over the set that was chosen: those of the losses, and those of the plan where they were
@@ -227,7 +265,7 @@ void selection_backward(const SeatingRule& rule, const Routing<S>& routing,
     for (Index t = 0; t < tokens; ++t) {
       const Index begin = chosen.token_begin[t], n = chosen.token_begin[t + 1] - begin;
       if (n == 0) continue;
-      compute_gates_backward(rule.recipe, &routing.router_probs(t, 0), experts, n,
+      compute_gates_backward(rule.gate, &logits(t, 0), &routing.router_probs(t, 0), experts, n,
                              chosen.expert.data() + begin, chosen.gate.data() + begin,
                              row.data() + begin, &d_logits(t, 0));
     }
@@ -235,8 +273,9 @@ void selection_backward(const SeatingRule& rule, const Routing<S>& routing,
   if (gradient.d_router_probs.size() > 0)
     for (Index t = 0; t < tokens; ++t)
       if (routing.is_valid(t))
-        softmax_backward(experts, &routing.router_probs(t, 0), &gradient.d_router_probs(t, 0),
-                         &d_logits(t, 0));
+        normalised_scores_backward(rule.gate.score, experts, &logits(t, 0),
+                                   &routing.router_probs(t, 0), &gradient.d_router_probs(t, 0),
+                                   &d_logits(t, 0));
 }
 
 /// d_logits += d for the rows of valid tokens; nothing where d is empty. Throws
@@ -267,7 +306,7 @@ template <class Options>
 void require_trainable(const Options& options, const SeatingRule& rule, Index num_experts,
                        const char* where) {
   require(options.allow_constant_gate || num_experts == 1 || rule.top_k > 1 ||
-              rule.recipe == GateRecipe::softmax,
+              !rule.gate.renormalise,
           where, ": top_k = ", rule.top_k, " of num_experts = ", num_experts,
           " with gates that sum to 1 makes every gate 1, and the router learns nothing from the "
           "task; take softmax before selection without renormalising, or allow_constant_gate");

@@ -62,7 +62,7 @@ class NoisyTopKRouter {
     require_shape(x, x.rows(), d_model(), "NoisyTopKRouter::route", "x");
     begin_routing(x.rows(), num_experts(), info, routing, "NoisyTopKRouter::route");
     logits(x, w_router, routing.router_logits, executor);
-    route_by_logits(rule(options_.capacity), info, routing, executor);
+    route_by_logits(rule(options_.capacity), {}, info, routing, executor);
   }
 
   /// Routing for training: noise, capacity `options.training_capacity`. Throws when gates would be
@@ -83,11 +83,11 @@ class NoisyTopKRouter {
     noise.noisy_logits.resize(x.rows(), num_experts());
     for (Index i = 0; i < noise.stddev.size(); ++i) {
       S& stddev = noise.stddev.data()[i];
-      stddev = softplus(stddev) + S(options_.noise_epsilon);
+      stddev = detail::softplus(stddev) + S(options_.noise_epsilon);
       noise.noisy_logits.data()[i] =
           routing.router_logits.data()[i] + noise.draws.data()[i] * stddev;
     }
-    route_by_logits(rule(options_.training_capacity), info, routing, executor);
+    route_by_logits(rule(options_.training_capacity), {}, info, routing, executor);
   }
 
   /// Adds to d_x [tokens, d_model] and to grad's parameters. `x` has zeros in rows of tokens that are
@@ -154,11 +154,13 @@ class NoisyTopKRouter {
 
  private:
   SeatingRule rule(std::optional<double> capacity_factor) const {
-    return {GateRecipe::softmax_of_chosen, options_.top_k,    capacity_factor,
-            options_.overflow,             options_.priority, options_.renormalise_after_drop};
+    return {.gate = {.renormalise = true},
+            .top_k = options_.top_k,
+            .capacity_factor = capacity_factor,
+            .overflow = options_.overflow,
+            .priority = options_.priority,
+            .renormalise_after_drop = options_.renormalise_after_drop};
   }
-
-  static S softplus(S a) { return std::max(a, S(0)) + std::log1p(std::exp(-std::abs(a))); }
 
   template <class E>
   void logits(const ConstMatrixRef<S>& x, const Matrix<S>& w, Matrix<S>& z,

@@ -9,8 +9,8 @@
 namespace moe {
 
 /// Each token takes its top_k experts by a linear layer's logits, z = x w_router^T (+ b_router).
-/// With its options: Switch (top_k 1), GShard, GLaM, V-MoE without noise, Mixtral, Grok-1, DBRX, OLMoE, ...
-/// Selection is by the logits, ties to the lower expert.
+/// With its options: Switch (top_k 1), GShard, GLaM, V-MoE, Mixtral, Grok-1, DBRX, OLMoE, Qwen, DeepSeek,
+/// gpt-oss, Llama-4, ... Selection is by the logits, or by scores plus a bias; ties to the lower expert.
 template <class S>
 class TopKRouter {
  public:
@@ -20,11 +20,26 @@ class TopKRouter {
     Index d_model = 0;
     Index num_experts = 0;
     Index top_k = 2;
+    /// What gates are made of.
+    Score score = Score::softmax;
     /// Softmax over all experts before selection (true), or over the selected ones after it.
     bool softmax_before_selection = true;
-    /// Whether gates of a token sum to 1. After selection they always do.
+    /// Whether gates of a token are divided by their sum. After selection a softmax always has a sum of 1.
     bool renormalise = false;
+    /// Added to that sum. The authors' value where they publish one (DeepSeek-V3: 1e-20); it matters
+    /// where all scores of a token underflow.
+    double renormalise_epsilon = 0;
+    /// Every gate is multiplied by this, after renormalising (DeepSeek-V3: 2.5).
+    double gate_scale = 1;
+    /// What gates multiply: outputs, or inputs (Llama-4).
+    GateSide gate_side = GateSide::output;
     bool bias = false;
+    /// Whether there is a selection_bias, added to scores for selection alone: see
+    /// update_selection_bias.
+    bool selection_bias = false;
+    GroupLimit group_limit{};
+    /// In training logits get Gaussian noise of this standard deviation (V-MoE: 1 / num_experts).
+    double noise_stddev = 0;
     /// In training x is multiplied by a draw from [1 - jitter, 1 + jitter], for the router only.
     double jitter = 0;
     /// Capacity factor of inference, see expert_capacity; none: dropless.
@@ -40,7 +55,7 @@ class TopKRouter {
     bool allow_constant_gate = false;
   };
 
-  /// w_router is normal with variance 1 / d_model, b_router zero. Throws std::invalid_argument for
+  /// w_router is normal with variance 1 / d_model, biases are zero. Throws std::invalid_argument for
   /// options out of range.
   TopKRouter(const Options& options, Rng& rng) : options_(options) {
     require(options.d_model > 0, "TopKRouter: d_model = ", options.d_model,
@@ -51,25 +66,38 @@ class TopKRouter {
     require(number_kind(options.jitter) == NumberKind::finite && options.jitter >= 0 &&
                 options.jitter < 1,
             "TopKRouter: jitter = ", options.jitter, " is not in [0, 1)");
+    const auto at_least_0 = [](double value, const char* what) {
+      require(number_kind(value) == NumberKind::finite && value >= 0, "TopKRouter: ", what, " = ",
+              value, ", expected a finite number of at least 0");
+    };
+    at_least_0(options.renormalise_epsilon, "renormalise_epsilon");
+    at_least_0(options.noise_stddev, "noise_stddev");
+    at_least_0(options.gate_scale, "gate_scale");
+    require(options.gate_scale > 0, "TopKRouter: gate_scale = ", options.gate_scale,
+            ", expected more than 0");
+    require(options.score == Score::softmax || options.softmax_before_selection,
+            "TopKRouter: a softmax after selection beside another score, expected one of the two");
+    check_group_limit(options.group_limit, options.num_experts, options.top_k, "TopKRouter");
     w_router = lecun_normal<S>(options.num_experts, options.d_model, rng);
     if (options.bias) b_router.setZero(options.num_experts);
+    if (options.selection_bias) selection_bias.setZero(options.num_experts);
   }
 
   Index d_model() const { return w_router.cols(); }
   Index num_experts() const { return w_router.rows(); }
   const Options& options() const { return options_; }
 
-  /// Routing for inference: no jitter, capacity `options.capacity`.
+  /// Routing for inference: no jitter, no noise, capacity `options.capacity`.
   template <Executor E = DefaultExecutor>
   void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
              const E& executor = {}) const {
     require_shape(x, x.rows(), d_model(), "TopKRouter::route", "x");
     begin_routing(x.rows(), num_experts(), info, routing, "TopKRouter::route");
     logits(x, routing.router_logits, executor);
-    route_by_logits(rule(options_.capacity), info, routing, executor);
+    route_by_logits(rule(options_.capacity), selection_bias, info, routing, executor);
   }
 
-  /// Routing for training: jitter, capacity `options.training_capacity`. Throws when gates would be
+  /// Routing for training: jitter, noise, capacity `options.training_capacity`. Throws when gates would be
   /// constant (see Options::allow_constant_gate).
   template <Executor E = DefaultExecutor>
   void route(const ConstMatrixRef<S>& x, Rng& rng, const BatchInfo& info, Routing<S>& routing,
@@ -87,7 +115,15 @@ class TopKRouter {
     } else {
       logits(x, routing.router_logits, executor);
     }
-    route_by_logits(rule(options_.training_capacity), info, routing, executor);
+    if (options_.noise_stddev > 0) {
+      RoutingNoise<S>& noise = routing.noise;
+      noise.top_k = options_.top_k;
+      noise.draws.resize(x.rows(), num_experts());
+      fill_normal(noise.draws, 1.0, rng);
+      noise.stddev.setConstant(x.rows(), num_experts(), S(options_.noise_stddev));
+      noise.noisy_logits = routing.router_logits + S(options_.noise_stddev) * noise.draws;
+    }
+    route_by_logits(rule(options_.training_capacity), selection_bias, info, routing, executor);
   }
 
   /// Adds to d_x [tokens, d_model] and to grad's parameters. `x` has zeros in rows of tokens that are
@@ -120,23 +156,36 @@ class TopKRouter {
     check_router_backward(*this, x, routing, grad, "TopKRouter::backward");
   }
 
-  /// Appends an expert whose logits come from `w` [d_model] (and bias 0).
+  /// Appends an expert whose logits come from `w` [d_model] (and biases 0). Throws when the group limit
+  /// cannot work with one more.
   void add_expert(const Vector<S>& w) {
+    check_group_limit(options_.group_limit, num_experts() + 1, options_.top_k,
+                      "TopKRouter::add_expert");
     Matrix<S> router = with_row(w_router, w, "TopKRouter::add_expert");
-    if (b_router.size() > 0) {
-      b_router.conservativeResize(b_router.size() + 1);
-      b_router[b_router.size() - 1] = 0;
-    }
+    Vector<S> bias = b_router, selection = selection_bias;
+    for (Vector<S>* b : {&bias, &selection})
+      if (b->size() > 0) {
+        b->conservativeResize(b->size() + 1);
+        (*b)[b->size() - 1] = 0;
+      }
     w_router = std::move(router);
+    b_router = std::move(bias);
+    selection_bias = std::move(selection);
     options_.num_experts = num_experts();
   }
 
   /// Removes an expert. Throws when it does not exist or fewer than top_k would be left.
   void remove_expert(Index expert) {
     check_removal(expert, num_experts(), options_.top_k, "TopKRouter::remove_expert");
+    check_group_limit(options_.group_limit, num_experts() - 1, options_.top_k,
+                      "TopKRouter::remove_expert");
     Matrix<S> router = without_row(w_router, expert);
-    if (b_router.size() > 0) b_router = without_row(b_router, expert);
+    Vector<S> bias, selection;
+    if (b_router.size() > 0) bias = without_row(b_router, expert);
+    if (selection_bias.size() > 0) selection = without_row(selection_bias, expert);
     w_router = std::move(router);
+    b_router = std::move(bias);
+    selection_bias = std::move(selection);
     options_.num_experts = num_experts();
   }
 
@@ -144,20 +193,27 @@ class TopKRouter {
   static void visit(F&& f, Self&... self) {
     visit_array(f, {"w_router"}, self.w_router...);
     if (((self.b_router.size() > 0) || ...)) visit_array(f, {"b_router"}, self.b_router...);
+    if (((self.selection_bias.size() > 0) || ...))
+      visit_array(f, {"selection_bias", Kind::buffer}, self.selection_bias...);
   }
 
   Matrix<S> w_router;  ///< [num_experts, d_model]
   Vector<S> b_router;  ///< [num_experts], empty without bias
+  Vector<S> selection_bias;  ///< [num_experts], empty without; a buffer: no gradient reaches it
 
  private:
   SeatingRule rule(std::optional<double> capacity_factor) const {
-    const bool all = options_.softmax_before_selection && !options_.renormalise;
-    return {all ? GateRecipe::softmax : GateRecipe::softmax_of_chosen,
-            options_.top_k,
-            capacity_factor,
-            options_.overflow,
-            options_.priority,
-            options_.renormalise_after_drop};
+    return {.gate = {.score = options_.score,
+                     .renormalise = options_.renormalise || !options_.softmax_before_selection,
+                     .epsilon = options_.renormalise_epsilon,
+                     .scale = options_.gate_scale},
+            .gate_side = options_.gate_side,
+            .top_k = options_.top_k,
+            .group_limit = options_.group_limit,
+            .capacity_factor = capacity_factor,
+            .overflow = options_.overflow,
+            .priority = options_.priority,
+            .renormalise_after_drop = options_.renormalise_after_drop};
   }
 
   template <class X, class E>
