@@ -46,3 +46,79 @@ TYPED_TEST(GradientsOfTopKLayers, WithGatesThatSumToOneAfterDrops) {
         rng);
   });
 }
+
+// Other scores than the softmax, and what selection may look at beside the logits.
+
+TEST(GradientsOfScores, OfASigmoidWithNoise) {
+  check_all_seatings<ReLUExpert>(5, [](const Seating& seating, Rng& rng) {
+    return Router(seated<Router::Options>({.top_k = 2,
+                                           .score = moe::Score::sigmoid,
+                                           .bias = true,
+                                           .noise_stddev = 0.4},
+                                          seating),
+                  rng);
+  });
+}
+
+TEST(GradientsOfScores, OfASigmoidWithSelectionBiasAndGroupsAndSum) {
+  check_all_seatings<ReLUExpert>(6, [](const Seating& seating, Rng& rng) {
+    return Router(
+        seated<Router::Options>({.top_k = 1,  // of a group of two
+                                 .score = moe::Score::sigmoid,
+                                 .renormalise = true,
+                                 .renormalise_epsilon = 0.1,
+                                 .gate_scale = 2.5,
+                                 .selection_bias = true,
+                                 .group_limit = {.groups = 2,
+                                                 .kept = 1,
+                                                 .score = moe::GroupScore::top_two_sum},
+                                 .renormalise_after_drop = true,
+                                 .allow_constant_gate = true},
+                                seating),
+        rng);
+  });
+}
+
+TEST(GradientsOfScores, OfASqrtSoftplusWithJitter) {
+  check_all_seatings<ReLUExpert>(7, [](const Seating& seating, Rng& rng) {
+    return Router(seated<Router::Options>({.top_k = 2,
+                                           .score = moe::Score::sqrt_softplus,
+                                           .renormalise = true,
+                                           .jitter = 0.2},
+                                          seating),
+                  rng);
+  });
+}
+
+TEST(GradientsOfScores, OfASoftmaxWithEpsilonScaleAndGroups) {
+  check_all_seatings<ReLUExpert>(8, [](const Seating& seating, Rng& rng) {
+    return Router(seated<Router::Options>({.top_k = 2,
+                                           .renormalise = true,
+                                           .renormalise_epsilon = 0.2,
+                                           .gate_scale = 1.7,
+                                           .group_limit = {.groups = 4, .kept = 3}},
+                                          seating),
+                  rng);
+  });
+}
+
+TEST(GradientsOfScores, OfASoftmaxOfTheChosenWithScaleAndSelectionBias) {
+  check_all_seatings<ReLUExpert>(9, [](const Seating& seating, Rng& rng) {
+    return Router(seated<Router::Options>({.top_k = 2,
+                                           .softmax_before_selection = false,
+                                           .gate_scale = 0.5,
+                                           .selection_bias = true},
+                                          seating),
+                  rng);
+  });
+}
+
+TEST(GradientsOfScores, OfASigmoidOnInputs) {
+  check_all_seatings<ClampedExpert>(10, [](const Seating& seating, Rng& rng) {
+    return Router(seated<Router::Options>({.top_k = 2,
+                                           .score = moe::Score::sigmoid,
+                                           .gate_side = moe::GateSide::input},
+                                          seating),
+                  rng);
+  });
+}

@@ -16,6 +16,7 @@ using moe::GateRule;
 using moe::Index;
 using moe::IndexVector;
 using moe::Matrix;
+using moe::Score;
 using moe::Vector;
 
 constexpr GateRule kOfAll{}, kOfChosen{.renormalise = true};
@@ -163,6 +164,78 @@ TEST(Gates, BackwardAddsToWhatIsThere) {
   moe::compute_gates_backward(kOfAll, row.logits.data(), row.probs.data(), Index(3), Index(1),
                               best.data(), gates.data(), d_gates.data(), d.data());
   for (Index e = 0; e < 3; ++e) EXPECT_NEAR(d[e], 10 + alone[e], 1e-14);
+}
+
+// ---- Scores that are no softmax.
+
+// Values computed with Python in double from the formulas of DeepSeek-V3's and Megatron-LM's routers.
+TEST(Scores, OfAKnownRow) {
+  const Row row(Vector<double>{{1, .5, -.25, 2, -1, .75, 0, -2}});
+  const IndexVector best{{3, 0}};
+  const GateRule v3{.score = Score::sigmoid, .renormalise = true, .epsilon = 1e-20, .scale = 2.5};
+  const Vector<double> sigmoid = row.gates(v3, best);
+  EXPECT_NEAR(sigmoid[0], 1.36612276, 5e-9);
+  EXPECT_NEAR(sigmoid[1], 1.13387724, 5e-9);
+  const Vector<double> softplus =
+      row.gates({.score = Score::sqrt_softplus, .renormalise = true}, best);
+  EXPECT_NEAR(softplus[0], 0.559980374, 1e-9);
+  EXPECT_NEAR(softplus[1], 0.440019626, 1e-9);
+  EXPECT_NEAR(row.gates({.score = Score::sigmoid}, IndexVector{{3}})[0], 0.880797078, 1e-9);
+}
+
+TEST(Scores, FarLogitsAreOrdinary) {
+  const Vector<double> far{{-800, -900, 800, 0}};
+  for (const Score score : {Score::sigmoid, Score::sqrt_softplus}) {
+    Row row(far);
+    moe::normalised_scores(score, Index(4), far.data(), row.probs.data());
+    EXPECT_TRUE(row.probs.allFinite());
+    EXPECT_NEAR(row.probs.sum(), 1, 1e-14);
+    for (const bool renormalise : {false, true}) {
+      const GateRule rule{.score = score, .renormalise = renormalise};
+      for (const IndexVector& experts : {IndexVector{{0, 1}}, IndexVector{{0, 2}}}) {
+        EXPECT_TRUE(row.gates(rule, experts).allFinite());
+        EXPECT_TRUE(row.backward(rule, experts, Vector<double>{{1, -1}}).allFinite());
+      }
+    }
+    // Scores that all underflow.
+    moe::normalised_scores(score, Index(2), far.data(), row.probs.data());
+    EXPECT_EQ(row.probs[0], 0);
+  }
+}
+
+TEST(Scores, NormalisedOnesEqualFiniteDifferences) {
+  moe::Rng rng(7);
+  constexpr double h = 1e-6;
+  for (const Score score : {Score::softmax, Score::sigmoid, Score::sqrt_softplus}) {
+    Vector<double> z = random_vector(5, rng), p(5), d = Vector<double>::Zero(5);
+    const Vector<double> d_p = random_vector(5, rng);
+    moe::normalised_scores(score, Index(5), z.data(), p.data());
+    EXPECT_NEAR(p.sum(), 1, 1e-14);
+    moe::normalised_scores_backward(score, Index(5), z.data(), p.data(), d_p.data(), d.data());
+    for (Index e = 0; e < 5; ++e) {
+      const double center = z[e];
+      Vector<double> up(5), down(5);
+      z[e] = center + h;
+      moe::normalised_scores(score, Index(5), z.data(), up.data());
+      z[e] = center - h;
+      moe::normalised_scores(score, Index(5), z.data(), down.data());
+      z[e] = center;
+      EXPECT_NEAR(d[e], d_p.dot(up - down) / (2 * h), 1e-8);
+    }
+  }
+}
+
+TEST(Scores, UnavailableExpertsScoreNothing) {
+  const double never = -std::numeric_limits<double>::infinity();
+  const Vector<double> z{{0, never, 2}};
+  for (const Score score : {Score::softmax, Score::sigmoid, Score::sqrt_softplus}) {
+    Vector<double> p(3), d = Vector<double>::Zero(3);
+    moe::normalised_scores(score, Index(3), z.data(), p.data());
+    EXPECT_EQ(p[1], 0);
+    EXPECT_NEAR(p.sum(), 1, 1e-15);
+    moe::normalised_scores_backward(score, Index(3), z.data(), p.data(), p.data(), d.data());
+    EXPECT_EQ(d[1], 0);
+  }
 }
 
 // ---- The linear layer of a router.

@@ -12,7 +12,8 @@
 //   dispatch.hpp                      dispatch, run_experts, combine, and their backward
 //   loss.hpp metrics.hpp              balance losses with gradients; numbers about a routing
 //   gradient_check.hpp                check_gradients: backward against central differences
-//   scores.hpp softmax.hpp top_k.hpp activation.hpp product.hpp    the mathematics
+//   scores.hpp group_limit.hpp selection_bias.hpp                  logits, scores, selection, gates
+//   softmax.hpp top_k.hpp activation.hpp product.hpp               the mathematics
 //   parameters.hpp random.hpp init.hpp executor.hpp                parameters, numbers, threads
 //   types.hpp buffer.hpp check.hpp version.hpp                     the ground
 //
@@ -29,6 +30,7 @@
 #include <moe/experts/gated_feed_forward.hpp>
 #include <moe/experts/variant_expert.hpp>
 #include <moe/gradient_check.hpp>
+#include <moe/group_limit.hpp>
 #include <moe/init.hpp>
 #include <moe/loss.hpp>
 #include <moe/metrics.hpp>
@@ -41,6 +43,7 @@
 #include <moe/routers/noisy_top_k_router.hpp>
 #include <moe/routers/top_k_router.hpp>
 #include <moe/scores.hpp>
+#include <moe/selection_bias.hpp>
 #include <moe/softmax.hpp>
 #include <moe/token_choice.hpp>
 #include <moe/top_k.hpp>
