@@ -23,16 +23,21 @@ class FeedForward {
     Activation activation{};
   };
 
-  /// Weights are normal with variance 1 / in, biases zero. Throws unless both widths are positive.
-  FeedForward(const Options& options, Rng& rng) : activation_(options.activation) {
+  /// All parameters are zero, to be filled from elsewhere. Throws unless both widths are positive.
+  explicit FeedForward(const Options& options) : activation_(options.activation) {
     require(options.d_model > 0, "FeedForward: d_model = ", options.d_model, ", expected at least 1");
     require(options.d_ff > 0, "FeedForward: d_ff = ", options.d_ff, ", expected at least 1");
-    w_up = lecun_normal<S>(options.d_ff, options.d_model, rng);
-    w_down = lecun_normal<S>(options.d_model, options.d_ff, rng);
+    w_up.setZero(options.d_ff, options.d_model);
+    w_down.setZero(options.d_model, options.d_ff);
     if (options.bias) {
       b_up.setZero(options.d_ff);
       b_down.setZero(options.d_model);
     }
+  }
+  /// Weights are normal with variance 1 / in, biases zero.
+  FeedForward(const Options& options, Rng& rng) : FeedForward(options) {
+    w_up = lecun_normal<S>(options.d_ff, options.d_model, rng);
+    w_down = lecun_normal<S>(options.d_model, options.d_ff, rng);
   }
 
   Index d_model() const { return w_up.cols(); }

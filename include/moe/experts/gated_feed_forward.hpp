@@ -24,19 +24,25 @@ class GatedFeedForward {
     Unit glu{};
   };
 
-  /// Weights are normal with variance 1 / in, biases zero. Throws unless both widths are positive.
-  GatedFeedForward(const Options& options, Rng& rng) : glu_(options.glu) {
+  /// All parameters are zero, to be filled from elsewhere. Throws unless both widths are positive.
+  explicit GatedFeedForward(const Options& options) : glu_(options.glu) {
     require(options.d_model > 0, "GatedFeedForward: d_model = ", options.d_model,
             ", expected at least 1");
     require(options.d_ff > 0, "GatedFeedForward: d_ff = ", options.d_ff, ", expected at least 1");
-    w_gate = lecun_normal<S>(options.d_ff, options.d_model, rng);
-    w_up = lecun_normal<S>(options.d_ff, options.d_model, rng);
-    w_down = lecun_normal<S>(options.d_model, options.d_ff, rng);
+    w_gate.setZero(options.d_ff, options.d_model);
+    w_up.setZero(options.d_ff, options.d_model);
+    w_down.setZero(options.d_model, options.d_ff);
     if (options.bias) {
       b_gate.setZero(options.d_ff);
       b_up.setZero(options.d_ff);
       b_down.setZero(options.d_model);
     }
+  }
+  /// Weights are normal with variance 1 / in, biases zero.
+  GatedFeedForward(const Options& options, Rng& rng) : GatedFeedForward(options) {
+    w_gate = lecun_normal<S>(options.d_ff, options.d_model, rng);
+    w_up = lecun_normal<S>(options.d_ff, options.d_model, rng);
+    w_down = lecun_normal<S>(options.d_model, options.d_ff, rng);
   }
 
   Index d_model() const { return w_up.cols(); }

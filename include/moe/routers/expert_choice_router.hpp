@@ -8,6 +8,17 @@
 
 namespace moe {
 
+/// Options of ExpertChoiceRouter; the same for every scalar.
+struct ExpertChoiceOptions {
+  Index d_model = 0;
+  Index num_experts = 0;
+  /// Mean number of experts a token gets; an expert takes expert_capacity(valid tokens of the
+  /// group, num_experts, 1, capacity) tokens, in training and in inference.
+  double capacity = 2.0;
+  /// What becomes of a token that no expert takes: drop (its routed sum is zero) or pass_through.
+  Overflow overflow = Overflow::drop;
+};
+
 /// Expert choice (Zhou et al. 2022): each expert takes the tokens with its largest router_probs
 /// (softmax over the experts), as many as its capacity holds. Experts are always full, so no balance
 /// loss is needed; a token gets no, one or many experts, and its gates are its router_probs. Which
@@ -18,15 +29,7 @@ class ExpertChoiceRouter {
  public:
   using Scalar = S;
 
-  struct Options {
-    Index d_model = 0;
-    Index num_experts = 0;
-    /// Mean number of experts a token gets; an expert takes expert_capacity(valid tokens of the
-    /// group, num_experts, 1, capacity) tokens, in training and in inference.
-    double capacity = 2.0;
-    /// What becomes of a token that no expert takes: drop (its routed sum is zero) or pass_through.
-    Overflow overflow = Overflow::drop;
-  };
+  using Options = ExpertChoiceOptions;
 
   /// w_router is normal with variance 1 / d_model. Throws std::invalid_argument for options out of
   /// range, and for Overflow::next_best, which means nothing here.

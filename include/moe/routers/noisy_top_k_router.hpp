@@ -9,6 +9,24 @@
 
 namespace moe {
 
+/// Options of NoisyTopKRouter; the same for every scalar.
+struct NoisyTopKOptions {
+  Index d_model = 0;
+  Index num_experts = 0;
+  Index top_k = 2;
+  double noise_epsilon = 1e-2;
+  /// Capacity factor of inference, see expert_capacity; none: dropless.
+  std::optional<double> capacity{};
+  /// Capacity factor of training; none: dropless.
+  std::optional<double> training_capacity{};
+  Overflow overflow = Overflow::drop;
+  Priority priority = Priority::token_order;
+  /// Whether gates sum to 1 over the experts that kept the token, not over those that it chose.
+  bool renormalise_after_drop = false;
+  /// Allows training where every gate is 1 and the router learns nothing from the task.
+  bool allow_constant_gate = false;
+};
+
 /// Noisy top-k gating with trainable noise (Shazeer et al. 2017, eq. 3 to 5):
 ///   H(x) = x w_router^T + N(0, 1) * stddev,  stddev = softplus(x w_noise^T) + noise_epsilon
 ///   G(x) = softmax(KeepTopK(H(x), k))
@@ -19,22 +37,7 @@ class NoisyTopKRouter {
  public:
   using Scalar = S;
 
-  struct Options {
-    Index d_model = 0;
-    Index num_experts = 0;
-    Index top_k = 2;
-    double noise_epsilon = 1e-2;
-    /// Capacity factor of inference, see expert_capacity; none: dropless.
-    std::optional<double> capacity{};
-    /// Capacity factor of training; none: dropless.
-    std::optional<double> training_capacity{};
-    Overflow overflow = Overflow::drop;
-    Priority priority = Priority::token_order;
-    /// Whether gates sum to 1 over the experts that kept the token, not over those that it chose.
-    bool renormalise_after_drop = false;
-    /// Allows training where every gate is 1 and the router learns nothing from the task.
-    bool allow_constant_gate = false;
-  };
+  using Options = NoisyTopKOptions;
 
   /// Draws nothing from the Rng: it is there so that all routers are made alike. Throws
   /// std::invalid_argument for options out of range.

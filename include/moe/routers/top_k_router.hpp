@@ -8,6 +8,46 @@
 
 namespace moe {
 
+/// Options of TopKRouter; the same for every scalar.
+struct TopKOptions {
+  Index d_model = 0;
+  Index num_experts = 0;
+  Index top_k = 2;
+  /// What gates are made of.
+  Score score = Score::softmax;
+  /// Softmax over all experts before selection (true), or over the selected ones after it.
+  bool softmax_before_selection = true;
+  /// Whether gates of a token are divided by their sum. After selection a softmax always has a sum of 1.
+  bool renormalise = false;
+  /// Added to that sum. The authors' value where they publish one (DeepSeek-V3: 1e-20); it matters
+  /// where all scores of a token underflow.
+  double renormalise_epsilon = 0;
+  /// Every gate is multiplied by this, after renormalising (DeepSeek-V3: 2.5).
+  double gate_scale = 1;
+  /// What gates multiply: outputs, or inputs (Llama-4).
+  GateSide gate_side = GateSide::output;
+  bool bias = false;
+  /// Whether there is a selection_bias, added to scores for selection alone: see
+  /// update_selection_bias.
+  bool selection_bias = false;
+  GroupLimit group_limit{};
+  /// In training logits get Gaussian noise of this standard deviation (V-MoE: 1 / num_experts).
+  double noise_stddev = 0;
+  /// In training x is multiplied by a draw from [1 - jitter, 1 + jitter], for the router only.
+  double jitter = 0;
+  /// Capacity factor of inference, see expert_capacity; none: dropless.
+  std::optional<double> capacity{};
+  /// Capacity factor of training; none: dropless.
+  std::optional<double> training_capacity{};
+  Overflow overflow = Overflow::drop;
+  Priority priority = Priority::token_order;
+  /// Whether gates that sum to 1 do so over the experts that kept the token, not over those that it
+  /// chose. Gates that do not sum to 1 are what they are either way.
+  bool renormalise_after_drop = false;
+  /// Allows training where every gate is 1 and the router learns nothing from the task.
+  bool allow_constant_gate = false;
+};
+
 /// Each token takes its top_k experts by a linear layer's logits, z = x w_router^T (+ b_router).
 /// With its options: Switch (top_k 1), GShard, GLaM, V-MoE, Mixtral, Grok-1, DBRX, OLMoE, Qwen, DeepSeek,
 /// gpt-oss, Llama-4, ... Selection is by the logits, or by scores plus a bias; ties to the lower expert.
@@ -16,48 +56,11 @@ class TopKRouter {
  public:
   using Scalar = S;
 
-  struct Options {
-    Index d_model = 0;
-    Index num_experts = 0;
-    Index top_k = 2;
-    /// What gates are made of.
-    Score score = Score::softmax;
-    /// Softmax over all experts before selection (true), or over the selected ones after it.
-    bool softmax_before_selection = true;
-    /// Whether gates of a token are divided by their sum. After selection a softmax always has a sum of 1.
-    bool renormalise = false;
-    /// Added to that sum. The authors' value where they publish one (DeepSeek-V3: 1e-20); it matters
-    /// where all scores of a token underflow.
-    double renormalise_epsilon = 0;
-    /// Every gate is multiplied by this, after renormalising (DeepSeek-V3: 2.5).
-    double gate_scale = 1;
-    /// What gates multiply: outputs, or inputs (Llama-4).
-    GateSide gate_side = GateSide::output;
-    bool bias = false;
-    /// Whether there is a selection_bias, added to scores for selection alone: see
-    /// update_selection_bias.
-    bool selection_bias = false;
-    GroupLimit group_limit{};
-    /// In training logits get Gaussian noise of this standard deviation (V-MoE: 1 / num_experts).
-    double noise_stddev = 0;
-    /// In training x is multiplied by a draw from [1 - jitter, 1 + jitter], for the router only.
-    double jitter = 0;
-    /// Capacity factor of inference, see expert_capacity; none: dropless.
-    std::optional<double> capacity{};
-    /// Capacity factor of training; none: dropless.
-    std::optional<double> training_capacity{};
-    Overflow overflow = Overflow::drop;
-    Priority priority = Priority::token_order;
-    /// Whether gates that sum to 1 do so over the experts that kept the token, not over those that it
-    /// chose. Gates that do not sum to 1 are what they are either way.
-    bool renormalise_after_drop = false;
-    /// Allows training where every gate is 1 and the router learns nothing from the task.
-    bool allow_constant_gate = false;
-  };
+  using Options = TopKOptions;
 
-  /// w_router is normal with variance 1 / d_model, biases are zero. Throws std::invalid_argument for
-  /// options out of range.
-  TopKRouter(const Options& options, Rng& rng) : options_(options) {
+  /// All parameters are zero, to be filled from elsewhere. Throws std::invalid_argument for options out
+  /// of range.
+  explicit TopKRouter(const Options& options) : options_(options) {
     require(options.d_model > 0, "TopKRouter: d_model = ", options.d_model,
             ", expected at least 1");
     require(options.num_experts > 0, "TopKRouter: num_experts = ", options.num_experts,
@@ -78,9 +81,13 @@ class TopKRouter {
     require(options.score == Score::softmax || options.softmax_before_selection,
             "TopKRouter: a softmax after selection beside another score, expected one of the two");
     check_group_limit(options.group_limit, options.num_experts, options.top_k, "TopKRouter");
-    w_router = lecun_normal<S>(options.num_experts, options.d_model, rng);
+    w_router.setZero(options.num_experts, options.d_model);
     if (options.bias) b_router.setZero(options.num_experts);
     if (options.selection_bias) selection_bias.setZero(options.num_experts);
+  }
+  /// w_router is normal with variance 1 / d_model, biases are zero.
+  TopKRouter(const Options& options, Rng& rng) : TopKRouter(options) {
+    w_router = lecun_normal<S>(options.num_experts, options.d_model, rng);
   }
 
   Index d_model() const { return w_router.cols(); }

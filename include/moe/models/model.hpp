@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <moe/check.hpp>
+#include <moe/experts/feed_forward.hpp>
+#include <moe/experts/gated_feed_forward.hpp>
+#include <moe/moe_layer.hpp>
+#include <moe/routers/top_k_router.hpp>
+
+// What a published model says about its Mixture-of-Experts layers: one readable aggregate, from which
+// follow a layer of any size, the numbers of parameters and operations, and where a checkpoint holds
+// what. The models themselves are in the other headers of this folder.
+namespace moe {
+
+/// Which rows of a tensor are a parameter, where gate and up projection are one tensor of 2 * d_ff rows.
+enum class TensorPart { all, first_half, second_half, even_rows, odd_rows };
+
+/// Where a checkpoint holds a parameter.
+struct TensorSource {
+  /// {layer} and {expert} stand for numbers. A parameter of routed experts whose name has no {expert}
+  /// is one tensor with the experts one after the other.
+  std::string_view name{};
+  TensorPart part = TensorPart::all;
+  bool transposed = false;  ///< [in, out] in place of [out, in]
+
+  constexpr bool empty() const { return name.empty(); }
+};
+
+/// Where a checkpoint holds an expert's parameters.
+struct ExpertTensors {
+  TensorSource w_gate{}, w_up{}, w_down{};
+  TensorSource b_gate{}, b_up{}, b_down{};
+};
+
+/// Where a checkpoint holds a layer's parameters.
+struct LayerTensors {
+  std::string_view prefix{};  ///< what the names of all tensors of a layer begin with
+  TensorSource w_router{}, b_router{}, selection_bias{};
+  ExpertTensors experts{}, shared_expert{};
+  TensorSource w_shared_gate{}, b_output{};
+};
+
+/// What stands around the Mixture-of-Experts layers of a model, as far as parameters are counted.
+struct Surroundings {
+  Index layers = 0;      ///< of attention and feed-forward
+  Index moe_layers = 0;  ///< those among them with experts
+  Index vocabulary = 0;
+  bool tied_embeddings = false;  ///< whether input and output embedding are one matrix
+  bool embedding_is_active = true;  ///< whether the authors count the input embedding as active
+  Index attention = 0;           ///< parameters of one layer's attention
+  Index dense_d_ff = 0;          ///< width of the feed-forward of the other layers
+  int dense_matrices = 3;        ///< 3 where it is gated, else 2
+};
+
+/// Parameters of attention with grouped queries: query and output of `heads`, key and value of
+/// `kv_heads`, all of width `head_dim`.
+constexpr Index attention_parameters(Index d_model, Index heads, Index kv_heads, Index head_dim) {
+  return 2 * d_model * head_dim * (heads + kv_heads);
+}
+
+/// The same of multi-head latent attention (DeepSeek-AI 2024, V2, section 2.1): low-rank queries and
+/// key-values, heads of a part with and a part without position, and of values.
+constexpr Index latent_attention_parameters(Index d_model, Index heads, Index query_rank,
+                                            Index kv_rank, Index plain_dim, Index rotary_dim,
+                                            Index value_dim) {
+  return d_model * query_rank + query_rank * heads * (plain_dim + rotary_dim) +
+         d_model * (kv_rank + rotary_dim) + kv_rank * heads * (plain_dim + value_dim) +
+         heads * value_dim * d_model + query_rank + kv_rank;
+}
+
+/// What a model's authors and its report say, in parameters; 0 where they do not.
+struct PublishedSize {
+  double total = 0, active = 0;
+};
+
+/// Whether an activation is a gated unit, one with two arguments.
+template <class Unit>
+concept GatedUnit = requires(const Unit& unit, float v) { unit.forward(v, v); };
+
+/// A published model. `Unit` is the activation or gated unit of its experts, `R` its router.
+template <class Unit, template <class> class R = TopKRouter>
+struct Model {
+  using RouterOptions = typename R<float>::Options;
+  template <class S>
+  using Expert = std::conditional_t<GatedUnit<Unit>, GatedFeedForward<S, Unit>, FeedForward<S, Unit>>;
+  template <class S>
+  using Layer = MoELayer<Expert<S>, R<S>>;
+
+  std::string_view name{};
+  std::string_view source{};  ///< paper or repository
+  RouterOptions router{};     ///< with d_model and num_experts
+  Index d_ff = 0;             ///< of a routed expert
+  bool expert_bias = false;
+  Unit unit{};
+  Index shared_experts = 0;
+  Index shared_d_ff = 0;  ///< of a shared expert
+  bool gated_shared_experts = false;
+  bool output_bias = false;
+  /// Coefficients in training, for losses as this library normalises them.
+  double balance_loss = 0, z_loss = 0;
+  Surroundings around{};
+  PublishedSize published{};
+  LayerTensors tensors{};
+
+  constexpr Index d_model() const { return router.d_model; }
+  constexpr Index num_experts() const { return router.num_experts; }
+
+  /// The same layer in another size: shared experts shrink as the routed ones do, top_k is at most the
+  /// number of experts. A group limit stays as it is: making the layer throws where it does not fit.
+  constexpr Model scaled_to(Index new_d_model, Index new_d_ff, Index new_num_experts) const {
+    Model scaled = *this;
+    scaled.router.d_model = new_d_model;
+    scaled.router.num_experts = new_num_experts;
+    if constexpr (requires { scaled.router.top_k; })
+      scaled.router.top_k = std::min(router.top_k, new_num_experts);
+    scaled.d_ff = new_d_ff;
+    if (shared_experts > 0)
+      scaled.shared_d_ff = std::max<Index>(1, shared_d_ff * new_d_ff / std::max<Index>(1, d_ff));
+    return scaled;
+  }
+
+  /// Parameters of one expert of width `width`.
+  constexpr Index expert_parameters(Index width) const {
+    constexpr Index kUp = GatedUnit<Unit> ? 2 : 1;
+    return (kUp + 1) * d_model() * width + (expert_bias ? kUp * width + d_model() : 0);
+  }
+  /// Parameters of one layer's router, shared experts, their gates and the output bias.
+  constexpr Index common_parameters() const {
+    Index count = d_model() * num_experts() + shared_experts * expert_parameters(shared_d_ff);
+    if constexpr (requires { router.bias; }) count += router.bias ? num_experts() : 0;
+    if (gated_shared_experts) count += shared_experts * d_model();
+    return count + (output_bias ? d_model() : 0);
+  }
+  /// Trained parameters of one Mixture-of-Experts layer.
+  constexpr Index layer_parameters() const {
+    return common_parameters() + num_experts() * expert_parameters(d_ff);
+  }
+  /// Those that one token uses.
+  constexpr Index active_layer_parameters() const {
+    return common_parameters() + experts_per_token() * expert_parameters(d_ff);
+  }
+  /// Operations (a multiply-add is two) of one layer's products for one token, forward.
+  constexpr Index flops_per_token() const {
+    constexpr Index kMatrices = GatedUnit<Unit> ? 3 : 2;
+    return 2 * d_model() *
+           (num_experts() + kMatrices * (experts_per_token() * d_ff + shared_experts * shared_d_ff) +
+            (gated_shared_experts ? shared_experts : 0));
+  }
+  /// Parameters of the whole model: embeddings, attention, feed-forward layers and norms.
+  constexpr Index total_parameters() const {
+    return other_parameters() + around.moe_layers * layer_parameters();
+  }
+  /// Those that one token uses; the input embedding as its authors count it.
+  constexpr Index active_parameters() const {
+    return other_parameters() + around.moe_layers * active_layer_parameters() -
+           (around.embedding_is_active ? 0 : around.vocabulary * d_model());
+  }
+  constexpr Index experts_per_token() const {
+    if constexpr (requires { router.top_k; }) return router.top_k;
+    else return Index(router.capacity);  // on average, where experts choose
+  }
+
+ private:
+  constexpr Index other_parameters() const {
+    const Index norms = (2 * around.layers + 1) * d_model();
+    const Index dense = around.dense_matrices * d_model() * around.dense_d_ff;
+    return (around.tied_embeddings ? 1 : 2) * around.vocabulary * d_model() +
+           around.layers * around.attention + (around.layers - around.moe_layers) * dense + norms;
+  }
+};
+
+/// A layer of the model without weights: every parameter is zero. Throws std::invalid_argument where the
+/// model's sizes do not fit each other.
+template <class S, class Unit, template <class> class R>
+typename Model<Unit, R>::template Layer<S> make_empty_layer(const Model<Unit, R>& model) {
+  using M = Model<Unit, R>;
+  using Expert = typename M::template Expert<S>;
+  const auto experts = [&](Index count, Index d_ff) {
+    typename Expert::Options options{};
+    options.d_model = model.d_model();
+    options.d_ff = d_ff;
+    options.bias = model.expert_bias;
+    if constexpr (GatedUnit<Unit>) options.glu = model.unit;
+    else options.activation = model.unit;
+    return std::vector<Expert>(std::size_t(count), Expert(options));
+  };
+  return {experts(model.num_experts(), model.d_ff), R<S>(model.router),
+          SharedExperts<Expert>{model.shared_experts > 0
+                                    ? experts(model.shared_experts, model.shared_d_ff)
+                                    : std::vector<Expert>(),
+                                model.gated_shared_experts},
+          model.output_bias};
+}
+
+/// A new layer of the model. Weights [out, in] are normal with variance 1 / in, biases zero; drawn in the
+/// order of Layer::visit. Throws as make_empty_layer.
+/// Example: make_layer<float>(mixtral_8x7b.scaled_to(64, 128, 8), rng).
+template <class S, class Unit, template <class> class R>
+typename Model<Unit, R>::template Layer<S> make_layer(const Model<Unit, R>& model, Rng& rng) {
+  auto layer = make_empty_layer<S>(model);
+  decltype(layer)::visit(
+      [&](const ParameterInfo& info, auto& p) {
+        if (info.kind == Kind::parameter && p.cols() > 1)
+          fill_normal(p, 1.0 / std::sqrt(double(p.cols())), rng);
+      },
+      layer);
+  return layer;
+}
+
+}  // namespace moe
