@@ -92,10 +92,38 @@ struct GroupedTopK {
   }
 };
 
+// As many experts as the mass of 0.4 needs.
+template <class S>
+struct TopP {
+  using Router = moe::TopKRouter<S>;
+  static constexpr bool kTokensChoose = true, kGatesSumToOne = false, kIsDynamic = true;
+  static Router make(const Wish& wish, Rng& rng) {
+    auto options = token_choice_options<typename Router::Options>(wish);
+    options.top_p = 0.4;
+    return {options, rng};
+  }
+};
+
+// As ReMoE: the experts with positive logits.
+template <class S>
+struct ReLUTopK {
+  using Router = moe::TopKRouter<S>;
+  static constexpr bool kTokensChoose = true, kGatesSumToOne = false, kIsDynamic = true;
+  static Router make(const Wish& wish, Rng& rng) {
+    auto options = token_choice_options<typename Router::Options>(wish);
+    options.score = moe::Score::relu;
+    return {options, rng};
+  }
+  static S gate(const Matrix<S>& z, Index t, Index e, const std::vector<Index>&) {
+    return z(t, e) > S(0) ? z(t, e) : S(0);
+  }
+};
+
 using TopKs = testing::Types<PlainTopK<float>, PlainTopK<double>,                //
                              RenormalisedTopK<float>, RenormalisedTopK<double>,  //
                              SigmoidTopK<float>, SigmoidTopK<double>,            //
-                             BiasedTopK<float>, BiasedTopK<double>, GroupedTopK<double>>;
+                             BiasedTopK<float>, BiasedTopK<double>, GroupedTopK<double>,  //
+                             TopP<float>, ReLUTopK<double>>;
 
 }  // namespace
 

@@ -122,3 +122,19 @@ TEST(GradientsOfScores, OfASigmoidOnInputs) {
                   rng);
   });
 }
+
+TEST(GradientsOfScores, OfTopP) {
+  check_all_seatings<ReLUExpert>(11, [](const Seating& seating, Rng& rng) {
+    return Router(
+        seated<Router::Options>({.top_k = 3, .top_p = 0.6, .bias = true, .jitter = 0.1}, seating),
+        rng);
+  });
+}
+
+TEST(GradientsOfScores, OfReLU) {
+  check_all_seatings<ReLUExpert>(12, [](const Seating& seating, Rng& rng) {
+    return Router(
+        seated<Router::Options>({.top_k = 3, .score = moe::Score::relu, .bias = true}, seating),
+        rng);
+  });
+}

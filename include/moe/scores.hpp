@@ -19,6 +19,7 @@ enum class Score {
   softmax,        ///< exp(z_e) / sum of exp(z_j), over all experts
   sigmoid,        ///< 1 / (1 + exp(-z_e)) (DeepSeek-V3, Llama-4)
   sqrt_softplus,  ///< sqrt(log(1 + exp(z_e))) (Megatron-LM)
+  relu,           ///< max(z_e, 0); an expert with a score of 0 is not chosen (ReMoE)
 };
 
 /// How the gates of the experts that a token uses follow from its scores s:
@@ -54,14 +55,28 @@ S sigmoid(S z) {
 template <class S>
 S score_of(Score score, S z) {
   if (is_unavailable(z)) return S(0);
-  return score == Score::sigmoid ? sigmoid(z) : std::sqrt(softplus(z));
+  switch (score) {
+    case Score::sigmoid:
+      return sigmoid(z);
+    case Score::sqrt_softplus:
+      return std::sqrt(softplus(z));
+    default:
+      return std::max(z, S(0));
+  }
 }
 
 // The derivative of score_of, s being its value.
 template <class S>
 S score_slope(Score score, S z, S s) {
   if (!(s > S(0))) return S(0);
-  return score == Score::sigmoid ? s * (S(1) - s) : sigmoid(z) / (S(2) * s);
+  switch (score) {
+    case Score::sigmoid:
+      return s * (S(1) - s);
+    case Score::sqrt_softplus:
+      return sigmoid(z) / (S(2) * s);
+    default:
+      return S(1);
+  }
 }
 
 // What scores are divided by: never zero, so that scores that all underflow give gates of zero.

@@ -20,6 +20,7 @@ struct SeatingRule {
   GateRule gate{};
   GateSide gate_side = GateSide::output;
   Index top_k = 1;
+  double top_p = 1;  ///< a token stops choosing when the mass of its choices' router_probs exceeds this
   GroupLimit group_limit{};
   std::optional<double> capacity_factor{};  ///< none: dropless
   Overflow overflow = Overflow::drop;
@@ -32,6 +33,8 @@ struct SeatingRule {
     return overflow == Overflow::next_best ||
            (renormalise_after_drop && gate.renormalise);
   }
+  /// Whether tokens choose as many experts as they need, top_k at most.
+  bool is_dynamic() const { return top_p < 1 || gate.score == Score::relu; }
 };
 
 namespace detail {
@@ -81,8 +84,9 @@ void for_each_final_set(const Routing<S>& routing, const F& f) {
 /// Selects each token's top_k experts and fills router_probs, chosen and plan. begin_routing must have
 /// run and the logits be there. Selection is by the routing's selection logits; by scores where there
 /// is a bias [num_experts] to add to them for selection alone, or a group limit that sums scores. A
-/// token takes fewer experts where fewer are available. O(tokens * num_experts * top_k). Throws
-/// std::invalid_argument when the logits do not fit the plan, and for a rule out of range.
+/// token takes fewer experts where fewer are available, or where the rule is dynamic; the seats of an
+/// expert then follow from the choices: capacity_factor * choices of the group / num_experts.
+/// O(tokens * num_experts * top_k). Throws std::invalid_argument when the logits do not fit the plan, and for a rule out of range.
 template <class S, Executor E>
 void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
                      const BatchInfo& info, Routing<S>& routing, const E& executor) {
@@ -100,6 +104,7 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
           "route_by_logits: selection_bias has ", selection_bias.size(), " entries, expected ",
           experts, " experts");
   check_group_limit(rule.group_limit, experts, k, "route_by_logits");
+  require(rule.top_p > 0, "route_by_logits: top_p = ", rule.top_p, ", expected more than 0");
   const bool limited = rule.group_limit.applies();
   const bool by_scores = selection_bias.size() > 0 ||
                          (limited && rule.group_limit.score == GroupScore::top_two_sum);
@@ -149,6 +154,15 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
       top_k(experts, rank, k, best);
       Index n = k;
       while (n > 0 && is_unavailable(rank[best[n - 1]])) --n;
+      if (rule.gate.score == Score::relu)
+        while (n > 0 && !(z[best[n - 1]] > S(0))) --n;
+      if (rule.top_p < 1) {
+        S mass = 0;
+        for (Index i = 0; i < n; ++i) {
+          mass += probs[best[i]];
+          if (mass > S(rule.top_p)) n = i + 1;
+        }
+      }
       compute_gates(rule.gate, z, probs, n, best, chosen.gate.data() + t * k);
       chosen.token_begin[t + 1] = n;
     }
@@ -168,7 +182,14 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
   if (!rule.capacity_factor) return dispatch_all(chosen, routing.plan);
   IndexVector& capacity = routing.scratch.capacity;
   count_valid_tokens(routing.plan, info, capacity);
-  for (Index& c : capacity) c = expert_capacity(c, experts, k, *rule.capacity_factor);
+  for (Index g = 0; g < capacity.size(); ++g) {
+    const Index valid = capacity[g];
+    capacity[g] = expert_capacity(valid, experts, k, *rule.capacity_factor);
+    if (!rule.is_dynamic()) continue;
+    const Index choices =
+        chosen.token_begin[info.end_of(g, tokens)] - chosen.token_begin[info.begin_of(g)];
+    capacity[g] = std::min(valid, expert_capacity(choices, experts, 1, *rule.capacity_factor));
+  }
   apply_capacity(chosen, ranking, capacity, rule.overflow, rule.priority, info, routing.plan,
                  routing.scratch);
   if (rule.gates_follow_seats()) {

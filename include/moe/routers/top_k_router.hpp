@@ -13,7 +13,12 @@ struct TopKOptions {
   Index d_model = 0;
   Index num_experts = 0;
   Index top_k = 2;
-  /// What gates are made of.
+  /// Below 1: a token chooses only until the router_probs of its choices sum to more than this, top_k
+  /// at most (top-p routing, Huang et al. 2024, "Harder Tasks Need More Experts", eq. 4: 0.4 and
+  /// top_k = num_experts).
+  double top_p = 1;
+  /// What gates are made of. With relu, a token chooses the experts with positive logits, top_k at most
+  /// (ReMoE, Wang et al. 2024: top_k = num_experts).
   Score score = Score::softmax;
   /// Softmax over all experts before selection (true), or over the selected ones after it.
   bool softmax_before_selection = true;
@@ -50,7 +55,7 @@ struct TopKOptions {
 
 /// Each token takes its top_k experts by a linear layer's logits, z = x w_router^T (+ b_router).
 /// With its options: Switch (top_k 1), GShard, GLaM, V-MoE, Mixtral, Grok-1, DBRX, OLMoE, Qwen, DeepSeek,
-/// gpt-oss, Llama-4, ... Selection is by the logits, or by scores plus a bias; ties to the lower expert.
+/// gpt-oss, Llama-4, top-p routing, ReMoE, ... Selection is by the logits, or by scores plus a bias; ties to the lower expert.
 template <class S>
 class TopKRouter {
  public:
@@ -74,6 +79,8 @@ class TopKRouter {
               value, ", expected a finite number of at least 0");
     };
     at_least_0(options.renormalise_epsilon, "renormalise_epsilon");
+    require(options.top_p > 0 && options.top_p <= 1, "TopKRouter: top_p = ", options.top_p,
+            " is not in (0, 1]");
     at_least_0(options.noise_stddev, "noise_stddev");
     at_least_0(options.gate_scale, "gate_scale");
     require(options.gate_scale > 0, "TopKRouter: gate_scale = ", options.gate_scale,
@@ -216,6 +223,7 @@ class TopKRouter {
                      .scale = options_.gate_scale},
             .gate_side = options_.gate_side,
             .top_k = options_.top_k,
+            .top_p = options_.top_p,
             .group_limit = options_.group_limit,
             .capacity_factor = capacity_factor,
             .overflow = options_.overflow,
