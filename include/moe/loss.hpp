@@ -87,6 +87,110 @@ Loss<S> load_balancing_loss(const Routing<S>& routing) {
   return load_balancing_loss(routing, demand_per_expert(routing), routing.plan.num_valid_tokens());
 }
 
+/// The mean over groups of each group's own load-balancing loss, groups without valid tokens left out:
+/// balance within every sequence (DeepSeek-AI 2024, V3, eq. 17 to 20; Hugging Face's loss of Switch). It is 1 at
+/// perfect balance, and equal to load_balancing_loss for one group. Gradient by router_probs.
+/// O(tokens * num_experts). Throws when `info` does not fit the routing.
+template <class S>
+Loss<S> sequence_balance_loss(const Routing<S>& routing, const BatchInfo& info) {
+  const Matrix<S>& p = routing.router_probs;
+  const Index tokens = routing.num_tokens(), experts = routing.num_experts();
+  check_plan_arrays(routing.plan, "sequence_balance_loss");
+  check_batch_info(info, tokens, "sequence_balance_loss");
+  check_choices(routing.chosen, tokens, experts, "sequence_balance_loss");
+  require_shape(p, tokens, experts, "sequence_balance_loss", "router_probs");
+  Loss<S> loss;
+  loss.gradient.d_router_probs.setZero(tokens, experts);
+  const auto valid_in = [&](Index g) {
+    Index valid = 0;
+    for (Index t = info.begin_of(g); t < info.end_of(g, tokens); ++t) valid += routing.is_valid(t);
+    return valid;
+  };
+  Index groups = 0;
+  for (Index g = 0; g < info.num_groups(); ++g) groups += valid_in(g) > 0;
+  Vector<S> slope(experts);  // of the loss by p_te, the same for every valid token t of a group
+  for (Index g = 0; g < info.num_groups(); ++g) {
+    const Index valid = valid_in(g), begin = info.begin_of(g), end = info.end_of(g, tokens);
+    const Index first = routing.chosen.token_begin[begin], last = routing.chosen.token_begin[end];
+    if (valid == 0 || first == last) continue;
+    IndexVector demand = IndexVector::Zero(experts);
+    for (Index c = first; c < last; ++c) ++demand[routing.chosen.expert[c]];
+    for (Index e = 0; e < experts; ++e)
+      slope[e] = S(double(experts) * double(demand[e]) /
+                   (double(last - first) * double(valid) * double(groups)));
+    for (Index t = begin; t < end; ++t) {
+      if (!routing.is_valid(t)) continue;
+      for (Index e = 0; e < experts; ++e) loss.value += slope[e] * p(t, e);
+      loss.gradient.d_router_probs.row(t) = slope.transpose();
+    }
+  }
+  return loss;
+}
+
+/// Device-level balance loss (DeepSeekMoE; Dai et al. 2024, eq. 15 to 17): the sum over groups of experts (those
+/// of one device) of the mean of f_e times the sum of P_e over its experts, f and P as in
+/// load_balancing_loss. `expert_group` [num_experts] gives every expert its group, from 0. It is 1 at
+/// perfect balance. Gradient by router_probs. O(tokens * num_experts). Throws when sizes do not fit, and for
+/// negative groups.
+template <class S>
+Loss<S> device_balance_loss(const Routing<S>& routing, const IndexVector& expert_group) {
+  const Index experts = routing.num_experts();
+  require(expert_group.size() == experts, "device_balance_loss: expert_group has ",
+          expert_group.size(), " entries, expected ", experts, " experts");
+  for (Index e = 0; e < experts; ++e)
+    require(expert_group[e] >= 0, "device_balance_loss: expert_group[", e, "] = ", expert_group[e],
+            ", expected at least 0");
+  // A loss that is linear in P: that of a demand which is the group's mean, times the group's size.
+  const IndexVector demand = demand_per_expert(routing);
+  Loss<S> loss = load_balancing_loss(routing);
+  const Index total = demand.sum(), valid = routing.plan.num_valid_tokens();
+  loss.value = 0;
+  if (total == 0 || valid == 0) return loss;
+  Vector<S> slope(experts);
+  for (Index e = 0; e < experts; ++e) {
+    Index size = 0, group_demand = 0;
+    for (Index other = 0; other < experts; ++other) {
+      if (expert_group[other] != expert_group[e]) continue;
+      ++size;
+      group_demand += demand[other];
+    }
+    slope[e] = S(double(experts) * double(group_demand) /
+                 (double(size) * double(total) * double(valid)));
+  }
+  for (Index t = 0; t < routing.num_tokens(); ++t) {
+    if (!routing.is_valid(t)) continue;
+    for (Index e = 0; e < experts; ++e) loss.value += slope[e] * routing.router_probs(t, e);
+    loss.gradient.d_router_probs.row(t) = slope.transpose();
+  }
+  return loss;
+}
+
+/// How a library writes down its load-balancing loss. Those that count first choices only are
+/// load_balancing_loss(routing, demand_per_expert(routing, 1), tokens).
+enum class BalanceConvention {
+  choices,       ///< E sum f P, f = choices of e / all choices: this library, Megatron-LM, MegaBlocks
+  tokens,        ///< E sum f P, f = choices of e / tokens: Hugging Face, flaxformer, OpenMoE
+  mean_product,  ///< mean over e of f P, f = choices of e / tokens: FairScale (first choices)
+};
+
+/// The value of a convention's loss where load_balancing_loss is 1: multiply a published coefficient by
+/// it and use it with ours. Throws std::invalid_argument for counts out of range.
+/// Example: Mixtral's 0.001 is 0.001 * balance_factor(BalanceConvention::tokens, 8, 2) = 0.002 here.
+inline double balance_factor(BalanceConvention convention, Index num_experts, Index top_k) {
+  require(num_experts >= 1, "balance_factor: num_experts = ", num_experts, ", expected at least 1");
+  require(top_k >= 1 && top_k <= num_experts, "balance_factor: top_k = ", top_k,
+          " is not between 1 and num_experts = ", num_experts);
+  switch (convention) {
+    case BalanceConvention::choices:
+      return 1;
+    case BalanceConvention::tokens:
+      return double(top_k);
+    case BalanceConvention::mean_product:
+      return double(top_k) / (double(num_experts) * double(num_experts));
+  }
+  return 1;
+}
+
 /// Which quantity importance_loss sums over tokens.
 enum class Importance {
   gates,  ///< gates of the chosen experts, before capacity (Shazeer et al. 2017, eq. 6)

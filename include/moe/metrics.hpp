@@ -25,6 +25,21 @@ IndexVector demand_per_expert(const Routing<S>& routing) {
   return demand;
 }
 
+/// The same, of each token's first `choices` choices only: the f of losses that look at the best expert
+/// alone (GShard, ST-MoE, NLLB). O(tokens * choices). Throws for a negative number of choices.
+template <class S>
+IndexVector demand_per_expert(const Routing<S>& routing, Index choices) {
+  require(choices >= 0, "demand_per_expert: choices = ", choices, ", expected at least 0");
+  check_choices(routing.chosen, routing.num_tokens(), routing.num_experts(), "demand_per_expert");
+  IndexVector demand = IndexVector::Zero(routing.num_experts());
+  for (Index t = 0; t < routing.num_tokens(); ++t) {
+    const Index begin = routing.chosen.token_begin[t], end = routing.chosen.token_begin[t + 1];
+    for (Index c = begin; c < std::min(begin + choices, end); ++c)
+      ++demand[routing.chosen.expert[c]];
+  }
+  return demand;
+}
+
 /// Number of tokens that each expert processes, after capacity [num_experts]. O(num_experts).
 template <class S>
 IndexVector tokens_per_expert(const Routing<S>& routing) {

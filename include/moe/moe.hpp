@@ -4,7 +4,8 @@
 // moe: Mixture-of-Experts layers on Eigen. The map of the library, top down:
 //
 //   moe_layer.hpp                     MoELayer: router + experts, forward and backward. Read it first.
-//   routers/*.hpp                     TopKRouter, NoisyTopKRouter, ExpertChoiceRouter
+//   routers/*.hpp                     TopKRouter, NoisyTopKRouter, ExpertChoiceRouter, SinkhornRouter,
+//                                     SparseMixerRouter, HashRouter
 //   experts/*.hpp                     FeedForward, GatedFeedForward, VariantExpert
 //   router.hpp expert.hpp             the concepts, and what passes between the parts
 //   token_choice.hpp                  what routers in which tokens choose have in common
@@ -40,7 +41,10 @@
 #include <moe/random.hpp>
 #include <moe/router.hpp>
 #include <moe/routers/expert_choice_router.hpp>
+#include <moe/routers/hash_router.hpp>
 #include <moe/routers/noisy_top_k_router.hpp>
+#include <moe/routers/sinkhorn_router.hpp>
+#include <moe/routers/sparse_mixer_router.hpp>
 #include <moe/routers/top_k_router.hpp>
 #include <moe/scores.hpp>
 #include <moe/selection_bias.hpp>

@@ -83,13 +83,15 @@ void for_each_final_set(const Routing<S>& routing, const F& f) {
 
 /// Selects each token's top_k experts and fills router_probs, chosen and plan. begin_routing must have
 /// run and the logits be there. Selection is by the routing's selection logits; by scores where there
-/// is a bias [num_experts] to add to them for selection alone, or a group limit that sums scores. A
+/// is a bias [num_experts] to add to them for selection alone, or a group limit that sums scores; or by
+/// `given_ranking` [tokens, num_experts], where minus infinity marks an unavailable expert. A
 /// token takes fewer experts where fewer are available, or where the rule is dynamic; the seats of an
 /// expert then follow from the choices: capacity_factor * choices of the group / num_experts.
 /// O(tokens * num_experts * top_k). Throws std::invalid_argument when the logits do not fit the plan, and for a rule out of range.
 template <class S, Executor E>
 void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
-                     const BatchInfo& info, Routing<S>& routing, const E& executor) {
+                     const BatchInfo& info, Routing<S>& routing, const E& executor,
+                     const Matrix<S>* given_ranking = nullptr) {
   const Matrix<S>& logits = routing.selection_logits();
   require(routing.plan.token_state.size() == logits.rows() &&
               routing.chosen.token_begin.size() == logits.rows() + 1,
@@ -108,7 +110,13 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
   const bool limited = rule.group_limit.applies();
   const bool by_scores = selection_bias.size() > 0 ||
                          (limited && rule.group_limit.score == GroupScore::top_two_sum);
-  const Matrix<S>& ranking = by_scores || limited ? routing.scratch.ranking : logits;
+  if (given_ranking != nullptr)
+    require_shape(*given_ranking, tokens, experts, "route_by_logits", "given_ranking");
+  require(given_ranking == nullptr || !(by_scores || limited),
+          "route_by_logits: a ranking beside a selection bias or a group limit, expected one of them");
+  const Matrix<S>& ranking = given_ranking != nullptr ? *given_ranking
+                             : by_scores || limited   ? routing.scratch.ranking
+                                                      : logits;
   if (by_scores || limited) routing.scratch.ranking.resize(tokens, experts);
   Buffer<S>& group_score = routing.scratch.row;
   Buffer<Index>& kept_group = routing.scratch.order;

@@ -8,18 +8,18 @@ namespace moe {
 namespace detail {
 
 inline constexpr LayerTensors kLlama4Tensors = {
-    .prefix = "model.layers.{layer}.feed_forward.",
-    .w_router = {"model.layers.{layer}.feed_forward.router.weight"},
-    .experts = {.w_gate = {"model.layers.{layer}.feed_forward.experts.gate_up_proj",
+    .prefix = "language_model.model.layers.{layer}.feed_forward.",
+    .w_router = {"language_model.model.layers.{layer}.feed_forward.router.weight"},
+    .experts = {.w_gate = {"language_model.model.layers.{layer}.feed_forward.experts.gate_up_proj",
                            TensorPart::first_half, true},
-                .w_up = {"model.layers.{layer}.feed_forward.experts.gate_up_proj",
+                .w_up = {"language_model.model.layers.{layer}.feed_forward.experts.gate_up_proj",
                          TensorPart::second_half, true},
-                .w_down = {"model.layers.{layer}.feed_forward.experts.down_proj", TensorPart::all,
+                .w_down = {"language_model.model.layers.{layer}.feed_forward.experts.down_proj", TensorPart::all,
                            true}},
     .shared_expert = {
-        .w_gate = {"model.layers.{layer}.feed_forward.shared_expert.gate_proj.weight"},
-        .w_up = {"model.layers.{layer}.feed_forward.shared_expert.up_proj.weight"},
-        .w_down = {"model.layers.{layer}.feed_forward.shared_expert.down_proj.weight"}}};
+        .w_gate = {"language_model.model.layers.{layer}.feed_forward.shared_expert.gate_proj.weight"},
+        .w_up = {"language_model.model.layers.{layer}.feed_forward.shared_expert.up_proj.weight"},
+        .w_down = {"language_model.model.layers.{layer}.feed_forward.shared_expert.down_proj.weight"}}};
 
 }  // namespace detail
 

@@ -118,7 +118,7 @@ struct Model {
     Model scaled = *this;
     scaled.router.d_model = new_d_model;
     scaled.router.num_experts = new_num_experts;
-    if constexpr (requires { scaled.router.top_k; })
+    if constexpr (requires { scaled.router.top_k = Index(1); })
       scaled.router.top_k = std::min(router.top_k, new_num_experts);
     scaled.d_ff = new_d_ff;
     if (shared_experts > 0)

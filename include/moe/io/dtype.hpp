@@ -1,0 +1,428 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <array>
+#include <bit>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <span>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <moe/types.hpp>
+
+// Tensors as checkpoint files hold them, bytes with a type and a shape, and how they become
+// numbers. Nothing here knows a file format.
+namespace moe {
+
+/// What every function of io/* throws for a file that cannot be read, written or trusted. The
+/// message names the file and the tensor where there is one, and holds the numbers that matter.
+class CheckpointError : public std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+/// The types of elements, with the names that safetensors files give them.
+enum class DType : std::uint8_t {
+  F64,
+  F32,
+  F16,
+  BF16,     ///< the upper half of an F32
+  F8_E4M3,  ///< no infinities, one NaN of each sign ("e4m3fn")
+  F8_E5M2,  ///< the upper half of an F16
+  F8_E8M0,  ///< a power of two without a sign, or NaN: scales
+  I64,
+  I32,
+  I16,
+  I8,
+  U64,
+  U32,
+  U16,
+  U8,
+  BOOL,
+};
+
+namespace detail {
+
+template <class... Parts>
+[[noreturn]] void fail_checkpoint(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw CheckpointError(message.str());
+}
+
+template <class... Parts>
+void require_checkpoint(bool ok, const Parts&... parts) {
+  if (!ok) [[unlikely]] fail_checkpoint(parts...);
+}
+
+// Text from a file, fit for a message: printable and of a length that one can read.
+inline std::string printable(std::string_view text, std::size_t max_length = 200) {
+  std::string result;
+  for (const char c : text.substr(0, max_length)) {
+    const auto byte = static_cast<unsigned char>(c);
+    result += byte < 0x20 || byte > 0x7e ? '?' : c;
+  }
+  if (text.size() > max_length) result += "...";
+  return result;
+}
+
+inline std::string in_quotes(std::string_view name) { return "'" + printable(name) + "'"; }
+
+inline std::string text_of(std::span<const Index> shape) {
+  constexpr std::size_t kMaxDimensions = 8;
+  std::ostringstream text;
+  text << '[';
+  for (std::size_t i = 0; i < shape.size() && i < kMaxDimensions; ++i)
+    text << (i > 0 ? ", " : "") << shape[i];
+  text << (shape.size() > kMaxDimensions ? ", ...]" : "]");
+  return text.str();
+}
+
+struct DTypeInfo {
+  DType dtype;
+  const char* name;
+  std::size_t size;
+};
+
+inline constexpr std::array<DTypeInfo, 16> kDTypes{{
+    {DType::F64, "F64", 8},
+    {DType::F32, "F32", 4},
+    {DType::F16, "F16", 2},
+    {DType::BF16, "BF16", 2},
+    {DType::F8_E4M3, "F8_E4M3", 1},
+    {DType::F8_E5M2, "F8_E5M2", 1},
+    {DType::F8_E8M0, "F8_E8M0", 1},
+    {DType::I64, "I64", 8},
+    {DType::I32, "I32", 4},
+    {DType::I16, "I16", 2},
+    {DType::I8, "I8", 1},
+    {DType::U64, "U64", 8},
+    {DType::U32, "U32", 4},
+    {DType::U16, "U16", 2},
+    {DType::U8, "U8", 1},
+    {DType::BOOL, "BOOL", 1},
+}};
+
+inline const DTypeInfo& info_of(DType dtype) {
+  for (const DTypeInfo& info : kDTypes)
+    if (info.dtype == dtype) return info;
+  fail_checkpoint("DType ", int(dtype), " does not exist");
+}
+
+inline std::optional<DType> dtype_named(std::string_view name) {
+  for (const DTypeInfo& info : kDTypes)
+    if (info.name == name) return info.dtype;
+  return std::nullopt;
+}
+
+// Elements of a shape. Nothing where a dimension is negative, or where the product of those that
+// are not zero overflows: so the product of any of them can be trusted, in any order.
+inline std::optional<Index> num_elements(std::span<const Index> shape) {
+  Index product = 1;
+  bool empty = false;
+  for (const Index n : shape) {
+    if (n < 0) return std::nullopt;
+    if (n == 0) empty = true;
+    else if (product > std::numeric_limits<Index>::max() / n) return std::nullopt;
+    else product *= n;
+  }
+  return empty ? 0 : product;
+}
+
+}  // namespace detail
+
+/// Bytes of one element.
+inline std::size_t size_of(DType dtype) { return detail::info_of(dtype).size; }
+
+/// The name in safetensors files, e.g. "BF16".
+inline std::string_view name_of(DType dtype) { return detail::info_of(dtype).name; }
+
+namespace detail {
+
+// Bytes of a tensor, or nothing where the shape is none or they are too many to count.
+inline std::optional<std::size_t> num_bytes(DType dtype, std::span<const Index> shape) {
+  const std::optional<Index> elements = num_elements(shape);
+  const std::size_t size = size_of(dtype);
+  if (!elements || std::size_t(*elements) > std::size_t(std::numeric_limits<Index>::max()) / size)
+    return std::nullopt;
+  return std::size_t(*elements) * size;
+}
+
+}  // namespace detail
+
+/// A tensor in memory that belongs to somebody else: row-major, little-endian, at any address.
+struct TensorView {
+  std::string name;
+  DType dtype = DType::F32;
+  std::vector<Index> shape;  ///< [] is a scalar; a dimension may be 0
+  std::span<const std::byte> bytes;
+
+  /// Number of elements. O(dimensions). Throws CheckpointError where a dimension is negative or the
+  /// product overflows; a view from a Checkpoint has no such shape.
+  Index size() const {
+    const std::optional<Index> elements = detail::num_elements(shape);
+    if (!elements)
+      detail::fail_checkpoint("tensor ", detail::in_quotes(name), ": no memory holds the shape ",
+                              detail::text_of(shape));
+    return *elements;
+  }
+};
+
+namespace detail {
+
+inline std::string description_of(const TensorView& tensor) {
+  return "tensor " + in_quotes(tensor.name) + ", " + std::string(name_of(tensor.dtype)) + " " +
+         text_of(tensor.shape);
+}
+
+// Throws unless the bytes of a view are as many as its shape says.
+inline void check_bytes(const TensorView& tensor, std::string_view where) {
+  const std::optional<std::size_t> expected = num_bytes(tensor.dtype, tensor.shape);
+  if (!expected)
+    fail_checkpoint(where, ": ", description_of(tensor), ": no memory holds this shape");
+  if (tensor.bytes.size() != *expected)
+    fail_checkpoint(where, ": ", description_of(tensor), " has ", tensor.bytes.size(),
+                    " bytes, expected ", *expected);
+}
+
+// The bytes are read as they lie.
+inline void require_little_endian() {
+  require_checkpoint(std::endian::native == std::endian::little,
+                     "checkpoints are little-endian and this machine is not: there is no code that "
+                     "swaps bytes");
+}
+
+// The bits of a float that equals a number of fewer bits: a sign, kExponentBits with the usual
+// bias, kMantissaBits. Where the format has no infinities, only all ones are special, and NaN.
+template <int kExponentBits, int kMantissaBits, bool kHasInfinity>
+constexpr std::uint32_t widened(std::uint32_t bits) {
+  constexpr std::uint32_t kMaxExponent = (1u << kExponentBits) - 1;
+  constexpr std::uint32_t kMaxMantissa = (1u << kMantissaBits) - 1;
+  constexpr std::uint32_t kBiasDifference = 127 - kMaxExponent / 2;
+  const std::uint32_t sign = (bits >> (kExponentBits + kMantissaBits)) << 31;
+  std::uint32_t exponent = (bits >> kMantissaBits) & kMaxExponent;
+  std::uint32_t mantissa = bits & kMaxMantissa;
+  if (exponent == kMaxExponent && (kHasInfinity || mantissa == kMaxMantissa))
+    return sign | 0x7f800000u | mantissa << (23 - kMantissaBits);
+  if (exponent == 0) {
+    if (mantissa == 0) return sign;
+    // A subnormal is a normal float: shift its highest bit to where the hidden one is.
+    const int shift = std::countl_zero(mantissa) - (31 - kMantissaBits);
+    mantissa = (mantissa << shift) & kMaxMantissa;
+    exponent = 1u - std::uint32_t(shift);  // may wrap around; the bias brings it back
+  }
+  return sign | (exponent + kBiasDifference) << 23 | mantissa << (23 - kMantissaBits);
+}
+
+constexpr float float_of_f16(std::uint16_t bits) {
+  return std::bit_cast<float>(widened<5, 10, true>(bits));
+}
+constexpr float float_of_bf16(std::uint16_t bits) {
+  return std::bit_cast<float>(std::uint32_t(bits) << 16);
+}
+constexpr float float_of_e4m3(std::uint8_t bits) {
+  return std::bit_cast<float>(widened<4, 3, false>(bits));
+}
+constexpr float float_of_e5m2(std::uint8_t bits) {
+  return std::bit_cast<float>(widened<5, 2, true>(bits));
+}
+constexpr float float_of_e8m0(std::uint8_t bits) {
+  if (bits == 0xff) return std::numeric_limits<float>::quiet_NaN();
+  return std::bit_cast<float>(bits == 0 ? 0x00400000u : std::uint32_t(bits) << 23);  // 2^-127 first
+}
+
+// All values of an 8-bit type.
+template <class Convert>
+constexpr std::array<float, 256> table_of(Convert convert) {
+  std::array<float, 256> table{};
+  for (std::size_t i = 0; i < table.size(); ++i) table[i] = convert(std::uint8_t(i));
+  return table;
+}
+inline constexpr std::array<float, 256> kE4M3 = table_of(float_of_e4m3);
+inline constexpr std::array<float, 256> kE5M2 = table_of(float_of_e5m2);
+inline constexpr std::array<float, 256> kE8M0 = table_of(float_of_e8m0);
+
+// Element i of memory at any address.
+template <class T>
+T load(std::span<const std::byte> bytes, Index i) {
+  T value;
+  std::memcpy(&value, bytes.data() + std::size_t(i) * sizeof(T), sizeof(T));
+  return value;
+}
+
+template <class Stored, class S, class Convert>
+void convert_each(const TensorView& tensor, S* out, Convert convert) {
+  const Index n = tensor.size();
+  for (Index i = 0; i < n; ++i) out[i] = S(convert(load<Stored>(tensor.bytes, i)));
+}
+
+// The dtype whose elements are S.
+template <class S>
+constexpr std::optional<DType> dtype_of() {
+  if constexpr (std::same_as<S, double>) return DType::F64;
+  else if constexpr (std::same_as<S, float>) return DType::F32;
+  else if constexpr (std::same_as<S, std::int64_t>) return DType::I64;
+  else if constexpr (std::same_as<S, std::int32_t>) return DType::I32;
+  else if constexpr (std::same_as<S, std::int16_t>) return DType::I16;
+  else if constexpr (std::same_as<S, std::int8_t>) return DType::I8;
+  else if constexpr (std::same_as<S, std::uint64_t>) return DType::U64;
+  else if constexpr (std::same_as<S, std::uint32_t>) return DType::U32;
+  else if constexpr (std::same_as<S, std::uint16_t>) return DType::U16;
+  else if constexpr (std::same_as<S, std::uint8_t>) return DType::U8;
+  else return std::nullopt;
+}
+
+// Reads a floating-point tensor. False where the dtype is none.
+template <std::floating_point S>
+bool read_converted(const TensorView& tensor, S* out) {
+  const auto as_it_is = [](auto value) { return value; };
+  switch (tensor.dtype) {
+    case DType::F64: convert_each<double>(tensor, out, as_it_is); return true;
+    case DType::F32: convert_each<float>(tensor, out, as_it_is); return true;
+    case DType::F16: convert_each<std::uint16_t>(tensor, out, float_of_f16); return true;
+    case DType::BF16: convert_each<std::uint16_t>(tensor, out, float_of_bf16); return true;
+    case DType::F8_E4M3:
+      convert_each<std::uint8_t>(tensor, out, [](std::uint8_t bits) { return kE4M3[bits]; });
+      return true;
+    case DType::F8_E5M2:
+      convert_each<std::uint8_t>(tensor, out, [](std::uint8_t bits) { return kE5M2[bits]; });
+      return true;
+    case DType::F8_E8M0:
+      convert_each<std::uint8_t>(tensor, out, [](std::uint8_t bits) { return kE8M0[bits]; });
+      return true;
+    default: return false;
+  }
+}
+
+// Reads a tensor of integers. False where the dtype is none.
+inline bool read_converted(const TensorView& tensor, std::int64_t* out) {
+  const auto as_it_is = [](auto value) { return value; };
+  switch (tensor.dtype) {
+    case DType::I64: convert_each<std::int64_t>(tensor, out, as_it_is); return true;
+    case DType::I32: convert_each<std::int32_t>(tensor, out, as_it_is); return true;
+    case DType::I16: convert_each<std::int16_t>(tensor, out, as_it_is); return true;
+    case DType::I8: convert_each<std::int8_t>(tensor, out, as_it_is); return true;
+    case DType::U64:
+      for (Index i = 0, n = tensor.size(); i < n; ++i) {
+        const auto value = load<std::uint64_t>(tensor.bytes, i);
+        if (!std::in_range<std::int64_t>(value))
+          fail_checkpoint("read_tensor: ", description_of(tensor), ": element ", i, " is ", value,
+                          ", more than ", std::numeric_limits<std::int64_t>::max());
+      }
+      convert_each<std::uint64_t>(tensor, out, as_it_is);
+      return true;
+    case DType::U32: convert_each<std::uint32_t>(tensor, out, as_it_is); return true;
+    case DType::U16: convert_each<std::uint16_t>(tensor, out, as_it_is); return true;
+    case DType::U8: convert_each<std::uint8_t>(tensor, out, as_it_is); return true;
+    case DType::BOOL:
+      convert_each<std::uint8_t>(tensor, out, [](std::uint8_t value) { return value != 0; });
+      return true;
+    default: return false;
+  }
+}
+
+}  // namespace detail
+
+/// Writes the numbers of a tensor to out [tensor.size()], row-major. A float or double takes the
+/// floating-point dtypes (what is narrower is exact, F64 to float rounds to nearest, ties to even),
+/// std::int64_t takes integers and BOOL (as 0 and 1). NaN stays NaN, infinities and zeros keep
+/// their sign, a copy without conversion keeps every bit. O(size). Throws CheckpointError, and
+/// writes nothing, for any other dtype, for bytes that do not fit the shape and for a U64 that does
+/// not fit.
+template <class S>
+void read_tensor(const TensorView& tensor, S* out) {
+  static_assert(std::same_as<S, float> || std::same_as<S, double> || std::same_as<S, std::int64_t>,
+                "read_tensor reads float, double or std::int64_t");
+  detail::require_little_endian();
+  detail::check_bytes(tensor, "read_tensor");
+  if (tensor.dtype == detail::dtype_of<S>()) {  // no register in between that would quieten a NaN
+    if (!tensor.bytes.empty()) std::memcpy(out, tensor.bytes.data(), tensor.bytes.size());
+    return;
+  }
+  if (!detail::read_converted(tensor, out))
+    detail::fail_checkpoint("read_tensor: ", detail::description_of(tensor),
+                            " does not convert to ", name_of(*detail::dtype_of<S>()));
+}
+
+/// Whether tensor.bytes may be used as an array of S where they lie: the dtype is S, and the
+/// address is aligned for S. O(1).
+template <class S>
+bool is_readable_in_place(const TensorView& tensor) {
+  static_assert(detail::dtype_of<S>().has_value(), "no dtype has elements of this type");
+  return std::endian::native == std::endian::little && tensor.dtype == detail::dtype_of<S>() &&
+         reinterpret_cast<std::uintptr_t>(tensor.bytes.data()) % alignof(S) == 0;
+}
+
+/// Weights of DeepSeek-V3: weight [rows, cols] in F8_E4M3, scale_inv [ceil(rows / 128),
+/// ceil(cols / 128)] in F32. Writes to out [rows, cols] each value times the scale of its block of
+/// 128 x 128. O(rows * cols). Throws CheckpointError, and writes nothing, where dtypes, shapes or
+/// bytes do not fit.
+inline void read_block_scaled_fp8(const TensorView& weight, const TensorView& scale_inv,
+                                  float* out) {
+  constexpr Index kBlock = 128;
+  constexpr const char* kWhere = "read_block_scaled_fp8";
+  detail::require_little_endian();
+  if (weight.dtype != DType::F8_E4M3 || weight.shape.size() != 2)
+    detail::fail_checkpoint(kWhere, ": ", detail::description_of(weight),
+                            ": expected F8_E4M3 [rows, cols]");
+  detail::check_bytes(weight, kWhere);
+  const Index rows = weight.shape[0], cols = weight.shape[1];
+  const auto blocks = [](Index n) { return n / kBlock + (n % kBlock != 0); };
+  const std::vector<Index> expected{blocks(rows), blocks(cols)};
+  if (scale_inv.dtype != DType::F32 || scale_inv.shape != expected)
+    detail::fail_checkpoint(kWhere, ": ", detail::description_of(scale_inv), ": expected F32 ",
+                            detail::text_of(expected), " for ", detail::description_of(weight));
+  detail::check_bytes(scale_inv, kWhere);
+  for (Index i = 0; i < rows; ++i) {
+    for (Index b = 0; b < expected[1]; ++b) {
+      const auto scale = detail::load<float>(scale_inv.bytes, i / kBlock * expected[1] + b);
+      const Index end = b + 1 < expected[1] ? (b + 1) * kBlock : cols;
+      for (Index j = b * kBlock; j < end; ++j) {
+        const auto bits = detail::load<std::uint8_t>(weight.bytes, i * cols + j);
+        out[i * cols + j] = detail::kE4M3[bits] * scale;
+      }
+    }
+  }
+}
+
+/// Weights of gpt-oss: blocks [..., cols / 32, 16] in U8, each byte two 4-bit numbers, the low half
+/// first; scales [..., cols / 32] in U8, a power of two with a bias of 127 for each 32 numbers, 255
+/// is NaN. Writes to out [..., cols]. Every product is exact unless it leaves the range of float.
+/// O(size of out). Throws CheckpointError, and writes nothing, where dtypes, shapes or bytes do not
+/// fit.
+inline void read_mxfp4(const TensorView& blocks, const TensorView& scales, float* out) {
+  constexpr std::array<float, 16> kValues{0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
+                                          -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
+  constexpr Index kBytes = 16;  // of a block
+  constexpr const char* kWhere = "read_mxfp4";
+  detail::require_little_endian();
+  if (blocks.dtype != DType::U8 || blocks.shape.size() < 2 || blocks.shape.back() != kBytes)
+    detail::fail_checkpoint(kWhere, ": ", detail::description_of(blocks),
+                            ": expected U8 [..., cols / 32, 16]");
+  detail::check_bytes(blocks, kWhere);
+  const std::vector<Index> expected(blocks.shape.begin(), blocks.shape.end() - 1);
+  if (scales.dtype != DType::U8 || scales.shape != expected)
+    detail::fail_checkpoint(kWhere, ": ", detail::description_of(scales), ": expected U8 ",
+                            detail::text_of(expected), " for ", detail::description_of(blocks));
+  detail::check_bytes(scales, kWhere);
+  const Index num_blocks = scales.size();
+  for (Index b = 0; b < num_blocks; ++b) {
+    const float scale = detail::kE8M0[detail::load<std::uint8_t>(scales.bytes, b)];
+    for (Index i = b * kBytes; i < (b + 1) * kBytes; ++i) {
+      const auto pair = detail::load<std::uint8_t>(blocks.bytes, i);
+      out[2 * i] = kValues[pair & 0xf] * scale;
+      out[2 * i + 1] = kValues[pair >> 4] * scale;
+    }
+  }
+}
+
+}  // namespace moe

@@ -1,0 +1,686 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <functional>
+#include <limits>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include <moe/io/dtype.hpp>
+#include <moe/io/file.hpp>
+#include <moe/types.hpp>
+
+// Checkpoints in safetensors files: 8 bytes that hold the length of a header, the header in JSON,
+// the tensors. A header is believed only after every number in it was checked against the others.
+namespace moe {
+
+namespace detail {
+
+inline constexpr std::size_t kMaxHeaderBytes = 100'000'000;  // as in the reference implementation
+
+inline std::string_view text_at(std::span<const std::byte> bytes) {
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+/// What the two JSON readers share. Events come one by one, so what nests deeply needs no stack,
+/// and a key that comes twice is seen. Every problem is a CheckpointError thrown from the event.
+class JsonEvents : public nlohmann::json_sax<nlohmann::json> {
+ public:
+  bool null() override { return scalar("null"); }
+  bool boolean(bool value) override { return scalar(value ? "true" : "false"); }
+  bool number_integer(number_integer_t value) override {
+    return scalar(value == 0 ? "-0" : std::to_string(value));  // only negative ones come here
+  }
+  bool number_unsigned(number_unsigned_t value) override { return scalar(std::to_string(value)); }
+  bool number_float(number_float_t, const string_t& text) override { return scalar(text); }
+  bool string(string_t& value) override { return scalar("the string " + in_quotes(value)); }
+  bool binary(binary_t&) override { return scalar("binary data"); }
+  bool parse_error(std::size_t position, const std::string&,
+                   const nlohmann::detail::exception& error) override {
+    fail_checkpoint(where_, ": ", what_, " is not JSON in UTF-8: byte ", position, ": ",
+                    printable(error.what()));
+  }
+
+ protected:
+  JsonEvents(std::string_view where, const char* what) : where_(where), what_(what) {}
+
+  // A value that is neither an object nor an array and has no meaning of its own.
+  virtual bool scalar(const std::string& found) = 0;
+
+  template <class... Parts>
+  [[noreturn]] void fail_here(const Parts&... parts) const {
+    fail_checkpoint(where_, ": ", parts...);
+  }
+
+ private:
+  std::string where_;
+  const char* what_;
+};
+
+// Sends all of `json` to `events`.
+inline void parse_json(std::string_view json, JsonEvents& events, std::string_view where,
+                       const char* what) {
+  // The parser would take a zero byte for the end, and skip the mark of UTF-8 at the beginning.
+  const std::size_t zero = json.find('\0');
+  require_checkpoint(zero == std::string_view::npos, where, ": ", what,
+                     " is not JSON in UTF-8: byte ", zero, " is 0");
+  if (!json.starts_with('{'))
+    fail_checkpoint(where, ": ", what, " is not a JSON object: it begins with ",
+                    json.empty() ? "nothing" : in_quotes(json.substr(0, 1)), ", expected '{'");
+  nlohmann::json::sax_parse(json.begin(), json.end(), &events);
+}
+
+/// What a safetensors file says about itself.
+struct Header {
+  std::map<std::string, TensorView, std::less<>> tensors;
+  std::map<std::string, std::string> metadata;
+};
+
+class HeaderEvents final : public JsonEvents {
+ public:
+  HeaderEvents(std::span<const std::byte> data, std::string_view where)
+      : JsonEvents(where, "the header"), data_(data) {}
+
+  Header take() { return std::move(header_); }
+
+  bool start_object(std::size_t) override {
+    if (place_ == Place::start) {
+      place_ = Place::top;
+    } else if (place_ == Place::entry && name_ == "__metadata__") {
+      place_ = Place::metadata;
+    } else if (place_ == Place::entry) {
+      place_ = Place::tensor;
+      tensor_ = {};
+    } else {
+      return scalar("an object");
+    }
+    return true;
+  }
+
+  bool key(string_t& key) override {
+    if (place_ == Place::top) {
+      const bool again =
+          key == "__metadata__" ? has_metadata_ : header_.tensors.contains(std::string_view(key));
+      if (again) fail_here("the header has ", in_quotes(key), " twice");
+      if (key == "__metadata__") has_metadata_ = true;
+      name_ = std::move(key);
+      place_ = Place::entry;
+    } else if (place_ == Place::metadata) {
+      if (header_.metadata.contains(key)) fail_here("__metadata__ has ", in_quotes(key), " twice");
+      key_ = std::move(key);
+      place_ = Place::metadata_value;
+    } else {
+      start_member(key);
+    }
+    return true;
+  }
+
+  bool end_object() override {
+    if (place_ == Place::tensor) add_tensor();
+    place_ = place_ == Place::top ? Place::end : Place::top;
+    return true;
+  }
+
+  bool start_array(std::size_t) override {
+    if (place_ == Place::shape) place_ = Place::dimension;
+    else if (place_ == Place::offsets) place_ = Place::offset;
+    else return scalar("an array");
+    return true;
+  }
+  bool end_array() override {
+    place_ = Place::tensor;
+    return true;
+  }
+
+  bool string(string_t& value) override {
+    if (place_ == Place::metadata_value) {
+      header_.metadata.emplace(std::move(key_), std::move(value));
+      place_ = Place::metadata;
+    } else if (place_ == Place::dtype) {
+      tensor_.dtype = dtype_named(value);
+      if (!tensor_.dtype)
+        fail_here("tensor ", in_quotes(name_), ": dtype ", in_quotes(value),
+                  " is unknown, expected ", dtype_names());
+      place_ = Place::tensor;
+    } else {
+      return JsonEvents::string(value);
+    }
+    return true;
+  }
+
+  bool number_unsigned(number_unsigned_t value) override {
+    if (place_ == Place::dimension) {
+      if (!std::in_range<Index>(value))
+        fail_here("tensor ", in_quotes(name_), ": dimension ", value, " is more than ",
+                  std::numeric_limits<Index>::max());
+      tensor_.shape->push_back(Index(value));
+    } else if (place_ == Place::offset) {
+      tensor_.offsets->push_back(value);
+    } else {
+      return JsonEvents::number_unsigned(value);
+    }
+    return true;
+  }
+
+  // Throws unless the tensors cover the data, each byte once. O(tensors * log(tensors)).
+  void check_cover() const {
+    std::vector<const TensorView*> tensors;
+    tensors.reserve(header_.tensors.size());
+    for (const auto& [name, tensor] : header_.tensors) tensors.push_back(&tensor);
+    const auto begin = [&](const TensorView* t) {
+      return std::size_t(t->bytes.data() - data_.data());
+    };
+    std::sort(tensors.begin(), tensors.end(), [&](const TensorView* a, const TensorView* b) {
+      return std::pair(begin(a), a->bytes.size()) < std::pair(begin(b), b->bytes.size());
+    });
+    std::size_t end = 0;
+    const TensorView* previous = nullptr;
+    for (const TensorView* tensor : tensors) {
+      if (begin(tensor) < end)
+        fail_here("tensors overlap: ", in_quotes(tensor->name), " begins at ", begin(tensor),
+                  " of the data, where ", in_quotes(previous->name), " ends at ", end);
+      if (begin(tensor) > end)
+        fail_here("a hole in the data: no tensor holds the bytes from ", end, " to ",
+                  begin(tensor), ", where ", in_quotes(tensor->name), " begins");
+      end += tensor->bytes.size();
+      previous = tensor;
+    }
+    if (end != data_.size())
+      fail_here("the tensors end at ", end, " of the data, but it has ", data_.size(), " bytes");
+  }
+
+ private:
+  // What the next event belongs to.
+  enum class Place {
+    start,           // nothing was read yet
+    top,             // the names of the tensors
+    entry,           // a tensor, or the metadata
+    metadata,        // the keys of the metadata
+    metadata_value,  // a value of it
+    tensor,          // the members of a tensor
+    dtype,
+    shape,      // the array,
+    dimension,  // and what is in it
+    offsets,
+    offset,
+    end,
+  };
+
+  struct Tensor {
+    std::optional<DType> dtype{};
+    std::optional<std::vector<Index>> shape{};
+    std::optional<std::vector<std::uint64_t>> offsets{};
+  };
+
+  bool scalar(const std::string& found) override {
+    switch (place_) {
+      case Place::start: fail_here("the header is ", found, ", expected an object");
+      case Place::entry:
+        fail_here(name_ == "__metadata__" ? name_ : "tensor " + in_quotes(name_), " is ", found,
+                  ", expected an object");
+      case Place::metadata_value:
+        fail_here("__metadata__: ", in_quotes(key_), " is ", found, ", expected a string");
+      case Place::dtype:
+        fail_here("tensor ", in_quotes(name_), ": dtype is ", found, ", expected a string");
+      case Place::shape:
+        fail_here("tensor ", in_quotes(name_), ": shape is ", found, ", expected an array");
+      case Place::offsets:
+        fail_here("tensor ", in_quotes(name_), ": data_offsets is ", found, ", expected an array");
+      case Place::dimension:
+        fail_here("tensor ", in_quotes(name_), ": dimension ", tensor_.shape->size(), " is ", found,
+                  ", expected an integer of at least 0");
+      case Place::offset:
+        fail_here("tensor ", in_quotes(name_), ": data_offsets[", tensor_.offsets->size(), "] is ",
+                  found, ", expected an integer of at least 0");
+      default: fail_here("the header has ", found, " where nothing is expected");
+    }
+  }
+
+  void start_member(const std::string& key) {
+    bool again = false;
+    if (key == "dtype") {
+      again = tensor_.dtype.has_value();
+      place_ = Place::dtype;
+    } else if (key == "shape") {
+      again = tensor_.shape.has_value();
+      tensor_.shape.emplace();
+      place_ = Place::shape;
+    } else if (key == "data_offsets") {
+      again = tensor_.offsets.has_value();
+      tensor_.offsets.emplace();
+      place_ = Place::offsets;
+    } else {
+      fail_here("tensor ", in_quotes(name_), " has the unknown member ", in_quotes(key),
+                ", expected dtype, shape and data_offsets");
+    }
+    if (again) fail_here("tensor ", in_quotes(name_), " has ", in_quotes(key), " twice");
+  }
+
+  void add_tensor() {
+    const auto& [dtype, shape, offsets] = tensor_;
+    if (!dtype || !shape || !offsets)
+      fail_here("tensor ", in_quotes(name_), " has no ",
+                !dtype ? "dtype" : !shape ? "shape" : "data_offsets");
+    if (offsets->size() != 2)
+      fail_here("tensor ", in_quotes(name_), ": data_offsets has ", offsets->size(),
+                " entries, expected 2");
+    const std::uint64_t begin = (*offsets)[0], end = (*offsets)[1];
+    if (begin > end)
+      fail_here("tensor ", in_quotes(name_), ": data_offsets begin at ", begin,
+                ", after their end at ", end);
+    if (end > data_.size())
+      fail_here("tensor ", in_quotes(name_), ": data_offsets end at ", end,
+                ", but the file has only ", data_.size(), " bytes of data");
+    const std::optional<std::size_t> expected = num_bytes(*dtype, *shape);
+    if (!expected)
+      fail_here("tensor ", in_quotes(name_), ": the shape ", text_of(*shape), " of ",
+                name_of(*dtype), " has more than ", std::numeric_limits<Index>::max(), " bytes");
+    if (end - begin != *expected)
+      fail_here("tensor ", in_quotes(name_), ": data_offsets hold ", end - begin,
+                " bytes, expected ", *expected, " for ", name_of(*dtype), " ", text_of(*shape));
+    TensorView view{.name = name_,
+                    .dtype = *dtype,
+                    .shape = std::move(*tensor_.shape),
+                    .bytes = data_.subspan(std::size_t(begin), *expected)};
+    header_.tensors.emplace(std::move(name_), std::move(view));
+  }
+
+  static std::string dtype_names() {
+    std::string names;
+    for (const DTypeInfo& info : kDTypes)
+      names += (names.empty() ? "" : ", ") + std::string(info.name);
+    return names;
+  }
+
+  std::span<const std::byte> data_;
+  Header header_;
+  bool has_metadata_ = false;
+  Place place_ = Place::start;
+  std::string name_, key_;
+  Tensor tensor_;
+};
+
+// The header `json` of a file whose tensors are in `data`.
+inline Header parse_header(std::string_view json, std::span<const std::byte> data,
+                           std::string_view where) {
+  HeaderEvents events(data, where);
+  parse_json(json, events, where, "the header");
+  events.check_cover();
+  return events.take();
+}
+
+// A whole safetensors file in memory. The views point into `bytes`. O(header * log(tensors)).
+// Throws CheckpointError; `where` names the file in its message.
+inline Header parse_safetensors(std::span<const std::byte> bytes, std::string_view where) {
+  require_little_endian();
+  constexpr std::size_t kLengthBytes = 8;
+  require_checkpoint(bytes.size() >= kLengthBytes, where, ": the file has ", bytes.size(),
+                     " bytes, expected at least ", kLengthBytes);
+  const auto length = load<std::uint64_t>(bytes, 0);
+  require_checkpoint(length <= kMaxHeaderBytes, where, ": the header is to have ", length,
+                     " bytes, expected at most ", kMaxHeaderBytes);
+  require_checkpoint(length <= bytes.size() - kLengthBytes, where, ": the header is to have ",
+                     length, " bytes, but the file ends ", bytes.size() - kLengthBytes,
+                     " bytes after its length");
+  const auto header = bytes.subspan(kLengthBytes, std::size_t(length));
+  return parse_header(text_at(header), bytes.subspan(kLengthBytes + header.size()), where);
+}
+
+class IndexEvents final : public JsonEvents {
+ public:
+  explicit IndexEvents(std::string_view where) : JsonEvents(where, "the index") {}
+
+  // Tensor -> file.
+  std::map<std::string, std::string> take() {
+    if (!keys_.contains("weight_map")) fail_here("the index has no weight_map");
+    return std::move(weight_map_);
+  }
+
+  bool start_object(std::size_t) override {
+    if (depth_ == 1 && key_ == "weight_map") in_map_ = true;
+    else if (in_map_) return scalar("an object");
+    ++depth_;
+    return true;
+  }
+  bool end_object() override {
+    if (--depth_ == 1) in_map_ = false;
+    return true;
+  }
+  bool start_array(std::size_t) override {
+    if (in_map_ || (depth_ == 1 && key_ == "weight_map")) return scalar("an array");
+    ++depth_;
+    return true;
+  }
+  bool end_array() override {
+    --depth_;
+    return true;
+  }
+  bool key(string_t& key) override {
+    if (depth_ > 1 && !in_map_) return true;  // of something that nobody looks at
+    if (in_map_ ? weight_map_.contains(key) : !keys_.insert(key).second)
+      fail_here("the index has ", in_quotes(key), " twice");
+    key_ = std::move(key);
+    return true;
+  }
+  bool string(string_t& value) override {
+    if (!in_map_) return JsonEvents::string(value);
+    weight_map_.emplace(std::move(key_), std::move(value));
+    return true;
+  }
+
+ private:
+  bool scalar(const std::string& found) override {
+    if (in_map_) fail_here("weight_map: ", in_quotes(key_), " is ", found, ", expected a string");
+    if (depth_ == 1 && key_ == "weight_map")
+      fail_here("weight_map is ", found, ", expected an object");
+    return true;
+  }
+
+  std::map<std::string, std::string> weight_map_;
+  std::set<std::string> keys_;  // of the object at the top
+  std::string key_;
+  std::size_t depth_ = 0;
+  bool in_map_ = false;
+};
+
+// The weight_map of an index file. Throws CheckpointError.
+inline std::map<std::string, std::string> parse_index(std::span<const std::byte> bytes,
+                                                      std::string_view where) {
+  require_checkpoint(bytes.size() <= kMaxHeaderBytes, where, ": the index has ", bytes.size(),
+                     " bytes, expected at most ", kMaxHeaderBytes);
+  IndexEvents events(where);
+  parse_json(text_at(bytes), events, where, "the index");
+  return events.take();
+}
+
+// The file that an index means: below its directory, whatever it says.
+inline std::filesystem::path shard_path(const std::filesystem::path& index,
+                                        const std::string& tensor, const std::string& shard) {
+  const std::filesystem::path path(shard);
+  const bool leaves =
+      path.has_root_path() || std::find(path.begin(), path.end(), "..") != path.end();
+  if (shard.empty() || leaves || shard.find('\0') != std::string::npos)
+    fail_checkpoint(index.string(), ": weight_map: ", in_quotes(tensor), " is in ",
+                    in_quotes(shard), ", which is no file below the directory of the index");
+  return index.parent_path() / path;
+}
+
+// How many characters to insert, remove or replace to get from one to the other.
+inline std::size_t edit_distance(std::string_view a, std::string_view b) {
+  std::vector<std::size_t> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), std::size_t(0));
+  for (std::size_t i = 1; i <= a.size(); ++i) {
+    std::size_t diagonal = std::exchange(row[0], i);
+    for (std::size_t j = 1; j <= b.size(); ++j) {
+      const std::size_t replace = diagonal + (a[i - 1] != b[j - 1]);
+      diagonal = row[j];
+      row[j] = std::min({replace, row[j] + 1, row[j - 1] + 1});
+    }
+  }
+  return row.back();
+}
+
+// ": did you mean 'x' or 'y'?", or nothing where no name is near.
+inline std::string hint(std::string_view name, std::span<const std::string> names) {
+  constexpr std::size_t kMaxHints = 3, kMaxLength = 256;
+  if (name.size() > kMaxLength) return "";
+  std::vector<std::pair<std::size_t, std::string_view>> near;
+  for (const std::string& other : names) {
+    const std::size_t longer = std::max(name.size(), other.size());
+    if (longer > kMaxLength || longer > 2 * std::min(name.size(), other.size())) continue;
+    const std::size_t distance = edit_distance(name, other);
+    if (distance <= longer / 2) near.emplace_back(distance, other);
+  }
+  const auto end = near.begin() + std::ptrdiff_t(std::min(near.size(), kMaxHints));
+  std::partial_sort(near.begin(), end, near.end());
+  std::string text;
+  for (auto it = near.begin(); it != end; ++it)
+    text += (text.empty() ? ": did you mean " : " or ") + in_quotes(it->second);
+  return text.empty() ? text : text + "?";
+}
+
+}  // namespace detail
+
+/// The tensors of a checkpoint, read-only, by name. The files are mapped into memory where the
+/// system can, so opening reads headers only. A copy is cheap and shares the mapping; everything is
+/// const, so threads may share one too.
+class Checkpoint {
+ public:
+  /// No tensors.
+  Checkpoint() : contents_(std::make_shared<const Contents>()) {}
+  // Copied where one would move it: there is no empty state to fall into.
+  Checkpoint(const Checkpoint&) = default;
+  Checkpoint& operator=(const Checkpoint&) = default;
+
+  /// Opens a .safetensors file, an index of several (.json, as *.safetensors.index.json), or a
+  /// directory that holds one index or else exactly one .safetensors file. Of the files of an index
+  /// only the tensors that it lists are there. O(headers * log(tensors)). Throws CheckpointError
+  /// where a file cannot be read or breaks a rule of the format: tensors must cover the data
+  /// exactly, no key comes twice, and a tensor has a dtype of DType, a shape, data_offsets and
+  /// nothing else. Values are not looked at, they may be NaN.
+  static Checkpoint open(const std::filesystem::path& path) {
+    detail::require_little_endian();
+    std::error_code error;
+    const bool directory = std::filesystem::is_directory(path, error);
+    const std::filesystem::path file = directory ? file_in(path) : path;
+    auto contents = std::make_shared<Contents>();
+    contents->path = file;
+    if (file.extension() == ".json") read_index(*contents);
+    else read_file(*contents);
+    contents->names.reserve(contents->tensors.size());
+    for (const auto& [name, tensor] : contents->tensors) contents->names.push_back(name);
+    Checkpoint checkpoint;
+    checkpoint.contents_ = std::move(contents);
+    return checkpoint;
+  }
+
+  /// O(log(tensors)).
+  bool contains(std::string_view name) const { return contents_->tensors.contains(name); }
+
+  /// The tensor of this name. It, and its bytes, last as long as any copy of the checkpoint or its
+  /// owner(). O(log(tensors)). Throws CheckpointError where there is none, with the names that are
+  /// nearest to it.
+  const TensorView& at(std::string_view name) const {
+    const auto it = contents_->tensors.find(name);
+    if (it == contents_->tensors.end())
+      detail::fail_checkpoint(path().string(), ": there is no tensor ", detail::in_quotes(name),
+                              " among ", contents_->tensors.size(),
+                              detail::hint(name, contents_->names));
+    return it->second;
+  }
+
+  /// All names, sorted.
+  const std::vector<std::string>& names() const { return contents_->names; }
+
+  /// The metadata of the files. Where two files of an index differ in a value, that of the file
+  /// whose name sorts first.
+  const std::map<std::string, std::string>& metadata() const { return contents_->metadata; }
+
+  /// The file, or the index.
+  const std::filesystem::path& path() const { return contents_->path; }
+
+  /// Keeps every view and its bytes valid while it lives.
+  std::shared_ptr<const void> owner() const { return contents_; }
+
+ private:
+  struct Contents {
+    std::filesystem::path path{};
+    std::vector<std::shared_ptr<const void>> files{};
+    std::map<std::string, TensorView, std::less<>> tensors{};
+    std::vector<std::string> names{};
+    std::map<std::string, std::string> metadata{};
+  };
+
+  static std::filesystem::path file_in(const std::filesystem::path& directory) {
+    std::vector<std::filesystem::path> indices, files;
+    std::error_code error;
+    for (std::filesystem::directory_iterator it(directory, error), end; !error && it != end;
+         it.increment(error)) {
+      const std::string name = it->path().filename().string();
+      if (name.ends_with(".safetensors.index.json")) indices.push_back(it->path());
+      if (name.ends_with(".safetensors")) files.push_back(it->path());
+    }
+    if (error)
+      detail::fail_checkpoint(directory.string(), ": cannot list the directory: ", error.message());
+    if (indices.size() == 1) return indices.front();
+    if (indices.empty() && files.size() == 1) return files.front();
+    detail::fail_checkpoint(directory.string(), ": the directory holds ", indices.size(),
+                            " .safetensors.index.json and ", files.size(),
+                            " .safetensors files, expected 1 index, or no index and 1 file");
+  }
+
+  static void read_file(Contents& contents) {
+    detail::FileBytes file = detail::map_file(contents.path);
+    detail::Header header = detail::parse_safetensors(file.bytes, contents.path.string());
+    contents.files.push_back(std::move(file.owner));
+    contents.tensors = std::move(header.tensors);
+    contents.metadata = std::move(header.metadata);
+  }
+
+  static void read_index(Contents& contents) {
+    const std::string index = contents.path.string();
+    std::map<std::string, std::vector<std::string>> names_of_shard;
+    const detail::FileBytes bytes = detail::read_file(contents.path);
+    for (const auto& [name, shard] : detail::parse_index(bytes.bytes, index))
+      names_of_shard[shard].push_back(name);
+    for (const auto& [shard, names] : names_of_shard) {
+      const std::filesystem::path path = detail::shard_path(contents.path, names.front(), shard);
+      std::error_code error;
+      if (!std::filesystem::exists(path, error))
+        detail::fail_checkpoint(index, ": weight_map: ", detail::in_quotes(names.front()),
+                                " is in ", detail::in_quotes(shard), ", which does not exist");
+      detail::FileBytes file = detail::map_file(path);
+      detail::Header header = detail::parse_safetensors(file.bytes, path.string());
+      contents.files.push_back(std::move(file.owner));
+      for (const std::string& name : names) {
+        auto tensor = header.tensors.extract(name);
+        if (tensor.empty())
+          detail::fail_checkpoint(index, ": weight_map: ", detail::in_quotes(name), " is in ",
+                                  detail::in_quotes(shard), ", which does not hold it");
+        contents.tensors.insert(std::move(tensor));
+      }
+      contents.metadata.merge(header.metadata);
+    }
+  }
+
+  std::shared_ptr<const Contents> contents_;
+};
+
+/// A tensor to write: its name, dtype, shape and bytes. What a Checkpoint gives can be written as
+/// it is.
+using TensorToWrite = TensorView;
+
+namespace detail {
+
+inline std::string json_string(std::string_view text, std::string_view where, const char* what) {
+  try {
+    return nlohmann::json(text).dump();
+  } catch (const nlohmann::json::exception&) {
+    fail_checkpoint(where, ": the ", what, " ", in_quotes(text), " is not UTF-8");
+  }
+}
+
+// The order of the reference implementation: large elements first, so that each tensor is aligned
+// for its dtype. Where sizes are equal it has one too, and then goes by name.
+inline int write_order(DType dtype) {
+  constexpr std::array kOrder{
+      DType::U64,     DType::I64,     DType::F64, DType::F32, DType::U32, DType::I32,
+      DType::BF16,    DType::F16,     DType::U16, DType::I16, DType::F8_E8M0,
+      DType::F8_E4M3, DType::F8_E5M2, DType::I8,  DType::U8,  DType::BOOL};
+  static_assert(kOrder.size() == kDTypes.size());
+  return int(std::find(kOrder.begin(), kOrder.end(), dtype) - kOrder.begin());
+}
+
+/// A safetensors file: what comes first, then the bytes of the tensors in this order.
+struct FileLayout {
+  std::string head;  ///< the length of the header, and the header
+  std::vector<const TensorToWrite*> tensors;
+};
+
+inline FileLayout layout_of(std::span<const TensorToWrite> tensors,
+                            const std::map<std::string, std::string>& metadata,
+                            std::string_view where) {
+  FileLayout layout;
+  for (const TensorToWrite& tensor : tensors) {
+    require_checkpoint(tensor.name != "__metadata__", where,
+                       ": no tensor can have the name '__metadata__'");
+    check_bytes(tensor, where);
+    layout.tensors.push_back(&tensor);
+  }
+  auto& order = layout.tensors;
+  std::sort(order.begin(), order.end(), [](auto* a, auto* b) { return a->name < b->name; });
+  const auto twice = std::adjacent_find(order.begin(), order.end(),
+                                        [](auto* a, auto* b) { return a->name == b->name; });
+  if (twice != order.end())
+    fail_checkpoint(where, ": two tensors have the name ", in_quotes((*twice)->name));
+  std::stable_sort(order.begin(), order.end(), [](auto* a, auto* b) {
+    return write_order(a->dtype) < write_order(b->dtype);
+  });
+
+  std::string json = "{";
+  if (!metadata.empty()) {
+    json += "\"__metadata__\":{";
+    for (const auto& [key, value] : metadata)
+      json += (json.back() == '{' ? "" : ",") + json_string(key, where, "key of the metadata") +
+              ":" + json_string(value, where, "value of the metadata");
+    json += '}';
+  }
+  std::size_t end = 0;
+  for (const TensorToWrite* tensor : order) {
+    const std::size_t begin = std::exchange(end, end + tensor->bytes.size());
+    json += (json.size() == 1 ? "" : ",") + json_string(tensor->name, where, "name") +
+            ":{\"dtype\":\"" + std::string(name_of(tensor->dtype)) + "\",\"shape\":[";
+    for (std::size_t i = 0; i < tensor->shape.size(); ++i)
+      json += (i == 0 ? "" : ",") + std::to_string(tensor->shape[i]);
+    json += "],\"data_offsets\":[" + std::to_string(begin) + "," + std::to_string(end) + "]}";
+  }
+  json += '}';
+  constexpr std::size_t kAlignment = 8;
+  json.resize((json.size() + kAlignment - 1) / kAlignment * kAlignment, ' ');
+  require_checkpoint(json.size() <= kMaxHeaderBytes, where, ": the header has ", json.size(),
+                     " bytes, expected at most ", kMaxHeaderBytes);
+  const std::uint64_t length = json.size();
+  layout.head.resize(sizeof(length));
+  std::memcpy(layout.head.data(), &length, sizeof(length));
+  layout.head += json;
+  return layout;
+}
+
+}  // namespace detail
+
+/// Writes a safetensors file. The bytes depend on the arguments only, not on the order of the
+/// tensors, and are those that the reference implementation writes (which has no order of metadata
+/// with several keys; here they are sorted). Every tensor is aligned for its dtype. The file is
+/// written beside `path`, synced and renamed: whoever reads finds the old file or the new one, and
+/// who has mapped the old one keeps it. The new file has the permissions of any new file; a link is
+/// replaced, not followed. O(bytes). Throws CheckpointError, and leaves the old file as it was,
+/// where a name comes twice, is "__metadata__" or no UTF-8, where bytes do not fit a shape, where
+/// the header is too long for a reader, and where the system fails.
+inline void write_safetensors(const std::filesystem::path& path,
+                              std::span<const TensorToWrite> tensors,
+                              const std::map<std::string, std::string>& metadata = {}) {
+  detail::require_little_endian();
+  const detail::FileLayout layout = detail::layout_of(tensors, metadata, path.string());
+  std::vector<std::span<const std::byte>> parts{std::as_bytes(std::span(layout.head))};
+  for (const TensorToWrite* tensor : layout.tensors) parts.push_back(tensor->bytes);
+  detail::replace_file(path, parts);
+}
+
+}  // namespace moe

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moe/models/model.hpp>
+
+namespace moe {
+
+/// Switch Transformer, Base with 8 experts (Fedus et al. 2021): the best expert, its probability as gate,
+/// jitter of 0.01. Seats: 1.25 times an even share in training, 2 in inference, within each group of
+/// BatchInfo; Hugging Face gives every expert 64 seats a sequence instead. Encoder layer `layer` is sparse
+/// where it is odd.
+inline constexpr Model<ReLU> switch_base_8 = {
+    .name = "Switch-Base-8",
+    .source = "arXiv:2101.03961",
+    .router = {.d_model = 768,
+               .num_experts = 8,
+               .top_k = 1,
+               .jitter = 0.01,
+               .capacity = 2.0,
+               .training_capacity = 1.25},
+    .d_ff = 3072,
+    .balance_loss = 0.01,
+    .tensors = {.prefix = "encoder.block.{layer}.layer.1.mlp.",
+                .w_router = {"encoder.block.{layer}.layer.1.mlp.router.classifier.weight"},
+                .experts = {
+                    .w_up = {"encoder.block.{layer}.layer.1.mlp.experts.expert_{expert}.wi.weight"},
+                    .w_down = {
+                        "encoder.block.{layer}.layer.1.mlp.experts.expert_{expert}.wo.weight"}}}};
+
+/// Switch-C, the largest: 2,048 experts (table 9 of the paper; 1.6T parameters).
+inline constexpr Model<ReLU> switch_c = {
+    .name = "Switch-C",
+    .source = "arXiv:2101.03961",
+    .router = {.d_model = 2080,
+               .num_experts = 2048,
+               .top_k = 1,
+               .jitter = 0.01,
+               .capacity = 2.0,
+               .training_capacity = 1.0},
+    .d_ff = 6144,
+    .balance_loss = 0.01};
+
+}  // namespace moe

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+
+#include <moe/init.hpp>
+#include <moe/token_choice.hpp>
+
+namespace moe {
+
+/// Options of SinkhornRouter; the same for every scalar.
+struct SinkhornOptions {
+  Index d_model = 0;
+  Index num_experts = 0;
+  Index top_k = 1;
+  /// Balancing ends when the experts' factors change by less than this on average.
+  double tolerance = 1e-4;
+  Index max_iterations = 1000;
+  /// Capacity factor of inference, see expert_capacity; none: dropless.
+  std::optional<double> capacity{};
+  /// Capacity factor of training; none: dropless.
+  std::optional<double> training_capacity{};
+  Overflow overflow = Overflow::drop;
+  Priority priority = Priority::token_order;
+  bool allow_constant_gate = false;  ///< gates are never constant here
+};
+
+namespace detail {
+
+// plan [tokens, experts] = d0_t * exp(z_te) * d1_e for the valid tokens [begin, end), whose rows sum to
+// 1 / tokens and whose columns to 1 / experts, about; minus infinity where an expert is unavailable.
+template <class S>
+void balance_by_sinkhorn(const Matrix<S>& z, const Buffer<TokenState>& state, Index begin, Index end,
+                         double tolerance, Index max_iterations, Matrix<S>& plan,
+                         Buffer<S>& factors) {
+  const Index experts = z.cols();
+  constexpr S kEpsilon = S(1e-8);
+  S largest = std::numeric_limits<S>::lowest();
+  Index tokens = 0;
+  for (Index t = begin; t < end; ++t) {
+    if (state[t] != TokenState::valid) continue;
+    ++tokens;
+    largest = std::max(largest, max_finite(experts, &z(t, 0)));
+  }
+  if (tokens == 0) return;
+  // The plan is the same for exp(z) and exp(z - largest), but for kEpsilon: the latter is finite.
+  for (Index t = begin; t < end; ++t)
+    for (Index e = 0; e < experts && state[t] == TokenState::valid; ++e)
+      plan(t, e) = is_unavailable(z(t, e)) ? S(0) : std::exp(z(t, e) - largest);
+  factors.resize(3 * experts + (end - begin));
+  S* const d1 = factors.data();
+  S* const before = d1 + experts;
+  S* const sum = before + experts;
+  S* const d0 = sum + experts;  // of token begin + i
+  std::fill(d1, d1 + experts, S(1));
+  for (Index iteration = 0; iteration < max_iterations; ++iteration) {
+    std::copy(d1, d1 + experts, before);
+    std::fill(sum, sum + experts, S(0));
+    for (Index t = begin; t < end; ++t) {
+      if (state[t] != TokenState::valid) continue;
+      S row = 0;
+      for (Index e = 0; e < experts; ++e) row += d1[e] * plan(t, e);
+      d0[t - begin] = S(1) / (S(tokens) * (row + kEpsilon));
+      for (Index e = 0; e < experts; ++e) sum[e] += d0[t - begin] * plan(t, e);
+    }
+    S change = 0;
+    for (Index e = 0; e < experts; ++e) {
+      d1[e] = S(1) / (S(experts) * (sum[e] + kEpsilon));
+      change += std::abs(d1[e] - before[e]);
+    }
+    if (!(change / S(experts) > S(tolerance))) break;
+  }
+  for (Index t = begin; t < end; ++t)
+    for (Index e = 0; e < experts && state[t] == TokenState::valid; ++e)
+      plan(t, e) = is_unavailable(z(t, e)) ? z(t, e) : d1[e] * plan(t, e) * d0[t - begin];
+}
+
+}  // namespace detail
+
+/// Balanced assignment by Sinkhorn's algorithm (S-BASE; Clark et al. 2022, appendix B; as Megatron-LM
+/// computes it). In training the plan that makes tokens and experts even selects each token's top_k
+/// experts; in inference its logits do. Gates are the sigmoid of the logit for top_k = 1, else the softmax
+/// over all experts: the plan only selects, and no gradient goes through it. In training an assignment
+/// depends on all tokens of the group. Ties go to the lower expert.
+template <class S>
+class SinkhornRouter {
+ public:
+  using Scalar = S;
+  using Options = SinkhornOptions;
+
+  /// w_router is zero, to be filled from elsewhere. Throws std::invalid_argument for options out of range.
+  explicit SinkhornRouter(const Options& options) : options_(options) {
+    require(options.d_model > 0, "SinkhornRouter: d_model = ", options.d_model,
+            ", expected at least 1");
+    require(options.num_experts > 0, "SinkhornRouter: num_experts = ", options.num_experts,
+            ", expected at least 1");
+    check_token_choice(options, "SinkhornRouter");
+    require(number_kind(options.tolerance) == NumberKind::finite && options.tolerance >= 0,
+            "SinkhornRouter: tolerance = ", options.tolerance,
+            ", expected a finite number of at least 0");
+    require(options.max_iterations > 0, "SinkhornRouter: max_iterations = ", options.max_iterations,
+            ", expected at least 1");
+    w_router.setZero(options.num_experts, options.d_model);
+  }
+  /// w_router is normal with variance 1 / d_model.
+  SinkhornRouter(const Options& options, Rng& rng) : SinkhornRouter(options) {
+    w_router = lecun_normal<S>(options.num_experts, options.d_model, rng);
+  }
+
+  Index d_model() const { return w_router.cols(); }
+  Index num_experts() const { return w_router.rows(); }
+  const Options& options() const { return options_; }
+
+  /// Routing for inference: by the logits, capacity `options.capacity`.
+  template <Executor E = DefaultExecutor>
+  void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
+             const E& executor = {}) const {
+    begin(x, info, routing, executor);
+    route_by_logits(rule(options_.capacity), {}, info, routing, executor);
+  }
+
+  /// Routing for training: balanced, capacity `options.training_capacity`. Draws nothing from the Rng.
+  /// O(iterations * tokens * num_experts) beside the logits.
+  template <Executor E = DefaultExecutor>
+  void route(const ConstMatrixRef<S>& x, Rng&, const BatchInfo& info, Routing<S>& routing,
+             const E& executor = {}) const {
+    begin(x, info, routing, executor);
+    const Matrix<S>& z = routing.router_logits;
+    Buffer<TokenState>& state = routing.plan.token_state;
+    for (Index t = 0; t < x.rows(); ++t)
+      if (state[t] == TokenState::valid) detail::check_logits(&z(t, 0), num_experts(), state[t]);
+    Matrix<S>& plan = routing.scratch.ranking;
+    plan.resize(x.rows(), num_experts());
+    for (Index g = 0; g < info.num_groups(); ++g)
+      detail::balance_by_sinkhorn(z, state, info.begin_of(g), info.end_of(g, x.rows()),
+                                  options_.tolerance, options_.max_iterations, plan,
+                                  routing.scratch.row);
+    route_by_logits(rule(options_.training_capacity), {}, info, routing, executor, &plan);
+  }
+
+  /// Adds to d_x [tokens, d_model] and to grad's w_router. `x` has zeros in rows of tokens that are not
+  /// valid. O(tokens * num_experts * d_model).
+  template <Executor E = DefaultExecutor>
+  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
+                const RoutingGradient<S>& gradient, MatrixRef<S> d_x, SinkhornRouter& grad,
+                const E& executor = {}) const {
+    require_shape(d_x, x.rows(), d_model(), "SinkhornRouter::backward", "d_x");
+    check_backward(x, routing, grad);
+    Matrix<S>& d_logits = routing.scratch.d_logits;
+    selection_backward(rule({}), routing, gradient, d_logits);
+    add_valid_rows(routing, gradient.d_router_logits, d_logits);
+    router_linear_backward(x, w_router, d_logits, grad.w_router, d_x, executor);
+  }
+
+  /// Throws what backward would throw for its arguments, and changes nothing.
+  void check_backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
+                      const SinkhornRouter& grad) const {
+    check_router_backward(*this, x, routing, grad, "SinkhornRouter::backward");
+  }
+
+  /// Appends an expert whose logits come from `w` [d_model].
+  void add_expert(const Vector<S>& w) {
+    w_router = with_row(w_router, w, "SinkhornRouter::add_expert");
+    options_.num_experts = num_experts();
+  }
+
+  /// Removes an expert. Throws when it does not exist or fewer than top_k would be left.
+  void remove_expert(Index expert) {
+    check_removal(expert, num_experts(), options_.top_k, "SinkhornRouter::remove_expert");
+    w_router = without_row(w_router, expert);
+    options_.num_experts = num_experts();
+  }
+
+  template <class F, class... Self>
+  static void visit(F&& f, Self&... self) {
+    visit_array(f, {"w_router"}, self.w_router...);
+  }
+
+  Matrix<S> w_router;  ///< [num_experts, d_model]
+
+ private:
+  SeatingRule rule(std::optional<double> capacity_factor) const {
+    return {.gate = {.score = options_.top_k == 1 ? Score::sigmoid : Score::softmax},
+            .top_k = options_.top_k,
+            .capacity_factor = capacity_factor,
+            .overflow = options_.overflow,
+            .priority = options_.priority};
+  }
+
+  template <class E>
+  void begin(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
+             const E& executor) const {
+    require_shape(x, x.rows(), d_model(), "SinkhornRouter::route", "x");
+    begin_routing(x.rows(), num_experts(), info, routing, "SinkhornRouter::route");
+    routing.router_logits.resize(x.rows(), num_experts());
+    for_each_block(x.rows(), executor, [&](Index first, Index last, Index) {
+      block_logits(x, w_router, first, last, routing.router_logits);
+    });
+  }
+
+  Options options_;
+};
+
+}  // namespace moe

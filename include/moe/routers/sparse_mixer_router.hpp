@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+
+#include <moe/init.hpp>
+#include <moe/token_choice.hpp>
+
+namespace moe {
+
+/// Options of SparseMixerRouter; the same for every scalar.
+struct SparseMixerOptions {
+  Index d_model = 0;
+  Index num_experts = 0;
+  /// A pick's gate is a softmax over the experts whose logits are within 2 * jitter of the best, relative
+  /// to the larger of their size and the best.
+  double jitter = 0.01;
+
+  static constexpr Index top_k = 2;
+};
+
+/// SparseMixer-v2 (Liu et al. 2023 and 2024, GRIN), the router of Phi-3.5-MoE, as its published code
+/// computes it: two picks one after the other, the second among the other experts. Each pick's gate is its
+/// share of the experts that nearly tie with the best, so that gates are often 1 and do not sum to 1.
+/// In training a pick is drawn (Gumbel) from those experts, its gate is multiplied by 1 or 0.3333, and
+/// backward is the authors' estimator: the gradient of the gate without that factor. In inference it is the
+/// exact derivative. Dropless. router_probs are the softmax of the logits, for balance losses.
+template <class S>
+class SparseMixerRouter {
+ public:
+  using Scalar = S;
+  using Options = SparseMixerOptions;
+
+  /// w_router is zero, to be filled from elsewhere. Throws std::invalid_argument for options out of range.
+  explicit SparseMixerRouter(const Options& options) : options_(options) {
+    require(options.d_model > 0, "SparseMixerRouter: d_model = ", options.d_model,
+            ", expected at least 1");
+    require(options.num_experts >= 2, "SparseMixerRouter: num_experts = ", options.num_experts,
+            ", expected at least 2");
+    require(number_kind(options.jitter) == NumberKind::finite && options.jitter >= 0,
+            "SparseMixerRouter: jitter = ", options.jitter,
+            ", expected a finite number of at least 0");
+    w_router.setZero(options.num_experts, options.d_model);
+  }
+  /// w_router is normal with variance 1 / d_model.
+  SparseMixerRouter(const Options& options, Rng& rng) : SparseMixerRouter(options) {
+    w_router = lecun_normal<S>(options.num_experts, options.d_model, rng);
+  }
+
+  Index d_model() const { return w_router.cols(); }
+  Index num_experts() const { return w_router.rows(); }
+  const Options& options() const { return options_; }
+
+  /// Routing for inference: the two picks are the best of what is left.
+  /// O(tokens * num_experts * d_model).
+  template <Executor E = DefaultExecutor>
+  void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
+             const E& executor = {}) const {
+    begin(x, info, routing, executor);
+    pick_all(routing, executor,
+             [](Index, int, const S*, Index, Index best) { return Pick{best, S(1)}; });
+  }
+
+  /// Routing for training: picks are drawn. Draws 2 * tokens * (num_experts + 1) numbers.
+  template <Executor E = DefaultExecutor>
+  void route(const ConstMatrixRef<S>& x, Rng& rng, const BatchInfo& info, Routing<S>& routing,
+             const E& executor = {}) const {
+    begin(x, info, routing, executor);
+    Matrix<S>& draws = routing.scratch.d_noise;  // [tokens, 2 * (num_experts + 1)]
+    draws.resize(x.rows(), 2 * (num_experts() + 1));
+    fill_uniform(draws, 0, 1, rng);
+    pick_all(routing, executor, [&](Index t, int pick, const S* shares, Index n, Index best) {
+      const S* const u = &draws(t, pick * (num_experts() + 1));
+      Index drawn = -1;
+      S largest = 0;
+      for (Index e = 0; e < n; ++e) {  // argmax of log share + Gumbel, as log(share) - log(-log(u))
+        if (!(shares[e] > S(0))) continue;
+        const S value = std::log(shares[e]) - std::log(-std::log(std::max(u[e], kSmallest)));
+        if (drawn < 0 || value > largest) {
+          drawn = e;
+          largest = value;
+        }
+      }
+      return Pick{drawn, drawn == best || u[n] > S(0.75) ? S(1) : S(0.3333)};
+    });
+  }
+
+  /// Adds to d_x [tokens, d_model] and to grad's w_router. `x` has zeros in rows of tokens that are not
+  /// valid. O(tokens * num_experts * d_model).
+  template <Executor E = DefaultExecutor>
+  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
+                const RoutingGradient<S>& gradient, MatrixRef<S> d_x, SparseMixerRouter& grad,
+                const E& executor = {}) const {
+    require_shape(d_x, x.rows(), d_model(), "SparseMixerRouter::backward", "d_x");
+    check_backward(x, routing, grad);
+    check_routing_gradient(gradient, routing, "SparseMixerRouter::backward");
+    Matrix<S>& d_logits = routing.scratch.d_logits;
+    d_logits.setZero(x.rows(), num_experts());
+    Buffer<S>& d_gate = routing.scratch.row;  // [choices], then the shares of one pick
+    const Index choices = routing.chosen.size();
+    d_gate.assign(choices + num_experts(), S(0));
+    for (Index c = 0; c < gradient.d_chosen_gate.size(); ++c) d_gate[c] = gradient.d_chosen_gate[c];
+    for (Index a = 0; a < gradient.d_gate.size(); ++a)
+      d_gate[routing.plan.choice[a]] += gradient.d_gate[a];
+    S* const shares = d_gate.data() + choices;
+    for (Index t = 0; t < x.rows(); ++t) {
+      if (!routing.is_valid(t)) continue;
+      const S* const z = &routing.router_logits(t, 0);
+      const Index begin = routing.chosen.token_begin[t];
+      for (Index c = begin; c < routing.chosen.token_begin[t + 1]; ++c) {
+        const Index expert = routing.chosen.expert[c];
+        find_shares(z, c == begin ? Index(-1) : routing.chosen.expert[begin], shares);
+        const S d = d_gate[c] * shares[expert];
+        for (Index e = 0; e < num_experts(); ++e) d_logits(t, e) -= shares[e] * d;
+        d_logits(t, expert) += d;
+      }
+      if (gradient.d_router_probs.size() > 0)
+        softmax_backward(num_experts(), &routing.router_probs(t, 0), &gradient.d_router_probs(t, 0),
+                         &d_logits(t, 0));
+    }
+    add_valid_rows(routing, gradient.d_router_logits, d_logits);
+    router_linear_backward(x, w_router, d_logits, grad.w_router, d_x, executor);
+  }
+
+  /// Throws what backward would throw for its arguments, and changes nothing.
+  void check_backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
+                      const SparseMixerRouter& grad) const {
+    check_router_backward(*this, x, routing, grad, "SparseMixerRouter::backward");
+    check_choices(routing, "SparseMixerRouter::backward");
+  }
+
+  /// Appends an expert whose logits come from `w` [d_model].
+  void add_expert(const Vector<S>& w) {
+    w_router = with_row(w_router, w, "SparseMixerRouter::add_expert");
+    options_.num_experts = num_experts();
+  }
+
+  /// Removes an expert. Throws when it does not exist or fewer than two would be left.
+  void remove_expert(Index expert) {
+    check_removal(expert, num_experts(), 2, "SparseMixerRouter::remove_expert");
+    w_router = without_row(w_router, expert);
+    options_.num_experts = num_experts();
+  }
+
+  template <class F, class... Self>
+  static void visit(F&& f, Self&... self) {
+    visit_array(f, {"w_router"}, self.w_router...);
+  }
+
+  Matrix<S> w_router;  ///< [num_experts, d_model]
+
+ private:
+  static constexpr S kSmallest = std::numeric_limits<S>::min();
+
+  struct Pick {
+    Index expert;
+    S factor;  // of its gate
+  };
+
+  // shares [num_experts] = softmax over the experts that nearly tie with the best, `without` (the first
+  // pick, or -1) left out; 0 for the others. Returns the best, or -1 where nobody is left.
+  Index find_shares(const S* z, Index without, S* shares) const {
+    Index best = -1;
+    for (Index e = 0; e < num_experts(); ++e)
+      if (e != without && !is_unavailable(z[e]) && (best < 0 || z[e] > z[best])) best = e;
+    S sum = 0;
+    for (Index e = 0; e < num_experts(); ++e) {
+      shares[e] = 0;
+      if (best < 0 || e == without || is_unavailable(z[e])) continue;
+      if (z[e] != z[best] &&
+          (z[best] - z[e]) / std::max(std::abs(z[e]), z[best]) > S(2 * options_.jitter))
+        continue;
+      sum += shares[e] = std::exp(z[e] - z[best]);
+    }
+    for (Index e = 0; e < num_experts() && best >= 0; ++e) shares[e] /= sum;
+    return best;
+  }
+
+  template <class E>
+  void begin(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
+             const E& executor) const {
+    require_shape(x, x.rows(), d_model(), "SparseMixerRouter::route", "x");
+    begin_routing(x.rows(), num_experts(), info, routing, "SparseMixerRouter::route");
+    routing.router_logits.resize(x.rows(), num_experts());
+    routing.router_probs.resize(x.rows(), num_experts());
+    for_each_block(x.rows(), executor, [&](Index first, Index last, Index) {
+      block_logits(x, w_router, first, last, routing.router_logits);
+    });
+  }
+
+  // pick(token, 0 or 1, shares, num_experts, best) picks one of the experts with shares.
+  template <class E, class PickOne>
+  void pick_all(Routing<S>& routing, const E& executor, const PickOne& pick) const {
+    const Index tokens = routing.num_tokens(), experts = num_experts();
+    Choices<S>& chosen = routing.chosen;
+    Buffer<Index>& picked = routing.scratch.order;  // [tokens, 2]
+    Buffer<S>& gate = routing.scratch.row;          // [tokens, 2]
+    routing.scratch.ranking.resize(tokens, experts);  // the shares of one pick of every token
+    picked.assign(2 * tokens, -1);
+    gate.assign(2 * tokens, S(0));
+    for_each_block(tokens, executor, [&](Index begin, Index end, Index) {
+      for (Index t = begin; t < end; ++t) {
+        const S* const z = &routing.router_logits(t, 0);
+        TokenState& state = routing.plan.token_state[t];
+        if (state == TokenState::valid) detail::check_logits(z, experts, state);
+        if (state != TokenState::valid) {
+          routing.router_probs.row(t).setZero();
+          continue;
+        }
+        softmax(experts, z, &routing.router_probs(t, 0));
+        S* const shares = &routing.scratch.ranking(t, 0);
+        for (const int i : {0, 1}) {
+          const Index best = find_shares(z, i == 0 ? Index(-1) : picked[2 * t], shares);
+          if (best < 0) break;
+          const Pick one = pick(t, i, shares, experts, best);
+          picked[2 * t + i] = one.expert;
+          gate[2 * t + i] = one.factor * shares[one.expert];
+        }
+      }
+    });
+    chosen.expert.reserve(2 * tokens);
+    chosen.gate.reserve(2 * tokens);
+    for (Index t = 0; t < tokens; ++t) {
+      for (Index c = 2 * t; c < 2 * t + 2; ++c) {
+        if (picked[c] < 0) continue;
+        chosen.expert.push_back(picked[c]);
+        chosen.gate.push_back(gate[c]);
+      }
+      chosen.token_begin[t + 1] = chosen.size();
+    }
+    dispatch_all(chosen, routing.plan);
+  }
+
+  Options options_;
+};
+
+}  // namespace moe

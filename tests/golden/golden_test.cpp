@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: MIT
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+#include <moe/io/load_layer.hpp>
+#include <moe/models/dbrx.hpp>
+#include <moe/models/deepseek.hpp>
+#include <moe/models/ernie.hpp>
+#include <moe/models/glm.hpp>
+#include <moe/models/gpt_oss.hpp>
+#include <moe/models/granite.hpp>
+#include <moe/models/llama4.hpp>
+#include <moe/models/mixtral.hpp>
+#include <moe/models/nllb.hpp>
+#include <moe/models/olmoe.hpp>
+#include <moe/models/phi.hpp>
+#include <moe/models/qwen.hpp>
+#include <moe/models/switch_transformer.hpp>
+#include <moe/moe.hpp>
+
+// Layers of published models against values that other people's implementations computed: see
+// golden/README.md. Everything is loaded through load_layer.
+namespace {
+
+using moe::Checkpoint;
+using moe::Index;
+using moe::Matrix;
+using moe::Model;
+
+struct Golden {
+  Checkpoint file;
+  nlohmann::json config;
+
+  explicit Golden(const std::string& name)
+      : file(Checkpoint::open(std::string(MOE_GOLDEN_DIR) + "/" + name + ".safetensors")),
+        config(nlohmann::json::parse(file.metadata().at("config"))) {}
+
+  template <class S>
+  Matrix<S> matrix(const std::string& name) const {
+    const moe::TensorView& tensor = file.at(name);
+    Matrix<S> m(tensor.shape.at(0), tensor.shape.size() > 1 ? tensor.shape[1] : 1);
+    EXPECT_EQ(m.size(), tensor.size()) << name;
+    moe::read_tensor(tensor, m.data());
+    return m;
+  }
+  Index number(const char* key) const { return config.at(key).get<Index>(); }
+};
+
+// The model in the size of the golden file.
+template <class M>
+M sized(const M& model, const Golden& golden) {
+  M small = model.scaled_to(golden.number("d_model"), golden.number("d_ff"),
+                            golden.number("num_experts"));
+  if constexpr (requires { small.router.top_k = Index(1); })
+    small.router.top_k = golden.number("top_k");
+  if (small.shared_experts > 0) small.shared_d_ff = golden.number("shared_expert_d_ff");
+  if constexpr (requires { small.router.group_limit; }) {
+    if (small.router.group_limit.applies()) {
+      small.router.group_limit.groups = golden.number("n_group");
+      small.router.group_limit.kept = golden.number("topk_group");
+    }
+  }
+  return small;
+}
+
+// The largest difference over the largest entry.
+template <class A, class B>
+double relative_error(const A& a, const B& b) {
+  const double largest = double(b.cwiseAbs().maxCoeff());
+  return double((a - b).cwiseAbs().maxCoeff()) / std::max(largest, 1e-30);
+}
+
+// A gradient of every parameter under the checkpoint's names: a checkpoint of gradients, loaded as
+// the layer is.
+Checkpoint gradients_of(const Golden& golden, const std::string& path) {
+  const std::string prefix = "golden.grad.";
+  std::vector<moe::TensorToWrite> tensors;
+  for (const std::string& name : golden.file.names()) {
+    if (name.rfind(prefix, 0) != 0) continue;
+    const moe::TensorView& tensor = golden.file.at(name);
+    tensors.push_back({name.substr(prefix.size()), tensor.dtype, tensor.shape, tensor.bytes});
+  }
+  moe::write_safetensors(path, tensors);
+  return Checkpoint::open(path);
+}
+
+
+// What a file's implementation computes otherwise, though it means the same.
+struct Differences {
+  double gate_factor = 1;     // of our gates over the file's
+  moe::BatchInfo info{};      // sequences, where capacity or the loss works within one
+  std::optional<double> capacity{};
+};
+
+// Hugging Face's loss of most models: the mean over tokens, not over choices.
+constexpr auto kTimesChoices = [](const auto& layer, const auto&, const auto& routing, const auto&) {
+  return double(layer.router().options().top_k) * double(moe::load_balancing_loss(routing).value);
+};
+
+template <class M, class Loss = decltype(kTimesChoices)>
+void expect_equal_to_golden(const M& published, const std::string& name,
+                            const Differences& differences = {}, const Loss& loss = kTimesChoices) {
+  const Golden golden(name);
+  M model = sized(published, golden);
+  if constexpr (requires { model.router.capacity; }) model.router.capacity = differences.capacity;
+  const Index layer_index = golden.number("layer");
+  const auto layer = moe::load_layer<float>(model, golden.file, layer_index);
+  using Layer = std::remove_const_t<decltype(layer)>;
+  const Matrix<float> x = golden.matrix<float>("golden.x");
+  typename Layer::Cache cache;
+  const Matrix<float> y = layer.forward(x, cache, differences.info);
+  EXPECT_LT(relative_error(y, golden.matrix<float>("golden.y")), 1e-5);
+  EXPECT_LT(relative_error(cache.routing.router_logits, golden.matrix<float>("golden.router_logits")),
+            1e-5);
+
+  // Experts and gates, as sets: implementations list them in orders of their own. A gate of 0 is that
+  // of a choice without a seat.
+  const auto experts = golden.matrix<std::int64_t>("golden.experts");
+  const auto gates = golden.matrix<float>("golden.gates");
+  for (Index t = 0; t < x.rows(); ++t) {
+    std::map<Index, double> expected, seen;
+    for (Index i = 0; i < experts.cols(); ++i)
+      if (gates(t, i) != 0) expected[Index(experts(t, i))] = double(gates(t, i));
+    for (const auto& [expert, gate] : moe::trace(cache.routing, t)) seen[expert] = double(gate);
+    ASSERT_EQ(seen.size(), expected.size()) << "token " << t;
+    for (const auto& [expert, gate] : expected) {
+      ASSERT_TRUE(seen.count(expert)) << "token " << t << " expert " << expert;
+      EXPECT_NEAR(seen[expert], differences.gate_factor * gate, 2e-6 * std::max(1.0, gate));
+    }
+  }
+  if (golden.file.contains("golden.balance_loss")) {
+    const double expected = golden.matrix<double>("golden.balance_loss")(0, 0);
+    EXPECT_NEAR(loss(layer, x, cache.routing, differences.info), expected, 1e-6 * expected);
+  }
+  if (golden.file.contains("golden.z_loss")) {
+    const double expected = golden.matrix<double>("golden.z_loss")(0, 0);
+    EXPECT_NEAR(double(moe::router_z_loss(cache.routing).value), expected, 1e-6 * expected);
+  }
+
+  Layer grad = moe::zeros_like(layer);
+  const Matrix<float> d_x = layer.backward(golden.matrix<float>("golden.d_y"), cache, grad);
+  EXPECT_LT(relative_error(d_x, golden.matrix<float>("golden.d_x")), 1e-5);
+  M without_buffers = model;
+  if constexpr (requires { without_buffers.router.selection_bias; }) {
+    without_buffers.router.selection_bias = false;
+    without_buffers.tensors.selection_bias = {};
+    grad.router().selection_bias.resize(0);
+  }
+  const auto expected = moe::load_layer<float>(
+      without_buffers, gradients_of(golden, testing::TempDir() + name + ".gradients.safetensors"),
+      layer_index);
+  Layer::visit(
+      [](const moe::ParameterInfo& info, const auto& seen, const auto& from_file) {
+        if (from_file.cwiseAbs().maxCoeff() == 0) {
+          EXPECT_EQ(seen.cwiseAbs().maxCoeff(), 0) << info.name;
+        } else {
+          EXPECT_LT(relative_error(seen, from_file), 1e-5) << info.name;
+        }
+      },
+      grad, expected);
+}
+
+TEST(Golden, Mixtral) { expect_equal_to_golden(moe::mixtral_8x7b, "mixtral"); }
+TEST(Golden, Qwen2Moe) { expect_equal_to_golden(moe::qwen1_5_moe_a2_7b, "qwen2_moe"); }
+TEST(Golden, Qwen3Moe) { expect_equal_to_golden(moe::qwen3_30b_a3b, "qwen3_moe"); }
+TEST(Golden, Olmoe) { expect_equal_to_golden(moe::olmoe_1b_7b, "olmoe"); }
+TEST(Golden, DeepSeekMoe) { expect_equal_to_golden(moe::deepseek_moe_16b, "deepseek_v2_lite"); }
+TEST(Golden, DeepSeekV2) { expect_equal_to_golden(moe::deepseek_v2, "deepseek_v2"); }
+TEST(Golden, DeepSeekV3) { expect_equal_to_golden(moe::deepseek_v3, "deepseek_v3"); }
+TEST(Golden, Dbrx) { expect_equal_to_golden(moe::dbrx, "dbrx"); }
+TEST(Golden, GptOss) { expect_equal_to_golden(moe::gpt_oss_20b, "gpt_oss"); }
+TEST(Golden, Llama4) { expect_equal_to_golden(moe::llama4_scout, "llama4"); }
+TEST(Golden, GraniteMoe) { expect_equal_to_golden(moe::granite_1b_a400m, "granitemoe"); }
+TEST(Golden, JetMoe) { expect_equal_to_golden(moe::jetmoe_8b, "jetmoe"); }
+TEST(Golden, PhiMoe) { expect_equal_to_golden(moe::phi_3_5_moe, "phimoe"); }
+TEST(Golden, Glm4Moe) { expect_equal_to_golden(moe::glm_4_5, "glm4_moe"); }
+
+// Hugging Face's loss counts the choices that probabilities would make without the bias.
+TEST(Golden, Ernie45Moe) {
+  expect_equal_to_golden(
+      moe::ernie_4_5_21b_a3b, "ernie4_5_moe", {},
+      [](const auto& layer, const auto& x, const auto& routing, const auto& info) {
+        auto unbiased = layer.router();
+        unbiased.selection_bias.setZero();
+        moe::Routing<float> chosen;
+        unbiased.route(x, info, chosen);
+        return 4 * double(moe::load_balancing_loss(routing, moe::demand_per_expert(chosen), x.rows())
+                              .value);
+      });
+}
+
+// Seats and loss are those of a sequence.
+const moe::BatchInfo kTwoSequences{.group_begin = moe::IndexVector{{0, 6, 12}}};
+constexpr auto kOfSequences = [](const auto&, const auto&, const auto& routing, const auto& info) {
+  return double(moe::sequence_balance_loss(routing, info).value);
+};
+
+TEST(Golden, SwitchTransformers) {
+  expect_equal_to_golden(moe::switch_base_8, "switch_transformers", {.info = kTwoSequences},
+                         kOfSequences);
+}
+TEST(Golden, SwitchTransformersWithDrops) {  // 2 seats
+  expect_equal_to_golden(moe::switch_base_8, "switch_transformers_drop",
+                         {.info = kTwoSequences, .capacity = 2.5}, kOfSequences);
+}
+
+constexpr auto kOfFirstChoices = [](const auto&, const auto& x, const auto& routing, const auto&) {
+  return double(
+      moe::load_balancing_loss(routing, moe::demand_per_expert(routing, 1), x.rows()).value);
+};
+
+TEST(Golden, NllbMoe) {
+  expect_equal_to_golden(moe::nllb_moe_54b, "nllb_moe", {.gate_factor = 0.8}, kOfFirstChoices);
+}
+TEST(Golden, NllbMoeWithDrops) {  // 3 seats
+  expect_equal_to_golden(moe::nllb_moe_54b, "nllb_moe_drop", {.gate_factor = 0.8, .capacity = 1.0},
+                         kOfFirstChoices);
+}
+
+}  // namespace

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: MIT
+#include <cmath>
+
+#include <gtest/gtest.h>
+
+#include <moe/moe.hpp>
+
+#include "gradients.hpp"
+
+namespace {
+
+using moe::Index;
+using moe::Matrix;
+using moe::Rng;
+using Router = moe::SinkhornRouter<double>;
+
+// Logits of four tokens for which the plan was computed with Python in double, by Megatron-LM's formula.
+// The plan sends every token to an expert of its own, though three of four prefer the first.
+const Matrix<double> kLogits{{2, 1, 0, -1}, {1.5, 1, .2, .1}, {1.2, .3, .9, -.5}, {-.3, .4, .2, 1.1}};
+
+Router identity_router(Router::Options options) {
+  options.d_model = options.num_experts = 4;
+  Router router(options);
+  router.w_router.setIdentity();
+  return router;
+}
+
+TEST(SinkhornRouter, SelectsByTheBalancedPlanInTraining) {
+  const Router router = identity_router({});
+  Rng rng(1);
+  moe::Routing<double> routing;
+  router.route(kLogits, rng, {}, routing);
+  for (Index t = 0; t < 4; ++t) {
+    EXPECT_EQ(routing.chosen.expert[t], t);
+    EXPECT_NEAR(routing.chosen.gate[t], 1 / (1 + std::exp(-kLogits(t, t))), 1e-15);
+  }
+  EXPECT_EQ(rng, Rng(1));
+  router.route(kLogits, {}, routing);
+  EXPECT_EQ(routing.chosen.expert, (moe::Buffer<Index>{0, 0, 0, 3}));
+}
+
+TEST(SinkhornRouter, ThePlanHasEvenRowsAndColumns) {
+  Rng rng(2);
+  Matrix<double> z(40, 5), plan(40, 5);
+  moe::fill_normal(z, 3.0, rng);
+  moe::Buffer<moe::TokenState> state;
+  state.assign(40, moe::TokenState::valid);
+  state[7] = moe::TokenState::masked;
+  moe::Buffer<double> factors;
+  moe::detail::balance_by_sinkhorn(z, state, Index(0), Index(40), 1e-12, Index(10000), plan, factors);
+  plan.row(7).setZero();
+  for (Index e = 0; e < 5; ++e) EXPECT_NEAR(plan.col(e).sum(), 1.0 / 5, 1e-5);
+  for (Index t = 0; t < 40; ++t) EXPECT_NEAR(plan.row(t).sum(), t == 7 ? 0 : 1.0 / 39, 1e-5);
+}
+
+TEST(SinkhornRouter, FarLogitsAreOrdinary) {
+  const Router router = identity_router({.top_k = 2});
+  Rng rng(3);
+  Matrix<double> x = 500 * kLogits;
+  moe::Routing<double> routing;
+  router.route(x, rng, {}, routing);
+  EXPECT_EQ(routing.plan.num_assignments(), 8);
+  for (const double gate : routing.chosen.gate) EXPECT_TRUE(std::isfinite(gate));
+}
+
+TEST(SinkhornRouter, OptionsOutOfRangeAreRefused) {
+  const auto make = [](Router::Options options) {
+    return [=] { Router{options}; };
+  };
+  const Router::Options good{.d_model = 4, .num_experts = 3};
+  auto bad = good;
+  bad.d_model = 0;
+  EXPECT_THROW(make(bad)(), std::invalid_argument);
+  bad = good;
+  bad.num_experts = 0;
+  EXPECT_THROW(make(bad)(), std::invalid_argument);
+  bad = good;
+  bad.top_k = 4;
+  EXPECT_THROW(make(bad)(), std::invalid_argument);
+  bad = good;
+  bad.tolerance = -1;
+  EXPECT_THROW(make(bad)(), std::invalid_argument);
+  bad = good;
+  bad.max_iterations = 0;
+  EXPECT_THROW(make(bad)(), std::invalid_argument);
+  EXPECT_NO_THROW(make(good)());
+}
+
+TEST(GradientsOfSinkhornLayers, AreExactForOneExpertAToken) {
+  using namespace gradients;
+  check_all_seatings<ReLUExpert>(21, [](const Seating& seating, Rng& rng) {
+    return Router(seated<Router::Options>({.top_k = 1}, seating), rng);
+  });
+}
+
+TEST(GradientsOfSinkhornLayers, AreExactForTwo) {
+  using namespace gradients;
+  check_all_seatings<ReLUExpert>(22, [](const Seating& seating, Rng& rng) {
+    return Router(seated<Router::Options>({.top_k = 2}, seating), rng);
+  });
+}
+
+}  // namespace
