@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that building moe needs and that are missing.
-#   scripts/install-deps.sh         compiler, CMake, Eigen, GoogleTest, Google Benchmark
+#   scripts/install-deps.sh         compiler, CMake, Eigen, GoogleTest, Google Benchmark, JSON
 #   scripts/install-deps.sh --dev   also Clang 14 with its sanitizers, for the presets clang, asan, tsan
 set -euo pipefail
 
-packages=(g++ cmake ninja-build pkg-config libeigen3-dev libgtest-dev libgmock-dev libbenchmark-dev)
+packages=(g++ cmake ninja-build pkg-config libeigen3-dev libgtest-dev libgmock-dev libbenchmark-dev
+  nlohmann-json3-dev)
 dev_packages=(clang-14 libclang-rt-14-dev libomp-14-dev llvm-14)
 
 case "${1-}" in
@@ -20,7 +21,8 @@ if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
   cat >&2 <<'END'
 install-deps.sh: there is no apt-get here. Install with your own package manager:
   a C++20 compiler (GCC 12 or Clang 14, or later), CMake 3.25 or later, Ninja, pkg-config,
-  Eigen 3.4 or later, GoogleTest with GoogleMock, Google Benchmark
+  Eigen 3.4 or later, GoogleTest with GoogleMock, Google Benchmark,
+  nlohmann_json 3.11 or later
   and, for --dev: Clang 14 with its sanitizer runtimes, LLVM's libomp with libarcher.so
 END
   exit 1

@@ -16,6 +16,7 @@ set(layers
   "moe_layer soft_moe_layer"
   "packed_moe_layer"
   "models/*"
+  "io/*"
   "moe")
 set(outside_the_umbrella "io/*" "distributed/*")
 
