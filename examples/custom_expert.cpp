@@ -101,7 +101,7 @@ void train(const char* name, Layer layer) {
     layer.backward(error / float(tokens), cache, grad, 0.01f * balance.gradient);
     Layer::visit([](auto, auto& p, const auto& g) { p -= 0.1f * g; }, layer, grad);
   }
-  std::printf("\n  tokens per expert in the last step:");
+  std::printf("\n  tokens per expert in the last step (4 maps need 4 experts):");
   for (const moe::Index load : moe::tokens_per_expert(cache.routing)) std::printf(" %td", load);
   std::printf("\n");
 }
@@ -122,15 +122,15 @@ int main() {
     return moe::TopKRouter<float>({.d_model = 32, .num_experts = experts, .top_k = 1}, rng);
   };
   train("8 experts of low rank",
-        moe::MoELayer(moe::make_experts<LowRank<float>>(8, {.d_model = 32, .rank = 4}, rng),
-                      router(8)));
+        moe::MoELayer{moe::make_experts<LowRank<float>>(8, {.d_model = 32, .rank = 4}, rng),
+                      router(8)});
   train("4 experts of low rank and, in turn, 4 feed-forward",
-        moe::MoELayer(std::move(mixed), router(8)));
+        moe::MoELayer{std::move(mixed), router(8)});
 
   // The whole layer can be checked the same way.
   ok &= check("layer",
-              moe::MoELayer(moe::make_experts<LowRank<double>>(4, {.d_model = 6, .rank = 2}, rng),
-                            moe::TopKRouter<double>({.d_model = 6, .num_experts = 4}, rng)),
+              moe::MoELayer{moe::make_experts<LowRank<double>>(4, {.d_model = 6, .rank = 2}, rng),
+                            moe::TopKRouter<double>({.d_model = 6, .num_experts = 4}, rng)},
               6);
   return ok ? 0 : 1;
 }

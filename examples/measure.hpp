@@ -84,8 +84,9 @@ inline double entropy(const std::vector<double>& counts) {
 }
 
 inline double entropy_of_expert(const Counts& counts) {
-  const moe::IndexVector load = load_of(counts);
-  return entropy({load.begin(), load.end()});
+  std::vector<double> load;
+  for (const auto& row : counts) load.push_back(std::accumulate(row.begin(), row.end(), 0.0));
+  return entropy(load);
 }
 
 // What the column tells about the expert: their mutual information, in bits.

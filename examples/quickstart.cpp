@@ -18,7 +18,11 @@ int main() {
     if (step % 20 == 0) std::printf("step %2d: error %.2f\n", step, error.squaredNorm() / 6400);
     Layer grad = moe::zeros_like(layer);
     layer.backward(error / 100, cache, grad, 0.01f * balance.gradient);
-    Layer::visit([](auto, auto& p, const auto& g) { p -= 0.1f * g; }, layer, grad);
+    Layer::visit(
+        [](const moe::ParameterInfo& info, auto& p, const auto& g) {
+          if (info.kind == moe::Kind::parameter) p -= 0.1f * g;
+        },
+        layer, grad);
   }
 
   // Inference, and who worked on the first token.

@@ -23,10 +23,13 @@ inline std::string fixed(double value, int digits) {
 
 // 1234567 as 1,234,567.
 inline std::string grouped(long long value) {
-  std::string digits = std::to_string(value);
-  for (int i = int(digits.size()) - 3; i > (value < 0 ? 1 : 0); i -= 3)
-    digits.insert(std::size_t(i), ",");
-  return digits;
+  const std::string digits = std::to_string(value);
+  std::string result;
+  for (std::size_t i = 0; i < digits.size(); ++i) {
+    if (i > 0 && digits[i - 1] != '-' && (digits.size() - i) % 3 == 0) result += ',';
+    result += digits[i];
+  }
+  return result;
 }
 
 inline std::string padded(std::string what, std::size_t width) {
@@ -57,7 +60,7 @@ struct Report {
   std::string title;
   std::vector<std::string> settings;
   std::vector<Table> tables;
-  std::string chart_title, x_title, y_title;
+  std::string chart_title, x_title, y_title, chart_note;
   std::vector<Line> lines;
   std::vector<HeatMap> heat_maps;
   std::vector<std::string> notes;
@@ -121,13 +124,14 @@ struct Report {
 
   void write_chart(std::ostream& html) const {
     constexpr double kWidth = 860, kHeight = 400, kLeft = 60, kRight = 16, kTop = 14, kBottom = 46;
-    double x_most = 1, y_least = 1e30, y_most = 0;
+    double x_most = 1, y_least = 1e30, y_most = 0, y_top = 0;
     for (const Line& line : lines)
       for (const double x : line.x) x_most = std::max(x_most, x);
     // The steep begin may leave the picture at its top.
     for (const Line& line : lines) {
       for (std::size_t i = 0; i < line.x.size(); ++i) {
         y_least = std::min(y_least, line.y[i]);
+        y_top = std::max(y_top, line.y[i]);
         if (line.x[i] >= x_most / 10) y_most = std::max(y_most, line.y[i]);
       }
     }
@@ -173,7 +177,9 @@ struct Report {
              << " cy=" << fixed(at_y(line.y[i]), 1) << " r=6><title>" << escaped(line.name)
              << ", step " << grouped(std::llround(line.x[i])) << ": " << fixed(line.y[i], 3)
              << "</title></circle>\n";
-    html << "</g></svg></div>\n";
+    html << "</g></svg></div>\n<p class=note>";
+    if (y_top > y_most) html << "The chart is cut at " << fixed(y_most, 1) << ". ";
+    html << escaped(chart_note) << "</p>\n";
   }
 
   static void write_heat_map(std::ostream& html, const HeatMap& map) {
@@ -238,6 +244,7 @@ struct Report {
 body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
   max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.05rem; margin: 1.8rem 0 .5rem; }
+.note { color: var(--soft); max-width: 56rem; }
 .wide { overflow-x: auto; } .chart { width: 100%; max-width: 900px; min-width: 560px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .25rem .9rem; border-bottom: 1px solid var(--rule); }

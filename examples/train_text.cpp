@@ -8,6 +8,7 @@
 #include <charconv>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <functional>
 #include <iostream>
 #include <numeric>
@@ -27,6 +28,7 @@ namespace {
 
 constexpr Index kModelWidth = 64;  // d_model
 constexpr Index kTokens = 1024;    // predictions a step
+constexpr Index kSample = 8192;    // positions of the validation text that a loss curve looks at
 
 struct Settings {
   std::uint64_t seed = 1;
@@ -185,7 +187,7 @@ Run train_and_measure(const Variant& variant, const Settings& settings, const Te
                                 .one_kind = variant.one_kind};
   const std::string name = variant.name + ", seed " + std::to_string(seed);
   std::vector<Index> sample = shuffled(text, Split::validation, false);  // for the loss curve
-  sample.resize(std::min<std::size_t>(sample.size(), 8192));
+  sample.resize(std::min(sample.size(), std::size_t(kSample)));
   with_model(variant, settings, seed, [&](auto model) {
     const Index every = std::max<Index>(1, settings.steps / 20);
     double sum = 0;
@@ -303,6 +305,20 @@ std::vector<double> mean_curve(const std::vector<Run>& runs, std::vector<double>
   return mean;
 }
 
+// Number of parameters of a model, and without the experts that a token does not use.
+std::string describe_parameters(const Settings& settings, LayerKind layer) {
+  const Index unused = layer == LayerKind::dense ? 0 : settings.experts - settings.top_k;
+  std::string result;
+  with_model({"", layer}, settings, settings.seed, [&](const auto& model) {
+    const Index all = moe::num_parameters(model);
+    result = grouped(all) + " parameters";
+    if (unused > 0)
+      result += ", " + grouped(all - unused * 2 * kModelWidth * settings.d_ff) +
+                " without the experts that a token does not use";
+  });
+  return result;
+}
+
 std::vector<std::string> describe(const Settings& settings, const Text& text) {
   std::string kinds;
   for (std::size_t kind = 0; kind < text.kinds.size(); ++kind)
@@ -314,8 +330,10 @@ std::vector<std::string> describe(const Settings& settings, const Text& text) {
               grouped(settings.d_ff) + ", top_k " + std::to_string(settings.top_k) +
               ", balance loss " + fixed(settings.balance, 3) + "; " + grouped(settings.flops()) +
               " operations a token, router included.",
+          "MoE: " + describe_parameters(settings, LayerKind::top_k) + ".",
           "Dense: d_ff " + grouped(settings.dense_d_ff()) + "; " +
-              grouped(4 * kModelWidth * settings.dense_d_ff()) + " operations a token.",
+              grouped(4 * kModelWidth * settings.dense_d_ff()) + " operations a token; " +
+              describe_parameters(settings, LayerKind::dense) + ".",
           "Both: d_model " + std::to_string(kModelWidth) + ", context " + std::to_string(kContext) +
               " bytes, " + grouped(settings.steps) + " training steps of " + grouped(kTokens) +
               " bytes, " + (last > settings.seed ? "seeds " : "seed ") +
@@ -364,7 +382,8 @@ Report::Table balance_table(const std::vector<Variant>& variants,
 
 Report::Table expert_table(const Run& run, const Text& text, std::uint64_t seed) {
   Report::Table table{
-      "What the experts of the MoE with seed " + std::to_string(seed) + " serve, on held-out text",
+      "What the experts of the MoE with seed " + std::to_string(seed) +
+          " serve, on held-out text (at most three entries, of at least 5%)",
       {"expert", "tokens", "share", "kinds of text", "classes of the last byte"},
       {}};
   const moe::IndexVector load = load_of(run.mixed.by_kind);
@@ -407,12 +426,14 @@ std::vector<std::string> conclusions(const std::vector<Variant>& variants,
   const Statistic more = over(runs[0], [](const Run& run) {
     return information(run.mixed.by_byte_and_kind) - information(run.mixed.by_byte);
   });
-  lines.push_back("Which expert a token goes to: " + about(&Measured::by_kind, entropy_of_expert) +
-                  " bits. The kind of text tells " + about(&Measured::by_kind, information) +
-                  " of them, the class of the last byte " +
+  const std::string entropy = about(&Measured::by_kind, entropy_of_expert);
+  lines.push_back("Which expert a token goes to has an entropy of " + entropy + " bits. Of these " +
+                  entropy + " bits the kind of text explains " +
+                  about(&Measured::by_kind, information) + ", the class of the last byte " +
                   about(&Measured::by_class, information) + ", the last byte itself " +
-                  about(&Measured::by_byte, information) + ", and the kind adds " + more.show(2) +
-                  " to that (mutual information).");
+                  about(&Measured::by_byte, information) +
+                  ", the last byte and the kind together " + more.show(2) +
+                  " more than the byte alone (mutual information).");
   return lines;
 }
 
@@ -459,6 +480,11 @@ void write_report(const Settings& settings, const Text& text, const std::vector<
     report.chart_title += ", mean over " + std::to_string(settings.seeds) + " seeds";
   report.x_title = "training step";
   report.y_title = "bits per byte";
+  const Index sample = std::min(kSample, Index(text.positions(Split::validation).size()));
+  report.chart_note = "Validation: a sample of " + grouped(sample) +
+                      " positions of the validation text. Training: mean over the steps since the "
+                      "point before; the batches are drawn with repetition, so the model has seen "
+                      "part of their text before.";
   for (std::size_t v = 0; v < variants.size(); ++v) {
     const auto line = [&](const char* what, bool dashed, std::vector<double> Run::*curve) {
       report.lines.push_back(
@@ -471,7 +497,9 @@ void write_report(const Settings& settings, const Text& text, const std::vector<
   const moe::IndexVector load = load_of(measured.by_kind);
   const auto add_map = [&](const std::string& columns, const Counts& counts, auto names) {
     Report::HeatMap map{
-        "Experts by " + columns, "expert (tokens)", columns, {}, {names.begin(), names.end()}, {}};
+        "Experts by " + columns + ": seed " + std::to_string(settings.seed) +
+            ", held-out text, % of a row",
+        "expert (tokens)", columns, {}, {names.begin(), names.end()}, {}};
     std::vector<double> all(counts[0].size());
     for (const std::size_t e : pattern_order(measured.by_class)) {
       map.rows.push_back("expert " + std::to_string(e) + " (" + grouped(load[Index(e)]) + ")");
@@ -612,7 +640,8 @@ void demonstrate(const Settings& settings) {
   std::printf("Checksum of all trained parameters and held-out results: %016llx\n",
               static_cast<unsigned long long>(hash));
   write_report(settings, text, variants, runs, tables);
-  std::cout << "Curves and heat maps: " << settings.report << '\n';
+  std::cout << "Curves and heat maps: " << std::filesystem::absolute(settings.report).string()
+            << '\n';
 }
 
 }  // namespace

@@ -946,6 +946,9 @@ TEST(Errors, OfLosses) {
       {"load balancing: router_probs",
        [&] { moe::load_balancing_loss(spoilt(no_probs)); },
        {"router_probs", "[4, 3]", "[5, 3]"}},
+      {"load balancing: no router_probs",
+       [&] { moe::load_balancing_loss(spoilt([](Routing& r) { r.router_probs = {}; })); },
+       {"router_probs", "the router did not fill them", "[0, 0]", "[5, 3]"}},
       {"importance: router_logits",
        [&] { moe::importance_loss(spoilt(no_logits), moe::Importance::probs); },
        {"importance_loss", "[5, 2]", "[5, 3]"}},
@@ -1212,11 +1215,11 @@ void expect_token_choice_errors(const char* name) {
       {"top_k zero", top_k(0), {name, "top_k = 0", "3"}},
       {"top_k negative", top_k(-2), {name, "top_k = -2", "3"}},
       {"top_k too large", top_k(4), {name, "top_k = 4", "3"}},
-      {"capacity negative", capacity(-0.5, {}), {name, "-0.5", "0"}},
-      {"capacity infinite", capacity(kInf, {}), {name, "inf", "0"}},
-      {"capacity NaN", capacity(kNan, {}), {name, "nan", "0"}},
-      {"training_capacity negative", capacity({}, -3), {name, "-3", "0"}},
-      {"training_capacity infinite", capacity({}, kInf), {name, "inf", "0"}},
+      {"capacity negative", capacity(-0.5, {}), {name, ": capacity = -0.5", "0"}},
+      {"capacity infinite", capacity(kInf, {}), {name, ": capacity = inf", "0"}},
+      {"capacity NaN", capacity(kNan, {}), {name, ": capacity = nan", "0"}},
+      {"training_capacity negative", capacity({}, -3), {name, ": training_capacity = -3", "0"}},
+      {"training_capacity infinite", capacity({}, kInf), {name, ": training_capacity = inf", "0"}},
       {"constant gates in training", train, {name, "top_k = 1", "num_experts = 3"}},
       {"constant gates in backward", backward, {name, "top_k = 1", "num_experts = 3"}},
   });
@@ -1284,6 +1287,21 @@ struct Careless {
   }
 };
 
+// A router that chooses and then forgets dispatch_all.
+struct NoSeats {
+  using Scalar = double;
+  Index d_model() const { return kModel; }
+  Index num_experts() const { return kExperts; }
+  void route(const moe::ConstMatrixRef<double>& x, const BatchInfo& info, Routing& routing) const {
+    moe::begin_routing(x.rows(), kExperts, info, routing, "NoSeats::route");
+    for (Index t = 0; t < x.rows(); ++t) {
+      routing.chosen.expert.push_back(0);
+      routing.chosen.gate.push_back(1.0);
+      routing.chosen.token_begin[t + 1] = t + 1;
+    }
+  }
+};
+
 TEST(Errors, OfTheLayer) {
   const Layer layer = make_layer();
   Layer::Cache good_cache;
@@ -1319,7 +1337,9 @@ TEST(Errors, OfTheLayer) {
       {"width of a shared expert", build(3, 4, 1, 6), {"MoELayer", "expert 3", "6", "4"}},
       {"gated nobody", build(3, 4, 0, 4, true), {"MoELayer", "0", "1"}},
       {"route: x", [&] { layer.route(ones(5, 3)); }, {"MoELayer", "3", "4"}},
-      {"forward: x", [&] { layer.forward(ones(5, 3)); }, {"MoELayer::forward", "3", "d_model = 4"}},
+      {"forward: x",
+       [&] { layer.forward(ones(5, 3)); },
+       {"MoELayer::forward", "3", "d_model = 4", "tokens are rows"}},
       {"forward with a workspace: x",
        [&] {
          Matrix<double> y;
@@ -1388,6 +1408,20 @@ TEST(Errors, OfTheLayer) {
          careless.forward(input());
        },
        {"MoELayer::route", "7", "3"}},
+      {"a router that seats nobody",
+       [] {
+         const moe::MoELayer<Gated, NoSeats> no_seats(make_experts(kExperts), NoSeats{});
+         no_seats.forward(input());
+       },
+       {"MoELayer::route", "5", "dispatch_all"}},
+      {"a router that seats nobody, in training",
+       [] {
+         const moe::MoELayer<Gated, NoSeats> no_seats(make_experts(kExperts), NoSeats{});
+         moe::MoELayer<Gated, NoSeats>::Cache c;
+         Rng draws(9);
+         no_seats.forward(input(), draws, c);
+       },
+       {"MoELayer::route", "5", "dispatch_all"}},
       {"b_output",
        [&] {
          Layer l = layer;
@@ -1429,7 +1463,7 @@ TEST(Errors, OfTheLayer) {
          Layer grad = layer;
          layer.backward(input(), c, grad);
        },
-       {"MoELayer::backward", "0", "4"}},
+       {"MoELayer::backward", "0", "4", "no forward pass filled this cache"}},
       {"backward: the cache of more experts", other_cache(layer_5, input()), {"5", "3"}},
       {"backward: the cache of a wider layer", other_cache(layer_9, ones(5, 9)), {"9", "4"}},
       {"backward: the cache of a wider expert", other_cache(other_ff, input()), {"32", "24"}},

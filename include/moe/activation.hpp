@@ -9,7 +9,8 @@
 #include <moe/types.hpp>
 
 // Activations as small value types. A unary one has forward(x) and derivative(x); a gated unit has
-// forward(g, u) and derivative(g, u) -> {by g, by u}. A type of your own needs only the scalar form.
+// forward(g, u) and derivative(g, u), which returns a GluDerivative. A type of your own needs only
+// the scalar form.
 // One that says `static constexpr bool takes_packs = true;`, as those here do, is also called with packs
 // of 16 values, and so runs in vector registers.
 namespace moe {

@@ -24,7 +24,7 @@ void require(bool ok, const Parts&... parts) {
   if (!ok) [[unlikely]] fail(parts...);
 }
 
-/// Throws unless a matrix has the expected shape: "where: what has 3x5, expected 4x5".
+/// Throws unless a matrix has the expected shape: "where: what has shape [3, 5], expected [4, 5]".
 template <class M>
 void require_shape(const M& m, std::ptrdiff_t rows, std::ptrdiff_t cols, std::string_view where,
                    std::string_view what) {

@@ -8,6 +8,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include <moe/check.hpp>
@@ -46,6 +47,9 @@ struct GradientReport {
 };
 
 namespace detail {
+
+template <class Thing>
+inline constexpr bool kIsDouble = std::is_same_v<typename Thing::Scalar, double>;
 
 struct GradientArray {
   std::string name;
@@ -166,6 +170,7 @@ struct NoLoss {
 template <TrainableExpert E>
 GradientReport check_gradients(const E& expert, Matrix<double> x,
                                const GradientCheckOptions& options = {}) {
+  static_assert(detail::kIsDouble<E>, "check_gradients needs double: MyType<double>");
   Rng rng(options.seed);
   const Matrix<double> d_y = detail::random_weights(x.rows(), x.cols(), rng);
   E work = expert, grad = zeros_like(expert);
@@ -185,6 +190,7 @@ GradientReport check_gradients(const E& expert, Matrix<double> x,
 template <TrainableRouter R>
 GradientReport check_gradients(const R& router, Matrix<double> x,
                                const GradientCheckOptions& options = {}) {
+  static_assert(detail::kIsDouble<R>, "check_gradients needs double: MyType<double>");
   R work = router, grad = zeros_like(router);
   Routing<double> routing;
   const auto route_with = [&](auto&... rng) {
@@ -252,6 +258,7 @@ template <class Layer, class RoutingLoss = detail::NoLoss>
 GradientReport check_gradients(const Layer& layer, Matrix<double> x,
                                const GradientCheckOptions& options = {},
                                const RoutingLoss& loss = {}) {
+  static_assert(detail::kIsDouble<Layer>, "check_gradients needs double: MyType<double>");
   Layer work = layer, grad = zeros_like(layer);
   typename Layer::Cache cache;
   Matrix<double> y;

@@ -58,7 +58,8 @@ Loss<S> load_balancing_loss(const Routing<S>& routing, const IndexVector& demand
   const Matrix<S>& p = routing.router_probs;
   const Index tokens = routing.num_tokens(), experts = routing.num_experts();
   check_plan_arrays(routing.plan, "load_balancing_loss");
-  require_shape(p, tokens, experts, "load_balancing_loss", "router_probs");
+  require_shape(p, tokens, experts, "load_balancing_loss",
+                p.size() > 0 ? "router_probs" : "router_probs (the router did not fill them)");
   require(demand.size() == experts, "load_balancing_loss: demand has ", demand.size(),
           " entries, expected ", experts, " experts");
   require(num_tokens >= 0, "load_balancing_loss: num_tokens = ", num_tokens,

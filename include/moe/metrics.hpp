@@ -96,7 +96,9 @@ double routing_entropy(const Routing<S>& routing) {
   return valid > 0 ? sum / double(valid) : 0;
 }
 
-/// Share of the choices that found no seat; 0 when nothing was chosen.
+/// Share of the choices that found no seat; 0 when nothing was chosen. With Overflow::next_best a
+/// choice that another expert took is not counted: assignment a of expert e is one where
+/// chosen.expert[plan.choice[a]] != e.
 template <class S>
 double dropped_fraction(const Routing<S>& routing) {
   const Index chosen = routing.chosen.size();

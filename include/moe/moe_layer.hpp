@@ -298,11 +298,17 @@ class MoELayer {
             "MoELayer::route: the router made a plan of ", routing.num_tokens(), " tokens and ",
             routing.num_experts(), " experts, expected ", tokens, " and ", num_experts());
     check_plan_arrays(routing.plan, "MoELayer::route");
+    const DispatchPlan<S>& plan = routing.plan;
+    require(routing.chosen.size() == 0 || plan.num_assignments() > 0 || !plan.dropped.empty() ||
+                !plan.passed_through.empty(),
+            "MoELayer::route: the router made ", routing.chosen.size(),
+            " choices, but its plan has no assignment of them and none is dropped: a router ends "
+            "with dispatch_all or apply_capacity");
   }
 
   void check_input(const ConstMatrixRef<S>& x) const {
     require(x.cols() == d_model(), "MoELayer::forward: x has ", x.cols(),
-            " columns, expected d_model = ", d_model());
+            " columns, expected d_model = ", d_model(), "; tokens are rows");
     require(b_output.size() == 0 || b_output.size() == d_model(), "MoELayer::forward: b_output has ",
             b_output.size(), " entries, expected d_model = ", d_model());
     if (w_shared_gate.size() > 0)
@@ -384,7 +390,8 @@ class MoELayer {
     require(cache.x.cols() == d_model() && cache.routing.num_experts() == num_experts() &&
                 (num_shared_ == 0 || cache.all_experts.num_experts() == Index(experts_.size())),
             "MoELayer::backward: the cache is of a layer with d_model = ", cache.x.cols(), " and ",
-            cache.routing.num_experts(), " experts, expected ", d_model(), " and ", num_experts());
+            cache.routing.num_experts(), " experts, expected ", d_model(), " and ", num_experts(),
+            cache.routing.num_experts() == 0 ? " (no forward pass filled this cache)" : "");
     require(cache.x.rows() == cache.routing.num_tokens(), "MoELayer::backward: the cache holds ",
             cache.x.rows(), " tokens, but its routing is of ", cache.routing.num_tokens());
     require_shape(d_y, cache.x.rows(), d_model(), "MoELayer::backward", "d_y");

@@ -21,7 +21,7 @@ enum class Kind {
 };
 
 struct ParameterInfo {
-  std::string_view name;
+  std::string_view name;  ///< valid only during the call of f: copy it to keep it
   Kind kind = Kind::parameter;
 };
 

@@ -224,8 +224,9 @@ inline void check_batch_info(const BatchInfo& info, Index tokens, const char* wh
 }
 
 /// Makes `routing` an empty one for a batch: shapes set, tokens valid or masked, nothing chosen.
-/// Every router begins with this. O(tokens + num_experts); allocates only when shapes grow. Throws
-/// std::invalid_argument for counts out of range and when `info` does not fit.
+/// Every router begins with this. router_logits and router_probs are not touched: a router fills
+/// them, or a reused routing keeps the old ones. O(tokens + num_experts); allocates only when
+/// shapes grow. Throws std::invalid_argument for counts out of range and when `info` does not fit.
 template <class S>
 void begin_routing(Index tokens, Index num_experts, const BatchInfo& info, Routing<S>& routing,
                    const char* where) {

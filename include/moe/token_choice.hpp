@@ -323,10 +323,13 @@ template <class Options>
 void check_token_choice(const Options& options, const char* where) {
   require(options.top_k >= 1 && options.top_k <= options.num_experts, where, ": top_k = ",
           options.top_k, " is not between 1 and num_experts = ", options.num_experts);
-  for (const auto& factor : {options.capacity, options.training_capacity})
+  const auto check_factor = [&](const std::optional<double>& factor, const char* name) {
     if (factor)
-      require(number_kind(*factor) == NumberKind::finite && *factor >= 0, where,
-              ": capacity factor = ", *factor, ", expected a finite number of at least 0");
+      require(number_kind(*factor) == NumberKind::finite && *factor >= 0, where, ": ", name, " = ",
+              *factor, ", expected a finite number of at least 0");
+  };
+  check_factor(options.capacity, "capacity");
+  check_factor(options.training_capacity, "training_capacity");
 }
 
 /// Throws std::invalid_argument when every gate of the router is 1 whatever its weights are: more

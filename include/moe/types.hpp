@@ -5,6 +5,10 @@
 
 #include <moe/version.hpp>
 
+#if !EIGEN_VERSION_AT_LEAST(3, 4, 0)
+#error "moe needs Eigen 3.4 or later"
+#endif
+
 // The few types that every header shares. Tokens are rows; matrices are row-major.
 namespace moe {
 

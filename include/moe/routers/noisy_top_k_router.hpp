@@ -31,7 +31,8 @@ struct NoisyTopKOptions {
 ///   H(x) = x w_router^T + N(0, 1) * stddev,  stddev = softplus(x w_noise^T) + noise_epsilon
 ///   G(x) = softmax(KeepTopK(H(x), k))
 /// Noise is drawn in training only. As in the authors' code (tensor2tensor) both weights start at
-/// zero and noise_epsilon is 0.01.
+/// zero and noise_epsilon is 0.01. All logits of a new router are therefore equal: before training,
+/// inference sends every token to the experts 0 to top_k - 1.
 template <class S>
 class NoisyTopKRouter {
  public:
