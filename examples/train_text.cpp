@@ -59,9 +59,9 @@ struct Variant {
 // Learning rates found by `train_text --tune --expert-choice`: bits per byte of the validation text
 // after 2,000 steps, mean of two seeds that the demonstration does not use.
 //                         0.0040   0.0063   0.0100   0.0160   0.0250   0.0400   0.0630
-//   MoE                    2.025    1.978    1.971    1.981    1.988    2.022    2.069
-//   dense                  2.281    2.204    2.152    2.144    2.153    2.152    2.168
-//   MoE, no balance loss   2.149    2.046    2.007    2.017    2.038    2.083    2.118
+//   MoE                    2.025    1.977    1.970    1.980    1.987    2.022    2.069
+//   dense                  2.281    2.204    2.151    2.144    2.153    2.152    2.168
+//   MoE, no balance loss   2.149    2.046    2.006    2.017    2.037    2.083    2.118
 //   expert choice          2.293    2.425    2.400    2.312    2.266    2.434    2.709
 constexpr std::array<double, 7> kRates = {0.004, 0.0063, 0.01, 0.016, 0.025, 0.04, 0.063};
 constexpr int kTuningSeeds = 2;
