@@ -33,6 +33,27 @@ void use(const Router& router) {
   layer.backward(y, cache, grad, {}, d_x, one);
 }
 
+void use_soft() {
+  Rng rng(1);
+  using E = FeedForward<float>;
+  const E::Options options{.d_model = 4, .d_ff = 4};
+  const SoftMoELayer<E> soft(make_experts<E>(4, options, rng), {.d_model = 4, .num_experts = 4},
+                             rng);
+  SoftMoELayer<E> grad = zeros_like(soft);
+  SoftMoELayer<E>::Cache cache;
+  SoftMoELayer<E>::Workspace workspace;
+  Matrix<float> x(3, 4), y, d_x;
+  fill_normal(x, 1.0, rng);
+  const Sequential one;
+  const BatchInfo info;
+  y = soft.forward(x, info, one);
+  soft.forward(x, y, workspace, info, one);
+  y = soft.forward(x, cache, info, one);
+  soft.forward(x, y, cache, info, one);
+  d_x = soft.backward(y, cache, grad, one);
+  soft.backward(y, cache, grad, d_x, one);
+}
+
 // check_gradients takes no executor: it must not rely on the default either.
 void check() {
   Rng rng(1);
@@ -51,6 +72,10 @@ void use_everything() {
   use(TopKRouter<float>({.d_model = 4, .num_experts = 4}, rng));
   use(NoisyTopKRouter<float>({.d_model = 4, .num_experts = 4}, rng));
   use(ExpertChoiceRouter<float>({.d_model = 4, .num_experts = 4}, rng));
+  use(SinkhornRouter<float>({.d_model = 4, .num_experts = 4}, rng));
+  use(SparseMixerRouter<float>({.d_model = 4, .num_experts = 4}, rng));
+  use(HashRouter<float>({.d_model = 4, .num_experts = 4}));
+  use_soft();
 }
 
 }  // namespace moe

@@ -604,6 +604,20 @@ TEST(SoftMoELayer, PoisonedTokensAreNamed) {
                                                     TokenState::valid, TokenState::masked}));
 }
 
+// 0 times infinity is NaN: a masked token must not take a share of 0 of it.
+TEST(SoftMoELayer, AnExpertThatOverflowsDoesNotReachMaskedTokens) {
+  Layer layer = small_layer();
+  layer.experts()[1].w_down.setConstant(1e308);
+  layer.experts()[1].b_down.setConstant(std::numeric_limits<double>::infinity());
+  Rng rng(1);
+  const Matrix<double> x = normal_matrix<double>(7, 4, rng), d_y = normal_matrix<double>(7, 4, rng);
+  const auto step = run(layer, x, masked(7, {2, 6}), d_y);
+  const Matrix<double> zero = Matrix<double>::Zero(1, 4);
+  for (const Matrix<double>* rows : {&step.y, &step.inference, &step.d_x})
+    for (Index t = 0; t < 7; ++t)
+      EXPECT_EQ(same_bits(&(*rows)(t, 0), zero.data(), 4), t == 2 || t == 6) << t;
+}
+
 // Where the sum of squares overflows, the direction is still known.
 TEST(SoftMoELayer, LongRowsAreNormalisedToo) {
   Rng rng(4);
@@ -805,6 +819,8 @@ TEST(SoftMoELayer, RefusesWhatDoesNotFit) {
             {.d_model = 4, .num_experts = 3, .slots_per_expert = 2, .normalise = false}, rng);
   Layer wide = layer;
   for (auto& e : wide.experts()) e = Plain<double>({.d_model = 4, .d_ff = 6, .bias = true});
+  Layer one_wide = layer;  // two experts could take their gradients before the third refuses
+  one_wide.experts()[1] = wide.experts()[1];
   Matrix<double> x = normal_matrix<double>(6, 4, rng);
   const Matrix<double> before = x;
   Layer::Workspace workspace;
@@ -869,6 +885,7 @@ TEST(SoftMoELayer, RefusesWhatDoesNotFit) {
       {[&] { into(fewer_slots); }, "w_slots has shape [3, 4], expected [6, 4]"},
       {[&] { into(plain); }, "scale has shape [0, 1], expected [1, 1]"},
       {[&] { into(wide); }, "w_up has shape [6, 4], expected [5, 4]"},
+      {[&] { into(one_wide); }, "w_up has shape [6, 4], expected [5, 4]"},
       {[&] { Layer::visit([](const auto&, const auto&...) {}, layer, fewer_experts); },
        "a layer of 2 experts beside one of 3"},
       {[&] { Layer::visit([](const auto&, const auto&...) {}, layer, plain); }, "scale has shape"},

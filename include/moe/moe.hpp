@@ -3,7 +3,9 @@
 
 // moe: Mixture-of-Experts layers on Eigen. The map of the library, top down:
 //
+//   models/*.hpp                      published models by name, and layers made of them
 //   moe_layer.hpp                     MoELayer: router + experts, forward and backward. Read it first.
+//   soft_moe_layer.hpp                SoftMoELayer: slots that are mixtures of all tokens
 //   routers/*.hpp                     TopKRouter, NoisyTopKRouter, ExpertChoiceRouter, SinkhornRouter,
 //                                     SparseMixerRouter, HashRouter
 //   experts/*.hpp                     FeedForward, GatedFeedForward, VariantExpert
@@ -35,6 +37,7 @@
 #include <moe/init.hpp>
 #include <moe/loss.hpp>
 #include <moe/metrics.hpp>
+#include <moe/models/all.hpp>
 #include <moe/moe_layer.hpp>
 #include <moe/parameters.hpp>
 #include <moe/product.hpp>
@@ -48,6 +51,7 @@
 #include <moe/routers/top_k_router.hpp>
 #include <moe/scores.hpp>
 #include <moe/selection_bias.hpp>
+#include <moe/soft_moe_layer.hpp>
 #include <moe/softmax.hpp>
 #include <moe/token_choice.hpp>
 #include <moe/top_k.hpp>

@@ -139,6 +139,88 @@ TEST_P(Allocation, NoneOnceWarmWithExpertChoice) {
   expect_no_allocation_with(ExpertChoiceRouter<float>({.d_model = GetParam(), .num_experts = 8}, rng));
 }
 
+TEST_P(Allocation, NoneOnceWarmWithScoresGroupsAndBiases) {
+  Rng rng(1);
+  expect_no_allocation_with(TopKRouter<float>(
+      {.d_model = GetParam(),
+       .num_experts = 8,
+       .top_k = 2,
+       .score = Score::sigmoid,
+       .renormalise = true,
+       .selection_bias = true,
+       .group_limit = {.groups = 4, .kept = 2, .score = GroupScore::top_two_sum},
+       .noise_stddev = 0.1,
+       .training_capacity = 1.1},
+      rng));
+  expect_no_allocation_with(TopKRouter<float>(
+      {.d_model = GetParam(), .num_experts = 8, .top_k = 8, .top_p = 0.4}, rng));
+  expect_no_allocation_with(TopKRouter<float>(
+      {.d_model = GetParam(), .num_experts = 8, .top_k = 8, .score = Score::relu}, rng));
+}
+
+TEST_P(Allocation, NoneOnceWarmWithSinkhorn) {
+  Rng rng(1);
+  expect_no_allocation_with(
+      SinkhornRouter<float>({.d_model = GetParam(), .num_experts = 8, .top_k = 2}, rng));
+}
+
+TEST_P(Allocation, NoneOnceWarmWithSparseMixer) {
+  Rng rng(1);
+  expect_no_allocation_with(
+      SparseMixerRouter<float>({.d_model = GetParam(), .num_experts = 8}, rng));
+}
+
+// Inference, differentiable forward and backward of a warm SoftMoELayer, on batches that all differ.
+template <class E>
+void expect_no_soft_allocation(const SoftMoEOptions& options, Index tokens, Index groups,
+                               const E& executor) {
+  Rng rng(7);
+  using Layer = SoftMoELayer<GatedFeedForward<float>>;
+  const Layer layer(make_experts<GatedFeedForward<float>>(
+                        options.num_experts, {.d_model = options.d_model, .d_ff = 48}, rng),
+                    options, rng);
+  Layer::Workspace workspace;
+  Layer::Cache cache;
+  Layer grad = zeros_like(layer);
+  Matrix<float> x(tokens, options.d_model), y, y_train, d_x;
+  BatchInfo info;
+  info.mask = Mask::Constant(tokens, true);
+  info.group_begin.resize(groups + 1);
+  for (int step = 0; step < 6; ++step) {
+    fill_normal(x, 1.0, rng);
+    // Groups move; in the first batch, and now and then, one has no token.
+    for (Index g = 0; g <= groups; ++g)
+      info.group_begin[g] = g % groups == 0 ? g / groups * tokens : g * 20 - rng.index(10);
+    if (step > 0) info.mask[step * 5] = false;
+    if (groups > 1 && step % 2 == 0) info.group_begin[1] = 0;
+    const long before = allocations;
+    layer.forward(x, y, workspace, info, executor);
+    const long inference = allocations;
+    layer.forward(x, y_train, cache, info, executor);
+    const long training = allocations;
+    layer.backward(y, cache, grad, d_x, executor);
+    const long backward = allocations;
+    if (step == 0) continue;
+    EXPECT_EQ(inference - before, 0) << "inference, step " << step;
+    EXPECT_EQ(training - inference, 0) << "differentiable forward, step " << step;
+    EXPECT_EQ(backward - training, 0) << "backward, step " << step;
+  }
+}
+
+TEST_P(Allocation, NoneOnceWarmInSoftMoE) {
+  for (const bool normalise : {true, false})
+    for (const Index groups : {1, 4}) {
+      const SoftMoEOptions options{.d_model = GetParam(),
+                                   .num_experts = 8,
+                                   .slots_per_expert = 3,
+                                   .normalise = normalise};
+      expect_no_soft_allocation(options, 90, groups, Sequential{});
+#ifdef _OPENMP
+      expect_no_soft_allocation(options, 90, groups, OpenMP{.num_threads = 2});
+#endif
+    }
+}
+
 INSTANTIATE_TEST_SUITE_P(DModel, Allocation, testing::Values(64, 1024),
                          [](const auto& instance) { return std::to_string(instance.param); });
 

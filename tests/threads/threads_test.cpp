@@ -140,6 +140,40 @@ TEST(Threads, ExpertChoiceIsTheSameForEveryExecutor) {
                    "expert choice");
 }
 
+TEST(Threads, OtherScoresAreTheSameForEveryExecutor) {
+  Rng rng(1);
+  expect_same_with(TopKRouter<float>({.d_model = 33,
+                                      .num_experts = 8,
+                                      .top_k = 2,
+                                      .score = Score::sigmoid,
+                                      .renormalise = true,
+                                      .selection_bias = true,
+                                      .group_limit = {.groups = 4,
+                                                      .kept = 2,
+                                                      .score = GroupScore::top_two_sum},
+                                      .noise_stddev = 0.2,
+                                      .training_capacity = 1.0},
+                                     rng),
+                   "sigmoid, groups, noise");
+  expect_same_with(TopKRouter<float>({.d_model = 33, .num_experts = 7, .top_k = 7, .top_p = 0.4}, rng),
+                   "top-p");
+  expect_same_with(
+      TopKRouter<float>({.d_model = 33, .num_experts = 7, .top_k = 7, .score = Score::relu}, rng),
+      "ReLU");
+}
+
+TEST(Threads, SinkhornIsTheSameForEveryExecutor) {
+  Rng rng(1);
+  expect_same_with(SinkhornRouter<float>({.d_model = 33, .num_experts = 7, .top_k = 2}, rng),
+                   "Sinkhorn");
+}
+
+TEST(Threads, SparseMixerIsTheSameForEveryExecutor) {
+  Rng rng(1);
+  expect_same_with(SparseMixerRouter<float>({.d_model = 33, .num_experts = 7, .jitter = 0.3}, rng),
+                   "SparseMixer");
+}
+
 // One hot expert has many blocks of rows, a wide layer many blocks of columns.
 TEST(Threads, AHotExpertIsTheSameForEveryExecutor) {
   Rng rng(1);

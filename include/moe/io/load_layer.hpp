@@ -26,12 +26,6 @@ inline std::string replaced(std::string text, std::string_view what, Index numbe
   return text;
 }
 
-inline std::string shape_text(const std::vector<Index>& shape) {
-  std::string text = "[";
-  for (std::size_t i = 0; i < shape.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
-  return text + "]";
-}
-
 // Reads the parameters of one layer, and counts what it read of every tensor.
 template <class S>
 class LayerReader {
@@ -126,8 +120,8 @@ class LayerReader {
     else if (vector) expected = {{stacked, outer}};
     else expected = {{stacked, outer, inner}, {stacked * outer, inner}};
     if (std::find(expected.begin(), expected.end(), shape) == expected.end())
-      throw CheckpointError("load_layer: " + tensor.name + " has shape " + shape_text(shape) +
-                            ", expected " + shape_text(expected.front()));
+      throw CheckpointError("load_layer: " + tensor.name + " has shape " + text_of(shape) +
+                            ", expected " + text_of(expected.front()));
     const Index count = std::max<Index>(stacked, 1), index = stacked > 0 ? expert : 0;
     values_.resize(std::size_t(outer * inner));
     if (mxfp4) {
@@ -151,8 +145,8 @@ class LayerReader {
   }
   static void require_mxfp4_scales(const TensorView& blocks, const TensorView& scales) {
     if (std::vector<Index>(blocks.shape.begin(), blocks.shape.end() - 1) != scales.shape)
-      throw CheckpointError("load_layer: " + scales.name + " has shape " + shape_text(scales.shape) +
-                            ", expected " + shape_text(blocks.shape) + " without the last");
+      throw CheckpointError("load_layer: " + scales.name + " has shape " + text_of(scales.shape) +
+                            ", expected " + text_of(blocks.shape) + " without the last");
   }
 
   const Checkpoint& checkpoint_;
@@ -162,6 +156,38 @@ class LayerReader {
 };
 
 }  // namespace detail
+
+/// The model in the size that a checkpoint's layer has: d_model, the number of experts and the widths are
+/// read off the shapes of the router's and the down projections' tensors. top_k and the group limit stay.
+/// Throws CheckpointError where those tensors are missing or have no such shapes.
+template <class Unit, template <class> class R>
+Model<Unit, R> sized_as(const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer) {
+  const auto find = [&](const TensorSource& source) -> std::pair<const TensorView*, Index> {
+    const std::string name = detail::replaced(
+        detail::replaced(std::string(source.name), "{layer}", layer), "{expert}", 0);
+    const bool mxfp4 = !checkpoint.contains(name) && checkpoint.contains(name + "_blocks");
+    const TensorView& tensor = checkpoint.at(mxfp4 ? name + "_blocks" : name);
+    return {&tensor, tensor.size() * (mxfp4 ? 2 : 1)};
+  };
+  const TensorView& router = *find(model.tensors.w_router).first;
+  if (router.shape.size() != 2 || router.size() == 0)
+    throw CheckpointError("sized_as: " + router.name + " has shape " +
+                          detail::text_of(router.shape) + ", expected [num_experts, d_model]");
+  const Index experts = router.shape[0], d_model = router.shape[1];
+  const auto width = [&](const TensorSource& source, Index count) {
+    const auto [tensor, size] = find(source);
+    if (size == 0 || size % (count * d_model) != 0)
+      throw CheckpointError("sized_as: " + tensor->name + " has " + std::to_string(size) +
+                            " values, expected a multiple of " + std::to_string(count * d_model));
+    return size / (count * d_model);
+  };
+  const TensorSource& down = model.tensors.experts.w_down;
+  const bool stacked = down.name.find("{expert}") == std::string_view::npos;
+  Model<Unit, R> sized =
+      model.scaled_to(d_model, width(down, stacked ? experts : 1), experts);
+  if (model.shared_experts > 0) sized.shared_d_ff = width(model.tensors.shared_expert.w_down, 1);
+  return sized;
+}
 
 /// Layer `layer` of a model, from its published checkpoint: tensors of any type are converted to S,
 /// fused ones taken apart, transposed ones turned, scaled 8-bit and 4-bit ones multiplied out. Every

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: MIT
+
+// Prints the published models that the library knows: their layers' sizes, and the parameters of the whole
+// model as they follow from them beside those that its authors publish.
+
+#include <cstdio>
+#include <string>
+
+#include <moe/models/all.hpp>
+
+namespace {
+
+std::string billions(double count) {
+  char text[32];
+  std::snprintf(text, sizeof text, count < 10e9 ? "%.2f" : "%.1f", count / 1e9);
+  return text;
+}
+
+// What follows from the sizes, what is published, and the difference.
+std::string compared(double computed, double published) {
+  if (published == 0) return billions(computed) + "B";
+  char difference[32];
+  std::snprintf(difference, sizeof difference, "%+.1f%%", 100 * (computed / published - 1));
+  return billions(computed) + "B (" + billions(published) + "B, " + difference + ")";
+}
+
+}  // namespace
+
+int main() {
+  std::printf("%-22s %7s %6s %7s %5s %7s   %-25s %s\n", "model", "d_model", "d_ff", "experts",
+              "top_k", "shared", "parameters (published)", "active for a token (published)");
+  moe::for_each_model([](const auto& model) {
+    const auto number = [](moe::Index i) { return static_cast<long>(i); };
+    std::string total = "not counted", active = "-";
+    if (model.around.layers > 0) {
+      total = compared(double(model.total_parameters()), model.published.total);
+      if (model.published.active > 0)
+        active = compared(double(model.active_parameters()), model.published.active);
+    }
+    std::printf("%-22s %7ld %6ld %7ld %5ld %7ld   %-25s %s\n", model.name.data(),
+                number(model.d_model()), number(model.d_ff), number(model.num_experts()),
+                number(model.experts_per_token()), number(model.shared_experts * model.shared_d_ff),
+                total.c_str(), active.c_str());
+  });
+}

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moe/models/dbrx.hpp>
+#include <moe/models/deepseek.hpp>
+#include <moe/models/ernie.hpp>
+#include <moe/models/expert_choice.hpp>
+#include <moe/models/glm.hpp>
+#include <moe/models/gpt4.hpp>
+#include <moe/models/gpt_oss.hpp>
+#include <moe/models/granite.hpp>
+#include <moe/models/grok.hpp>
+#include <moe/models/gshard.hpp>
+#include <moe/models/llama4.hpp>
+#include <moe/models/mixtral.hpp>
+#include <moe/models/nllb.hpp>
+#include <moe/models/olmoe.hpp>
+#include <moe/models/phi.hpp>
+#include <moe/models/qwen.hpp>
+#include <moe/models/shazeer.hpp>
+#include <moe/models/switch_transformer.hpp>
+#include <moe/models/vmoe.hpp>
+
+namespace moe {
+
+/// Calls f(model) for every published model of the library.
+template <class F>
+void for_each_model(F&& f) {
+  f(shazeer_2017);
+  f(gshard_600b);
+  f(switch_base_8);
+  f(switch_c);
+  f(vmoe_l16);
+  f(glam_64b_64e);
+  f(st_moe_32b);
+  f(expert_choice_8b_64e);
+  f(nllb_moe_54b);
+  f(mixtral_8x7b);
+  f(mixtral_8x22b);
+  f(grok_1);
+  f(dbrx);
+  f(deepseek_moe_16b);
+  f(deepseek_v2);
+  f(deepseek_v3);
+  f(qwen1_5_moe_a2_7b);
+  f(qwen2_57b_a14b);
+  f(qwen3_30b_a3b);
+  f(qwen3_235b_a22b);
+  f(qwen3_coder_480b_a35b);
+  f(olmoe_1b_7b);
+  f(jetmoe_8b);
+  f(phi_3_5_moe);
+  f(granite_1b_a400m);
+  f(granite_3b_a800m);
+  f(llama4_scout);
+  f(llama4_maverick);
+  f(ernie_4_5_21b_a3b);
+  f(glm_4_5);
+  f(gpt_oss_20b);
+  f(gpt_oss_120b);
+  f(gpt_4_rumoured);
+}
+
+}  // namespace moe

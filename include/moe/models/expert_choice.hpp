@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moe/models/model.hpp>
+#include <moe/routers/expert_choice_router.hpp>
+
+namespace moe {
+
+/// Expert Choice 8B/64E (Zhou et al. 2022): every expert takes the tokens that it likes best, two experts a
+/// token on average.
+inline constexpr Model<ReLU, ExpertChoiceRouter> expert_choice_8b_64e = {
+    .name = "Expert Choice 8B/64E",
+    .source = "arXiv:2202.09368",
+    .router = {.d_model = 4096, .num_experts = 64, .capacity = 2.0},
+    .d_ff = 16384};
+
+}  // namespace moe

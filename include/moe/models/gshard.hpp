@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moe/models/model.hpp>
+
+namespace moe {
+
+/// GShard 600B (Lepikhin et al. 2021): every second layer of 36 has 2,048 experts; two of them a token, gates
+/// with a sum of 1. Seats: 2 * tokens / num_experts, rounded up to a multiple of 4 by its authors and not
+/// here. Its loss counts first choices: load_balancing_loss(routing, demand_per_expert(routing, 1), tokens).
+/// Its authors draw the second expert with a probability that follows its gate; here it is always taken.
+inline constexpr Model<ReLU> gshard_600b = {
+    .name = "GShard 600B",
+    .source = "arXiv:2006.16668",
+    .router = {.d_model = 1024,
+               .num_experts = 2048,
+               .top_k = 2,
+               .renormalise = true,
+               .capacity = 1.0,
+               .training_capacity = 1.0},
+    .d_ff = 8192,
+    .balance_loss = 0.01};
+
+/// GLaM 64B/64E (Du et al. 2022): GShard's router in every second layer, dense layers gated.
+inline constexpr Model<ReLU> glam_64b_64e = {
+    .name = "GLaM 64B/64E",
+    .source = "arXiv:2112.06905",
+    .router = {.d_model = 8192,
+               .num_experts = 64,
+               .top_k = 2,
+               .renormalise = true,
+               .capacity = 1.0,
+               .training_capacity = 1.0},
+    .d_ff = 32768,
+    .balance_loss = 0.01,
+    .around = {.layers = 64,
+               .moe_layers = 32,
+               .vocabulary = 256000,
+               .tied_embeddings = true,
+               .attention = attention_parameters(8192, 128, 128, 128),
+               .dense_d_ff = 32768},
+    .published = {1.2e12, 96.6e9}};
+
+/// ST-MoE-32B (Zoph et al. 2022): two experts a token, gates with a sum of 1, z-loss. Its authors leave the
+/// second expert out where its gate is below 0.2; here it is always taken.
+inline constexpr Model<GEGLUTanh> st_moe_32b = {
+    .name = "ST-MoE-32B",
+    .source = "arXiv:2202.08906",
+    .router = {.d_model = 5120,
+               .num_experts = 64,
+               .top_k = 2,
+               .renormalise = true,
+               .capacity = 1.0,
+               .training_capacity = 0.625},
+    .d_ff = 20480,
+    .balance_loss = 0.01,
+    .z_loss = 0.001};
+
+}  // namespace moe

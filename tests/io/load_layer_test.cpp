@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: MIT
+#include <cstddef>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include <moe/io/load_layer.hpp>
+#include <moe/models/dbrx.hpp>
+#include <moe/models/deepseek.hpp>
+#include <moe/models/gpt_oss.hpp>
+#include <moe/models/grok.hpp>
+#include <moe/models/mixtral.hpp>
+#include <moe/moe.hpp>
+
+namespace {
+
+using moe::Checkpoint;
+using moe::CheckpointError;
+using moe::DType;
+using moe::Index;
+using moe::Matrix;
+
+// A checkpoint in memory, written to a file when it is opened.
+struct Tensors {
+  struct Tensor {
+    DType dtype;
+    std::vector<Index> shape;
+    std::vector<std::byte> bytes;
+  };
+  std::map<std::string, Tensor> tensors;
+
+  template <class S>
+  void add(const std::string& name, DType dtype, std::vector<Index> shape, const std::vector<S>& values) {
+    const auto* const bytes = reinterpret_cast<const std::byte*>(values.data());
+    tensors[name] = {dtype, std::move(shape), {bytes, bytes + values.size() * sizeof(S)}};
+  }
+  // The values begin, begin + 1, ... in halves.
+  void add_count(const std::string& name, std::vector<Index> shape, float begin) {
+    Index size = 1;
+    for (const Index n : shape) size *= n;
+    std::vector<float> values(static_cast<std::size_t>(size));
+    for (std::size_t i = 0; i < values.size(); ++i) values[i] = begin + 0.5f * float(i);
+    add(name, DType::F32, std::move(shape), values);
+  }
+  Checkpoint open() const {
+    std::vector<moe::TensorToWrite> list;
+    for (const auto& [name, tensor] : tensors)
+      list.push_back({name, tensor.dtype, tensor.shape, tensor.bytes});
+    const std::string path = testing::TempDir() + "load_layer_test." +
+                             testing::UnitTest::GetInstance()->current_test_info()->name() +
+                             ".safetensors";
+    moe::write_safetensors(path, list);
+    return Checkpoint::open(path);
+  }
+};
+
+const auto kSmallMixtral = moe::mixtral_8x7b.scaled_to(4, 3, 2);
+const std::string kMixtral = "model.layers.7.block_sparse_moe.";
+
+Tensors small_mixtral() {
+  Tensors t;
+  t.add_count(kMixtral + "gate.weight", {2, 4}, 100);
+  for (const int e : {0, 1}) {
+    const std::string expert = kMixtral + "experts." + std::to_string(e) + ".";
+    t.add_count(expert + "w1.weight", {3, 4}, float(1000 * (e + 1)));
+    t.add_count(expert + "w2.weight", {4, 3}, float(1000 * (e + 1) + 200));
+    t.add_count(expert + "w3.weight", {3, 4}, float(1000 * (e + 1) + 400));
+  }
+  t.add_count("model.layers.7.self_attn.q_proj.weight", {4, 4}, 0);  // of no concern
+  t.add_count("model.layers.8.block_sparse_moe.gate.weight", {2, 4}, 0);
+  return t;
+}
+
+void expect_error(const Tensors& tensors, const std::vector<std::string>& parts) {
+  try {
+    moe::load_layer<float>(kSmallMixtral, tensors.open(), 7);
+    ADD_FAILURE() << "nothing was thrown";
+  } catch (const CheckpointError& error) {
+    for (const std::string& part : parts)
+      EXPECT_NE(std::string(error.what()).find(part), std::string::npos)
+          << '"' << error.what() << "\" has no \"" << part << '"';
+  }
+}
+
+TEST(LoadLayer, PutsEveryTensorInItsPlace) {
+  const auto layer = moe::load_layer<double>(kSmallMixtral, small_mixtral().open(), 7);
+  EXPECT_EQ(layer.router().w_router(1, 2), 100 + 0.5 * 6);
+  EXPECT_EQ(layer.experts()[1].w_gate(2, 1), 2000 + 0.5 * 9);
+  EXPECT_EQ(layer.experts()[0].w_down(3, 1), 1200 + 0.5 * 10);
+  EXPECT_EQ(layer.experts()[1].w_up(0, 3), 2400 + 0.5 * 3);
+}
+
+TEST(LoadLayer, SaysWhatIsMissing) {
+  Tensors t = small_mixtral();
+  t.tensors.erase(kMixtral + "experts.1.w2.weight");
+  expect_error(t, {kMixtral + "experts.1.w2.weight"});
+}
+
+TEST(LoadLayer, SaysWhatHasAnotherShape) {
+  Tensors t = small_mixtral();
+  t.add_count(kMixtral + "experts.0.w1.weight", {4, 3}, 0);
+  expect_error(t, {kMixtral + "experts.0.w1.weight", "[4, 3]", "[3, 4]"});
+}
+
+TEST(LoadLayer, SaysWhatIsLeftOver) {
+  Tensors t = small_mixtral();
+  t.add_count(kMixtral + "experts.2.w1.weight", {3, 4}, 0);  // a third expert
+  expect_error(t, {kMixtral + "experts.2.w1.weight", "0 of the 12", "layer 7"});
+  t = small_mixtral();
+  t.add_count(kMixtral + "gate.bias", {2}, 0);
+  expect_error(t, {kMixtral + "gate.bias", "0 of the 2"});
+}
+
+TEST(LoadLayer, ConvertsTypes) {
+  Tensors t = small_mixtral();
+  t.add(kMixtral + "gate.weight", DType::BF16, {2, 4},
+        std::vector<std::uint16_t>{0x3F80, 0xC000, 0x4049, 0, 0, 0, 0, 0x7F80});
+  const auto layer = moe::load_layer<float>(kSmallMixtral, t.open(), 7);
+  EXPECT_EQ(layer.router().w_router(0, 0), 1.0f);
+  EXPECT_EQ(layer.router().w_router(0, 1), -2.0f);
+  EXPECT_EQ(layer.router().w_router(0, 2), 3.140625f);
+}
+
+// DeepSeek-V3's weights: 8 bits, and a scale for every block of 128 x 128.
+TEST(LoadLayer, MultipliesBlockScalesOut) {
+  auto model = moe::deepseek_v3.scaled_to(130, 3, 2);
+  model.router.group_limit = {};
+  model.router.top_k = 1;
+  model.shared_d_ff = 3;
+  Tensors t;
+  const std::string prefix = "model.layers.3.mlp.";
+  t.add_count(prefix + "gate.weight", {2, 130}, 0);
+  t.add_count(prefix + "gate.e_score_correction_bias", {2}, 5);
+  for (const std::string expert : {"experts.0.", "experts.1.", "shared_experts."}) {
+    for (const std::string part : {"gate_proj", "up_proj", "down_proj"}) {
+      const bool down = part == "down_proj";
+      const std::string name = prefix + expert + part + ".weight";
+      t.add(name, DType::F8_E4M3, down ? std::vector<Index>{130, 3} : std::vector<Index>{3, 130},
+            std::vector<std::uint8_t>(390, 0x38));  // 1
+      t.add_count(name + "_scale_inv", down ? std::vector<Index>{2, 1} : std::vector<Index>{1, 2}, 2);
+    }
+  }
+  const auto layer = moe::load_layer<float>(model, t.open(), 3);
+  EXPECT_EQ(layer.experts()[1].w_gate(2, 127), 2);
+  EXPECT_EQ(layer.experts()[1].w_gate(2, 128), 2.5f);
+  EXPECT_EQ(layer.shared_experts()[0].w_down(129, 0), 2.5f);
+  EXPECT_EQ(layer.router().selection_bias[1], 5.5f);
+}
+
+// gpt-oss: gate and up rows alternate; in 4 bits they stand as [rows, in], else as [in, rows].
+TEST(LoadLayer, TakesBothFormsOfGptOss) {
+  auto model = moe::gpt_oss_20b.scaled_to(32, 32, 2);
+  model.router.top_k = 1;
+  const std::string prefix = "model.layers.0.mlp.";
+  Tensors plain;
+  plain.add_count(prefix + "router.weight", {2, 32}, 0);
+  plain.add_count(prefix + "router.bias", {2}, 0);
+  plain.add_count(prefix + "experts.gate_up_proj_bias", {2, 64}, 0);
+  plain.add_count(prefix + "experts.down_proj_bias", {2, 32}, 0);
+  Tensors packed = plain;
+  // Values 0, 1, ... 7 of the 4-bit table by (expert + row + column) % 8.
+  const float table[8] = {0, .5f, 1, 1.5f, 2, 3, 4, 6};
+  for (const auto& [name, rows] : {std::pair{"gate_up_proj", Index(64)}, std::pair{"down_proj", Index(32)}}) {
+    std::vector<float> values;
+    std::vector<std::uint8_t> blocks;
+    for (Index e = 0; e < 2; ++e)
+      for (Index i = 0; i < 32; ++i)
+        for (Index r = 0; r < rows; ++r) values.push_back(2 * table[(e + r + i) % 8]);
+    for (Index e = 0; e < 2; ++e)
+      for (Index r = 0; r < rows; ++r)
+        for (Index i = 0; i < 32; i += 2)
+          blocks.push_back(std::uint8_t((e + r + i) % 8 + 16 * ((e + r + i + 1) % 8)));
+    plain.add(prefix + "experts." + name, DType::F32, {2, 32, rows}, values);
+    packed.add(prefix + "experts." + name + "_blocks", DType::U8, {2, rows, 1, 16}, blocks);
+    packed.add(prefix + "experts." + name + "_scales", DType::U8, {2, rows, 1},
+               std::vector<std::uint8_t>(std::size_t(2 * rows), 128));  // 2
+  }
+  const auto from_plain = moe::load_layer<float>(model, plain.open(), 0);
+  const auto from_packed = moe::load_layer<float>(model, packed.open(), 0);
+  EXPECT_EQ(from_plain.experts()[1].w_up(3, 5), 2 * table[(1 + 7 + 5) % 8]);
+  EXPECT_EQ(from_plain.experts()[1].w_down(3, 5), 2 * table[(1 + 3 + 5) % 8]);
+  std::remove_const_t<decltype(from_plain)>::visit(
+      [](const moe::ParameterInfo& info, const auto& a, const auto& b) {
+        EXPECT_EQ(a, b) << info.name;
+      },
+      from_plain, from_packed);
+}
+
+// Square matrices hide a wrong orientation: a load that does not turn gpt-oss's w_down is another layer.
+TEST(LoadLayer, TheOrientationOfSquareMatricesMatters) {
+  auto model = moe::gpt_oss_20b.scaled_to(4, 4, 1);
+  Tensors t;
+  const std::string prefix = "model.layers.0.mlp.";
+  t.add_count(prefix + "router.weight", {1, 4}, 0);
+  t.add_count(prefix + "router.bias", {1}, 0);
+  t.add_count(prefix + "experts.gate_up_proj", {1, 4, 8}, 0);
+  t.add_count(prefix + "experts.gate_up_proj_bias", {1, 8}, 0);
+  t.add_count(prefix + "experts.down_proj", {1, 4, 4}, 0);
+  t.add_count(prefix + "experts.down_proj_bias", {1, 4}, 0);
+  const auto right = moe::load_layer<float>(model, t.open(), 0);
+  EXPECT_EQ(right.experts()[0].w_down(1, 2), 0.5f * (2 * 4 + 1));  // stored [in, out]
+  model.tensors.experts.w_down.transposed = false;
+  const auto wrong = moe::load_layer<float>(model, t.open(), 0);
+  EXPECT_EQ(wrong.experts()[0].w_down(1, 2), 0.5f * (1 * 4 + 2));
+}
+
+TEST(LoadLayer, TakesStackedRowsOfDbrx) {
+  const auto model = moe::dbrx.scaled_to(4, 3, 2);
+  Tensors t;
+  const std::string prefix = "transformer.blocks.0.ffn.";
+  t.add_count(prefix + "router.layer.weight", {2, 4}, 0);
+  t.add_count(prefix + "experts.mlp.w1", {6, 4}, 0);
+  t.add_count(prefix + "experts.mlp.v1", {6, 4}, 100);
+  t.add_count(prefix + "experts.mlp.w2", {6, 4}, 200);
+  const auto layer = moe::load_layer<float>(model, t.open(), 0);
+  EXPECT_EQ(layer.experts()[1].w_gate(2, 3), 0.5f * (5 * 4 + 3));
+  EXPECT_EQ(layer.experts()[1].w_down(3, 2), 200 + 0.5f * (5 * 4 + 3));
+}
+
+TEST(LoadLayer, BadArgumentsAreRefused) {
+  const Checkpoint checkpoint = small_mixtral().open();
+  EXPECT_THROW(moe::load_layer<float>(kSmallMixtral, checkpoint, -1), std::invalid_argument);
+  EXPECT_THROW(moe::load_layer<float>(kSmallMixtral, checkpoint, 6), CheckpointError);
+  EXPECT_THROW(moe::load_layer<float>(moe::grok_1.scaled_to(4, 3, 2), checkpoint, 0),
+               std::invalid_argument);
+}
+
+}  // namespace
