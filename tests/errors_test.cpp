@@ -35,6 +35,8 @@ using Either = moe::VariantExpert<Plain, Gated>;
 using TopK = moe::TopKRouter<double>;
 using Noisy = moe::NoisyTopKRouter<double>;
 using ExpertChoice = moe::ExpertChoiceRouter<double>;
+using Sinkhorn = moe::SinkhornRouter<double>;
+using Mixer = moe::SparseMixerRouter<double>;
 using Layer = moe::MoELayer<Gated, TopK>;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
@@ -1229,12 +1231,89 @@ TEST(Errors, OfRouters) {
   expect_router_errors<TopK>("TopKRouter");
   expect_router_errors<Noisy>("NoisyTopKRouter");
   expect_router_errors<ExpertChoice>("ExpertChoiceRouter");
+  expect_router_errors<Sinkhorn>("SinkhornRouter");
+  expect_router_errors<Mixer>("SparseMixerRouter");
   expect_token_choice_errors<TopK>("TopKRouter");
   expect_token_choice_errors<Noisy>("NoisyTopKRouter");
   expect_errors({
       {"jitter negative", [] { make_router<TopK>({.jitter = -0.1}); }, {"jitter = -0.1", "[0, 1)"}},
       {"jitter of one", [] { make_router<TopK>({.jitter = 1}); }, {"jitter = 1", "[0, 1)"}},
       {"jitter NaN", [] { make_router<TopK>({.jitter = kNan}); }, {"jitter = nan", "[0, 1)"}},
+      {"renormalise_epsilon",
+       [] { make_router<TopK>({.renormalise_epsilon = -1}); },
+       {"renormalise_epsilon = -1", "0"}},
+      {"gate_scale", [] { make_router<TopK>({.gate_scale = -2}); }, {"gate_scale = -2", "0"}},
+      {"gate_scale of zero", [] { make_router<TopK>({.gate_scale = 0}); }, {"gate_scale = 0", "0"}},
+      {"gate_scale infinite", [] { make_router<TopK>({.gate_scale = kInf}); }, {"inf", "0"}},
+      {"noise_stddev", [] { make_router<TopK>({.noise_stddev = -1}); }, {"noise_stddev = -1", "0"}},
+      {"noise_stddev NaN", [] { make_router<TopK>({.noise_stddev = kNan}); }, {"nan", "0"}},
+      {"top_p of zero", [] { make_router<TopK>({.top_p = 0}); }, {"top_p = 0", "(0, 1]"}},
+      {"top_p above one", [] { make_router<TopK>({.top_p = 1.5}); }, {"top_p = 1.5", "(0, 1]"}},
+      {"two kinds of scores",
+       [] {
+         make_router<TopK>({.score = moe::Score::sigmoid, .softmax_before_selection = false});
+       },
+       {"TopKRouter", "softmax"}},
+      {"groups do not divide",
+       [] { make_router<TopK>({.group_limit = {.groups = 2}}); },
+       {"2 groups", "num_experts = 3"}},
+      {"no group kept",
+       [] { make_router<TopK>({.group_limit = {.groups = 3, .kept = 0}}); },
+       {"kept groups = 0", "groups = 3"}},
+      {"more groups kept than there are",
+       [] { make_router<TopK>({.group_limit = {.groups = 3, .kept = 4}}); },
+       {"kept groups = 4", "groups = 3"}},
+      {"too few experts in the kept groups",
+       [] { make_router<TopK>({.top_k = 2, .group_limit = {.groups = 3, .kept = 1}}); },
+       {"1 experts", "top_k = 2"}},
+      {"two best of one",
+       [] {
+         make_router<TopK>(
+             {.top_k = 1,
+              .group_limit = {.groups = 3, .kept = 2, .score = moe::GroupScore::top_two_sum}});
+       },
+       {"groups of 1", "2"}},
+      {"add_expert to groups",
+       [] {
+         TopK router = make_router<TopK>({.top_k = 1, .group_limit = {.groups = 3, .kept = 2}});
+         router.add_expert(Vector<double>::Ones(4));
+       },
+       {"TopKRouter::add_expert", "3 groups", "num_experts = 4"}},
+      {"selection bias of another length",
+       [] {
+         TopK router = make_router<TopK>({.selection_bias = true});
+         router.selection_bias = Vector<double>::Ones(2);
+         Routing r;
+         router.route(input(), {}, r);
+       },
+       {"selection_bias", "2", "3"}},
+      {"a ranking of another shape",
+       [] {
+         Routing r = good_routing();
+         const Matrix<double> ranking = ones(5, 2);
+         moe::begin_routing(5, 3, {}, r, "test");
+         r.router_logits = ones(5, 3);
+         moe::route_by_logits({}, {}, {}, r, moe::Sequential{}, &ranking);
+       },
+       {"given_ranking", "[5, 2]", "[5, 3]"}},
+      {"update_selection_bias: sizes",
+       [] {
+         Vector<double> bias = Vector<double>::Zero(3);
+         moe::update_selection_bias(bias, IndexVector(IndexVector::Ones(4)), 0.1);
+       },
+       {"update_selection_bias", "3", "4"}},
+      {"update_selection_bias: counts",
+       [] {
+         Vector<double> bias = Vector<double>::Zero(2);
+         moe::update_selection_bias(bias, IndexVector{{1, -5}}, 0.1);
+       },
+       {"tokens_per_expert[1] = -5", "0"}},
+      {"update_selection_bias: rate",
+       [] {
+         Vector<double> bias = Vector<double>::Zero(2);
+         moe::update_selection_bias(bias, IndexVector{{1, 5}}, kNan);
+       },
+       {"rate = nan"}},
       {"noise_epsilon negative",
        [] { make_router<Noisy>({.noise_epsilon = -1}); },
        {"noise_epsilon = -1", "0"}},

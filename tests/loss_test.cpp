@@ -494,4 +494,127 @@ TEST(RoutingGradient, OfBatchesThatDifferDoNotAdd) {
   EXPECT_THROW(a += b, std::invalid_argument);
 }
 
+// ---- Losses within sequences, over devices, and of ReLU routing.
+
+TEST(SequenceBalanceLoss, OfOneGroupIsThePlainLoss) {
+  const Routing<double> routing = route_logits(known_logits(), 2);
+  const Loss<double> one = moe::sequence_balance_loss(routing, {});
+  EXPECT_NEAR(one.value, moe::load_balancing_loss(routing).value, 1e-15);
+  EXPECT_LT((one.gradient.d_router_probs - moe::load_balancing_loss(routing).gradient.d_router_probs)
+                .cwiseAbs()
+                .maxCoeff(),
+            1e-15);
+}
+
+TEST(SequenceBalanceLoss, IsTheMeanOverSequencesWithTokens) {
+  moe::Rng rng(31);
+  Matrix<double> z(9, 4);
+  moe::fill_normal(z, 1.0, rng);
+  BatchInfo info{.mask = moe::Mask::Constant(9, true), .group_begin = IndexVector{{0, 4, 4, 7, 9}}};
+  info.mask[5] = info.mask[7] = info.mask[8] = false;  // the last sequence is padding
+  const Routing<double> routing = route_logits(z, 2, info);
+  double expected = 0;
+  for (const auto& [begin, end] : {std::pair<Index, Index>{0, 4}, {4, 7}}) {
+    Matrix<double> part(0, 4);
+    for (Index t = begin; t < end; ++t)
+      if (info.mask[t]) {
+        part.conservativeResize(part.rows() + 1, 4);
+        part.row(part.rows() - 1) = z.row(t);
+      }
+    expected += moe::load_balancing_loss(route_logits(part, 2)).value / 2;
+  }
+  const Loss<double> loss = moe::sequence_balance_loss(routing, info);
+  EXPECT_NEAR(loss.value, expected, 1e-14);
+  Routing<double> moved = routing;
+  expect_gradient(loss.gradient.d_router_probs, moved.router_probs,
+                  [&] { return moe::sequence_balance_loss(moved, info).value; });
+}
+
+TEST(DeviceBalanceLoss, EqualsItsFormula) {
+  moe::Rng rng(32);
+  Matrix<double> z(11, 6);
+  moe::fill_normal(z, 1.0, rng);
+  const Routing<double> routing = route_logits(z, 2);
+  const IndexVector device{{0, 1, 0, 2, 2, 2}};
+  const IndexVector demand = moe::demand_per_expert(routing);
+  double expected = 0;
+  for (const Index d : {0, 1, 2}) {
+    double f = 0, p = 0, size = 0;
+    for (Index e = 0; e < 6; ++e) {
+      if (device[e] != d) continue;
+      f += 6.0 / (2 * 11) * double(demand[e]);
+      p += routing.router_probs.col(e).sum() / 11;
+      ++size;
+    }
+    expected += f / size * p;
+  }
+  const Loss<double> loss = moe::device_balance_loss(routing, device);
+  EXPECT_NEAR(loss.value, expected, 1e-14);
+  Routing<double> moved = routing;
+  expect_gradient(loss.gradient.d_router_probs, moved.router_probs,
+                  [&] { return moe::device_balance_loss(moved, device).value; });
+  // One device for every expert is the plain loss; one for all is 1.
+  EXPECT_NEAR(moe::device_balance_loss(routing, IndexVector{{0, 1, 2, 3, 4, 5}}).value,
+              moe::load_balancing_loss(routing).value, 1e-14);
+  EXPECT_NEAR(moe::device_balance_loss(routing, IndexVector(IndexVector::Zero(6))).value, 1, 1e-14);
+}
+
+TEST(ReluBalanceLoss, EqualsItsFormula) {
+  moe::Rng rng(33);
+  moe::TopKRouter<double> router({.d_model = 3, .num_experts = 5, .top_k = 5, .score = moe::Score::relu},
+                                 rng);
+  Matrix<double> x(20, 3);
+  moe::fill_normal(x, 1.0, rng);
+  Routing<double> routing;
+  router.route(x, {}, routing);
+  double expected = 0;
+  for (Index e = 0; e < 5; ++e) {
+    double count = 0, sum = 0;
+    for (Index t = 0; t < 20; ++t) {
+      const double r = std::max(routing.router_logits(t, e), 0.0);
+      count += r > 0;
+      sum += r;
+    }
+    expected += count * sum * 5 / (2 * 20 * 20);
+  }
+  const Loss<double> loss = moe::relu_balance_loss(routing, 2);
+  EXPECT_NEAR(loss.value, expected, 1e-13);
+  for (Index c = 0; c < routing.chosen.size(); c += 7) {
+    Routing<double> up = routing;
+    up.chosen.gate[c] += 1;
+    EXPECT_NEAR(moe::relu_balance_loss(up, 2).value - loss.value, loss.gradient.d_chosen_gate[c], 1e-12);
+  }
+  EXPECT_DOUBLE_EQ(moe::update_relu_coefficient(1e-8, 2.5, 2), 1.2e-8);
+  EXPECT_DOUBLE_EQ(moe::update_relu_coefficient(1.2e-8, 1.5, 2), 1e-8);
+}
+
+// The normalisations of other libraries, on a batch whose values they gave.
+TEST(BalanceFactor, ConvertsOtherLibrariesLosses) {
+  using moe::BalanceConvention;
+  const Routing<double> two = route_logits(known_logits(), 2);
+  const double ours = moe::load_balancing_loss(two).value;
+  EXPECT_NEAR(ours, 1.146485626, 1e-9);  // Megatron-LM
+  EXPECT_NEAR(ours * moe::balance_factor(BalanceConvention::tokens, 4, 2), 2.292971251, 1e-9);
+  const double first =
+      moe::load_balancing_loss(two, moe::demand_per_expert(two, 1), Index(4)).value;
+  EXPECT_NEAR(first, 1.416588236, 1e-9);  // GShard, Switch
+  EXPECT_NEAR(first * moe::balance_factor(BalanceConvention::mean_product, 4, 1), 0.088536765, 1e-9);
+  EXPECT_EQ(moe::balance_factor(BalanceConvention::choices, 8, 2), 1);
+}
+
+TEST(BalanceLosses, BadArgumentsAreRefused) {
+  const Routing<double> routing = route_logits(known_logits(), 2);
+  EXPECT_THROW(moe::sequence_balance_loss(routing, {.group_begin = IndexVector{{0, 5}}}),
+               std::invalid_argument);
+  EXPECT_THROW(moe::device_balance_loss(routing, IndexVector{{0, 1, 2}}), std::invalid_argument);
+  EXPECT_THROW(moe::device_balance_loss(routing, IndexVector{{0, 1, 2, -1}}), std::invalid_argument);
+  EXPECT_THROW(moe::relu_balance_loss(routing, 0), std::invalid_argument);
+  EXPECT_THROW(moe::relu_balance_loss(routing, 5), std::invalid_argument);
+  EXPECT_THROW(moe::update_relu_coefficient(0, 1, 1), std::invalid_argument);
+  EXPECT_THROW(moe::update_relu_coefficient(1, -1, 1), std::invalid_argument);
+  EXPECT_THROW(moe::balance_factor(moe::BalanceConvention::tokens, 0, 1), std::invalid_argument);
+  EXPECT_THROW(moe::balance_factor(moe::BalanceConvention::tokens, 4, 5), std::invalid_argument);
+  EXPECT_THROW(moe::demand_per_expert(routing, -1), std::invalid_argument);
+}
+
 }  // namespace

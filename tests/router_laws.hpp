@@ -66,7 +66,7 @@ Options token_choice_options(const Wish& wish) {
   options.capacity = options.training_capacity = wish.capacity;
   options.overflow = wish.overflow;
   options.priority = wish.priority;
-  options.allow_constant_gate = true;
+  if constexpr (requires { options.allow_constant_gate; }) options.allow_constant_gate = true;
   return options;
 }
 

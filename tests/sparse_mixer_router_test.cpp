@@ -175,11 +175,12 @@ TEST(SparseMixerRouter, APoisonedTokenChangesNoOtherRow) {
 
 TEST(SparseMixerRouter, BadOptionsAreRefused) {
   EXPECT_THROW(Router({.d_model = 0, .num_experts = 2}), std::invalid_argument);
-  EXPECT_THROW(Router({.d_model = 2, .num_experts = 1}), std::invalid_argument);
   EXPECT_THROW(Router({.d_model = 2, .num_experts = 2, .jitter = -1}), std::invalid_argument);
-  Router router({.d_model = 2, .num_experts = 2});
+  Router router({.d_model = 2, .num_experts = 1});
   EXPECT_THROW(router.remove_expert(0), std::invalid_argument);
+  EXPECT_EQ(route(router, Matrix<double>{{1, 2}}).chosen.size(), 1);
   router.add_expert(moe::Vector<double>::Ones(2));
+  EXPECT_EQ(route(router, Matrix<double>{{1, 2}}).chosen.size(), 2);
   EXPECT_NO_THROW(router.remove_expert(0));
 }
 

@@ -21,13 +21,6 @@ namespace moe {
 
 namespace detail {
 
-template <class S>
-constexpr DType dtype_of() {
-  static_assert(std::is_same_v<S, float> || std::is_same_v<S, double>,
-                "layers of float and of double can be saved");
-  return std::is_same_v<S, float> ? DType::F32 : DType::F64;
-}
-
 template <class Array>
 std::vector<Index> shape_of(const Array& array) {
   if (Array::ColsAtCompileTime == 1) return {array.rows()};
@@ -106,7 +99,8 @@ void save_layer(const std::filesystem::path& path, const Layer& layer,
   Layer::visit(
       [&](const ParameterInfo& info, const auto& array) {
         using S = typename std::remove_cvref_t<decltype(array)>::Scalar;
-        tensors.push_back({std::string(info.name), detail::dtype_of<S>(), detail::shape_of(array),
+        static_assert(std::is_floating_point_v<S>, "layers of float and of double can be saved");
+        tensors.push_back({std::string(info.name), *detail::dtype_of<S>(), detail::shape_of(array),
                            std::as_bytes(std::span(array.data(), std::size_t(array.size())))});
       },
       layer);

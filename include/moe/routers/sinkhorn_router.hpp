@@ -25,7 +25,6 @@ struct SinkhornOptions {
   std::optional<double> training_capacity{};
   Overflow overflow = Overflow::drop;
   Priority priority = Priority::token_order;
-  bool allow_constant_gate = false;  ///< gates are never constant here
 };
 
 namespace detail {

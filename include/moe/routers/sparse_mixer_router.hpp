@@ -23,7 +23,7 @@ struct SparseMixerOptions {
 };
 
 /// SparseMixer-v2 (Liu et al. 2023 and 2024, GRIN), the router of Phi-3.5-MoE, as its published code
-/// computes it: two picks one after the other, the second among the other experts. Each pick's gate is its
+/// computes it: two picks one after the other, the second among the other experts, if there are any. Each pick's gate is its
 /// share of the experts that nearly tie with the best, so that gates are often 1 and do not sum to 1.
 /// In training a pick is drawn (Gumbel) from those experts, its gate is multiplied by 1 or 0.3333, and
 /// backward is the authors' estimator: the gradient of the gate without that factor. In inference it is the
@@ -38,8 +38,8 @@ class SparseMixerRouter {
   explicit SparseMixerRouter(const Options& options) : options_(options) {
     require(options.d_model > 0, "SparseMixerRouter: d_model = ", options.d_model,
             ", expected at least 1");
-    require(options.num_experts >= 2, "SparseMixerRouter: num_experts = ", options.num_experts,
-            ", expected at least 2");
+    require(options.num_experts > 0, "SparseMixerRouter: num_experts = ", options.num_experts,
+            ", expected at least 1");
     require(number_kind(options.jitter) == NumberKind::finite && options.jitter >= 0,
             "SparseMixerRouter: jitter = ", options.jitter,
             ", expected a finite number of at least 0");
@@ -138,9 +138,9 @@ class SparseMixerRouter {
     options_.num_experts = num_experts();
   }
 
-  /// Removes an expert. Throws when it does not exist or fewer than two would be left.
+  /// Removes an expert. Throws when it does not exist or none would be left.
   void remove_expert(Index expert) {
-    check_removal(expert, num_experts(), 2, "SparseMixerRouter::remove_expert");
+    check_removal(expert, num_experts(), 1, "SparseMixerRouter::remove_expert");
     w_router = without_row(w_router, expert);
     options_.num_experts = num_experts();
   }
