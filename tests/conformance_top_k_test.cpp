@@ -119,11 +119,23 @@ struct ReLUTopK {
   }
 };
 
+// As ST-MoE: a second expert only with a gate above 0.2.
+template <class S>
+struct Thresholded {
+  using Router = moe::TopKRouter<S>;
+  static constexpr bool kTokensChoose = true, kGatesSumToOne = false, kIsDynamic = true;
+  static Router make(const Wish& wish, Rng& rng) {
+    auto options = token_choice_options<typename Router::Options>(wish);
+    options.second_threshold = 0.2;
+    return {options, rng};
+  }
+};
+
 using TopKs = testing::Types<PlainTopK<float>, PlainTopK<double>,                //
                              RenormalisedTopK<float>, RenormalisedTopK<double>,  //
                              SigmoidTopK<float>, SigmoidTopK<double>,            //
                              BiasedTopK<float>, BiasedTopK<double>, GroupedTopK<double>,  //
-                             TopP<float>, ReLUTopK<double>>;
+                             TopP<float>, ReLUTopK<double>, Thresholded<double>>;
 
 }  // namespace
 

@@ -1249,6 +1249,15 @@ TEST(Errors, OfRouters) {
       {"noise_stddev NaN", [] { make_router<TopK>({.noise_stddev = kNan}); }, {"nan", "0"}},
       {"top_p of zero", [] { make_router<TopK>({.top_p = 0}); }, {"top_p = 0", "(0, 1]"}},
       {"top_p above one", [] { make_router<TopK>({.top_p = 1.5}); }, {"top_p = 1.5", "(0, 1]"}},
+      {"second_threshold",
+       [] { make_router<TopK>({.second_threshold = -1}); },
+       {"second_threshold = -1", "0"}},
+      {"second_threshold beside groups",
+       [] {
+         make_router<TopK>(
+             {.top_k = 1, .second_threshold = 0.2, .group_limit = {.groups = 3, .kept = 2}});
+       },
+       {"second_threshold = 0.2", "0"}},
       {"two kinds of scores",
        [] {
          make_router<TopK>({.score = moe::Score::sigmoid, .softmax_before_selection = false});

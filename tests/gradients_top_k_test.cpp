@@ -138,3 +138,11 @@ TEST(GradientsOfScores, OfReLU) {
         rng);
   });
 }
+
+TEST(GradientsOfScores, OfAThresholdedSecondExpert) {
+  check_all_seatings<ReLUExpert>(13, [](const Seating& seating, Rng& rng) {
+    return Router(seated<Router::Options>(
+                      {.top_k = 3, .second_threshold = 0.25, .renormalise = true}, seating),
+                  rng);
+  });
+}

@@ -345,6 +345,28 @@ TEST(RoutingGradient, ASumThatThrowsChangesNothing) {
   EXPECT_EQ(sum.d_gate, (moe::Buffer<double>{2, 4}));
 }
 
+TEST(TopKRouter, ASecondExpertBelowTheThresholdIsLeftOut) {
+  // Gates of the two best are 0.731 and 0.269 (computed with Python), of the others nothing.
+  const Matrix<double> x{{1, .5, -.25, 2}};
+  for (const double threshold : {0.2, 0.3}) {
+    const auto router = identity_router<TopK>(
+        {.top_k = 2, .second_threshold = threshold, .renormalise = true});
+    const Routing<double> routing = route(router, x);
+    ASSERT_EQ(routing.chosen.size(), threshold < 0.25 ? 2 : 1);
+    EXPECT_EQ(routing.chosen.expert[0], 3);
+    EXPECT_NEAR(routing.chosen.gate[0], 0.731058579, 1e-9);
+    // The gradient of the first gate reaches the logit that was left out.
+    moe::RoutingGradient<double> gradient;
+    gradient.d_chosen_gate.assign(routing.chosen.size(), 0.0);
+    gradient.d_chosen_gate[0] = 1;
+    TopK grad = moe::zeros_like(router);
+    Matrix<double> d_x = Matrix<double>::Zero(1, 4);
+    router.backward(x, routing, gradient, d_x, grad);
+    EXPECT_NEAR(d_x(0, 3), 0.731058579 * 0.268941421, 1e-9);
+    EXPECT_NEAR(d_x(0, 0), -0.731058579 * 0.268941421, 1e-9);
+  }
+}
+
 // ---- NoisyTopKRouter.
 
 double softplus(double a) { return std::log1p(std::exp(a)); }

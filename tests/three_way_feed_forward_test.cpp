@@ -2,10 +2,8 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <concepts>
 #include <cstdint>
 #include <stdexcept>
-#include <vector>
 
 #include <moe/experts/three_way_feed_forward.hpp>
 #include <moe/moe.hpp>
@@ -39,10 +37,11 @@ struct ThreeWayOf {
   }
 };
 
+using ThreeWayTypes = testing::Types<ThreeWayOf<float>, ThreeWayOf<double>>;
+
 }  // namespace
 
-INSTANTIATE_TYPED_TEST_SUITE_P(ThreeWay, ExpertLaws,
-                               testing::Types<ThreeWayOf<float>, ThreeWayOf<double>>);
+INSTANTIATE_TYPED_TEST_SUITE_P(ThreeWay, ExpertLaws, ThreeWayTypes);
 
 }  // namespace laws
 
@@ -63,7 +62,7 @@ Matrix<double> random_matrix(Index rows, Index cols, std::uint64_t seed) {
 }  // namespace
 
 TEST(ThreeWayFeedForward, GivesValuesKnownByHand) {
-  // x = (3, log 3): a1 = (3, 6) and a2 = (log 3, log 9), whose sigmoids are 3/4 and 9/10; up = (3, -3).
+  // x = (3, log 3): a1 = (3, 6), up = (3, -3) and a2 = (log 3, log 9), of sigmoids 3/4 and 9/10.
   Expert expert({.d_model = 2, .d_ff = 2});
   expert.w_gate << 1, 0,
                    2, 0,

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <concepts>
 #include <cstdint>
+#include <vector>
 
 #include <moe/buffer.hpp>
 #include <moe/check.hpp>
@@ -109,6 +110,7 @@ struct RoutingScratch {
   Buffer<S> row;
   IndexVector capacity;
   Matrix<S> ranking, d_logits, d_noise, input, d_input;
+  BatchInfo info;  // what a router made of routers tells them
 
   RoutingScratch() = default;
   RoutingScratch(const RoutingScratch&) {}
@@ -129,6 +131,9 @@ struct Routing {
   RoutingNoise<S> noise;    ///< in training, where the router is noisy
   bool has_input_factor = false;  ///< whether the router jittered its input
   Matrix<S> input_factor;  ///< what it multiplied x by; means nothing where it did not
+  /// The routings that this one is made of, where routers are made of routers (HierarchicalRouter: the
+  /// parent's, then one for each child); empty otherwise.
+  std::vector<Routing> levels{};
 
   mutable RoutingScratch<S> scratch{};
 
@@ -225,7 +230,8 @@ inline void check_batch_info(const BatchInfo& info, Index tokens, const char* wh
 
 /// Makes `routing` an empty one for a batch: shapes set, tokens valid or masked, nothing chosen.
 /// Every router begins with this. router_logits and router_probs are not touched: a router fills
-/// them, or a reused routing keeps the old ones. O(tokens + num_experts); allocates only when
+/// them, or a reused routing keeps the old ones; levels are cleared: a router that reuses their memory
+/// moves them out before. O(tokens + num_experts); allocates only when
 /// shapes grow. Throws std::invalid_argument for counts out of range and when `info` does not fit.
 template <class S>
 void begin_routing(Index tokens, Index num_experts, const BatchInfo& info, Routing<S>& routing,
@@ -235,6 +241,7 @@ void begin_routing(Index tokens, Index num_experts, const BatchInfo& info, Routi
   check_batch_info(info, tokens, where);
   routing.noise.clear();
   routing.has_input_factor = false;
+  routing.levels.clear();
   DispatchPlan<S>& plan = routing.plan;
   plan.num_tokens = tokens;
   plan.token_state.assign(tokens, TokenState::valid);

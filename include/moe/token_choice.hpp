@@ -21,6 +21,7 @@ struct SeatingRule {
   GateSide gate_side = GateSide::output;
   Index top_k = 1;
   double top_p = 1;  ///< a token stops choosing when the mass of its choices' router_probs exceeds this
+  double second_threshold = 0;  ///< choices after the first need a gate above this
   GroupLimit group_limit{};
   std::optional<double> capacity_factor{};  ///< none: dropless
   Overflow overflow = Overflow::drop;
@@ -52,6 +53,38 @@ void check_logits(const S* logits, Index experts, TokenState& state) {
     }
   }
   if (!any_finite) state = TokenState::poisoned;
+}
+
+// Keeps the first choice and those after it with gates above the threshold. Returns their number.
+template <class S>
+Index keep_above(S threshold, Index n, Index* experts, S* gates) {
+  Index kept = std::min<Index>(n, 1);
+  for (Index i = 1; i < n; ++i) {
+    if (!(gates[i] > threshold)) continue;
+    experts[kept] = experts[i];
+    gates[kept++] = gates[i];
+  }
+  return kept;
+}
+
+// Backward of the gates of a token that left out choices below a threshold: they were computed over all
+// top_k, which are selected again. `d_gates` are by the `n` choices that were kept; `room` holds 2 * top_k
+// values.
+template <class S>
+void all_gates_backward(const GateRule& rule, Index top, const S* logits, const S* probs,
+                        Index num_experts, Index n, const Index* chosen, const S* d_gates,
+                        Buffer<Index>& best, S* room, S* d_logits) {
+  best.resize(top);
+  top_k(num_experts, logits, top, best.data());
+  while (top > 0 && is_unavailable(logits[best[top - 1]])) --top;
+  S* const gates = room;
+  S* const d_all = room + top;
+  compute_gates(rule, logits, probs, top, best.data(), gates);
+  for (Index i = 0; i < top; ++i) {
+    const Index* const kept = std::find(chosen, chosen + n, best[i]);
+    d_all[i] = kept == chosen + n ? S(0) : d_gates[kept - chosen];
+  }
+  compute_gates_backward(rule, logits, probs, num_experts, top, best.data(), gates, d_all, d_logits);
 }
 
 // For the experts that each token ends up with, calls f(token, n, experts, assignments).
@@ -106,6 +139,11 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
           "route_by_logits: selection_bias has ", selection_bias.size(), " entries, expected ",
           experts, " experts");
   check_group_limit(rule.group_limit, experts, k, "route_by_logits");
+  require(rule.second_threshold == 0 ||
+              (selection_bias.size() == 0 && !rule.group_limit.applies() && !rule.is_dynamic() &&
+               given_ranking == nullptr),
+          "route_by_logits: second_threshold = ", rule.second_threshold,
+          " beside a selection bias, a group limit, a ranking or top-p, expected 0");
   require(rule.top_p > 0, "route_by_logits: top_p = ", rule.top_p, ", expected more than 0");
   const bool limited = rule.group_limit.applies();
   const bool by_scores = selection_bias.size() > 0 ||
@@ -171,7 +209,9 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
           if (mass > S(rule.top_p)) n = i + 1;
         }
       }
-      compute_gates(rule.gate, z, probs, n, best, chosen.gate.data() + t * k);
+      S* const gate = chosen.gate.data() + t * k;
+      compute_gates(rule.gate, z, probs, n, best, gate);
+      if (rule.second_threshold > 0) n = detail::keep_above(S(rule.second_threshold), n, best, gate);
       chosen.token_begin[t + 1] = n;
     }
   });
@@ -286,14 +326,21 @@ void selection_backward(const SeatingRule& rule, const Routing<S>& routing,
   // Gates over the set that was chosen: those of the losses, and those of the plan where they were
   // kept as they were.
   if (!gradient.d_chosen_gate.empty() || (!by_seats && !gradient.d_gate.empty())) {
-    row.reserve(chosen.expert.capacity());
-    row.assign(chosen.size(), S(0));
+    row.reserve(chosen.expert.capacity() + 2 * rule.top_k);
+    row.assign(chosen.size() + 2 * rule.top_k, S(0));
     for (Index c = 0; c < gradient.d_chosen_gate.size(); ++c) row[c] = gradient.d_chosen_gate[c];
     if (!by_seats)
       for (Index a = 0; a < gradient.d_gate.size(); ++a) row[plan.choice[a]] += gradient.d_gate[a];
     for (Index t = 0; t < tokens; ++t) {
       const Index begin = chosen.token_begin[t], n = chosen.token_begin[t + 1] - begin;
       if (n == 0) continue;
+      if (rule.second_threshold > 0) {
+        detail::all_gates_backward(rule.gate, rule.top_k, &logits(t, 0), &routing.router_probs(t, 0),
+                                   experts, n, chosen.expert.data() + begin, row.data() + begin,
+                                   routing.scratch.order, row.data() + chosen.size(),
+                                   &d_logits(t, 0));
+        continue;
+      }
       compute_gates_backward(rule.gate, &logits(t, 0), &routing.router_probs(t, 0), experts, n,
                              chosen.expert.data() + begin, chosen.gate.data() + begin,
                              row.data() + begin, &d_logits(t, 0));

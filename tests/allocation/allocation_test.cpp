@@ -153,6 +153,8 @@ TEST_P(Allocation, NoneOnceWarmWithScoresGroupsAndBiases) {
        .training_capacity = 1.1},
       rng));
   expect_no_allocation_with(TopKRouter<float>(
+      {.d_model = GetParam(), .num_experts = 8, .top_k = 3, .second_threshold = 0.1}, rng));
+  expect_no_allocation_with(TopKRouter<float>(
       {.d_model = GetParam(), .num_experts = 8, .top_k = 8, .top_p = 0.4}, rng));
   expect_no_allocation_with(TopKRouter<float>(
       {.d_model = GetParam(), .num_experts = 8, .top_k = 8, .score = Score::relu}, rng));

@@ -41,14 +41,14 @@ inline constexpr Model<ReLU> glam_64b_64e = {
                .dense_d_ff = 32768},
     .published = {1.2e12, 96.6e9}};
 
-/// ST-MoE-32B (Zoph et al. 2022): two experts a token, gates with a sum of 1, z-loss. Its authors leave the
-/// second expert out where its gate is below 0.2; here it is always taken.
+/// ST-MoE-32B (Zoph et al. 2022): two experts a token, the second where its gate is above 0.2, z-loss.
 inline constexpr Model<GEGLUTanh> st_moe_32b = {
     .name = "ST-MoE-32B",
     .source = "arXiv:2202.08906",
     .router = {.d_model = 5120,
                .num_experts = 64,
                .top_k = 2,
+               .second_threshold = 0.2,
                .renormalise = true,
                .capacity = 1.0,
                .training_capacity = 0.625},

@@ -17,6 +17,9 @@ struct TopKOptions {
   /// at most (top-p routing, Huang et al. 2024, "Harder Tasks Need More Experts", eq. 4: 0.4 and
   /// top_k = num_experts).
   double top_p = 1;
+  /// A token takes an expert after its first only where its gate among all top_k is above this (ST-MoE,
+  /// Zoph et al. 2022: 0.2). Gates stay what they are among all top_k.
+  double second_threshold = 0;
   /// What gates are made of. With relu, a token chooses the experts with positive logits, top_k at most
   /// (ReMoE, Wang et al. 2024: top_k = num_experts).
   Score score = Score::softmax;
@@ -79,6 +82,12 @@ class TopKRouter {
               value, ", expected a finite number of at least 0");
     };
     at_least_0(options.renormalise_epsilon, "renormalise_epsilon");
+    at_least_0(options.second_threshold, "second_threshold");
+    require(options.second_threshold == 0 ||
+                (!options.selection_bias && !options.group_limit.applies() && options.top_p == 1 &&
+                 options.score != Score::relu),
+            "TopKRouter: second_threshold = ", options.second_threshold,
+            " beside a selection bias, a group limit, top_p or relu, expected 0");
     require(options.top_p > 0 && options.top_p <= 1, "TopKRouter: top_p = ", options.top_p,
             " is not in (0, 1]");
     at_least_0(options.noise_stddev, "noise_stddev");
@@ -224,6 +233,7 @@ class TopKRouter {
             .gate_side = options_.gate_side,
             .top_k = options_.top_k,
             .top_p = options_.top_p,
+            .second_threshold = options_.second_threshold,
             .group_limit = options_.group_limit,
             .capacity_factor = capacity_factor,
             .overflow = options_.overflow,
