@@ -123,7 +123,8 @@ struct ReLUTopK {
 template <class S>
 struct Thresholded {
   using Router = moe::TopKRouter<S>;
-  static constexpr bool kTokensChoose = true, kGatesSumToOne = false, kIsDynamic = true;
+  static constexpr bool kTokensChoose = true, kGatesSumToOne = false, kIsDynamic = true,
+                        kSeatsFollowTopK = true;
   static Router make(const Wish& wish, Rng& rng) {
     auto options = token_choice_options<typename Router::Options>(wish);
     options.second_threshold = 0.2;

@@ -35,8 +35,9 @@
 //     static S gate(const Matrix<S>& z, Index t, Index e, const std::vector<Index>& among);
 //     // Only where experts are not all alike: their numbers mean something.
 //     static constexpr bool kExpertsAreAlike = false;
-//     // Only where a token may choose fewer than top_k experts.
-//     static constexpr bool kIsDynamic = true;
+//     // Only where a token may choose fewer than top_k experts; and where seats do not follow from
+//     // the choices that were made.
+//     static constexpr bool kIsDynamic = true, kSeatsFollowTopK = true;
 //     // Only where, in training, a token's choices depend on other tokens though tokens choose.
 //     static constexpr bool kTrainingCouplesTokens = true;
 //   };
@@ -307,7 +308,7 @@ TYPED_TEST_P(RouterLaws, AnExpertNeverHasMoreTokensOfAGroupThanItsCapacity) {
       Index valid = 0;
       for (Index t = group.begin; t < group.end; ++t) valid += routing.is_valid(t);
       double demand = *wish.capacity * double(wish.top_k) * double(valid);
-      if (kIsDynamic<TypeParam>)
+      if (kIsDynamic<TypeParam> && !requires { TypeParam::kSeatsFollowTopK; })
         demand = *wish.capacity * double(routing.chosen.token_begin[group.end] -
                                          routing.chosen.token_begin[group.begin]);
       const Index seats = std::min(valid, Index(std::ceil(demand / double(wish.num_experts))));

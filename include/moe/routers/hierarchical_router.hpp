@@ -22,31 +22,37 @@ namespace moe {
 /// child (Shazeer et al. 2017, appendix B, eq. 12):
 ///   y = sum over i of sum over j of G_i(x) G_ij(x) E_ij(x)
 /// with the parent's gates G_i, the gates G_ij of child i, and the leaf expert E_ij, which has the
-/// number i * b + j of num_experts = a * b. A child sees the tokens that chose its group; the others
-/// are masked for it. Children may be hierarchical themselves.
+/// number i * b + j of num_experts = a * b. A child sees the tokens that chose its group; it finds
+/// the others masked. Children may be hierarchical themselves.
 ///
 /// The routing is over leaves:
-/// - chosen: every pair of a parent's choice and that child's choice, with the product of their gates;
-///   a token's largest gate first, because losses take the first choice for the best one; ties to the
-///   lower leaf. All are seated: a hierarchy is dropless, and routers with a capacity are refused.
-/// - router_probs: the product of the parent's and the child's. A child that did not see a token says
-///   nothing about it: the b leaves share their group's probability equally. So they sum to 1, and the
-///   gradient of load_balancing_loss reaches the groups that were not chosen.
+/// - chosen: every pair of a parent's choice and that child's choice, with the product of their
+///   gates; a token's largest gate first, because losses take the first choice for the best one;
+///   ties to the lower leaf. All are seated: a hierarchy is dropless, and routers with a capacity are
+///   refused.
+/// - router_probs: the product of the parent's and the child's. A child that did not see a token
+///   says nothing about it: its leaves share their group's probability equally. So they sum to 1,
+///   and the gradient of load_balancing_loss reaches the groups that were not chosen.
 /// - router_logits: none. There is one set of logits a level; losses that need them refuse.
 /// - levels: the routing of the parent, then that of every child.
 /// A token that any level finds poisoned is poisoned, and masked for all the others.
 ///
 /// Losses on leaves: importance_loss(routing) is CV^2 of the importance of eq. 13, sum over x of
-/// G_i(x) G_ij(x); load_balancing_loss(routing) works as well. load_loss(routing) sees no noise: it counts,
-/// with zero gradient. Losses on levels, e.g. load_loss(routing.levels[0]) and, of child i,
-/// load_loss(routing.levels[1 + i]), take the place of eq. 14 (CV^2 of load_i * load_ij / tokens of i):
-/// see backward_levels.
+/// G_i(x) G_ij(x); load_balancing_loss(routing) works as well. load_loss(routing) sees no noise: it
+/// counts, with zero gradient. Losses on levels, e.g. load_loss(routing.levels[0]) and, of child i,
+/// load_loss(routing.levels[1 + i]), take the place of eq. 14, CV^2 of
+/// load_i * load_ij / tokens of group i: see backward_levels.
 ///
-/// Cost: the parent's and O(tokens * num_experts * d_model), as children skip masked tokens only after
-/// their logits. So a hierarchy costs no less than one router over all leaves.
+/// Cost: O(tokens * num_experts * d_model), because a child computes the logits of all tokens,
+/// masked ones too. So routing is no cheaper than by one router over all leaves; in return the rules
+/// of masks, groups and noise hold at every level.
 ///
-/// Example: std::vector<TopKRouter<float>> children(4, TopKRouter<float>({.d_model = 16, .num_experts = 8}));
-///          HierarchicalRouter router(TopKRouter<float>({.d_model = 16, .num_experts = 4}), children);
+/// Example:
+///   TopKRouter<float> parent({.d_model = 16, .num_experts = 4}, rng);
+///   std::vector<TopKRouter<float>> children;
+///   for (int i = 0; i < 4; ++i)
+///     children.emplace_back(TopKOptions{.d_model = 16, .num_experts = 8}, rng);
+///   HierarchicalRouter router(parent, children);  // over 32 experts
 template <TrainableRouter Parent, TrainableRouter Child = Parent>
 class HierarchicalRouter {
  public:
@@ -55,8 +61,9 @@ class HierarchicalRouter {
   static_assert(std::is_same_v<S, typename Child::Scalar>,
                 "the parent and the children must have the same Scalar");
 
-  /// `children` are as many as the parent has experts, of the parent's d_model and all with the same
-  /// number of experts. Throws std::invalid_argument otherwise, and for a router with a capacity.
+  /// `children` are as many as the parent has experts, of the parent's d_model and all with the
+  /// same number of experts. Throws std::invalid_argument otherwise, and for a router with a
+  /// capacity.
   HierarchicalRouter(Parent parent, std::vector<Child> children)
       : parent_(std::move(parent)), children_(std::move(children)) {
     check_parts("HierarchicalRouter");
@@ -75,8 +82,9 @@ class HierarchicalRouter {
     return most_choices(parent_) * (children_.empty() ? 0 : most_choices(children_[0]));
   }
 
-  /// Routing for inference. O(tokens * num_experts * d_model); a token that only a child finds poisoned
-  /// costs a second pass. Throws std::invalid_argument when parts or `info` do not fit.
+  /// Routing for inference. O(tokens * num_experts * d_model); a token that only a child finds
+  /// poisoned costs another pass. Throws std::invalid_argument when parts or `info` do not fit, and
+  /// for a level that drops choices or whose gates scale another side than the parent's.
   template <Executor E = DefaultExecutor>
   void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
              const E& executor = {}) const {
@@ -90,10 +98,10 @@ class HierarchicalRouter {
     route_levels(x, &rng, info, routing, executor);
   }
 
-  /// Adds to d_x [tokens, d_model] and to grad's parameters: exact through both factors of every gate and
-  /// of every probability. `x` has zeros in rows of tokens that are not valid.
-  /// O(tokens * num_experts * d_model). Throws std::invalid_argument for a gradient by leaves' logits or
-  /// noise that is not zero: there are none.
+  /// Adds to d_x [tokens, d_model] and to grad's parameters: exact through both factors of every
+  /// gate and of every probability. `x` has zeros in rows of tokens that are not valid.
+  /// O(tokens * num_experts * d_model). Throws std::invalid_argument for a gradient by leaves' logits
+  /// or noise that is not zero: there are none.
   template <Executor E = DefaultExecutor>
   void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, HierarchicalRouter& grad,
@@ -133,8 +141,8 @@ class HierarchicalRouter {
     }
   }
 
-  /// The same for losses on levels: `gradients` has one entry for each of routing.levels, in that order;
-  /// an empty one means zero. Call it after the layer's backward, with the same cache:
+  /// The same for losses on levels: `gradients` has one entry for each of routing.levels, in that
+  /// order; an empty one means zero. Call it after the layer's backward, with the same cache:
   ///   std::vector<RoutingGradient<float>> on_levels(cache.routing.levels.size());
   ///   on_levels[0] = 0.1f * load_loss(cache.routing.levels[0]).gradient;
   ///   layer.router().backward_levels(cache.x, cache.routing, on_levels, d_x, grad.router());
@@ -221,7 +229,8 @@ class HierarchicalRouter {
       require(!factor, where, ": ", level, " has ", name, " = ", factor.value_or(0),
               ", expected none: a hierarchy is dropless");
     };
-    if constexpr (requires { router.options().capacity; }) none(router.options().capacity, "capacity");
+    if constexpr (requires { router.options().capacity; })
+      none(router.options().capacity, "capacity");
     if constexpr (requires { router.options().training_capacity; })
       none(router.options().training_capacity, "training_capacity");
   }
@@ -342,7 +351,7 @@ class HierarchicalRouter {
       for_each_pair(routing, t, [&](Index, Index, Index) { ++end; });
     }
     Buffer<Index>&leaf = routing.scratch.order, &rank = routing.scratch.position;
-    Buffer<S>& gate = routing.scratch.row;  // as leaf: in the order of the levels' choices [choices]
+    Buffer<S>& gate = routing.scratch.row;  // as leaf, in the order of the levels' choices
     for (Buffer<Index>* b : {&leaf, &rank, &chosen.expert}) {
       b->reserve(room);
       b->resize(chosen.token_begin[tokens]);
@@ -450,8 +459,8 @@ class HierarchicalRouter {
     route_backward_with(children_[i], seen, level, gradient, d_x, grad.children_[i], executor);
   }
 
-  // Visits a level's parameters under its name. That name is made without the heap where it is short,
-  // because layers visit their routers in every backward pass.
+  // Visits a level's parameters under its name. That name is made without the heap where it is
+  // short, because layers visit their routers in every backward pass.
   template <class Part, class F, class... Parts>
   static void visit_level(Index level, F& f, Parts&... parts) {
     Part::visit(
@@ -459,9 +468,10 @@ class HierarchicalRouter {
           char buffer[64];
           const int size = int(info.name.size());
           const int length =
-              level == 0 ? std::snprintf(buffer, sizeof buffer, "parent.%.*s", size, info.name.data())
-                         : std::snprintf(buffer, sizeof buffer, "children.%lld.%.*s",
-                                         static_cast<long long>(level - 1), size, info.name.data());
+              level == 0
+                  ? std::snprintf(buffer, sizeof buffer, "parent.%.*s", size, info.name.data())
+                  : std::snprintf(buffer, sizeof buffer, "children.%lld.%.*s",
+                                  static_cast<long long>(level - 1), size, info.name.data());
           std::string longer;
           std::string_view name(buffer, std::size_t(length));
           if (std::size_t(length) >= sizeof buffer) {
