@@ -497,6 +497,27 @@ TEST(NullExpertsInALayer, KeepAPoisonedTokenToItself) {
   }
 }
 
+TEST(NullExpertsInALayer, DoNotSeeWhatABufferHeldBefore) {
+  Rng rng(20);
+  const Layer<float> layer = layer_of_all_kinds<float>(7, true, rng);
+  const Matrix<float> x = random_matrix<float>(50, 7, 21), larger = random_matrix<float>(90, 7, 22);
+  const moe::Sequential sequential;
+  Layer<float>::Workspace workspace;
+  Layer<float>::Cache cache;
+  Layer<float> grad = moe::zeros_like(layer), other_grad = grad;
+  Matrix<float> inference, y, d_x;
+  layer.forward(larger, inference, workspace, {}, sequential);
+  layer.forward(larger, y, cache, {}, sequential);
+  layer.backward(y, cache, other_grad, {}, d_x, sequential);
+  layer.forward(x, inference, workspace, {}, sequential);
+  layer.forward(x, y, cache, {}, sequential);
+  layer.backward(y, cache, grad, {}, d_x, sequential);
+  const Step<Layer<float>> fresh(layer, x, {}, sequential);
+  EXPECT_TRUE(laws::same_bits(inference, fresh.inference));
+  EXPECT_TRUE(laws::same_bits(y, fresh.y));
+  EXPECT_TRUE(laws::same_bits(d_x, fresh.d_x));
+}
+
 TEST(NullExpertsInALayer, MayBeAllThatThereIs) {
   const Matrix<float> x = random_matrix<float>(300, 8, 16);
   Rng rng(17);

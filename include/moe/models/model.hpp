@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <string_view>
 #include <type_traits>
 #include <utility>
@@ -176,12 +175,13 @@ struct Model {
   }
 };
 
-/// A layer of the model without weights: every parameter is zero. Throws std::invalid_argument where the
-/// model's sizes do not fit each other.
-template <class S, class Unit, template <class> class R>
-typename Model<Unit, R>::template Layer<S> make_empty_layer(const Model<Unit, R>& model) {
-  using M = Model<Unit, R>;
-  using Expert = typename M::template Expert<S>;
+namespace detail {
+
+// A layer of the model; `more` is what constructors of experts and routers take beside their options: an
+// Rng or nothing.
+template <class S, class Unit, template <class> class R, class... More>
+typename Model<Unit, R>::template Layer<S> build_layer(const Model<Unit, R>& model, More&... more) {
+  using Expert = typename Model<Unit, R>::template Expert<S>;
   const auto experts = [&](Index count, Index d_ff) {
     typename Expert::Options options{};
     options.d_model = model.d_model();
@@ -189,29 +189,32 @@ typename Model<Unit, R>::template Layer<S> make_empty_layer(const Model<Unit, R>
     options.bias = model.expert_bias;
     if constexpr (GatedUnit<Unit>) options.glu = model.unit;
     else options.activation = model.unit;
-    return std::vector<Expert>(std::size_t(count), Expert(options));
+    std::vector<Expert> list;
+    list.reserve(std::size_t(count));
+    for (Index e = 0; e < count; ++e) list.emplace_back(options, more...);
+    return list;
   };
-  return {experts(model.num_experts(), model.d_ff), R<S>(model.router),
-          SharedExperts<Expert>{model.shared_experts > 0
-                                    ? experts(model.shared_experts, model.shared_d_ff)
-                                    : std::vector<Expert>(),
-                                model.gated_shared_experts},
-          model.output_bias};
+  auto routed = experts(model.num_experts(), model.d_ff);
+  auto shared = experts(model.shared_experts, model.shared_d_ff);
+  return {std::move(routed), R<S>(model.router, more...),
+          SharedExperts<Expert>{std::move(shared), model.gated_shared_experts}, model.output_bias};
 }
 
-/// A new layer of the model. Weights [out, in] are normal with variance 1 / in, biases zero; drawn in the
-/// order of Layer::visit. Throws as make_empty_layer.
+}  // namespace detail
+
+/// A layer of the model without weights: every parameter is zero. Throws std::invalid_argument where the
+/// model's sizes do not fit each other.
+template <class S, class Unit, template <class> class R>
+typename Model<Unit, R>::template Layer<S> make_empty_layer(const Model<Unit, R>& model) {
+  return detail::build_layer<S>(model);
+}
+
+/// A new layer of the model, with weights as its experts and its router draw them: experts, shared
+/// experts, router. Throws as make_empty_layer.
 /// Example: make_layer<float>(mixtral_8x7b.scaled_to(64, 128, 8), rng).
 template <class S, class Unit, template <class> class R>
 typename Model<Unit, R>::template Layer<S> make_layer(const Model<Unit, R>& model, Rng& rng) {
-  auto layer = make_empty_layer<S>(model);
-  decltype(layer)::visit(
-      [&](const ParameterInfo& info, auto& p) {
-        if (info.kind == Kind::parameter && p.cols() > 1)
-          fill_normal(p, 1.0 / std::sqrt(double(p.cols())), rng);
-      },
-      layer);
-  return layer;
+  return detail::build_layer<S>(model, rng);
 }
 
 }  // namespace moe

@@ -31,9 +31,9 @@ class ExpertChoiceRouter {
 
   using Options = ExpertChoiceOptions;
 
-  /// w_router is normal with variance 1 / d_model. Throws std::invalid_argument for options out of
-  /// range, and for Overflow::next_best, which means nothing here.
-  ExpertChoiceRouter(const Options& options, Rng& rng) : options_(options) {
+  /// w_router is zero, to be filled from elsewhere. Throws std::invalid_argument for options out of range,
+  /// and for Overflow::next_best, which means nothing here.
+  explicit ExpertChoiceRouter(const Options& options) : options_(options) {
     require(options.d_model > 0, "ExpertChoiceRouter: d_model = ", options.d_model,
             ", expected at least 1");
     require(options.num_experts > 0, "ExpertChoiceRouter: num_experts = ", options.num_experts,
@@ -42,6 +42,10 @@ class ExpertChoiceRouter {
             "ExpertChoiceRouter: overflow is next_best, but experts choose tokens here: expected "
             "drop or pass_through");
     expert_capacity(0, options.num_experts, 1, options.capacity);  // throws if out of range
+    w_router.setZero(options.num_experts, options.d_model);
+  }
+  /// w_router is normal with variance 1 / d_model.
+  ExpertChoiceRouter(const Options& options, Rng& rng) : ExpertChoiceRouter(options) {
     w_router = lecun_normal<S>(options.num_experts, options.d_model, rng);
   }
 

@@ -40,9 +40,8 @@ class NoisyTopKRouter {
 
   using Options = NoisyTopKOptions;
 
-  /// Draws nothing from the Rng: it is there so that all routers are made alike. Throws
-  /// std::invalid_argument for options out of range.
-  NoisyTopKRouter(const Options& options, Rng&) : options_(options) {
+  /// Throws std::invalid_argument for options out of range.
+  explicit NoisyTopKRouter(const Options& options) : options_(options) {
     require(options.d_model > 0, "NoisyTopKRouter: d_model = ", options.d_model,
             ", expected at least 1");
     require(options.num_experts > 0, "NoisyTopKRouter: num_experts = ", options.num_experts,
@@ -54,6 +53,8 @@ class NoisyTopKRouter {
     w_router.setZero(options.num_experts, options.d_model);
     w_noise.setZero(options.num_experts, options.d_model);
   }
+  /// Draws nothing from the Rng: it is there so that all routers are made alike.
+  NoisyTopKRouter(const Options& options, Rng&) : NoisyTopKRouter(options) {}
 
   Index d_model() const { return w_router.cols(); }
   Index num_experts() const { return w_router.rows(); }

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: MIT
+#include <cmath>
+#include <set>
+#include <string>
+#include <type_traits>
+
+#include <gtest/gtest.h>
+
+#include <moe/moe.hpp>
+
+// Every model by name: its numbers, and a small layer of it forward and backward.
+namespace {
+
+using moe::Index;
+using moe::Matrix;
+using moe::Rng;
+
+// The model in a size for tests: 8 experts, groups of two.
+template <class M>
+M small(const M& model) {
+  M m = model.scaled_to(6, 5, 8);
+  if constexpr (requires { m.router.group_limit; })
+    if (m.router.group_limit.applies()) {
+      m.router.group_limit = {.groups = 4, .kept = 3, .score = model.router.group_limit.score};
+      m.router.top_k = 4;
+    }
+  return m;
+}
+
+TEST(Models, NamesAreUnique) {
+  std::set<std::string> names;
+  moe::for_each_model([&](const auto& model) {
+    EXPECT_TRUE(names.insert(std::string(model.name)).second) << model.name;
+    EXPECT_FALSE(model.source.empty()) << model.name;
+  });
+  EXPECT_GE(names.size(), 30u);
+}
+
+// Mixtral 8x7B by hand: 8 experts of 3 x 4096 x 14336 and a router of 8 x 4096.
+TEST(Models, CountParametersAndOperations) {
+  const auto& model = moe::mixtral_8x7b;
+  EXPECT_EQ(model.expert_parameters(14336), 3 * 4096 * 14336);
+  EXPECT_EQ(model.layer_parameters(), 8 * 3 * 4096 * 14336 + 8 * 4096);
+  EXPECT_EQ(model.active_layer_parameters(), 2 * 3 * 4096 * 14336 + 8 * 4096);
+  EXPECT_EQ(model.flops_per_token(), 2 * (2 * 3 * 4096 * 14336 + 8 * 4096));
+  EXPECT_EQ(moe::gpt_oss_20b.expert_parameters(2880), 3 * 2880 * 2880 + 3 * 2880);
+}
+
+TEST(Models, CountsAreThoseOfTheLayer) {
+  moe::for_each_model([](const auto& model) {
+    const auto m = small(model);
+    Rng rng(1);
+    const auto layer = moe::make_layer<double>(m, rng);
+    Index router = 0;  // some routers have more than a weight and a bias
+    if constexpr (requires { layer.router().w_noise; }) router = layer.router().w_noise.size();
+    EXPECT_EQ(moe::num_parameters(layer), m.layer_parameters() + router) << m.name;
+    EXPECT_EQ(moe::num_parameters(moe::make_empty_layer<double>(m)), moe::num_parameters(layer));
+  });
+}
+
+// Published totals within 1%, where the parts around the layers are in the aggregate; Llama 4 Scout's
+// includes an image encoder, GLaM's is rounded to two digits.
+TEST(Models, TotalsAreThosePublished) {
+  moe::for_each_model([](const auto& model) {
+    if (model.around.layers == 0) return;
+    const double difference = double(model.total_parameters()) / model.published.total - 1;
+    const double limit = model.name == moe::llama4_scout.name    ? 0.012
+                         : model.name == moe::glam_64b_64e.name ? 0.033
+                                                                 : 0.01;
+    EXPECT_LT(std::abs(difference), limit) << model.name;
+  });
+}
+
+TEST(Models, LayersRunForwardAndBackward) {
+  moe::for_each_model([](const auto& model) {
+    SCOPED_TRACE(std::string(model.name));
+    Rng rng(2);
+    const auto layer = moe::make_layer<double>(small(model), rng);
+    using Layer = std::remove_const_t<decltype(layer)>;
+    Matrix<double> x(20, 6);
+    moe::fill_normal(x, 1.0, rng);
+    typename Layer::Cache cache;
+    const Matrix<double> y = layer.forward(x, rng, cache);
+    EXPECT_TRUE(y.allFinite());
+    EXPECT_GT(y.norm(), 0);
+    Layer grad = moe::zeros_like(layer);
+    EXPECT_TRUE(layer.backward(y, cache, grad).allFinite());
+    Layer::visit(
+        [](const moe::ParameterInfo& info, const auto& g) { EXPECT_TRUE(g.allFinite()) << info.name; },
+        grad);
+  });
+}
+
+TEST(Models, SizesThatDoNotFitAreRefused) {
+  Rng rng(3);
+  EXPECT_THROW(moe::make_layer<float>(moe::gpt_4_rumoured, rng), std::invalid_argument);
+  EXPECT_THROW(moe::make_layer<float>(moe::deepseek_v3.scaled_to(8, 8, 12), rng),
+               std::invalid_argument);  // 8 groups of 12 experts
+  EXPECT_EQ(moe::deepseek_v3.scaled_to(8, 8, 4).router.top_k, 4);
+}
+
+}  // namespace
