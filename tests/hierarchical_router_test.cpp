@@ -482,6 +482,30 @@ TEST(HierarchicalRouterLosses, GradientsOfLossesOnLevelsAreExact) {
   }
 }
 
+// A child that insists on what routers are promised: zeros in the rows of tokens it found not valid.
+struct Strict : TopK {
+  using TopK::TopK;
+  template <class E = moe::DefaultExecutor>
+  void backward(const moe::ConstMatrixRef<double>& x, const moe::Routing<double>& routing,
+                const moe::RoutingGradient<double>& gradient, moe::MatrixRef<double> d_x,
+                Strict& grad, const E& executor = {}) const {
+    for (Index t = 0; t < x.rows(); ++t)
+      EXPECT_EQ(x.row(t).norm() > 0, routing.is_valid(t)) << "row " << t;
+    TopK::backward(x, routing, gradient, d_x, grad, executor);
+  }
+};
+
+TEST(HierarchicalRouterLosses, AChildSeesZerosForTokensOfOtherGroups) {
+  Rng rng(22);
+  const auto router = Make<Hierarchy<TopK, Strict>>::router({.parent_k = 1}, rng);
+  const Matrix<double> x = normal_matrix<double>(20, kDModel, rng);
+  const auto routing = route(router, x);
+  auto grad = moe::zeros_like(router);
+  Matrix<double> d_x = Matrix<double>::Zero(20, kDModel);
+  router.backward(x, routing, moe::load_balancing_loss(routing).gradient, d_x, grad);
+  EXPECT_GT(d_x.norm(), 0);
+}
+
 // ---- Symmetries, masks, poison, replay, reuse, threads.
 
 TYPED_TEST(HierarchicalRouter, PermutingTokensPermutesOutputs) {
@@ -777,6 +801,20 @@ TEST(HierarchicalRouterErrors, CallsThatDoNotFit) {
   const Hierarchy<TopK> untrainable(constant, {constant, constant});
   EXPECT_NO_THROW(route(untrainable, x));
   expect([&] { untrainable.route(x, rng, {}, routing); }, "top_k = 1 of num_experts = 2");
+}
+
+// A router that drops although its options do not say so.
+struct Dropping : TopK {
+  using TopK::TopK;
+  int options() const { return 0; }
+};
+
+TEST(HierarchicalRouterErrors, ALevelThatDrops) {
+  const TopK parent({.d_model = 1, .num_experts = 1, .top_k = 1});
+  const Dropping child({.d_model = 1, .num_experts = 2, .top_k = 1, .capacity = 1.0});
+  const Hierarchy<TopK, Dropping> router(parent, {child});
+  EXPECT_THAT([&] { route(router, Matrix<double>::Ones(4, 1)); },
+              ThrowsMessage<std::invalid_argument>(HasSubstr("child 0 seated 2 of 4 choices")));
 }
 
 // Levels whose gates scale different sides are refused; those that all scale inputs are not.

@@ -8,7 +8,8 @@
 //   soft_moe_layer.hpp                SoftMoELayer: slots that are mixtures of all tokens
 //   routers/*.hpp                     TopKRouter, NoisyTopKRouter, ExpertChoiceRouter, SinkhornRouter,
 //                                     SparseMixerRouter, HashRouter
-//   experts/*.hpp                     FeedForward, GatedFeedForward, VariantExpert
+//   experts/*.hpp                     FeedForward, GatedFeedForward, VariantExpert, ThreeWayFeedForward,
+//                                     ZeroExpert, CopyExpert, ConstantExpert
 //   router.hpp expert.hpp             the concepts, and what passes between the parts
 //   token_choice.hpp                  what routers in which tokens choose have in common
 //   capacity.hpp                      expert_capacity, apply_capacity: seats and overflow
@@ -31,6 +32,8 @@
 #include <moe/expert.hpp>
 #include <moe/experts/feed_forward.hpp>
 #include <moe/experts/gated_feed_forward.hpp>
+#include <moe/experts/null_experts.hpp>
+#include <moe/experts/three_way_feed_forward.hpp>
 #include <moe/experts/variant_expert.hpp>
 #include <moe/gradient_check.hpp>
 #include <moe/group_limit.hpp>

@@ -28,8 +28,8 @@ namespace moe {
 /// The routing is over leaves:
 /// - chosen: every pair of a parent's choice and that child's choice, with the product of their
 ///   gates; a token's largest gate first, because losses take the first choice for the best one;
-///   ties to the lower leaf. All are seated: a hierarchy is dropless, and routers with a capacity are
-///   refused.
+///   ties to the lower leaf. All are seated: a hierarchy is dropless, and routers with a capacity
+///   are refused.
 /// - router_probs: the product of the parent's and the child's. A child that did not see a token
 ///   says nothing about it: its leaves share their group's probability equally. So they sum to 1,
 ///   and the gradient of load_balancing_loss reaches the groups that were not chosen.
@@ -44,8 +44,8 @@ namespace moe {
 /// load_i * load_ij / tokens of group i: see backward_levels.
 ///
 /// Cost: O(tokens * num_experts * d_model), because a child computes the logits of all tokens,
-/// masked ones too. So routing is no cheaper than by one router over all leaves; in return the rules
-/// of masks, groups and noise hold at every level.
+/// masked ones too. So routing is no cheaper than by one router over all leaves; in return the
+/// rules of masks, groups and noise hold at every level.
 ///
 /// Example:
 ///   TopKRouter<float> parent({.d_model = 16, .num_experts = 4}, rng);
@@ -100,8 +100,8 @@ class HierarchicalRouter {
 
   /// Adds to d_x [tokens, d_model] and to grad's parameters: exact through both factors of every
   /// gate and of every probability. `x` has zeros in rows of tokens that are not valid.
-  /// O(tokens * num_experts * d_model). Throws std::invalid_argument for a gradient by leaves' logits
-  /// or noise that is not zero: there are none.
+  /// O(tokens * num_experts * d_model). Throws std::invalid_argument when arguments do not fit, and
+  /// for a gradient by leaves' logits or noise that is not zero: there are none.
   template <Executor E = DefaultExecutor>
   void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, HierarchicalRouter& grad,
