@@ -482,7 +482,7 @@ TEST(HierarchicalRouterLosses, GradientsOfLossesOnLevelsAreExact) {
   }
 }
 
-// A child that insists on what routers are promised: zeros in the rows of tokens it found not valid.
+// A child that insists on what routers are promised: zeros in the rows of tokens that are not valid.
 struct Strict : TopK {
   using TopK::TopK;
   template <class E = moe::DefaultExecutor>

@@ -131,8 +131,8 @@ struct Routing {
   RoutingNoise<S> noise;    ///< in training, where the router is noisy
   bool has_input_factor = false;  ///< whether the router jittered its input
   Matrix<S> input_factor;  ///< what it multiplied x by; means nothing where it did not
-  /// The routings that this one is made of, where routers are made of routers (HierarchicalRouter: the
-  /// parent's, then one for each child); empty otherwise.
+  /// The routings that this one is made of, where a router is made of routers (HierarchicalRouter:
+  /// the parent's, then that of each child); empty otherwise.
   std::vector<Routing> levels{};
 
   mutable RoutingScratch<S> scratch{};
@@ -230,9 +230,9 @@ inline void check_batch_info(const BatchInfo& info, Index tokens, const char* wh
 
 /// Makes `routing` an empty one for a batch: shapes set, tokens valid or masked, nothing chosen.
 /// Every router begins with this. router_logits and router_probs are not touched: a router fills
-/// them, or a reused routing keeps the old ones; levels are cleared: a router that reuses their memory
-/// moves them out before. O(tokens + num_experts); allocates only when
-/// shapes grow. Throws std::invalid_argument for counts out of range and when `info` does not fit.
+/// them, or a reused routing keeps the old ones. levels are cleared: a router that reuses their
+/// memory moves them out before. O(tokens + num_experts); allocates only when shapes grow. Throws
+/// std::invalid_argument for counts out of range and when `info` does not fit.
 template <class S>
 void begin_routing(Index tokens, Index num_experts, const BatchInfo& info, Routing<S>& routing,
                    const char* where) {
