@@ -356,30 +356,6 @@ TEST(HierarchicalRouterLosses, ThoseThatNeedLogitsRefuse) {
 
 // ---- Gradients.
 
-// check_gradients sums up router_logits; here they are zeros that depend on nothing.
-template <class Router>
-struct WithLogits : Router {
-  template <class E = moe::DefaultExecutor>
-  void route(const moe::ConstMatrixRef<double>& x, const BatchInfo& info,
-             moe::Routing<double>& routing, const E& executor = {}) const {
-    Router::route(x, info, routing, executor);
-    routing.router_logits.setZero(x.rows(), this->num_experts());
-  }
-  template <class E = moe::DefaultExecutor>
-  void route(const moe::ConstMatrixRef<double>& x, Rng& rng, const BatchInfo& info,
-             moe::Routing<double>& routing, const E& executor = {}) const {
-    Router::route(x, rng, info, routing, executor);
-    routing.router_logits.setZero(x.rows(), this->num_experts());
-  }
-  template <class E = moe::DefaultExecutor>
-  void backward(const moe::ConstMatrixRef<double>& x, const moe::Routing<double>& routing,
-                moe::RoutingGradient<double> gradient, moe::MatrixRef<double> d_x,
-                WithLogits& grad, const E& executor = {}) const {
-    gradient.d_router_logits.resize(0, 0);
-    Router::backward(x, routing, gradient, d_x, grad, executor);
-  }
-};
-
 // Draws inputs until no selection is near; then the gradients must agree.
 void expect_gradients(Rng& rng, const std::function<moe::GradientReport(Matrix<double>)>& check) {
   for (int redraw = 0; redraw < 50; ++redraw) {
@@ -410,7 +386,7 @@ TYPED_TEST(HierarchicalRouter, GradientsOfTheRouterAreExact) {
        {Shape{}, Shape{.parent_k = 1, .child_k = 2, .renormalise = false},
         Shape{.groups = 2, .parent_k = 2, .child_k = 4}, Shape{.groups = 1, .parent_k = 1}})
     for (const auto& options : all_options(rng)) {
-      const WithLogits<TypeParam> router{Make<TypeParam>::router(shape, rng)};
+      const TypeParam router = Make<TypeParam>::router(shape, rng);
       expect_gradients(rng, [&](const Matrix<double>& x) {
         return moe::check_gradients(router, x, options);
       });
@@ -482,7 +458,7 @@ TEST(HierarchicalRouterLosses, GradientsOfLossesOnLevelsAreExact) {
   }
 }
 
-// A child that insists on what routers are promised: zeros in the rows of tokens that are not valid.
+// A child that insists on what routers are promised: zeros in the rows of tokens not valid.
 struct Strict : TopK {
   using TopK::TopK;
   template <class E = moe::DefaultExecutor>

@@ -211,7 +211,8 @@ GradientReport check_gradients(const R& router, Matrix<double> x,
   route();
   Rng rng(options.seed);
   RoutingGradient<double> weights;
-  weights.d_router_logits = detail::random_weights(x.rows(), router.num_experts(), rng);
+  if (routing.router_logits.size() > 0)  // a router of routers has none
+    weights.d_router_logits = detail::random_weights(x.rows(), router.num_experts(), rng);
   weights.d_router_probs = detail::random_weights(x.rows(), router.num_experts(), rng);
   if (!routing.noise.empty())
     weights.d_noise_stddev = detail::random_weights(x.rows(), router.num_experts(), rng);
@@ -239,6 +240,7 @@ GradientReport check_gradients(const R& router, Matrix<double> x,
           sum += weights.d_router_probs.row(t).dot(routing.router_probs.row(t));
           if (!routing.noise.empty())
             sum += weights.d_noise_stddev.row(t).dot(routing.noise.stddev.row(t));
+          if (weights.d_router_logits.size() == 0) continue;
           for (Index e = 0; e < routing.num_experts(); ++e)  // 0 times minus infinity would be NaN
             if (weights.d_router_logits(t, e) != 0)
               sum += weights.d_router_logits(t, e) * routing.router_logits(t, e);

@@ -7,7 +7,7 @@
 //   moe_layer.hpp                     MoELayer: router + experts, forward and backward. Read it first.
 //   soft_moe_layer.hpp                SoftMoELayer: slots that are mixtures of all tokens
 //   routers/*.hpp                     TopKRouter, NoisyTopKRouter, ExpertChoiceRouter, SinkhornRouter,
-//                                     SparseMixerRouter, HashRouter
+//                                     SparseMixerRouter, HashRouter, HierarchicalRouter
 //   experts/*.hpp                     FeedForward, GatedFeedForward, VariantExpert, ThreeWayFeedForward,
 //                                     ZeroExpert, CopyExpert, ConstantExpert
 //   router.hpp expert.hpp             the concepts, and what passes between the parts
@@ -48,6 +48,7 @@
 #include <moe/router.hpp>
 #include <moe/routers/expert_choice_router.hpp>
 #include <moe/routers/hash_router.hpp>
+#include <moe/routers/hierarchical_router.hpp>
 #include <moe/routers/noisy_top_k_router.hpp>
 #include <moe/routers/sinkhorn_router.hpp>
 #include <moe/routers/sparse_mixer_router.hpp>

@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cerrno>
 #include <cstddef>
+#include <string>
+#include <vector>
 
 #include <moe/moe.hpp>
 
@@ -164,6 +166,15 @@ TEST_P(Allocation, NoneOnceWarmWithSinkhorn) {
   Rng rng(1);
   expect_no_allocation_with(
       SinkhornRouter<float>({.d_model = GetParam(), .num_experts = 8, .top_k = 2}, rng));
+}
+
+TEST_P(Allocation, NoneOnceWarmWithRoutersOfRouters) {
+  Rng rng(1);
+  const TopKRouter<float>::Options parent{.d_model = GetParam(), .num_experts = 2, .top_k = 1},
+      child{.d_model = GetParam(), .num_experts = 4, .top_k = 2, .jitter = 0.01};
+  const TopKRouter<float> top(parent, rng), first(child, rng), second(child, rng);
+  expect_no_allocation_with(
+      HierarchicalRouter<TopKRouter<float>>(top, std::vector{first, second}));
 }
 
 TEST_P(Allocation, NoneOnceWarmWithSparseMixer) {
