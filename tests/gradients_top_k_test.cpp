@@ -142,7 +142,7 @@ TEST(GradientsOfScores, OfReLU) {
 TEST(GradientsOfScores, OfAThresholdedSecondExpert) {
   check_all_seatings<ReLUExpert>(13, [](const Seating& seating, Rng& rng) {
     return Router(seated<Router::Options>(
-                      {.top_k = 3, .second_threshold = 0.25, .renormalise = true}, seating),
+                      {.top_k = 3, .second_threshold = 0.1, .renormalise = true}, seating),
                   rng);
   });
 }
