@@ -120,7 +120,8 @@ void for_each_final_set(const Routing<S>& routing, const F& f) {
 /// `given_ranking` [tokens, num_experts], where minus infinity marks an unavailable expert. A
 /// token takes fewer experts where fewer are available, or where the rule is dynamic; the seats of an
 /// expert then follow from the choices: capacity_factor * choices of the group / num_experts.
-/// O(tokens * num_experts * top_k). Throws std::invalid_argument when the logits do not fit the plan, and for a rule out of range.
+/// O(tokens * num_experts * top_k). Throws std::invalid_argument when the logits do not fit the plan,
+/// and for a rule out of range.
 template <class S, Executor E>
 void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
                      const BatchInfo& info, Routing<S>& routing, const E& executor,
