@@ -22,10 +22,9 @@ struct ExpertChoice {
   }
 };
 
-using ExpertChoices = testing::Types<ExpertChoice<float>, ExpertChoice<double>>;
+[[maybe_unused]] const bool checked =
+    check_routers<ExpertChoice<float>, ExpertChoice<double>>("ExpertChoice");
 
 }  // namespace
-
-INSTANTIATE_TYPED_TEST_SUITE_P(ExpertChoice, RouterLaws, ExpertChoices);
 
 }  // namespace laws

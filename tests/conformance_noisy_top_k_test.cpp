@@ -17,10 +17,9 @@ struct NoisyTopK {
   }
 };
 
-using NoisyTopKs = testing::Types<NoisyTopK<float>, NoisyTopK<double>>;
+[[maybe_unused]] const bool checked =
+    check_routers<NoisyTopK<float>, NoisyTopK<double>>("NoisyTopK");
 
 }  // namespace
-
-INSTANTIATE_TYPED_TEST_SUITE_P(NoisyTopK, RouterLaws, NoisyTopKs);
 
 }  // namespace laws

@@ -24,10 +24,8 @@ struct Sinkhorn {
   }
 };
 
-using Sinkhorns = testing::Types<Sinkhorn<float>, Sinkhorn<double>>;
+[[maybe_unused]] const bool checked = check_routers<Sinkhorn<float>, Sinkhorn<double>>("Sinkhorn");
 
 }  // namespace
-
-INSTANTIATE_TYPED_TEST_SUITE_P(Sinkhorn, RouterLaws, Sinkhorns);
 
 }  // namespace laws

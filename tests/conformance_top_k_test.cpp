@@ -132,14 +132,13 @@ struct Thresholded {
   }
 };
 
-using TopKs = testing::Types<PlainTopK<float>, PlainTopK<double>,                //
-                             RenormalisedTopK<float>, RenormalisedTopK<double>,  //
-                             SigmoidTopK<float>, SigmoidTopK<double>,            //
-                             BiasedTopK<float>, BiasedTopK<double>, GroupedTopK<double>,  //
-                             TopP<float>, ReLUTopK<double>, Thresholded<double>>;
+[[maybe_unused]] const bool checked =
+    check_routers<PlainTopK<float>, PlainTopK<double>,                         //
+                  RenormalisedTopK<float>, RenormalisedTopK<double>,           //
+                  SigmoidTopK<float>, SigmoidTopK<double>,                     //
+                  BiasedTopK<float>, BiasedTopK<double>, GroupedTopK<double>,  //
+                  TopP<float>, ReLUTopK<double>, Thresholded<double>>("TopK");
 
 }  // namespace
-
-INSTANTIATE_TYPED_TEST_SUITE_P(TopK, RouterLaws, TopKs);
 
 }  // namespace laws

@@ -7,6 +7,9 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <functional>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include <moe/moe.hpp>
@@ -66,6 +69,20 @@ testing::AssertionResult equal_to_rounding(const Matrix<S>& a, const Matrix<S>& 
   }
   if (difference <= kRounding<S> * largest) return testing::AssertionSuccess();
   return testing::AssertionFailure() << "differ by " << difference << " of " << largest;
+}
+
+// A test that runs a function.
+class FunctionTest : public testing::Test {
+ public:
+  explicit FunctionTest(std::function<void()> run) : run_(std::move(run)) {}
+  void TestBody() override { run_(); }
+
+ private:
+  std::function<void()> run_;
+};
+inline void add_test(const std::string& suite, const char* name, std::function<void()> run) {
+  testing::RegisterTest(suite.c_str(), name, nullptr, nullptr, __FILE__, __LINE__,
+                        [run] { return new FunctionTest(run); });
 }
 
 }  // namespace laws
