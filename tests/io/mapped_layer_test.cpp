@@ -91,7 +91,7 @@ TEST(MappedLayer, MatricesAreWhereTheFileIs) {
   ASSERT_EQ(tensors.size(), 7u);
   for (const moe::LoadedTensor& tensor : tensors) {
     const bool router = tensor.name == kMixtral + "gate.weight";
-    EXPECT_EQ(tensor.copied, router ? "no matrix of an expert" : "") << tensor.name;
+    EXPECT_EQ(tensor.copied, router ? "not an expert's matrix" : "") << tensor.name;
     EXPECT_EQ(tensor.values, router ? 8 : 12) << tensor.name;
   }
   expect_same_layer(layer, moe::load_layer<float>(kSmallMixtral, file, 7));
@@ -175,7 +175,7 @@ TEST(MappedLayer, CopiesWhatIsTransposed) {
                                  {prefix + "experts.mlp.v1", ""},
                                  {prefix + "experts.mlp.w1", ""},
                                  {prefix + "experts.mlp.w2", "transposed"},
-                                 {prefix + "router.layer.weight", "no matrix of an expert"}}));
+                                 {prefix + "router.layer.weight", "not an expert's matrix"}}));
   EXPECT_EQ(place_in(file.at(prefix + "experts.mlp.v1"), loaded.layer.experts()[1].w_up), 12);
   EXPECT_EQ(place_in(file.at(prefix + "experts.mlp.w2"), loaded.layer.experts()[1].w_down), -1);
   expect_same_layer(loaded.layer, moe::load_layer<float>(model, file, 0));
@@ -280,7 +280,7 @@ void expect_same_golden(M model, const std::string& name, std::size_t mapped, st
   for (const moe::LoadedTensor& tensor : loaded.tensors) ++count[tensor.copied];
   EXPECT_EQ(count[""], mapped);
   EXPECT_EQ(count["transposed"], transposed);
-  EXPECT_EQ(count[""] + count["transposed"] + count["no matrix of an expert"],
+  EXPECT_EQ(count[""] + count["transposed"] + count["not an expert's matrix"],
             loaded.tensors.size());
 }
 

@@ -14,7 +14,8 @@
 namespace moe {
 
 /// Linear, activation, linear: y = act(x w_up^T + b_up) w_down^T + b_down, the expert of Shazeer et
-/// al. 2017, GShard, Switch and V-MoE.
+/// al. 2017, GShard, Switch and V-MoE. With Mapped storage its weights are read where they lie, and it
+/// is for inference.
 template <class S, class Activation = ReLU, class Storage = Owned>
 class FeedForward {
  public:

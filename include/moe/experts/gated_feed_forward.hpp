@@ -15,7 +15,8 @@ namespace moe {
 
 /// Gated feed-forward (Shazeer 2020, "GLU Variants Improve Transformer", eq. 6):
 /// y = glu(x w_gate^T + b_gate, x w_up^T + b_up) w_down^T + b_down, the expert of Mixtral, DeepSeek,
-/// Qwen, DBRX and (with biases and ClampedSwiGLU) gpt-oss.
+/// Qwen, DBRX and (with biases and ClampedSwiGLU) gpt-oss. With Mapped storage its weights are read
+/// where they lie, and it is for inference.
 template <class S, class Unit = SwiGLU, class Storage = Owned>
 class GatedFeedForward {
  public:

@@ -56,7 +56,7 @@ class LayerReader {
     const Stored stored =
         find(source, expert, num_experts, out.rows(), out.cols(), M::ColsAtCompileTime == 1);
     copy(stored, out);
-    note(stored, out.size(), "no matrix of an expert");
+    note(stored, out.size(), "not an expert's matrix");
   }
 
   // Reads a matrix [rows, cols] of an expert: where it lies if Weight can and the tensor lets it, else
