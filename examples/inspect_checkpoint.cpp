@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 
-// Loads one Mixture-of-Experts layer out of a published checkpoint, runs tokens through it and shows who
-// works on them:
+// Loads one Mixture-of-Experts layer out of a published checkpoint, shows what of it could be read where
+// the file has it and what had to be copied, runs tokens through it and shows who works on them:
 //   inspect_checkpoint MODEL CHECKPOINT [LAYER]
 // CHECKPOINT is a .safetensors file, an index of several, or the folder that holds them. Tokens are
 // random: hidden states of real text come out of the model's other layers.
@@ -11,7 +11,10 @@
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include <moe/io/load_layer.hpp>
 #include <moe/models/all.hpp>
@@ -29,15 +32,30 @@ void print_names() {
   });
 }
 
+// Tensors and their values by what became of them.
+void print_storage(const std::vector<moe::LoadedTensor>& tensors) {
+  std::map<std::string, std::pair<long, moe::Index>> sums;
+  for (const moe::LoadedTensor& tensor : tensors) {
+    auto& [count, values] = sums[tensor.copied];
+    ++count;
+    values += tensor.values;
+  }
+  for (const auto& [copied, sum] : sums)
+    std::printf("  %s: %ld, of %.3f million values\n",
+                copied.empty() ? "mapped tensors" : ("copied tensors (" + copied + ")").c_str(),
+                sum.first, double(sum.second) / 1e6);
+}
+
 template <class Model>
 void inspect(const Model& published, const moe::Checkpoint& checkpoint, moe::Index layer_index) {
   const Model model = moe::sized_as(published, checkpoint, layer_index);
   std::printf("%s: d_model %ld, %ld experts of d_ff %ld, %ld for a token, shared d_ff %ld\n",
               model.name.data(), long(model.d_model()), long(model.num_experts()), long(model.d_ff),
               long(model.experts_per_token()), long(model.shared_experts * model.shared_d_ff));
-  const auto layer = moe::load_layer<float>(model, checkpoint, layer_index);
+  const auto [layer, tensors] = moe::load_mapped_layer<float>(model, checkpoint, layer_index);
   std::printf("layer %ld: %.1f million parameters\n", long(layer_index),
               double(moe::num_parameters(layer)) / 1e6);
+  print_storage(tensors);
 
   moe::Rng rng(1);
   moe::Matrix<float> x(kTokens, model.d_model());

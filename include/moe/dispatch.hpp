@@ -246,7 +246,7 @@ void run_experts(std::span<const Ex> experts, const DispatchPlan<S>& plan,
   y_rows.resize(x_rows.rows(), x_rows.cols(), plan.token.capacity());
   detail::list_expert_rows(plan, scratch.tasks);
   Index widest = 0;
-  if constexpr (TrainableExpert<Ex>) {
+  if constexpr (BufferedExpert<Ex>) {
     for (const Ex& expert : experts) widest = std::max<Index>(widest, expert.cache_cols());
     scratch.rows.resize(executor.concurrency() * detail::kExpertRows * widest);
   }
@@ -255,7 +255,7 @@ void run_experts(std::span<const Ex> experts, const DispatchPlan<S>& plan,
     const Ex& expert = experts[std::size_t(e)];
     const auto x = x_rows.block(plan.expert_begin[e] + begin, count);
     auto y = y_rows.block(plan.expert_begin[e] + begin, count);
-    if constexpr (TrainableExpert<Ex>) {
+    if constexpr (BufferedExpert<Ex>) {
       expert.forward(x, y,
                      Eigen::Map<Matrix<S>>(
                          scratch.rows.data() + worker * detail::kExpertRows * widest, count,

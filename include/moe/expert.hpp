@@ -22,17 +22,25 @@ concept Expert = requires(const E& expert, const ConstMatrixRef<typename E::Scal
   expert.forward(x, y);
 };
 
-/// An expert with a backward pass. What backward needs of the forward pass stands in a block of the
-/// layer's cache, `cache_cols()` scalars a row: forward fills it, backward may use what it does not
-/// need as scratch, but must leave it fit for another backward. backward writes d_x and adds to the
-/// parameters of `grad`, an expert of the same type.
+/// An expert that works in memory of its caller, `cache_cols()` scalars a row: this forward allocates
+/// nothing.
 template <class E>
-concept TrainableExpert =
-    Expert<E> &&
-    requires(const E& expert, E& grad, const ConstMatrixRef<typename E::Scalar>& x,
-             MatrixRef<typename E::Scalar> y, MatrixRef<typename E::Scalar> cache) {
+concept BufferedExpert =
+    Expert<E> && requires(const E& expert, const ConstMatrixRef<typename E::Scalar>& x,
+                          MatrixRef<typename E::Scalar> y, MatrixRef<typename E::Scalar> cache) {
       { expert.cache_cols() } -> std::convertible_to<Index>;
       expert.forward(x, y, cache);
+    };
+
+/// An expert with a backward pass. What backward needs of the forward pass stands in a block of the
+/// layer's cache: forward fills it, backward may use what it does not need as scratch, but must leave
+/// it fit for another backward. backward writes d_x and adds to the parameters of `grad`, an expert of
+/// the same type.
+template <class E>
+concept TrainableExpert =
+    BufferedExpert<E> &&
+    requires(const E& expert, E& grad, const ConstMatrixRef<typename E::Scalar>& x,
+             MatrixRef<typename E::Scalar> y, MatrixRef<typename E::Scalar> cache) {
       expert.backward(x, x, cache, y, grad);
       E::visit([](const ParameterInfo&, auto&...) {}, grad);
     };

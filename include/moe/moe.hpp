@@ -19,6 +19,7 @@
 //   scores.hpp group_limit.hpp selection_bias.hpp                  logits, scores, selection, gates
 //   softmax.hpp top_k.hpp activation.hpp product.hpp               the mathematics
 //   parameters.hpp random.hpp init.hpp executor.hpp                parameters, numbers, threads
+//   storage.hpp                       Owned and Mapped: where weights are
 //   types.hpp buffer.hpp check.hpp version.hpp                     the ground
 //
 // The way of the data: x -> router.route -> Routing -> dispatch -> run_experts -> combine -> y.
@@ -57,6 +58,7 @@
 #include <moe/selection_bias.hpp>
 #include <moe/soft_moe_layer.hpp>
 #include <moe/softmax.hpp>
+#include <moe/storage.hpp>
 #include <moe/token_choice.hpp>
 #include <moe/top_k.hpp>
 #include <moe/types.hpp>

@@ -49,6 +49,16 @@ void visit_part(std::string_view prefix, F&& f, Part& part, Parts&... parts) {
       part, parts...);
 }
 
+namespace detail {
+
+template <class Array>
+void require_writable(const Array&) {
+  static_assert(requires(Array& array) { array.setZero(); },
+                "a read-only parameter, as that of a mapped expert, has no gradient");
+}
+
+}  // namespace detail
+
 /// A copy with the same configuration in which every parameter is zero and buffers are empty: the
 /// gradient of `thing`, or a moment of its optimiser.
 template <class Thing>
@@ -56,6 +66,7 @@ Thing zeros_like(const Thing& thing) {
   Thing zeros = thing;
   Thing::visit(
       [](const ParameterInfo& info, auto& array) {
+        detail::require_writable(array);
         if (info.kind == Kind::buffer) array.resize(0, array.cols());
         else array.setZero();
       },
@@ -68,6 +79,7 @@ template <class Thing>
 void set_zero(Thing& thing) {
   Thing::visit(
       [](const ParameterInfo& info, auto& array) {
+        detail::require_writable(array);
         if (info.kind != Kind::buffer) array.setZero();
       },
       thing);

@@ -106,6 +106,30 @@ void expect_no_allocation_with(const Router& router) {
 
 class Allocation : public testing::TestWithParam<Index> {};
 
+TEST_P(Allocation, NoneOnceWarmWithMappedExperts) {
+  using E = GatedFeedForward<float, SwiGLU, Mapped>;
+  Rng rng(1);
+  const Index d_model = GetParam(), d_ff = 48;
+  const auto weight = [&](Index rows, Index cols) {
+    return MappedMatrix<float>(lecun_normal<float>(rows, cols, rng));
+  };
+  std::vector<E> experts;
+  for (int e = 0; e < 8; ++e)
+    experts.push_back(E{{.d_model = d_model, .d_ff = d_ff}, weight(d_ff, d_model),
+                        weight(d_ff, d_model), weight(d_model, d_ff)});
+  const MoELayer layer(std::move(experts),
+                       TopKRouter<float>({.d_model = d_model, .num_experts = 8, .top_k = 2}, rng));
+  decltype(layer)::Workspace workspace;
+  Matrix<float> x(90, d_model), y;
+  for (int step = 0; step < 6; ++step) {
+    fill_normal(x, 1.0, rng);
+    if (step % 3 == 1) x.rowwise() += x.row(0) * 3;
+    const long before = allocations;
+    layer.forward(x, y, workspace, {}, Sequential{});
+    if (step > 0) { EXPECT_EQ(allocations - before, 0) << "step " << step; }
+  }
+}
+
 TEST_P(Allocation, NoneOnceWarmWithTopK) {
   Rng rng(1);
   for (const Overflow overflow : {Overflow::drop, Overflow::next_best, Overflow::pass_through})

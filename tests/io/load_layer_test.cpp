@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 #include <cstddef>
-#include <filesystem>
-#include <functional>
-#include <map>
-#include <span>
+#include <cstdint>
+#include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -17,64 +17,20 @@
 #include <moe/models/mixtral.hpp>
 #include <moe/moe.hpp>
 
+#include "tensors.hpp"
+
 namespace {
+
+using io_test::kMixtral;
+using io_test::kSmallMixtral;
+using io_test::small_mixtral;
+using io_test::Tensors;
 
 using moe::Checkpoint;
 using moe::CheckpointError;
 using moe::DType;
 using moe::Index;
 using moe::Matrix;
-
-// A checkpoint in memory, written to a file when it is opened.
-struct Tensors {
-  struct Tensor {
-    DType dtype;
-    std::vector<Index> shape;
-    std::vector<std::byte> bytes;
-  };
-  std::map<std::string, Tensor> tensors;
-
-  template <class S>
-  void add(const std::string& name, DType dtype, std::vector<Index> shape, const std::vector<S>& values) {
-    const auto* const bytes = reinterpret_cast<const std::byte*>(values.data());
-    tensors[name] = {dtype, std::move(shape), {bytes, bytes + values.size() * sizeof(S)}};
-  }
-  // The values begin, begin + 1, ... in halves.
-  void add_count(const std::string& name, std::vector<Index> shape, float begin) {
-    Index size = 1;
-    for (const Index n : shape) size *= n;
-    std::vector<float> values(static_cast<std::size_t>(size));
-    for (std::size_t i = 0; i < values.size(); ++i) values[i] = begin + 0.5f * float(i);
-    add(name, DType::F32, std::move(shape), values);
-  }
-  Checkpoint open() const {
-    std::vector<moe::TensorToWrite> list;
-    for (const auto& [name, tensor] : tensors)
-      list.push_back({name, tensor.dtype, tensor.shape, tensor.bytes});
-    const std::string path = testing::TempDir() + "load_layer_test." +
-                             testing::UnitTest::GetInstance()->current_test_info()->name() +
-                             ".safetensors";
-    moe::write_safetensors(path, list);
-    return Checkpoint::open(path);
-  }
-};
-
-const auto kSmallMixtral = moe::mixtral_8x7b.scaled_to(4, 3, 2);
-const std::string kMixtral = "model.layers.7.block_sparse_moe.";
-
-Tensors small_mixtral() {
-  Tensors t;
-  t.add_count(kMixtral + "gate.weight", {2, 4}, 100);
-  for (const int e : {0, 1}) {
-    const std::string expert = kMixtral + "experts." + std::to_string(e) + ".";
-    t.add_count(expert + "w1.weight", {3, 4}, float(1000 * (e + 1)));
-    t.add_count(expert + "w2.weight", {4, 3}, float(1000 * (e + 1) + 200));
-    t.add_count(expert + "w3.weight", {3, 4}, float(1000 * (e + 1) + 400));
-  }
-  t.add_count("model.layers.7.self_attn.q_proj.weight", {4, 4}, 0);  // of no concern
-  t.add_count("model.layers.8.block_sparse_moe.gate.weight", {2, 4}, 0);
-  return t;
-}
 
 void expect_error(const Tensors& tensors, const std::vector<std::string>& parts) {
   try {
@@ -207,6 +163,25 @@ TEST(LoadLayer, TheOrientationOfSquareMatricesMatters) {
   model.tensors.experts.w_down.transposed = false;
   const auto wrong = moe::load_layer<float>(model, t.open(), 0);
   EXPECT_EQ(wrong.experts()[0].w_down(1, 2), 0.5f * (1 * 4 + 2));
+}
+
+// Scales of which it is not known how experts share them.
+TEST(LoadLayer, RefusesBlockScalesOfStackedExperts) {
+  const std::string prefix = "transformer.blocks.0.ffn.";
+  Tensors t;
+  t.add_count(prefix + "router.layer.weight", {2, 4}, 0);
+  for (const std::string name : {"w1", "v1", "w2"}) {
+    t.add(prefix + "experts.mlp." + name, DType::F8_E4M3, {6, 4}, std::vector<std::uint8_t>(24, 0x38));
+    t.add_count(prefix + "experts.mlp." + name + "_scale_inv", {1, 1}, 2);
+  }
+  try {
+    moe::load_layer<float>(moe::dbrx.scaled_to(4, 3, 2), t.open(), 0);
+    ADD_FAILURE() << "nothing was thrown";
+  } catch (const CheckpointError& error) {
+    EXPECT_NE(std::string(error.what()).find("w1 has block scales and holds 2 experts, expected 1"),
+              std::string::npos)
+        << error.what();
+  }
 }
 
 TEST(LoadLayer, TakesStackedRowsOfDbrx) {

@@ -1,20 +1,26 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <concepts>
+#include <utility>
+
 #include <moe/activation.hpp>
 #include <moe/check.hpp>
 #include <moe/expert.hpp>
 #include <moe/init.hpp>
 #include <moe/product.hpp>
+#include <moe/storage.hpp>
 
 namespace moe {
 
 /// Linear, activation, linear: y = act(x w_up^T + b_up) w_down^T + b_down, the expert of Shazeer et
-/// al. 2017, GShard, Switch and V-MoE.
-template <class S, class Activation = ReLU>
+/// al. 2017, GShard, Switch and V-MoE. With Mapped storage its weights are read where they lie, and it
+/// is for inference.
+template <class S, class Activation = ReLU, class Storage = Owned>
 class FeedForward {
  public:
   using Scalar = S;
+  using Weight = typename Storage::template Weight<S>;
 
   struct Options {
     Index d_model = 0;
@@ -24,20 +30,29 @@ class FeedForward {
   };
 
   /// All parameters are zero, to be filled from elsewhere. Throws unless both widths are positive.
-  explicit FeedForward(const Options& options) : activation_(options.activation) {
-    require(options.d_model > 0, "FeedForward: d_model = ", options.d_model, ", expected at least 1");
-    require(options.d_ff > 0, "FeedForward: d_ff = ", options.d_ff, ", expected at least 1");
+  explicit FeedForward(const Options& options)
+    requires std::same_as<Storage, Owned>
+      : activation_(options.activation) {
+    check_widths(options);
     w_up.setZero(options.d_ff, options.d_model);
     w_down.setZero(options.d_model, options.d_ff);
-    if (options.bias) {
-      b_up.setZero(options.d_ff);
-      b_down.setZero(options.d_model);
-    }
+    set_biases(options);
   }
   /// Weights are normal with variance 1 / in, biases zero.
-  FeedForward(const Options& options, Rng& rng) : FeedForward(options) {
+  FeedForward(const Options& options, Rng& rng)
+    requires std::same_as<Storage, Owned>
+      : FeedForward(options) {
     w_up = lecun_normal<S>(options.d_ff, options.d_model, rng);
     w_down = lecun_normal<S>(options.d_model, options.d_ff, rng);
+  }
+  /// Takes weights that exist: up [d_ff, d_model], down [d_model, d_ff]. Biases are zero. Throws unless
+  /// the shapes are those of the options.
+  FeedForward(const Options& options, Weight up, Weight down)
+      : w_up(std::move(up)), w_down(std::move(down)), activation_(options.activation) {
+    check_widths(options);
+    require_shape(w_up, options.d_ff, options.d_model, "FeedForward", "w_up");
+    require_shape(w_down, options.d_model, options.d_ff, "FeedForward", "w_down");
+    set_biases(options);
   }
 
   Index d_model() const { return w_up.cols(); }
@@ -70,7 +85,9 @@ class FeedForward {
 
   /// d_x [rows, d_model] from d_y; adds to the parameters of `grad`.
   void backward(const ConstMatrixRef<S>& x, const ConstMatrixRef<S>& d_y, MatrixRef<S> cache,
-                MatrixRef<S> d_x, FeedForward& grad) const {
+                MatrixRef<S> d_x, FeedForward& grad) const
+    requires std::same_as<Storage, Owned>
+  {
     require_shape(x, x.rows(), d_model(), "FeedForward::backward", "x");
     require_shape(d_y, x.rows(), d_model(), "FeedForward::backward", "d_y");
     require_shape(cache, x.rows(), cache_cols(), "FeedForward::backward", "cache");
@@ -102,12 +119,22 @@ class FeedForward {
     }
   }
 
-  Matrix<S> w_up;    ///< [d_ff, d_model]
-  Matrix<S> w_down;  ///< [d_model, d_ff]
+  Weight w_up;    ///< [d_ff, d_model]
+  Weight w_down;  ///< [d_model, d_ff]
   Vector<S> b_up;    ///< [d_ff], empty without bias
   Vector<S> b_down;  ///< [d_model], empty without bias
 
  private:
+  static void check_widths(const Options& options) {
+    require(options.d_model > 0, "FeedForward: d_model = ", options.d_model, ", expected at least 1");
+    require(options.d_ff > 0, "FeedForward: d_ff = ", options.d_ff, ", expected at least 1");
+  }
+  void set_biases(const Options& options) {
+    if (!options.bias) return;
+    b_up.setZero(options.d_ff);
+    b_down.setZero(options.d_model);
+  }
+
   template <class From, class To>
   void activate_rows(const From& from, To&& to) const {
     for (Index i = 0; i < from.rows(); ++i)

@@ -1,21 +1,27 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <concepts>
+#include <utility>
+
 #include <moe/activation.hpp>
 #include <moe/check.hpp>
 #include <moe/expert.hpp>
 #include <moe/init.hpp>
 #include <moe/product.hpp>
+#include <moe/storage.hpp>
 
 namespace moe {
 
 /// Gated feed-forward (Shazeer 2020, "GLU Variants Improve Transformer", eq. 6):
 /// y = glu(x w_gate^T + b_gate, x w_up^T + b_up) w_down^T + b_down, the expert of Mixtral, DeepSeek,
-/// Qwen, DBRX and (with biases and ClampedSwiGLU) gpt-oss.
-template <class S, class Unit = SwiGLU>
+/// Qwen, DBRX and (with biases and ClampedSwiGLU) gpt-oss. With Mapped storage its weights are read
+/// where they lie, and it is for inference.
+template <class S, class Unit = SwiGLU, class Storage = Owned>
 class GatedFeedForward {
  public:
   using Scalar = S;
+  using Weight = typename Storage::template Weight<S>;
 
   struct Options {
     Index d_model = 0;
@@ -25,24 +31,32 @@ class GatedFeedForward {
   };
 
   /// All parameters are zero, to be filled from elsewhere. Throws unless both widths are positive.
-  explicit GatedFeedForward(const Options& options) : glu_(options.glu) {
-    require(options.d_model > 0, "GatedFeedForward: d_model = ", options.d_model,
-            ", expected at least 1");
-    require(options.d_ff > 0, "GatedFeedForward: d_ff = ", options.d_ff, ", expected at least 1");
+  explicit GatedFeedForward(const Options& options)
+    requires std::same_as<Storage, Owned>
+      : glu_(options.glu) {
+    check_widths(options);
     w_gate.setZero(options.d_ff, options.d_model);
     w_up.setZero(options.d_ff, options.d_model);
     w_down.setZero(options.d_model, options.d_ff);
-    if (options.bias) {
-      b_gate.setZero(options.d_ff);
-      b_up.setZero(options.d_ff);
-      b_down.setZero(options.d_model);
-    }
+    set_biases(options);
   }
   /// Weights are normal with variance 1 / in, biases zero.
-  GatedFeedForward(const Options& options, Rng& rng) : GatedFeedForward(options) {
+  GatedFeedForward(const Options& options, Rng& rng)
+    requires std::same_as<Storage, Owned>
+      : GatedFeedForward(options) {
     w_gate = lecun_normal<S>(options.d_ff, options.d_model, rng);
     w_up = lecun_normal<S>(options.d_ff, options.d_model, rng);
     w_down = lecun_normal<S>(options.d_model, options.d_ff, rng);
+  }
+  /// Takes weights that exist: gate and up [d_ff, d_model], down [d_model, d_ff]. Biases are zero.
+  /// Throws unless the shapes are those of the options.
+  GatedFeedForward(const Options& options, Weight gate, Weight up, Weight down)
+      : w_gate(std::move(gate)), w_up(std::move(up)), w_down(std::move(down)), glu_(options.glu) {
+    check_widths(options);
+    require_shape(w_gate, options.d_ff, options.d_model, "GatedFeedForward", "w_gate");
+    require_shape(w_up, options.d_ff, options.d_model, "GatedFeedForward", "w_up");
+    require_shape(w_down, options.d_model, options.d_ff, "GatedFeedForward", "w_down");
+    set_biases(options);
   }
 
   Index d_model() const { return w_up.cols(); }
@@ -80,7 +94,9 @@ class GatedFeedForward {
 
   /// d_x [rows, d_model] from d_y; adds to the parameters of `grad`.
   void backward(const ConstMatrixRef<S>& x, const ConstMatrixRef<S>& d_y, MatrixRef<S> cache,
-                MatrixRef<S> d_x, GatedFeedForward& grad) const {
+                MatrixRef<S> d_x, GatedFeedForward& grad) const
+    requires std::same_as<Storage, Owned>
+  {
     require_shape(x, x.rows(), d_model(), "GatedFeedForward::backward", "x");
     require_shape(d_y, x.rows(), d_model(), "GatedFeedForward::backward", "d_y");
     require_shape(cache, x.rows(), cache_cols(), "GatedFeedForward::backward", "cache");
@@ -121,14 +137,26 @@ class GatedFeedForward {
     }
   }
 
-  Matrix<S> w_gate;  ///< [d_ff, d_model]
-  Matrix<S> w_up;    ///< [d_ff, d_model]
-  Matrix<S> w_down;  ///< [d_model, d_ff]
+  Weight w_gate;  ///< [d_ff, d_model]
+  Weight w_up;    ///< [d_ff, d_model]
+  Weight w_down;  ///< [d_model, d_ff]
   Vector<S> b_gate;  ///< [d_ff], empty without bias
   Vector<S> b_up;    ///< [d_ff], empty without bias
   Vector<S> b_down;  ///< [d_model], empty without bias
 
  private:
+  static void check_widths(const Options& options) {
+    require(options.d_model > 0, "GatedFeedForward: d_model = ", options.d_model,
+            ", expected at least 1");
+    require(options.d_ff > 0, "GatedFeedForward: d_ff = ", options.d_ff, ", expected at least 1");
+  }
+  void set_biases(const Options& options) {
+    if (!options.bias) return;
+    b_gate.setZero(options.d_ff);
+    b_up.setZero(options.d_ff);
+    b_down.setZero(options.d_model);
+  }
+
   template <class G, class U, class To>
   void activate_rows(const G& gate, const U& up, To&& to) const {
     for (Index i = 0; i < gate.rows(); ++i)

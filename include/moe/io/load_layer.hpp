@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <cstddef>
+#include <functional>
 #include <map>
 #include <string>
 #include <string_view>
@@ -13,10 +15,24 @@
 #include <moe/io/safetensors.hpp>
 #include <moe/models/model.hpp>
 #include <moe/moe_layer.hpp>
+#include <moe/storage.hpp>
 #include <moe/types.hpp>
 
 // A published model's layer out of its checkpoint.
 namespace moe {
+
+/// A tensor of a checkpoint as load_mapped_layer took it.
+struct LoadedTensor {
+  std::string name{};
+  Index values = 0;      ///< how many numbers
+  std::string copied{};  ///< why they were copied, e.g. "transposed"; empty where they are mapped
+};
+
+template <class Layer>
+struct LoadedLayer {
+  Layer layer;
+  std::vector<LoadedTensor> tensors{};  ///< all of the layer, by name
+};
 
 namespace detail {
 
@@ -37,43 +53,40 @@ class LayerReader {
   template <class M>
   void read(const TensorSource& source, Index expert, Index num_experts, M& out) {
     if (out.size() == 0 && source.empty()) return;
-    constexpr bool kVector = M::ColsAtCompileTime == 1;
-    const bool is_stacked = num_experts > 0 && source.name.find("{expert}") == std::string_view::npos;
-    const std::string name =
-        replaced(replaced(std::string(source.name), "{layer}", layer_), "{expert}", expert);
-    const bool is_half = source.part != TensorPart::all;
-    const Index out_rows = out.rows() * (is_half ? 2 : 1);
-    // What is stored of one expert: [outer, inner].
-    bool transposed = source.transposed;
-    if (is_mxfp4(name)) transposed = false;  // blocks of 32 go along a row [in]
-    const Index outer = transposed ? out.cols() : out_rows, inner = transposed ? out_rows : out.cols();
-    read_values(name, outer, inner, kVector, expert, is_stacked ? num_experts : 0);
-    const S* const from = values_.data();
-    const auto row_of = [&](Index i) {
-      switch (source.part) {
-        case TensorPart::all: return i;
-        case TensorPart::first_half: return i;
-        case TensorPart::second_half: return out.rows() + i;
-        case TensorPart::even_rows: return 2 * i;
-        case TensorPart::odd_rows: return 2 * i + 1;
+    const Stored stored =
+        find(source, expert, num_experts, out.rows(), out.cols(), M::ColsAtCompileTime == 1);
+    copy(stored, out);
+    note(stored, out.size(), "not an expert's matrix");
+  }
+
+  // Reads a matrix [rows, cols] of an expert: where it lies if Weight can and the tensor lets it, else
+  // as a copy.
+  template <class Weight>
+  Weight read_weight(const TensorSource& source, Index expert, Index num_experts, Index rows,
+                     Index cols) {
+    const Stored stored = find(source, expert, num_experts, rows, cols, false);
+    const std::string obstacle = why_copied(stored);
+    note(stored, rows * cols, obstacle);
+    if constexpr (std::same_as<Weight, MappedMatrix<S>>) {
+      if (obstacle.empty()) {
+        const auto* const values = reinterpret_cast<const S*>(stored.values.bytes.data()) +
+                                   row_of(stored.part, rows, 0) * cols;
+        return Weight({checkpoint_.owner(), values}, rows, cols);
       }
-      return i;
-    };
-    for (Index i = 0; i < out.rows(); ++i)
-      for (Index j = 0; j < out.cols(); ++j)
-        out(i, j) = transposed ? from[j * inner + row_of(i)] : from[row_of(i) * inner + j];
-    used_[name] += out.size();
+    }
+    Matrix<S> copied(rows, cols);
+    copy(stored, copied);
+    return Weight(std::move(copied));
   }
 
   // Throws unless every value of every tensor whose name begins with `prefix` was read once.
   void check_all_read(std::string_view prefix) const {
     const std::string begin = replaced(std::string(prefix), "{layer}", layer_);
     for (const std::string& name : checkpoint_.names()) {
-      if (name.rfind(begin, 0) != 0 || is_scale(name)) continue;
-      const std::string plain = without_suffix(name, "_blocks");
-      const auto used = used_.find(plain);
-      const Index read = used == used_.end() ? 0 : used->second;
-      const Index size = checkpoint_.at(name).size() * (plain == name ? 1 : 2);  // 2 values a byte
+      if (!name.starts_with(begin) || is_scale(name)) continue;
+      const auto used = used_.find(name);
+      const Index read = used == used_.end() ? 0 : used->second.values;
+      const Index size = checkpoint_.at(name).size() * (name.ends_with("_blocks") ? 2 : 1);
       if (read != size)
         throw CheckpointError("load_layer: " + std::to_string(read) + " of the " +
                               std::to_string(size) + " values of " + name + " belong to layer " +
@@ -81,19 +94,32 @@ class LayerReader {
     }
   }
 
+  // What was read, by name.
+  std::vector<LoadedTensor> tensors() const {
+    std::vector<LoadedTensor> list;
+    for (const auto& [name, tensor] : used_) list.push_back(tensor);
+    return list;
+  }
+
  private:
-  static bool ends_with(std::string_view name, std::string_view end) {
-    return name.size() >= end.size() && name.substr(name.size() - end.size()) == end;
-  }
-  static std::string without_suffix(const std::string& name, std::string_view end) {
-    return ends_with(name, end) ? name.substr(0, name.size() - end.size()) : name;
-  }
+  enum class Format { plain, block_scaled_fp8, mxfp4 };
+
+  // Where a parameter is: in the rows `part` of a matrix [outer, inner], or of its transpose.
+  struct Stored {
+    Format format;
+    TensorView values, scales;  // what the tensors hold of one expert
+    Index outer, inner;
+    TensorPart part;
+    bool transposed;
+  };
+
   // Scales are read with the tensor that they belong to.
-  bool is_scale(const std::string& name) const {
-    return (ends_with(name, "_scale_inv") &&
-            checkpoint_.contains(without_suffix(name, "_scale_inv"))) ||
-           (ends_with(name, "_scales") &&
-            checkpoint_.contains(without_suffix(name, "_scales") + "_blocks"));
+  bool is_scale(std::string_view name) const {
+    const auto belongs_to = [&](std::string_view suffix, const char* other) {
+      return name.ends_with(suffix) &&
+             checkpoint_.contains(std::string(name.substr(0, name.size() - suffix.size())) + other);
+    };
+    return belongs_to("_scale_inv", "") || belongs_to("_scales", "_blocks");
   }
 
   // The bytes of slice `index` of `count` equal slices along the first dimensions, as [shape].
@@ -104,11 +130,41 @@ class LayerReader {
             tensor.bytes.subspan(std::size_t(index) * size, size)};
   }
 
-  // values_ [outer, inner] = the tensor, or what it holds of one expert where it holds `stacked`.
-  void read_values(const std::string& name, Index outer, Index inner, bool vector, Index expert,
-                   Index stacked) {
-    const bool mxfp4 = is_mxfp4(name);
+  Stored find(const TensorSource& source, Index expert, Index num_experts, Index rows, Index cols,
+              bool vector) const {
+    const std::string name =
+        replaced(replaced(std::string(source.name), "{layer}", layer_), "{expert}", expert);
+    const bool mxfp4 = !checkpoint_.contains(name) && checkpoint_.contains(name + "_blocks");
+    const bool fp8 = !mxfp4 && checkpoint_.contains(name + "_scale_inv");
+    const bool transposed = source.transposed && !mxfp4;  // blocks of 32 go along a row [in]
+    const Index all_rows = rows * (source.part == TensorPart::all ? 1 : 2);
+    const Index outer = transposed ? cols : all_rows, inner = transposed ? all_rows : cols;
     const TensorView& tensor = checkpoint_.at(mxfp4 ? name + "_blocks" : name);
+    const bool stacked = num_experts > 0 && source.name.find("{expert}") == std::string_view::npos;
+    check_shape(tensor, mxfp4, outer, inner, vector, stacked ? num_experts : 0);
+    const Index count = stacked ? num_experts : 1, index = stacked ? expert : 0;
+    Stored stored{Format::plain, {}, {}, outer, inner, source.part, transposed};
+    if (mxfp4) {
+      const TensorView& scales = checkpoint_.at(name + "_scales");
+      require_mxfp4_scales(tensor, scales);
+      stored.format = Format::mxfp4;
+      stored.values = slice(tensor, index, count, {outer, inner / 32, 16});
+      stored.scales = slice(scales, index, count, {outer, inner / 32});
+    } else if (fp8) {
+      if (stacked)
+        throw CheckpointError("load_layer: " + tensor.name + " has block scales and holds " +
+                              std::to_string(num_experts) + " experts, expected 1");
+      stored.format = Format::block_scaled_fp8;
+      stored.values = tensor;
+      stored.scales = checkpoint_.at(name + "_scale_inv");
+    } else {
+      stored.values = slice(tensor, index, count, {outer, inner});
+    }
+    return stored;
+  }
+
+  static void check_shape(const TensorView& tensor, bool mxfp4, Index outer, Index inner, bool vector,
+                          Index stacked) {
     std::vector<Index> shape = tensor.shape;
     if (mxfp4 && shape.size() >= 2) {  // [..., blocks, 16] bytes of two values
       shape.pop_back();
@@ -122,26 +178,6 @@ class LayerReader {
     if (std::find(expected.begin(), expected.end(), shape) == expected.end())
       throw CheckpointError("load_layer: " + tensor.name + " has shape " + text_of(shape) +
                             ", expected " + text_of(expected.front()));
-    const Index count = std::max<Index>(stacked, 1), index = stacked > 0 ? expert : 0;
-    values_.resize(std::size_t(outer * inner));
-    if (mxfp4) {
-      const TensorView& scales = checkpoint_.at(name + "_scales");
-      std::vector<float> values(values_.size());
-      require_mxfp4_scales(tensor, scales);
-      read_mxfp4(slice(tensor, index, count, {outer, inner / 32, 16}),
-                 slice(scales, index, count, {outer, inner / 32}), values.data());
-      std::copy(values.begin(), values.end(), values_.begin());
-    } else if (checkpoint_.contains(name + "_scale_inv")) {
-      std::vector<float> values(values_.size());
-      read_block_scaled_fp8(tensor, checkpoint_.at(name + "_scale_inv"), values.data());
-      std::copy(values.begin(), values.end(), values_.begin());
-    } else {
-      read_tensor(slice(tensor, index, count, {outer, inner}), values_.data());
-    }
-  }
-
-  bool is_mxfp4(const std::string& name) const {
-    return !checkpoint_.contains(name) && checkpoint_.contains(name + "_blocks");
   }
   static void require_mxfp4_scales(const TensorView& blocks, const TensorView& scales) {
     if (std::vector<Index>(blocks.shape.begin(), blocks.shape.end() - 1) != scales.shape)
@@ -149,11 +185,110 @@ class LayerReader {
                             ", expected " + text_of(blocks.shape) + " without the last");
   }
 
+  // Where row i of a parameter of so many rows is in a tensor of which it is a part.
+  static Index row_of(TensorPart part, Index rows, Index i) {
+    switch (part) {
+      case TensorPart::all:
+      case TensorPart::first_half: return i;
+      case TensorPart::second_half: return rows + i;
+      case TensorPart::even_rows: return 2 * i;
+      case TensorPart::odd_rows: return 2 * i + 1;
+    }
+    return i;
+  }
+
+  template <class M>
+  void copy(const Stored& stored, M& out) {
+    values_.resize(std::size_t(stored.outer * stored.inner));
+    if (stored.format == Format::plain) {
+      read_tensor(stored.values, values_.data());
+    } else {
+      std::vector<float> values(values_.size());
+      if (stored.format == Format::mxfp4) read_mxfp4(stored.values, stored.scales, values.data());
+      else read_block_scaled_fp8(stored.values, stored.scales, values.data());
+      std::copy(values.begin(), values.end(), values_.begin());
+    }
+    for (Index i = 0; i < out.rows(); ++i) {
+      const Index row = row_of(stored.part, out.rows(), i);
+      for (Index j = 0; j < out.cols(); ++j)
+        out(i, j) = values_[std::size_t(stored.transposed ? j * stored.inner + row
+                                                          : row * stored.inner + j)];
+    }
+  }
+
+  // Why a matrix can not be read where it lies; empty where it can.
+  static std::string why_copied(const Stored& stored) {
+    const DType here = *dtype_of<S>();
+    if (stored.format != Format::plain) return "scaled in blocks";
+    if (stored.values.dtype != here)
+      return std::string(name_of(stored.values.dtype)) + ", not " + std::string(name_of(here));
+    if (stored.transposed) return "transposed";
+    if (stored.part == TensorPart::even_rows || stored.part == TensorPart::odd_rows)
+      return "its rows alternate with those of another";
+    if (!is_readable_in_place<S>(stored.values)) return "misaligned";
+    return "";
+  }
+
+  void note(const Stored& stored, Index values, const std::string& copied) {
+    LoadedTensor& tensor = used_[stored.values.name];
+    tensor = {stored.values.name, tensor.values + values, copied};
+  }
+
   const Checkpoint& checkpoint_;
   Index layer_;
-  std::map<std::string, Index> used_;
+  std::map<std::string, LoadedTensor, std::less<>> used_;
   std::vector<S> values_;
 };
+
+// A layer and what it was read from; see load_layer and load_mapped_layer.
+template <class S, class Storage, class Unit, template <class> class R>
+LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
+    const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer) {
+  require(layer >= 0, "load_layer: layer = ", layer, ", expected at least 0");
+  require(!model.tensors.w_router.empty(), "load_layer: the tensor names of ", model.name,
+          " are not known");
+  using Expert = typename Model<Unit, R>::template Expert<S, Storage>;
+  using Weight = typename Expert::Weight;
+  const LayerTensors& tensors = model.tensors;
+  LayerReader<S> reader(checkpoint, layer);
+  R<S> router(model.router);
+  reader.read(tensors.w_router, 0, 0, router.w_router);
+  if constexpr (requires { router.b_router; }) reader.read(tensors.b_router, 0, 0, router.b_router);
+  if constexpr (requires { router.selection_bias; })
+    reader.read(tensors.selection_bias, 0, 0, router.selection_bias);
+  const auto read_experts = [&](const ExpertTensors& from, Index count, Index d_ff, Index stacked) {
+    const auto options = expert_options<Expert>(model, d_ff);
+    const Index d_model = model.d_model();
+    std::vector<Expert> experts;
+    experts.reserve(std::size_t(count));
+    for (Index e = 0; e < count; ++e) {
+      const auto weight = [&](const TensorSource& source, Index rows, Index cols) {
+        return reader.template read_weight<Weight>(source, e, stacked, rows, cols);
+      };
+      if constexpr (GatedUnit<Unit>) {
+        experts.push_back(Expert{options, weight(from.w_gate, d_ff, d_model),
+                                 weight(from.w_up, d_ff, d_model),
+                                 weight(from.w_down, d_model, d_ff)});
+        reader.read(from.b_gate, e, stacked, experts.back().b_gate);
+      } else {
+        experts.push_back(Expert{options, weight(from.w_up, d_ff, d_model),
+                                 weight(from.w_down, d_model, d_ff)});
+      }
+      reader.read(from.b_up, e, stacked, experts.back().b_up);
+      reader.read(from.b_down, e, stacked, experts.back().b_down);
+    }
+    return experts;
+  };
+  auto routed = read_experts(tensors.experts, model.num_experts(), model.d_ff, model.num_experts());
+  auto shared = read_experts(tensors.shared_expert, model.shared_experts, model.shared_d_ff, 0);
+  MoELayer<Expert, R<S>> loaded(
+      std::move(routed), std::move(router),
+      SharedExperts<Expert>{std::move(shared), model.gated_shared_experts}, model.output_bias);
+  reader.read(tensors.w_shared_gate, 0, 0, loaded.w_shared_gate);
+  reader.read(tensors.b_output, 0, 0, loaded.b_output);
+  reader.check_all_read(tensors.prefix);
+  return {std::move(loaded), reader.tensors()};
+}
 
 }  // namespace detail
 
@@ -191,41 +326,28 @@ Model<Unit, R> sized_as(const Model<Unit, R>& model, const Checkpoint& checkpoin
 
 /// Layer `layer` of a model, from its published checkpoint: tensors of any type are converted to S,
 /// fused ones taken apart, transposed ones turned, scaled 8-bit and 4-bit ones multiplied out. Every
-/// value of every tensor of the layer is used exactly once. Throws CheckpointError for a tensor that is missing, of another shape, or left over,
-/// and std::invalid_argument for a model whose tensor names are not known.
+/// value of every tensor of the layer is used exactly once. O(parameters). Throws CheckpointError for a
+/// tensor that is missing, of another shape, or left over, and std::invalid_argument for a model whose
+/// tensor names are not known.
 /// Example: load_layer<float>(mixtral_8x7b, Checkpoint::open("Mixtral-8x7B-v0.1"), 0).
 template <class S, class Unit, template <class> class R>
 typename Model<Unit, R>::template Layer<S> load_layer(const Model<Unit, R>& model,
                                                       const Checkpoint& checkpoint, Index layer) {
-  require(layer >= 0, "load_layer: layer = ", layer, ", expected at least 0");
-  require(!model.tensors.w_router.empty(), "load_layer: the tensor names of ", model.name,
-          " are not known");
-  auto loaded = make_empty_layer<S>(model);
-  const LayerTensors& tensors = model.tensors;
-  detail::LayerReader<S> reader(checkpoint, layer);
-  auto& router = loaded.router();
-  reader.read(tensors.w_router, 0, 0, router.w_router);
-  if constexpr (requires { router.b_router; }) reader.read(tensors.b_router, 0, 0, router.b_router);
-  if constexpr (requires { router.selection_bias; })
-    reader.read(tensors.selection_bias, 0, 0, router.selection_bias);
-  const auto read_experts = [&](auto experts, const ExpertTensors& from, Index stacked) {
-    for (std::size_t e = 0; e < experts.size(); ++e) {
-      if constexpr (GatedUnit<Unit>) {
-        reader.read(from.w_gate, Index(e), stacked, experts[e].w_gate);
-        reader.read(from.b_gate, Index(e), stacked, experts[e].b_gate);
-      }
-      reader.read(from.w_up, Index(e), stacked, experts[e].w_up);
-      reader.read(from.b_up, Index(e), stacked, experts[e].b_up);
-      reader.read(from.w_down, Index(e), stacked, experts[e].w_down);
-      reader.read(from.b_down, Index(e), stacked, experts[e].b_down);
-    }
-  };
-  read_experts(loaded.experts(), tensors.experts, loaded.num_experts());
-  read_experts(loaded.shared_experts(), tensors.shared_expert, 0);
-  reader.read(tensors.w_shared_gate, 0, 0, loaded.w_shared_gate);
-  reader.read(tensors.b_output, 0, 0, loaded.b_output);
-  reader.check_all_read(tensors.prefix);
-  return loaded;
+  return detail::read_layer<S, Owned>(model, checkpoint, layer).layer;
+}
+
+/// The same layer for inference, with the same outputs to the bit, that reads its experts' matrices
+/// where the checkpoint holds them: O(1) for such a matrix, whose pages the system reads when tokens
+/// need them and shares with other processes. A matrix is copied where it is transposed, misaligned,
+/// scaled in blocks, not of type S, or where its rows alternate with another's; halves and experts of
+/// larger tensors are not. `tensors` says what became of each. The layer keeps the files mapped: they
+/// may be deleted or replaced, as write_safetensors does, but not be written to or cut while it lives.
+/// Throws as load_layer.
+/// Example: const auto [layer, tensors] = load_mapped_layer<float>(mixtral_8x7b, checkpoint, 0).
+template <class S, class Unit, template <class> class R>
+LoadedLayer<typename Model<Unit, R>::template Layer<S, Mapped>> load_mapped_layer(
+    const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer) {
+  return detail::read_layer<S, Mapped>(model, checkpoint, layer);
 }
 
 }  // namespace moe

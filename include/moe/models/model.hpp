@@ -12,6 +12,7 @@
 #include <moe/experts/gated_feed_forward.hpp>
 #include <moe/moe_layer.hpp>
 #include <moe/routers/top_k_router.hpp>
+#include <moe/storage.hpp>
 
 // What a published model says about its Mixture-of-Experts layers: one readable aggregate, from which
 // follow a layer of any size, the numbers of parameters and operations, and where a checkpoint holds
@@ -87,10 +88,11 @@ concept GatedUnit = requires(const Unit& unit, float v) { unit.forward(v, v); };
 template <class Unit, template <class> class R = TopKRouter>
 struct Model {
   using RouterOptions = typename R<float>::Options;
-  template <class S>
-  using Expert = std::conditional_t<GatedUnit<Unit>, GatedFeedForward<S, Unit>, FeedForward<S, Unit>>;
-  template <class S>
-  using Layer = MoELayer<Expert<S>, R<S>>;
+  template <class S, class Storage = Owned>
+  using Expert = std::conditional_t<GatedUnit<Unit>, GatedFeedForward<S, Unit, Storage>,
+                                    FeedForward<S, Unit, Storage>>;
+  template <class S, class Storage = Owned>
+  using Layer = MoELayer<Expert<S, Storage>, R<S>>;
 
   std::string_view name{};
   std::string_view source{};  ///< paper or repository
@@ -177,18 +179,25 @@ struct Model {
 
 namespace detail {
 
+// The options of the model's experts of width d_ff, routed or shared.
+template <class Expert, class M>
+typename Expert::Options expert_options(const M& model, Index d_ff) {
+  typename Expert::Options options{};
+  options.d_model = model.d_model();
+  options.d_ff = d_ff;
+  options.bias = model.expert_bias;
+  if constexpr (requires { options.glu; }) options.glu = model.unit;
+  else options.activation = model.unit;
+  return options;
+}
+
 // A layer of the model; `more` is what constructors of experts and routers take beside their options: an
 // Rng or nothing.
 template <class S, class Unit, template <class> class R, class... More>
 typename Model<Unit, R>::template Layer<S> build_layer(const Model<Unit, R>& model, More&... more) {
   using Expert = typename Model<Unit, R>::template Expert<S>;
   const auto experts = [&](Index count, Index d_ff) {
-    typename Expert::Options options{};
-    options.d_model = model.d_model();
-    options.d_ff = d_ff;
-    options.bias = model.expert_bias;
-    if constexpr (GatedUnit<Unit>) options.glu = model.unit;
-    else options.activation = model.unit;
+    const auto options = expert_options<Expert>(model, d_ff);
     std::vector<Expert> list;
     list.reserve(std::size_t(count));
     for (Index e = 0; e < count; ++e) list.emplace_back(options, more...);
