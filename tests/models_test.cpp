@@ -91,6 +91,33 @@ TEST(Models, LayersRunForwardAndBackward) {
   });
 }
 
+// Seats of an expert in a group of 4,096 tokens, by the authors' code: GShard and GLaM 2 * 4096 / E, 0 is
+// 4, up to a multiple of 4; ST-MoE and Switch 1.25 * 4096 / E in training and 2 * 4096 / E in inference.
+TEST(Models, GiveExpertsTheSeatsThatTheirAuthorsGive) {
+  const auto seats = [](const auto& model, bool training, Index tokens = 4096) {
+    const auto& o = model.router;
+    return moe::expert_capacity(tokens, o.num_experts, o.top_k,
+                                training ? *o.training_capacity : *o.capacity, o.capacity_rule);
+  };
+  EXPECT_EQ(seats(moe::gshard_600b, true), 4);
+  EXPECT_EQ(seats(moe::gshard_600b, true, 1024), 4);   // 1, up to 4
+  EXPECT_EQ(seats(moe::gshard_600b, true, 5120), 8);   // 5, up to 8
+  EXPECT_EQ(seats(moe::glam_64b_64e, true), 128);
+  EXPECT_EQ(seats(moe::glam_64b_64e, false), 128);
+  EXPECT_EQ(seats(moe::st_moe_32b, true), 80);
+  EXPECT_EQ(seats(moe::st_moe_32b, false), 128);
+  EXPECT_EQ(seats(moe::st_moe_32b, true, 100), 4);     // 1.95
+  EXPECT_EQ(seats(moe::switch_base_8, true), 640);
+  EXPECT_EQ(seats(moe::switch_base_8, true, 100), 15);
+  EXPECT_EQ(seats(moe::switch_base_8, false, 100), 25);
+  EXPECT_EQ(seats(moe::switch_c, true), 2);
+  EXPECT_EQ(seats(moe::switch_c, false), 4);
+  EXPECT_EQ(seats(moe::vmoe_l16, true), 272);          // 268.8, up to 272
+  const auto& choice = moe::expert_choice_8b_64e.router;
+  EXPECT_EQ(moe::expert_capacity(4096, 64, 1, choice.capacity, choice.capacity_rule), 128);
+  EXPECT_EQ(moe::expert_capacity(48, 64, 1, choice.capacity, choice.capacity_rule), 4);
+}
+
 TEST(Models, SizesThatDoNotFitAreRefused) {
   Rng rng(3);
   EXPECT_THROW(moe::make_layer<float>(moe::gpt_4_rumoured, rng), std::invalid_argument);

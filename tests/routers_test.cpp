@@ -4,12 +4,15 @@
 #include <concepts>
 #include <limits>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include <moe/routers/expert_choice_router.hpp>
+#include <moe/routers/hash_router.hpp>
 #include <moe/routers/noisy_top_k_router.hpp>
+#include <moe/routers/sinkhorn_router.hpp>
 #include <moe/routers/top_k_router.hpp>
 
 namespace {
@@ -365,6 +368,49 @@ TEST(TopKRouter, ASecondExpertBelowTheThresholdIsLeftOut) {
     EXPECT_NEAR(d_x(0, 3), 0.731058579 * 0.268941421, 1e-9);
     EXPECT_NEAR(d_x(0, 0), -0.731058579 * 0.268941421, 1e-9);
   }
+}
+
+// 17 tokens want expert 0 of 4, one expert each, at a factor of 1: 4.25 seats, made whole by a rule.
+template <class R>
+Index seats_of_one(moe::CapacityRule rule, typename R::Options options, bool training = false) {
+  options.d_model = options.num_experts = 4;
+  options.capacity = 1.0;
+  if constexpr (requires { options.training_capacity; }) options.training_capacity = 1.0;
+  options.capacity_rule = rule;
+  R router(options);
+  if constexpr (requires { router.w_router; }) router.w_router.setIdentity();
+  Matrix<double> x = Matrix<double>::Zero(17, 4);
+  x.col(0).setOnes();
+  const BatchInfo info{.token_ids = IndexVector::Zero(17)};
+  Routing<double> routing;
+  Rng rng(1);
+  if constexpr (requires { router.route(x, rng, info, routing); }) {
+    if (training) {
+      router.route(x, rng, info, routing);
+      return routing.plan.rows_of(0);
+    }
+  }
+  router.route(x, info, routing);
+  return routing.plan.rows_of(0);
+}
+
+TEST(CapacityRules, AreThoseOfEveryRouterWithACapacity) {
+  const std::pair<moe::CapacityRule, Index> rules[] = {{{}, 5},
+                                                       {{moe::Rounding::down}, 4},
+                                                       {{moe::Rounding::nearest_even}, 4},
+                                                       {{moe::Rounding::down, 6}, 6},
+                                                       {{moe::Rounding::up, 0, 4}, 8}};
+  for (const auto& [rule, seats] : rules) {
+    EXPECT_EQ(seats_of_one<TopK>(rule, {.top_k = 1}), seats);
+    EXPECT_EQ(seats_of_one<TopK>(rule, {.top_k = 1}, true), seats);
+    EXPECT_EQ(seats_of_one<Noisy>(rule, {.top_k = 1}), seats);
+    EXPECT_EQ(seats_of_one<moe::SinkhornRouter<double>>(rule, {}), seats);
+    EXPECT_EQ(seats_of_one<ExpertChoice>(rule, {}), seats);
+    EXPECT_EQ(seats_of_one<moe::HashRouter<double>>(rule, {.table = IndexVector::Zero(1)}), seats);
+  }
+  // Of four experts by ReLU each token takes one: seats follow from the 17 choices.
+  EXPECT_EQ(seats_of_one<TopK>({moe::Rounding::up, 6, 4},
+                               {.top_k = 4, .score = moe::Score::relu}), 8);
 }
 
 // ---- NoisyTopKRouter.

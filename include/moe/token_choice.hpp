@@ -24,6 +24,7 @@ struct SeatingRule {
   double second_threshold = 0;  ///< choices after the first need a gate above this
   GroupLimit group_limit{};
   std::optional<double> capacity_factor{};  ///< none: dropless
+  CapacityRule capacity_rule{};
   Overflow overflow = Overflow::drop;
   Priority priority = Priority::token_order;
   bool renormalise_after_drop = false;
@@ -233,11 +234,12 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
   count_valid_tokens(routing.plan, info, capacity);
   for (Index g = 0; g < capacity.size(); ++g) {
     const Index valid = capacity[g];
-    capacity[g] = expert_capacity(valid, experts, k, *rule.capacity_factor);
+    capacity[g] = expert_capacity(valid, experts, k, *rule.capacity_factor, rule.capacity_rule);
     if (!rule.is_dynamic()) continue;
     const Index choices =
         chosen.token_begin[info.end_of(g, tokens)] - chosen.token_begin[info.begin_of(g)];
-    capacity[g] = std::min(valid, expert_capacity(choices, experts, 1, *rule.capacity_factor));
+    capacity[g] = std::min(
+        valid, expert_capacity(choices, experts, 1, *rule.capacity_factor, rule.capacity_rule));
   }
   apply_capacity(chosen, ranking, capacity, rule.overflow, rule.priority, info, routing.plan,
                  routing.scratch);
@@ -378,6 +380,7 @@ void check_token_choice(const Options& options, const char* where) {
   };
   check_factor(options.capacity, "capacity");
   check_factor(options.training_capacity, "training_capacity");
+  check_capacity_rule(options.capacity_rule, where);
 }
 
 /// Throws std::invalid_argument when every gate of the router is 1 whatever its weights are: more

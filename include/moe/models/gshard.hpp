@@ -6,8 +6,8 @@
 namespace moe {
 
 /// GShard 600B (Lepikhin et al. 2021): every second layer of 36 has 2,048 experts; two of them a token, gates
-/// with a sum of 1. Seats: 2 * tokens / num_experts, rounded up to a multiple of 4 by its authors and not
-/// here. Its loss counts first choices: load_balancing_loss(routing, demand_per_expert(routing, 1), tokens).
+/// with a sum of 1. Seats: 2 * tokens / num_experts in each group, made whole as lingvo does it. Its loss
+/// counts first choices: load_balancing_loss(routing, demand_per_expert(routing, 1), tokens).
 /// Its authors draw the second expert with a probability that follows its gate; here it is always taken.
 inline constexpr Model<ReLU> gshard_600b = {
     .name = "GShard 600B",
@@ -17,7 +17,8 @@ inline constexpr Model<ReLU> gshard_600b = {
                .top_k = 2,
                .renormalise = true,
                .capacity = 1.0,
-               .training_capacity = 1.0},
+               .training_capacity = 1.0,
+               .capacity_rule = {Rounding::down, 4, 4}},
     .d_ff = 8192,
     .balance_loss = 0.01};
 
@@ -30,7 +31,8 @@ inline constexpr Model<ReLU> glam_64b_64e = {
                .top_k = 2,
                .renormalise = true,
                .capacity = 1.0,
-               .training_capacity = 1.0},
+               .training_capacity = 1.0,
+               .capacity_rule = {Rounding::down, 4, 4}},
     .d_ff = 32768,
     .balance_loss = 0.01,
     .around = {.layers = 64,
@@ -42,6 +44,7 @@ inline constexpr Model<ReLU> glam_64b_64e = {
     .published = {1.2e12, 96.6e9}};
 
 /// ST-MoE-32B (Zoph et al. 2022): two experts a token, the second where its gate is above 0.2, z-loss.
+/// Seats: 1.25 * tokens / num_experts in training and 2 in inference, made whole as flaxformer does it.
 inline constexpr Model<GEGLUTanh> st_moe_32b = {
     .name = "ST-MoE-32B",
     .source = "arXiv:2202.08906",
@@ -51,7 +54,8 @@ inline constexpr Model<GEGLUTanh> st_moe_32b = {
                .second_threshold = 0.2,
                .renormalise = true,
                .capacity = 1.0,
-               .training_capacity = 0.625},
+               .training_capacity = 0.625,
+               .capacity_rule = {Rounding::nearest_even, 4}},
     .d_ff = 20480,
     .balance_loss = 0.01,
     .z_loss = 0.001};

@@ -47,6 +47,7 @@ struct TopKOptions {
   std::optional<double> capacity{};
   /// Capacity factor of training; none: dropless.
   std::optional<double> training_capacity{};
+  CapacityRule capacity_rule{};  ///< of both
   Overflow overflow = Overflow::drop;
   Priority priority = Priority::token_order;
   /// Whether gates that sum to 1 do so over the experts that kept the token, not over those that it
@@ -236,6 +237,7 @@ class TopKRouter {
             .second_threshold = options_.second_threshold,
             .group_limit = options_.group_limit,
             .capacity_factor = capacity_factor,
+            .capacity_rule = options_.capacity_rule,
             .overflow = options_.overflow,
             .priority = options_.priority,
             .renormalise_after_drop = options_.renormalise_after_drop};
