@@ -1285,6 +1285,15 @@ TEST(Errors, OfRouters) {
       {"second_threshold",
        [] { make_router<TopK>({.second_threshold = -1}); },
        {"second_threshold = -1", "0"}},
+      {"random_second_threshold",
+       [] { make_router<TopK>({.random_second_threshold = -0.5}); },
+       {"random_second_threshold = -0.5", "0"}},
+      {"random_second_threshold NaN",
+       [] { make_router<TopK>({.random_second_threshold = kNan}); },
+       {"random_second_threshold = nan", "0"}},
+      {"random_second_threshold beside top_p",
+       [] { make_router<TopK>({.top_p = 0.5, .random_second_threshold = 0.2}); },
+       {"random_second_threshold = 0.2", "top_p", "0"}},
       {"second_threshold beside groups",
        [] {
          make_router<TopK>(
