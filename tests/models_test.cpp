@@ -44,6 +44,8 @@ TEST(Models, CountParametersAndOperations) {
   EXPECT_EQ(model.active_layer_parameters(), 2 * 3 * 4096 * 14336 + 8 * 4096);
   EXPECT_EQ(model.flops_per_token(), 2 * (2 * 3 * 4096 * 14336 + 8 * 4096));
   EXPECT_EQ(moe::gpt_oss_20b.expert_parameters(2880), 3 * 2880 * 2880 + 3 * 2880);
+  EXPECT_EQ(moe::openmoe_8b_32e.expert_parameters(8192), 4 * 2048 * 8192);
+  EXPECT_EQ(moe::openmoe_8b_32e.flops_per_token(), 2 * (2 * 4 * 2048 * 8192 + 32 * 2048));
 }
 
 TEST(Models, CountsAreThoseOfTheLayer) {
@@ -62,13 +64,25 @@ TEST(Models, CountsAreThoseOfTheLayer) {
 // includes an image encoder, GLaM's is rounded to two digits.
 TEST(Models, TotalsAreThosePublished) {
   moe::for_each_model([](const auto& model) {
-    if (model.around.layers == 0) return;
+    if (model.around.layers == 0 || model.source == moe::openmoe_8b_32e.source) return;
     const double difference = double(model.total_parameters()) / model.published.total - 1;
     const double limit = model.name == moe::llama4_scout.name    ? 0.012
                          : model.name == moe::glam_64b_64e.name ? 0.033
                                                                  : 0.01;
     EXPECT_LT(std::abs(difference), limit) << model.name;
   });
+}
+
+// OpenMoE's authors count a feed-forward as three matrices and embeddings once, where their code has gates of
+// twice the width and an output embedding.
+TEST(Models, OpenMoEHasMoreParametersThanItsAuthorsCount) {
+  for (const auto& model : {moe::openmoe_8b_32e, moe::openmoe_34b_32e}) {
+    const Index matrix = model.d_model() * model.d_ff, layers = model.around.layers;
+    const Index experts = model.around.moe_layers * model.num_experts();
+    const Index counted = model.total_parameters() - (layers + experts) * matrix -
+                          model.around.vocabulary * model.d_model();
+    EXPECT_NEAR(double(counted) / model.published.total, 1, 0.02) << model.name;
+  }
 }
 
 TEST(Models, LayersRunForwardAndBackward) {
@@ -113,6 +127,9 @@ TEST(Models, GiveExpertsTheSeatsThatTheirAuthorsGive) {
   EXPECT_EQ(seats(moe::switch_c, true), 2);
   EXPECT_EQ(seats(moe::switch_c, false), 4);
   EXPECT_EQ(seats(moe::vmoe_l16, true), 272);          // 268.8, up to 272
+  EXPECT_EQ(seats(moe::openmoe_8b_32e, true, 100), 8);    // 7.8, and even
+  EXPECT_EQ(seats(moe::openmoe_8b_32e, false, 100), 12);  // 12.5
+  EXPECT_EQ(seats(moe::openmoe_8b_32e, true, 10), 4);
   const auto& choice = moe::expert_choice_8b_64e.router;
   EXPECT_EQ(moe::expert_capacity(4096, 64, 1, choice.capacity, choice.capacity_rule), 128);
   EXPECT_EQ(moe::expert_capacity(48, 64, 1, choice.capacity, choice.capacity_rule), 4);

@@ -210,14 +210,16 @@ typename Model<Unit, R>::template Layer<S> load_layer(const Model<Unit, R>& mode
     reader.read(tensors.selection_bias, 0, 0, router.selection_bias);
   const auto read_experts = [&](auto experts, const ExpertTensors& from, Index stacked) {
     for (std::size_t e = 0; e < experts.size(); ++e) {
-      if constexpr (GatedUnit<Unit>) {
-        reader.read(from.w_gate, Index(e), stacked, experts[e].w_gate);
-        reader.read(from.b_gate, Index(e), stacked, experts[e].b_gate);
-      }
-      reader.read(from.w_up, Index(e), stacked, experts[e].w_up);
-      reader.read(from.b_up, Index(e), stacked, experts[e].b_up);
-      reader.read(from.w_down, Index(e), stacked, experts[e].w_down);
-      reader.read(from.b_down, Index(e), stacked, experts[e].b_down);
+      auto& expert = experts[e];
+      if constexpr (requires { expert.w_gate; })
+        reader.read(from.w_gate, Index(e), stacked, expert.w_gate);
+      reader.read(from.w_up, Index(e), stacked, expert.w_up);
+      reader.read(from.w_down, Index(e), stacked, expert.w_down);
+      if constexpr (requires { expert.b_gate; })
+        reader.read(from.b_gate, Index(e), stacked, expert.b_gate);
+      if constexpr (requires { expert.b_up; }) reader.read(from.b_up, Index(e), stacked, expert.b_up);
+      if constexpr (requires { expert.b_down; })
+        reader.read(from.b_down, Index(e), stacked, expert.b_down);
     }
   };
   read_experts(loaded.experts(), tensors.experts, loaded.num_experts());

@@ -15,6 +15,7 @@
 #include <moe/models/mixtral.hpp>
 #include <moe/models/nllb.hpp>
 #include <moe/models/olmoe.hpp>
+#include <moe/models/openmoe.hpp>
 #include <moe/models/phi.hpp>
 #include <moe/models/qwen.hpp>
 #include <moe/models/shazeer.hpp>
@@ -37,6 +38,8 @@ void for_each_model(F&& f) {
   f(nllb_moe_54b);
   f(mixtral_8x7b);
   f(mixtral_8x22b);
+  f(openmoe_8b_32e);
+  f(openmoe_34b_32e);
   f(grok_1);
   f(dbrx);
   f(deepseek_moe_16b);
