@@ -135,6 +135,40 @@ TEST(Models, GiveExpertsTheSeatsThatTheirAuthorsGive) {
   EXPECT_EQ(moe::expert_capacity(48, 64, 1, choice.capacity, choice.capacity_rule), 4);
 }
 
+// Soft MoE layers have no router, and models of their own.
+TEST(SoftModels, HaveTheParametersThatArePublished) {
+  moe::for_each_soft_model([](const auto& model) {
+    EXPECT_NEAR(double(model.total_parameters()) / model.published.total, 1, 0.003) << model.name;
+    const auto m = model.scaled_to(6, 5, 8);
+    Rng rng(4);
+    EXPECT_EQ(moe::num_parameters(moe::make_layer<double>(m, rng)), m.layer_parameters());
+    EXPECT_EQ(moe::num_parameters(moe::make_empty_layer<double>(m)), m.layer_parameters());
+  });
+  EXPECT_EQ(moe::soft_moe_b16.layer_parameters(),
+            128 * (2 * 768 * 3072 + 3072 + 768) + 128 * 768 + 1);
+}
+
+TEST(SoftModels, LayersRunForwardAndBackward) {
+  moe::for_each_soft_model([](const auto& model) {
+    SCOPED_TRACE(std::string(model.name));
+    Rng rng(5);
+    const auto layer = moe::make_layer<double>(model.scaled_to(6, 5, 8), rng);
+    using Layer = std::remove_const_t<decltype(layer)>;
+    EXPECT_EQ(layer.num_slots(), 8);
+    Matrix<double> x(20, 6);
+    moe::fill_normal(x, 1.0, rng);
+    typename Layer::Cache cache;
+    const Matrix<double> y = layer.forward(x, cache);
+    EXPECT_TRUE(y.allFinite());
+    EXPECT_GT(y.norm(), 0);
+    Layer grad = moe::zeros_like(layer);
+    EXPECT_TRUE(layer.backward(y, cache, grad).allFinite());
+  });
+  Rng rng(6);
+  EXPECT_THROW(moe::make_layer<float>(moe::soft_moe_b16.scaled_to(0, 5, 8), rng),
+               std::invalid_argument);
+}
+
 TEST(Models, SizesThatDoNotFitAreRefused) {
   Rng rng(3);
   EXPECT_THROW(moe::make_layer<float>(moe::gpt_4_rumoured, rng), std::invalid_argument);
