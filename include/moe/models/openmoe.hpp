@@ -39,7 +39,7 @@ constexpr Index openmoe_attention_and_dense(Index d_model, Index d_ff) {
 /// OpenMoE-8B/32E (Xue et al. 2024): two of 32 experts in every sixth layer, gates are probabilities as they
 /// are, then a dense feed-forward. Seats: rounded down to a number that is then made even, at least 4, as the
 /// authors' PyTorch code does it. Its experts have a gate that is twice as wide; the published number of
-/// parameters is that of experts without.
+/// parameters fits experts without.
 inline constexpr Model<ThreeWaySwiGLU> openmoe_8b_32e = {
     .name = "OpenMoE-8B/32E",
     .source = "arXiv:2402.01739",
