@@ -78,6 +78,7 @@ TEST(Capacity, FollowsTheAuthorsRules) {
            {"MegaBlocks: int(cf * k * T / E)", 1.25, {Rounding::down}, 31},
            {"FairScale: 2 * T // E", 1.0, {Rounding::down}, 25},
            {"OpenMoE: int(k * cf * T / E), + C % 2, at least 4", 1.25, openmoe, 32},
+           {"NLLB: 2 * ceil(T / E)", 1.0, {.multiple_of = 2}, 26},
            // Ten tokens: 1.56 seats, or 3.125.
            {"mesh", 1.25 / 2, mesh, 4, 10},
            {"lingvo", 1.25 / 2, lingvo, 4, 10},
