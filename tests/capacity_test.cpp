@@ -4,6 +4,7 @@
 #include <ostream>
 #include <set>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -25,6 +26,7 @@ static void PrintTo(const Dropped& d, std::ostream* out) {
 namespace {
 
 using moe::BatchInfo;
+using moe::CapacityRule;
 using moe::Dropped;
 using moe::expert_capacity;
 using moe::Index;
@@ -32,13 +34,14 @@ using moe::IndexVector;
 using moe::Matrix;
 using moe::Overflow;
 using moe::Priority;
+using moe::Rounding;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
 // ---- expert_capacity.
 
 TEST(Capacity, OfHundredTokensEightExpertsTwoChoicesAndAQuarterToSpareIs32) {
-  EXPECT_EQ(expert_capacity(100, 8, 2, 1.25), 32);  // as V-MoE, Megatron-LM, Tutel, DeepSpeed top-2
+  EXPECT_EQ(expert_capacity(100, 8, 2, 1.25), 32);  // as Megatron-LM, DeepSpeed top-2
   EXPECT_EQ(expert_capacity(100, 8, 1, 1.25), 16);  // as DeepSpeed top-1
   EXPECT_EQ(expert_capacity(100, 8, 2, 1.0), 25);   // as FairScale
 }
@@ -48,6 +51,89 @@ TEST(Capacity, IsRoundedUp) {
   EXPECT_EQ(expert_capacity(9, 3, 1, 1.0), 3);
   EXPECT_EQ(expert_capacity(8, 3, 2, 1.0), 6);
   EXPECT_EQ(expert_capacity(1000, 7, 1, 0.001), 1);
+}
+
+// Seats as the authors' own lines give them, for 100 tokens, 8 experts, two of them a token and a factor
+// of 1.25 (the Python is theirs). mesh, lingvo, flaxformer and lucidrains do not multiply by top_k: their
+// factor of 1.25 is ours of 0.625. Tutel's, 2 * int(1.25 * ceil(100 / 8)), rounds twice and is no rule here.
+TEST(Capacity, FollowsTheAuthorsRules) {
+  struct Case {
+    std::string code;
+    double factor;
+    CapacityRule rule;
+    Index seats;
+    Index tokens = 100;
+  };
+  const CapacityRule mesh{Rounding::down, 4}, lingvo{Rounding::down, 4, 4},
+      flaxformer{Rounding::nearest_even, 4}, vmoe{.multiple_of = 4}, openmoe{Rounding::down, 4, 2};
+  for (const Case& c : {
+           Case{"mesh: max(min(S, int(S * cf / E)), 4)", 1.25 / 2, mesh, 15},
+           {"lucidrains st-moe: the same", 1.25 / 2, mesh, 15},
+           {"lingvo: int(S * cf / E), 0 is 4, up to a multiple of 4", 1.25 / 2, lingvo, 16},
+           {"flaxformer: max(int(round(S * cf / E)), 4)", 1.25 / 2, flaxformer, 16},
+           {"vmoe: ceil(S * k * cf / E), up to a multiple of 4", 1.25, vmoe, 32},
+           {"Megatron-LM: ceil(T * k / E * cf)", 1.25, {}, 32},
+           {"DeepSpeed top-1: max(ceil(T / E * cf), 4)", 1.25 / 2, {.minimum = 4}, 16},
+           {"DeepSpeed top-k: max(ceil(T / E * cf * k), 4)", 1.25, {.minimum = 4}, 32},
+           {"MegaBlocks: int(cf * k * T / E)", 1.25, {Rounding::down}, 31},
+           {"FairScale: 2 * T // E", 1.0, {Rounding::down}, 25},
+           {"OpenMoE: int(k * cf * T / E), + C % 2, at least 4", 1.25, openmoe, 32},
+           {"NLLB: 2 * ceil(T / E)", 1.0, {.multiple_of = 2}, 26},
+           // Ten tokens: 1.56 seats, or 3.125.
+           {"mesh", 1.25 / 2, mesh, 4, 10},
+           {"lingvo", 1.25 / 2, lingvo, 4, 10},
+           {"flaxformer", 1.25 / 2, flaxformer, 4, 10},
+           {"vmoe", 1.25, vmoe, 4, 10},
+           {"Megatron-LM", 1.25, {}, 4, 10},
+           {"MegaBlocks", 1.25, {Rounding::down}, 3, 10},
+           {"OpenMoE", 1.25, openmoe, 4, 10},
+           // 200 tokens: 31.25 seats, or 62.5.
+           {"mesh", 1.25 / 2, mesh, 31, 200},
+           {"lingvo", 1.25 / 2, lingvo, 32, 200},
+           {"flaxformer", 1.25 / 2, flaxformer, 31, 200},
+           {"vmoe", 1.25, vmoe, 64, 200},
+           {"MegaBlocks", 1.25, {Rounding::down}, 62, 200},
+           {"OpenMoE", 1.25, openmoe, 62, 200},
+       })
+    EXPECT_EQ(expert_capacity(c.tokens, 8, 2, c.factor, c.rule), c.seats)
+        << c.code << ", " << c.tokens << " tokens";
+}
+
+// Python's round: 0, 2, 2, 4, 4 for the halves from 0.5 to 4.5.
+TEST(Capacity, HalvesGoToTheEvenNeighbour) {
+  const CapacityRule rule{Rounding::nearest_even};
+  const Index halves[] = {0, 2, 2, 4, 4};
+  for (Index i = 0; i < 5; ++i) EXPECT_EQ(expert_capacity(2 * i + 1, 2, 1, 1.0, rule), halves[i]);
+  EXPECT_EQ(expert_capacity(10, 8, 1, 1.125, rule), 1);  // 1.40625
+  EXPECT_EQ(expert_capacity(10, 8, 1, 1.25, rule), 2);   // 1.5625
+}
+
+TEST(Capacity, IsWhatTheRuleSays) {
+  for (const Rounding rounding : {Rounding::up, Rounding::down, Rounding::nearest_even})
+    for (Index minimum = 0; minimum < 10; minimum += 3)
+      for (Index multiple = 1; multiple < 6; ++multiple)
+        for (Index tokens = 0; tokens < 40; ++tokens)
+          for (const double factor : {0.0, 0.3, 1.0, 1.25, 2.0, 9.0}) {
+            const Index seats =
+                expert_capacity(tokens, 6, 2, factor, {rounding, minimum, multiple});
+            const Index plain = expert_capacity(tokens, 6, 2, factor, {rounding});
+            ASSERT_LE(seats, tokens);
+            ASSERT_GE(seats, std::min(tokens, std::max(plain, minimum)));
+            if (seats < tokens) {
+              ASSERT_EQ(seats % multiple, 0);
+              ASSERT_LT(seats, std::max(plain, minimum) + multiple);  // and no more than needed
+            }
+          }
+}
+
+TEST(Capacity, OfARuleIsAtMostTheNumberOfTokens) {
+  constexpr Index kMost = std::numeric_limits<Index>::max();
+  EXPECT_EQ(expert_capacity(3, 8, 2, 1.0, {.minimum = 4}), 3);
+  EXPECT_EQ(expert_capacity(0, 8, 2, 1.0, {.minimum = 4}), 0);
+  EXPECT_EQ(expert_capacity(100, 8, 2, 1.0, {.minimum = kMost, .multiple_of = 7}), 100);
+  EXPECT_EQ(expert_capacity(100, 8, 2, 1.0, {.multiple_of = kMost}), 100);
+  EXPECT_EQ(expert_capacity(100, 8, 2, 0.0, {.multiple_of = kMost}), 0);
+  EXPECT_EQ(expert_capacity(0, 8, 8, std::numeric_limits<double>::max()), 0);
 }
 
 TEST(Capacity, IsAtMostTheNumberOfTokensAndAtLeastZero) {

@@ -132,12 +132,27 @@ struct Thresholded {
   }
 };
 
+// As GShard: in training a second expert with a probability of twice its gate.
+template <class S>
+struct RandomSecond {
+  using Router = moe::TopKRouter<S>;
+  static constexpr bool kTokensChoose = true, kGatesSumToOne = false, kIsDynamic = true,
+                        kSeatsFollowTopK = true;
+  static Router make(const Wish& wish, Rng& rng) {
+    auto options = token_choice_options<typename Router::Options>(wish);
+    options.random_second_threshold = 0.5;
+    options.jitter = 0.1;
+    return {options, rng};
+  }
+};
+
 [[maybe_unused]] const bool checked =
     check_routers<PlainTopK<float>, PlainTopK<double>,                         //
                   RenormalisedTopK<float>, RenormalisedTopK<double>,           //
                   SigmoidTopK<float>, SigmoidTopK<double>,                     //
                   BiasedTopK<float>, BiasedTopK<double>, GroupedTopK<double>,  //
-                  TopP<float>, ReLUTopK<double>, Thresholded<double>>("TopK");
+                  TopP<float>, ReLUTopK<double>, Thresholded<double>,
+ RandomSecond<float>, RandomSecond<double>>("TopK");
 
 }  // namespace
 

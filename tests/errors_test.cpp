@@ -665,6 +665,15 @@ TEST(Errors, OfCapacity) {
       {"factor negative", [] { moe::expert_capacity(10, 8, 2, -0.5); }, {"-0.5", "0"}},
       {"factor infinite", [] { moe::expert_capacity(10, 8, 2, kInf); }, {"inf", "0"}},
       {"factor NaN", [] { moe::expert_capacity(10, 8, 2, kNan); }, {"nan", "0"}},
+      {"rule: minimum",
+       [] { moe::expert_capacity(10, 8, 2, 1, {.minimum = -4}); },
+       {"expert_capacity", "capacity_rule.minimum = -4", "0"}},
+      {"rule: multiple of zero",
+       [] { moe::expert_capacity(10, 8, 2, 1, {.multiple_of = 0}); },
+       {"expert_capacity", "capacity_rule.multiple_of = 0", "1"}},
+      {"rule: negative multiple",
+       [] { moe::expert_capacity(10, 8, 2, 1, {.multiple_of = -2}); },
+       {"capacity_rule.multiple_of = -2", "1"}},
       {"count_valid_tokens",
        [] {
          IndexVector valid;
@@ -1178,6 +1187,24 @@ void expect_router_errors(const char* name) {
   });
 }
 
+// Of routers with a capacity. `options` are right but for the rule.
+template <class R>
+void expect_capacity_rule_errors(const char* name, typename R::Options options = {}) {
+  const auto make = [&](moe::CapacityRule rule) {
+    return [=]() mutable {
+      options.d_model = kModel;
+      options.num_experts = kExperts;
+      options.capacity_rule = rule;
+      R{options};
+    };
+  };
+  SCOPED_TRACE(name);
+  expect_errors({
+      {"minimum", make({.minimum = -1}), {name, ": capacity_rule.minimum = -1", "0"}},
+      {"multiple_of", make({.multiple_of = 0}), {name, ": capacity_rule.multiple_of = 0", "1"}},
+  });
+}
+
 template <class R>
 void expect_token_choice_errors(const char* name) {
   using Options = typename R::Options;
@@ -1235,6 +1262,12 @@ TEST(Errors, OfRouters) {
   expect_router_errors<Mixer>("SparseMixerRouter");
   expect_token_choice_errors<TopK>("TopKRouter");
   expect_token_choice_errors<Noisy>("NoisyTopKRouter");
+  expect_capacity_rule_errors<TopK>("TopKRouter");
+  expect_capacity_rule_errors<Noisy>("NoisyTopKRouter");
+  expect_capacity_rule_errors<Sinkhorn>("SinkhornRouter");
+  expect_capacity_rule_errors<ExpertChoice>("ExpertChoiceRouter");
+  expect_capacity_rule_errors<moe::HashRouter<double>>("HashRouter",
+                                                       {.table = IndexVector::Zero(9)});
   expect_errors({
       {"jitter negative", [] { make_router<TopK>({.jitter = -0.1}); }, {"jitter = -0.1", "[0, 1)"}},
       {"jitter of one", [] { make_router<TopK>({.jitter = 1}); }, {"jitter = 1", "[0, 1)"}},
@@ -1252,6 +1285,15 @@ TEST(Errors, OfRouters) {
       {"second_threshold",
        [] { make_router<TopK>({.second_threshold = -1}); },
        {"second_threshold = -1", "0"}},
+      {"random_second_threshold",
+       [] { make_router<TopK>({.random_second_threshold = -0.5}); },
+       {"random_second_threshold = -0.5", "0"}},
+      {"random_second_threshold NaN",
+       [] { make_router<TopK>({.random_second_threshold = kNan}); },
+       {"random_second_threshold = nan", "0"}},
+      {"random_second_threshold beside top_p",
+       [] { make_router<TopK>({.top_p = 0.5, .random_second_threshold = 0.2}); },
+       {"random_second_threshold = 0.2", "top_p", "0"}},
       {"second_threshold beside groups",
        [] {
          make_router<TopK>(

@@ -146,3 +146,14 @@ TEST(GradientsOfScores, OfAThresholdedSecondExpert) {
                   rng);
   });
 }
+
+TEST(GradientsOfScores, OfARandomSecondExpert) {
+  check_all_seatings<ReLUExpert>(14, [](const Seating& seating, Rng& rng) {
+    return Router(seated<Router::Options>({.top_k = 3,
+                                           .random_second_threshold = 0.5,
+                                           .renormalise = true,
+                                           .jitter = 0.1},
+                                          seating),
+                  rng);
+  });
+}

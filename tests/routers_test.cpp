@@ -4,12 +4,15 @@
 #include <concepts>
 #include <limits>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include <moe/routers/expert_choice_router.hpp>
+#include <moe/routers/hash_router.hpp>
 #include <moe/routers/noisy_top_k_router.hpp>
+#include <moe/routers/sinkhorn_router.hpp>
 #include <moe/routers/top_k_router.hpp>
 
 namespace {
@@ -365,6 +368,136 @@ TEST(TopKRouter, ASecondExpertBelowTheThresholdIsLeftOut) {
     EXPECT_NEAR(d_x(0, 3), 0.731058579 * 0.268941421, 1e-9);
     EXPECT_NEAR(d_x(0, 0), -0.731058579 * 0.268941421, 1e-9);
   }
+}
+
+// Lepikhin et al. 2021, algorithm 1, and mesh's policy "random": after the gates are normalised, the second
+// expert is taken where a uniform draw is below gate / threshold.
+TEST(TopKRouter, ARandomSecondExpertIsTakenWhereItsDrawIsBelowItsShareOfTheThreshold) {
+  Matrix<double> x(40, 4);
+  Rng values(20);
+  moe::fill_normal(x, 1.0, values);
+  BatchInfo info;
+  info.mask = moe::Mask::Constant(40, true);
+  for (Index t = 0; t < 40; t += 7) info.mask[t] = false;
+  for (const double threshold : {0.2, 0.5, 1e-9}) {
+    const auto router = identity_router<TopK>({.top_k = 3,
+                                               .second_threshold = 0.3,
+                                               .random_second_threshold = threshold,
+                                               .renormalise = true,
+                                               .noise_stddev = 0.1,
+                                               .jitter = 0.1});
+    Rng rng(21), expected(21);
+    Routing<double> routing;
+    router.route(x, rng, info, routing);
+    for (int i = 0; i < 40 * 4; ++i) expected.uniform();  // jitter
+    for (int i = 0; i < 40 * 4; ++i) expected.normal();   // noise
+    Index taken = 0;
+    for (Index t = 0; t < 40; ++t) {
+      const IndexVector best =
+          moe::top_k(Vector<double>(routing.noise.noisy_logits.row(t).transpose()), 3);
+      double sum = 0;
+      for (const Index e : best) sum += routing.router_probs(t, e);
+      std::vector<Index> experts{best[0]};
+      for (Index i = 1; i < 3; ++i)  // drawn for masked tokens, too
+        if (expected.uniform() < routing.router_probs(t, best[i]) / sum / threshold)
+          experts.push_back(best[i]);
+      if (!info.mask[t]) experts.clear();
+      EXPECT_EQ(chosen_by(routing, t), experts) << "token " << t;
+      for (std::size_t i = 0; i < experts.size(); ++i)  // gates stay what they are among all three
+        EXPECT_NEAR(routing.chosen.gate[routing.chosen.token_begin[t] + Index(i)],
+                    routing.router_probs(t, experts[i]) / sum, 1e-14);
+      taken += Index(experts.size());
+    }
+    EXPECT_EQ(rng, expected);
+    const Index valid = routing.plan.num_valid_tokens();
+    if (threshold == 1e-9) EXPECT_EQ(taken, 3 * valid);
+    else EXPECT_TRUE(valid < taken && taken < 3 * valid) << taken;
+    // Inference draws nothing: a gate above 0.3, as second_threshold says.
+    const Routing<double> inference = route(router, x, info);
+    for (Index t = 0; t < 40; ++t)
+      for (Index c = inference.chosen.token_begin[t] + 1; c < inference.chosen.token_begin[t + 1]; ++c)
+        EXPECT_GT(inference.chosen.gate[c], 0.3);
+  }
+  const auto all = identity_router<TopK>({.top_k = 3, .random_second_threshold = 0.5});
+  EXPECT_EQ(route(all, x).chosen.size(), 3 * 40);
+}
+
+// Gates of the two best are 0.731 and 0.269. Of 20,000 draws the share of taken ones deviates by 0.0035.
+TEST(TopKRouter, ARandomSecondExpertIsTakenAsOftenAsItsGateSays) {
+  Matrix<double> x(20000, 4);
+  x.rowwise() = Matrix<double>{{1, .5, -.25, 2}}.row(0);
+  for (const double threshold : {0.2, 0.5, 1.0}) {
+    const auto router = identity_router<TopK>(
+        {.top_k = 2, .random_second_threshold = threshold, .renormalise = true});
+    Rng rng(22);
+    Routing<double> routing;
+    router.route(x, rng, {}, routing);
+    const double share = double(routing.chosen.size()) / 20000 - 1;
+    EXPECT_NEAR(share, std::min(1.0, 0.268941421 / threshold), 4 * 0.0035);
+  }
+}
+
+// Who is left out takes no seat: positions count the second choices that were taken.
+TEST(TopKRouter, ARandomSecondExpertThatIsLeftOutTakesNoSeat) {
+  Matrix<double> x(400, 4);
+  x.rowwise() = Matrix<double>{{1, .5, -.25, 2}}.row(0);
+  const auto router = identity_router<TopK>({.top_k = 2,
+                                             .random_second_threshold = 1,
+                                             .renormalise = true,
+                                             .training_capacity = 0.1});  // 20 seats
+  Rng rng(23);
+  Routing<double> routing;
+  router.route(x, rng, {}, routing);
+  std::vector<Index> second;
+  for (Index t = 0; t < 400; ++t)
+    if (chosen_by(routing, t).size() == 2) second.push_back(t);
+  ASSERT_GT(second.size(), 60u);
+  second.resize(20);
+  EXPECT_EQ(tokens_of_experts(routing)[0], second);
+  EXPECT_GT(second.back(), 30);
+}
+
+// 17 tokens want expert 0 of 4, one expert each, at a factor of 1: 4.25 seats, made whole by a rule.
+template <class R>
+Index seats_of_one(moe::CapacityRule rule, typename R::Options options, bool training = false) {
+  options.d_model = options.num_experts = 4;
+  options.capacity = 1.0;
+  if constexpr (requires { options.training_capacity; }) options.training_capacity = 1.0;
+  options.capacity_rule = rule;
+  R router(options);
+  if constexpr (requires { router.w_router; }) router.w_router.setIdentity();
+  Matrix<double> x = Matrix<double>::Zero(17, 4);
+  x.col(0).setOnes();
+  const BatchInfo info{.token_ids = IndexVector::Zero(17)};
+  Routing<double> routing;
+  Rng rng(1);
+  if constexpr (requires { router.route(x, rng, info, routing); }) {
+    if (training) {
+      router.route(x, rng, info, routing);
+      return routing.plan.rows_of(0);
+    }
+  }
+  router.route(x, info, routing);
+  return routing.plan.rows_of(0);
+}
+
+TEST(CapacityRules, AreThoseOfEveryRouterWithACapacity) {
+  const std::pair<moe::CapacityRule, Index> rules[] = {{{}, 5},
+                                                       {{moe::Rounding::down}, 4},
+                                                       {{moe::Rounding::nearest_even}, 4},
+                                                       {{moe::Rounding::down, 6}, 6},
+                                                       {{moe::Rounding::up, 0, 4}, 8}};
+  for (const auto& [rule, seats] : rules) {
+    EXPECT_EQ(seats_of_one<TopK>(rule, {.top_k = 1}), seats);
+    EXPECT_EQ(seats_of_one<TopK>(rule, {.top_k = 1}, true), seats);
+    EXPECT_EQ(seats_of_one<Noisy>(rule, {.top_k = 1}), seats);
+    EXPECT_EQ(seats_of_one<moe::SinkhornRouter<double>>(rule, {}), seats);
+    EXPECT_EQ(seats_of_one<ExpertChoice>(rule, {}), seats);
+    EXPECT_EQ(seats_of_one<moe::HashRouter<double>>(rule, {.table = IndexVector::Zero(1)}), seats);
+  }
+  // Of four experts by ReLU each token takes one: seats follow from the 17 choices.
+  EXPECT_EQ(seats_of_one<TopK>({moe::Rounding::up, 6, 4},
+                               {.top_k = 4, .score = moe::Score::relu}), 8);
 }
 
 // ---- NoisyTopKRouter.

@@ -108,6 +108,7 @@ template <class S>
 struct RoutingScratch {
   Buffer<Index> order, load, seat, position;
   Buffer<S> row;
+  Buffer<double> second_draws;
   IndexVector capacity;
   Matrix<S> ranking, d_logits, d_noise, input, d_input;
   BatchInfo info;  // what a router made of routers tells them

@@ -22,8 +22,12 @@ struct SeatingRule {
   Index top_k = 1;
   double top_p = 1;  ///< a token stops choosing when the mass of its choices' router_probs exceeds this
   double second_threshold = 0;  ///< choices after the first need a gate above this
+  /// Uniform draws from [0, 1) [tokens, top_k - 1]: such choices need a gate above draw *
+  /// second_threshold instead. They are taken with probability min(1, gate / second_threshold).
+  const double* second_draws = nullptr;
   GroupLimit group_limit{};
   std::optional<double> capacity_factor{};  ///< none: dropless
+  CapacityRule capacity_rule{};
   Overflow overflow = Overflow::drop;
   Priority priority = Priority::token_order;
   bool renormalise_after_drop = false;
@@ -55,12 +59,15 @@ void check_logits(const S* logits, Index experts, TokenState& state) {
   if (!any_finite) state = TokenState::poisoned;
 }
 
-// Keeps the first choice and those after it with gates above the threshold. Returns their number.
+// Keeps the first choice and those after it with gates above the threshold, or above what `draws` make of
+// it (null: none). Returns their number.
 template <class S>
-Index keep_above(S threshold, Index n, Index* experts, S* gates) {
+Index keep_above(double threshold, const double* draws, Index n, Index* experts, S* gates) {
   Index kept = std::min<Index>(n, 1);
   for (Index i = 1; i < n; ++i) {
-    if (!(gates[i] > threshold)) continue;
+    const bool keeps = draws != nullptr ? double(gates[i]) > draws[i - 1] * threshold
+                                        : gates[i] > S(threshold);
+    if (!keeps) continue;
     experts[kept] = experts[i];
     gates[kept++] = gates[i];
   }
@@ -212,7 +219,10 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
       }
       S* const gate = chosen.gate.data() + t * k;
       compute_gates(rule.gate, z, probs, n, best, gate);
-      if (rule.second_threshold > 0) n = detail::keep_above(S(rule.second_threshold), n, best, gate);
+      if (rule.second_threshold > 0)
+        n = detail::keep_above(
+            rule.second_threshold,
+            rule.second_draws != nullptr ? rule.second_draws + t * (k - 1) : nullptr, n, best, gate);
       chosen.token_begin[t + 1] = n;
     }
   });
@@ -233,11 +243,12 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
   count_valid_tokens(routing.plan, info, capacity);
   for (Index g = 0; g < capacity.size(); ++g) {
     const Index valid = capacity[g];
-    capacity[g] = expert_capacity(valid, experts, k, *rule.capacity_factor);
+    capacity[g] = expert_capacity(valid, experts, k, *rule.capacity_factor, rule.capacity_rule);
     if (!rule.is_dynamic()) continue;
     const Index choices =
         chosen.token_begin[info.end_of(g, tokens)] - chosen.token_begin[info.begin_of(g)];
-    capacity[g] = std::min(valid, expert_capacity(choices, experts, 1, *rule.capacity_factor));
+    capacity[g] = std::min(
+        valid, expert_capacity(choices, experts, 1, *rule.capacity_factor, rule.capacity_rule));
   }
   apply_capacity(chosen, ranking, capacity, rule.overflow, rule.priority, info, routing.plan,
                  routing.scratch);
@@ -378,6 +389,7 @@ void check_token_choice(const Options& options, const char* where) {
   };
   check_factor(options.capacity, "capacity");
   check_factor(options.training_capacity, "training_capacity");
+  check_capacity_rule(options.capacity_rule, where);
 }
 
 /// Throws std::invalid_argument when every gate of the router is 1 whatever its weights are: more

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include <filesystem>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include <gtest/gtest.h>
 
@@ -89,6 +91,30 @@ TEST(LayerFile, AnotherLayerIsRefusedAndLeftAsItWas) {
   Layer more = make_layer(4);
   more.add_expert(more.experts()[0], moe::Vector<float>::Ones(4));
   expect_refused([&] { moe::load_layer(file, more); }, {"num_experts=3", "num_experts=4"});
+}
+
+TEST(LayerFile, OptionsThatChangeWhatARouterDoesAreCompared) {
+  using Options = moe::TopKOptions;
+  const auto layer_with = [](Options options) {
+    options.d_model = 4;
+    options.num_experts = 3;
+    Rng rng(5);
+    return moe::MoELayer<moe::GatedFeedForward<float>, moe::TopKRouter<float>>(
+        moe::make_experts<moe::GatedFeedForward<float>>(3, {.d_model = 4, .d_ff = 2}, rng),
+        moe::TopKRouter<float>(options, rng));
+  };
+  moe::save_layer(file_name(), layer_with({}));
+  const Checkpoint file = Checkpoint::open(file_name());
+  const std::pair<Options, std::string> others[] = {
+      {{.second_threshold = 0.25}, "second_threshold=0.25"},
+      {{.random_second_threshold = 0.5}, "random_second_threshold=0.5"},
+      {{.capacity_rule = {.rounding = moe::Rounding::down}}, "capacity_rounding=1"},
+      {{.capacity_rule = {.minimum = 4}}, "capacity_minimum=4"},
+      {{.capacity_rule = {.multiple_of = 2}}, "capacity_multiple_of=2"}};
+  for (const auto& [options, part] : others) {
+    auto other = layer_with(options);
+    expect_refused([&] { moe::load_layer(file, other); }, {part});
+  }
 }
 
 TEST(LayerFile, NamesAreStrict) {

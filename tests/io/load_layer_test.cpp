@@ -13,7 +13,7 @@
 #include <moe/models/dbrx.hpp>
 #include <moe/models/deepseek.hpp>
 #include <moe/models/gpt_oss.hpp>
-#include <moe/models/grok.hpp>
+#include <moe/models/gshard.hpp>
 #include <moe/models/mixtral.hpp>
 #include <moe/moe.hpp>
 
@@ -201,7 +201,7 @@ TEST(LoadLayer, BadArgumentsAreRefused) {
   const Checkpoint checkpoint = small_mixtral().open();
   EXPECT_THROW(moe::load_layer<float>(kSmallMixtral, checkpoint, -1), std::invalid_argument);
   EXPECT_THROW(moe::load_layer<float>(kSmallMixtral, checkpoint, 6), CheckpointError);
-  EXPECT_THROW(moe::load_layer<float>(moe::grok_1.scaled_to(4, 3, 2), checkpoint, 0),
+  EXPECT_THROW(moe::load_layer<float>(moe::gshard_600b.scaled_to(4, 3, 2), checkpoint, 0),
                std::invalid_argument);
 }
 

@@ -54,6 +54,9 @@ std::string describe_options(const Options& o) {
   if constexpr (requires { o.num_experts; }) add("num_experts", o.num_experts);
   if constexpr (requires { o.top_k; }) add("top_k", o.top_k);
   if constexpr (requires { o.top_p; }) add("top_p", o.top_p);
+  if constexpr (requires { o.second_threshold; }) add("second_threshold", o.second_threshold);
+  if constexpr (requires { o.random_second_threshold; })
+    add("random_second_threshold", o.random_second_threshold);
   if constexpr (requires { o.score; }) add("score", o.score);
   if constexpr (requires { o.softmax_before_selection; }) add("softmax_before_selection", o.softmax_before_selection);
   if constexpr (requires { o.renormalise; }) add("renormalise", o.renormalise);
@@ -67,6 +70,11 @@ std::string describe_options(const Options& o) {
   if constexpr (requires { o.max_iterations; }) add("max_iterations", o.max_iterations);
   if constexpr (requires { o.capacity; }) add("capacity", o.capacity);
   if constexpr (requires { o.training_capacity; }) add("training_capacity", o.training_capacity);
+  if constexpr (requires { o.capacity_rule; }) {
+    add("capacity_rounding", o.capacity_rule.rounding);
+    add("capacity_minimum", o.capacity_rule.minimum);
+    add("capacity_multiple_of", o.capacity_rule.multiple_of);
+  }
   if constexpr (requires { o.overflow; }) add("overflow", o.overflow);
   if constexpr (requires { o.priority; }) add("priority", o.priority);
   if constexpr (requires { o.renormalise_after_drop; }) add("renormalise_after_drop", o.renormalise_after_drop);

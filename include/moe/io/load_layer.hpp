@@ -59,24 +59,20 @@ class LayerReader {
     note(stored, out.size(), "not an expert's matrix");
   }
 
-  // Reads a matrix [rows, cols] of an expert: where it lies if Weight can and the tensor lets it, else
-  // as a copy.
-  template <class Weight>
-  Weight read_weight(const TensorSource& source, Index expert, Index num_experts, Index rows,
-                     Index cols) {
+  // A matrix [rows, cols] of an expert, where it lies if the tensor lets it, else as a copy.
+  MappedMatrix<S> map(const TensorSource& source, Index expert, Index num_experts, Index rows,
+                      Index cols) {
     const Stored stored = find(source, expert, num_experts, rows, cols, false);
     const std::string obstacle = why_copied(stored);
     note(stored, rows * cols, obstacle);
-    if constexpr (std::same_as<Weight, MappedMatrix<S>>) {
-      if (obstacle.empty()) {
-        const auto* const values = reinterpret_cast<const S*>(stored.values.bytes.data()) +
-                                   row_of(stored.part, rows, 0) * cols;
-        return Weight({checkpoint_.owner(), values}, rows, cols);
-      }
+    if (obstacle.empty()) {
+      const auto* const values = reinterpret_cast<const S*>(stored.values.bytes.data()) +
+                                 row_of(stored.part, rows, 0) * cols;
+      return {{checkpoint_.owner(), values}, rows, cols};
     }
     Matrix<S> copied(rows, cols);
     copy(stored, copied);
-    return Weight(std::move(copied));
+    return MappedMatrix<S>(std::move(copied));
   }
 
   // Throws unless every value of every tensor whose name begins with `prefix` was read once.
@@ -248,7 +244,6 @@ LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
   require(!model.tensors.w_router.empty(), "load_layer: the tensor names of ", model.name,
           " are not known");
   using Expert = typename Model<Unit, R>::template Expert<S, Storage>;
-  using Weight = typename Expert::Weight;
   const LayerTensors& tensors = model.tensors;
   LayerReader<S> reader(checkpoint, layer);
   R<S> router(model.router);
@@ -262,20 +257,28 @@ LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
     std::vector<Expert> experts;
     experts.reserve(std::size_t(count));
     for (Index e = 0; e < count; ++e) {
-      const auto weight = [&](const TensorSource& source, Index rows, Index cols) {
-        return reader.template read_weight<Weight>(source, e, stacked, rows, cols);
+      const auto map = [&](const TensorSource& source, Index rows, Index cols) {
+        return reader.map(source, e, stacked, rows, cols);
       };
-      if constexpr (GatedUnit<Unit>) {
-        experts.push_back(Expert{options, weight(from.w_gate, d_ff, d_model),
-                                 weight(from.w_up, d_ff, d_model),
-                                 weight(from.w_down, d_model, d_ff)});
-        reader.read(from.b_gate, e, stacked, experts.back().b_gate);
+      if constexpr (std::same_as<Storage, Mapped> && GatedUnit<Unit>) {
+        experts.push_back({options, map(from.w_gate, d_ff, d_model), map(from.w_up, d_ff, d_model),
+                           map(from.w_down, d_model, d_ff)});
+      } else if constexpr (std::same_as<Storage, Mapped>) {
+        experts.push_back({options, map(from.w_up, d_ff, d_model), map(from.w_down, d_model, d_ff)});
       } else {
-        experts.push_back(Expert{options, weight(from.w_up, d_ff, d_model),
-                                 weight(from.w_down, d_model, d_ff)});
+        Expert& owner = experts.emplace_back(options);
+        if constexpr (requires { owner.w_gate; })
+          reader.read(from.w_gate, e, stacked, owner.w_gate);
+        reader.read(from.w_up, e, stacked, owner.w_up);
+        reader.read(from.w_down, e, stacked, owner.w_down);
       }
-      reader.read(from.b_up, e, stacked, experts.back().b_up);
-      reader.read(from.b_down, e, stacked, experts.back().b_down);
+      Expert& expert = experts.back();
+      if constexpr (requires { expert.b_gate; })
+        reader.read(from.b_gate, e, stacked, expert.b_gate);
+      if constexpr (requires { expert.b_up; }) {
+        reader.read(from.b_up, e, stacked, expert.b_up);
+        reader.read(from.b_down, e, stacked, expert.b_down);
+      }
     }
     return experts;
   };

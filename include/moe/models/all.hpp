@@ -15,15 +15,17 @@
 #include <moe/models/mixtral.hpp>
 #include <moe/models/nllb.hpp>
 #include <moe/models/olmoe.hpp>
+#include <moe/models/openmoe.hpp>
 #include <moe/models/phi.hpp>
 #include <moe/models/qwen.hpp>
 #include <moe/models/shazeer.hpp>
+#include <moe/models/soft_moe.hpp>
 #include <moe/models/switch_transformer.hpp>
 #include <moe/models/vmoe.hpp>
 
 namespace moe {
 
-/// Calls f(model) for every published model of the library.
+/// Calls f(model) for every published model of the library with a router.
 template <class F>
 void for_each_model(F&& f) {
   f(shazeer_2017);
@@ -37,6 +39,8 @@ void for_each_model(F&& f) {
   f(nllb_moe_54b);
   f(mixtral_8x7b);
   f(mixtral_8x22b);
+  f(openmoe_8b_32e);
+  f(openmoe_34b_32e);
   f(grok_1);
   f(dbrx);
   f(deepseek_moe_16b);
@@ -59,6 +63,15 @@ void for_each_model(F&& f) {
   f(gpt_oss_20b);
   f(gpt_oss_120b);
   f(gpt_4_rumoured);
+}
+
+/// Calls f(model) for every published model of Soft MoE layers.
+template <class F>
+void for_each_soft_model(F&& f) {
+  f(soft_moe_s16);
+  f(soft_moe_b16);
+  f(soft_moe_l16);
+  f(soft_moe_h14);
 }
 
 }  // namespace moe

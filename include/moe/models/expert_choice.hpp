@@ -7,11 +7,14 @@
 namespace moe {
 
 /// Expert Choice 8B/64E (Zhou et al. 2022): every expert takes the tokens that it likes best, two experts a
-/// token on average.
+/// token on average, rounded as flaxformer does it and at least 4 tokens an expert.
 inline constexpr Model<ReLU, ExpertChoiceRouter> expert_choice_8b_64e = {
     .name = "Expert Choice 8B/64E",
     .source = "arXiv:2202.09368",
-    .router = {.d_model = 4096, .num_experts = 64, .capacity = 2.0},
+    .router = {.d_model = 4096,
+               .num_experts = 64,
+               .capacity = 2.0,
+               .capacity_rule = {Rounding::nearest_even, 4}},
     .d_ff = 16384};
 
 }  // namespace moe

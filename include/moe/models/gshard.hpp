@@ -6,22 +6,26 @@
 namespace moe {
 
 /// GShard 600B (Lepikhin et al. 2021): every second layer of 36 has 2,048 experts; two of them a token, gates
-/// with a sum of 1. Seats: 2 * tokens / num_experts, rounded up to a multiple of 4 by its authors and not
-/// here. Its loss counts first choices: load_balancing_loss(routing, demand_per_expert(routing, 1), tokens).
-/// Its authors draw the second expert with a probability that follows its gate; here it is always taken.
+/// with a sum of 1. Seats: 2 * tokens / num_experts in each group, made whole as lingvo does it. Its loss
+/// counts first choices: load_balancing_loss(routing, demand_per_expert(routing, 1), tokens).
+/// In training the second expert is drawn with a probability of twice its gate (algorithm 1); in inference
+/// it is always taken.
 inline constexpr Model<ReLU> gshard_600b = {
     .name = "GShard 600B",
     .source = "arXiv:2006.16668",
     .router = {.d_model = 1024,
                .num_experts = 2048,
                .top_k = 2,
+               .random_second_threshold = 0.5,
                .renormalise = true,
                .capacity = 1.0,
-               .training_capacity = 1.0},
+               .training_capacity = 1.0,
+               .capacity_rule = {Rounding::down, 4, 4}},
     .d_ff = 8192,
     .balance_loss = 0.01};
 
-/// GLaM 64B/64E (Du et al. 2022): GShard's router in every second layer, dense layers gated.
+/// GLaM 64B/64E (Du et al. 2022): GShard's router in every second layer, but that the second expert is always
+/// taken (praxis), dense layers gated.
 inline constexpr Model<ReLU> glam_64b_64e = {
     .name = "GLaM 64B/64E",
     .source = "arXiv:2112.06905",
@@ -30,7 +34,8 @@ inline constexpr Model<ReLU> glam_64b_64e = {
                .top_k = 2,
                .renormalise = true,
                .capacity = 1.0,
-               .training_capacity = 1.0},
+               .training_capacity = 1.0,
+               .capacity_rule = {Rounding::down, 4, 4}},
     .d_ff = 32768,
     .balance_loss = 0.01,
     .around = {.layers = 64,
@@ -41,7 +46,9 @@ inline constexpr Model<ReLU> glam_64b_64e = {
                .dense_d_ff = 32768},
     .published = {1.2e12, 96.6e9}};
 
-/// ST-MoE-32B (Zoph et al. 2022): two experts a token, the second where its gate is above 0.2, z-loss.
+/// ST-MoE-32B (Zoph et al. 2022): two experts a token, the second where its gate is above 0.2, in training
+/// with a probability of its gate / 0.2 (mesh, which draws in inference, too), z-loss. Seats: 1.25 * tokens /
+/// num_experts in training and 2 in inference, made whole as flaxformer does it.
 inline constexpr Model<GEGLUTanh> st_moe_32b = {
     .name = "ST-MoE-32B",
     .source = "arXiv:2202.08906",
@@ -49,9 +56,11 @@ inline constexpr Model<GEGLUTanh> st_moe_32b = {
                .num_experts = 64,
                .top_k = 2,
                .second_threshold = 0.2,
+               .random_second_threshold = 0.2,
                .renormalise = true,
                .capacity = 1.0,
-               .training_capacity = 0.625},
+               .training_capacity = 0.625,
+               .capacity_rule = {Rounding::nearest_even, 4}},
     .d_ff = 20480,
     .balance_loss = 0.01,
     .z_loss = 0.001};

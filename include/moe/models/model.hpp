@@ -84,13 +84,36 @@ struct PublishedSize {
 template <class Unit>
 concept GatedUnit = requires(const Unit& unit, float v) { unit.forward(v, v); };
 
+/// What experts with the unit `Unit` are. An expert of a kind of its own has a tag as unit and a
+/// specialisation (see models/openmoe.hpp).
+template <class Unit>
+struct ExpertOf {
+  template <class S, class Storage = Owned>
+  using Type = std::conditional_t<GatedUnit<Unit>, GatedFeedForward<S, Unit, Storage>,
+                                  FeedForward<S, Unit, Storage>>;
+  /// Rows of the matrices before the activation, in d_ff.
+  static constexpr Index kUpWidths = GatedUnit<Unit> ? 2 : 1;
+
+  /// Parameters of one expert.
+  static constexpr Index parameters(Index d_model, Index d_ff, bool bias) {
+    return (kUpWidths + 1) * d_model * d_ff + (bias ? kUpWidths * d_ff + d_model : 0);
+  }
+};
+
+/// Parameters of embeddings, attention, dense feed-forwards and norms around the layers of a model.
+constexpr Index surrounding_parameters(const Surroundings& around, Index d_model) {
+  const Index norms = (2 * around.layers + 1) * d_model;
+  const Index dense = around.dense_matrices * d_model * around.dense_d_ff;
+  return (around.tied_embeddings ? 1 : 2) * around.vocabulary * d_model +
+         around.layers * around.attention + (around.layers - around.moe_layers) * dense + norms;
+}
+
 /// A published model. `Unit` is the activation or gated unit of its experts, `R` its router.
 template <class Unit, template <class> class R = TopKRouter>
 struct Model {
   using RouterOptions = typename R<float>::Options;
   template <class S, class Storage = Owned>
-  using Expert = std::conditional_t<GatedUnit<Unit>, GatedFeedForward<S, Unit, Storage>,
-                                    FeedForward<S, Unit, Storage>>;
+  using Expert = typename ExpertOf<Unit>::template Type<S, Storage>;
   template <class S, class Storage = Owned>
   using Layer = MoELayer<Expert<S, Storage>, R<S>>;
 
@@ -129,8 +152,7 @@ struct Model {
 
   /// Parameters of one expert of width `width`.
   constexpr Index expert_parameters(Index width) const {
-    constexpr Index kUp = GatedUnit<Unit> ? 2 : 1;
-    return (kUp + 1) * d_model() * width + (expert_bias ? kUp * width + d_model() : 0);
+    return ExpertOf<Unit>::parameters(d_model(), width, expert_bias);
   }
   /// Parameters of one layer's router, shared experts, their gates and the output bias.
   constexpr Index common_parameters() const {
@@ -149,31 +171,24 @@ struct Model {
   }
   /// Operations (a multiply-add is two) of one layer's products for one token, forward.
   constexpr Index flops_per_token() const {
-    constexpr Index kMatrices = GatedUnit<Unit> ? 3 : 2;
+    constexpr Index kMatrices = ExpertOf<Unit>::kUpWidths + 1;
     return 2 * d_model() *
            (num_experts() + kMatrices * (experts_per_token() * d_ff + shared_experts * shared_d_ff) +
             (gated_shared_experts ? shared_experts : 0));
   }
   /// Parameters of the whole model: embeddings, attention, feed-forward layers and norms.
   constexpr Index total_parameters() const {
-    return other_parameters() + around.moe_layers * layer_parameters();
+    return surrounding_parameters(around, d_model()) + around.moe_layers * layer_parameters();
   }
   /// Those that one token uses; the input embedding as its authors count it.
   constexpr Index active_parameters() const {
-    return other_parameters() + around.moe_layers * active_layer_parameters() -
+    return surrounding_parameters(around, d_model()) +
+           around.moe_layers * active_layer_parameters() -
            (around.embedding_is_active ? 0 : around.vocabulary * d_model());
   }
   constexpr Index experts_per_token() const {
     if constexpr (requires { router.top_k; }) return router.top_k;
     else return Index(router.capacity);  // on average, where experts choose
-  }
-
- private:
-  constexpr Index other_parameters() const {
-    const Index norms = (2 * around.layers + 1) * d_model();
-    const Index dense = around.dense_matrices * d_model() * around.dense_d_ff;
-    return (around.tied_embeddings ? 1 : 2) * around.vocabulary * d_model() +
-           around.layers * around.attention + (around.layers - around.moe_layers) * dense + norms;
   }
 };
 
@@ -185,9 +200,9 @@ typename Expert::Options expert_options(const M& model, Index d_ff) {
   typename Expert::Options options{};
   options.d_model = model.d_model();
   options.d_ff = d_ff;
-  options.bias = model.expert_bias;
+  if constexpr (requires { options.bias; }) options.bias = model.expert_bias;
   if constexpr (requires { options.glu; }) options.glu = model.unit;
-  else options.activation = model.unit;
+  else if constexpr (requires { options.activation; }) options.activation = model.unit;
   return options;
 }
 

@@ -7,8 +7,8 @@ namespace moe {
 
 /// Switch Transformer, Base with 8 experts (Fedus et al. 2021): the best expert, its probability as gate,
 /// jitter of 0.01. Seats: 1.25 times an even share in training, 2 in inference, within each group of
-/// BatchInfo; Hugging Face gives every expert 64 seats a sequence instead. Encoder layer `layer` is sparse
-/// where it is odd.
+/// BatchInfo, rounded down and at least 4 (mesh); Hugging Face gives every expert 64 seats a sequence
+/// instead. Encoder layer `layer` is sparse where it is odd.
 inline constexpr Model<ReLU> switch_base_8 = {
     .name = "Switch-Base-8",
     .source = "arXiv:2101.03961",
@@ -17,7 +17,8 @@ inline constexpr Model<ReLU> switch_base_8 = {
                .top_k = 1,
                .jitter = 0.01,
                .capacity = 2.0,
-               .training_capacity = 1.25},
+               .training_capacity = 1.25,
+               .capacity_rule = {Rounding::down, 4}},
     .d_ff = 3072,
     .balance_loss = 0.01,
     .tensors = {.prefix = "encoder.block.{layer}.layer.1.mlp.",
@@ -27,7 +28,8 @@ inline constexpr Model<ReLU> switch_base_8 = {
                     .w_down = {
                         "encoder.block.{layer}.layer.1.mlp.experts.expert_{expert}.wo.weight"}}}};
 
-/// Switch-C, the largest: 2,048 experts (table 9 of the paper; 1.6T parameters).
+/// Switch-C, the largest: 2,048 experts (table 9 of the paper; 1.6T parameters). Seats as flaxformer's
+/// configuration of it says.
 inline constexpr Model<ReLU> switch_c = {
     .name = "Switch-C",
     .source = "arXiv:2101.03961",
@@ -36,7 +38,8 @@ inline constexpr Model<ReLU> switch_c = {
                .top_k = 1,
                .jitter = 0.01,
                .capacity = 2.0,
-               .training_capacity = 1.0},
+               .training_capacity = 1.0,
+               .capacity_rule = {Rounding::nearest_even, 2}},
     .d_ff = 6144,
     .balance_loss = 0.01};
 

@@ -6,7 +6,7 @@
 namespace moe {
 
 /// V-MoE-L/16 (Riquelme et al. 2021): two experts an image patch, softmax of logits with noise of
-/// 1 / num_experts, gates as they are; seats of 1.05 times an even share in training. With
+/// 1 / num_experts, gates as they are; seats of 1.05 times an even share in training, rounded up to a multiple of 4. With
 /// Priority::token_max_gate it is batch-prioritised routing. Losses: importance_loss of probs and load_loss with
 /// one threshold, each times 0.005.
 inline constexpr Model<GELUTanh> vmoe_l16 = {
@@ -17,7 +17,8 @@ inline constexpr Model<GELUTanh> vmoe_l16 = {
                .top_k = 2,
                .noise_stddev = 1.0 / 32,
                .capacity = 1.05,
-               .training_capacity = 1.05},
+               .training_capacity = 1.05,
+               .capacity_rule = {.multiple_of = 4}},
     .d_ff = 4096,
     .expert_bias = true};
 

@@ -13,8 +13,9 @@ struct ExpertChoiceOptions {
   Index d_model = 0;
   Index num_experts = 0;
   /// Mean number of experts a token gets; an expert takes expert_capacity(valid tokens of the
-  /// group, num_experts, 1, capacity) tokens, in training and in inference.
+  /// group, num_experts, 1, capacity, capacity_rule) tokens, in training and in inference.
   double capacity = 2.0;
+  CapacityRule capacity_rule{};
   /// What becomes of a token that no expert takes: drop (its routed sum is zero) or pass_through.
   Overflow overflow = Overflow::drop;
 };
@@ -42,6 +43,7 @@ class ExpertChoiceRouter {
             "ExpertChoiceRouter: overflow is next_best, but experts choose tokens here: expected "
             "drop or pass_through");
     expert_capacity(0, options.num_experts, 1, options.capacity);  // throws if out of range
+    check_capacity_rule(options.capacity_rule, "ExpertChoiceRouter");
     w_router.setZero(options.num_experts, options.d_model);
   }
   /// w_router is normal with variance 1 / d_model.
@@ -128,10 +130,12 @@ class ExpertChoiceRouter {
     count_valid_tokens(plan, info, capacity);
     Index most = 0, room = 0;  // seats of one expert: used at most now, and by any mask
     for (Index g = 0; g < groups; ++g) {
-      capacity[g] = expert_capacity(capacity[g], experts, 1, options_.capacity);
+      const auto seats = [&](Index valid) {
+        return expert_capacity(valid, experts, 1, options_.capacity, options_.capacity_rule);
+      };
+      capacity[g] = seats(capacity[g]);
       most += capacity[g];
-      room += expert_capacity(info.end_of(g, tokens) - info.begin_of(g), experts, 1,
-                              options_.capacity);
+      room += seats(info.end_of(g, tokens) - info.begin_of(g));
     }
     Buffer<Index>&candidates = scratch.order, &taken = scratch.seat, &count = scratch.load;
     candidates.resize(executor.concurrency() * tokens);

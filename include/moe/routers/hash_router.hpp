@@ -50,6 +50,7 @@ struct HashOptions {
   IndexVector table{};  ///< the expert of every token id [vocabulary]
   /// Capacity factor, see expert_capacity, in training and in inference; none: dropless.
   std::optional<double> capacity{};
+  CapacityRule capacity_rule{};
   Overflow overflow = Overflow::drop;  ///< or pass_through; there is no next best expert here
 };
 
@@ -77,6 +78,7 @@ class HashRouter {
             "HashRouter: overflow is next_best, but a table names one expert: expected drop or "
             "pass_through");
     if (options_.capacity) expert_capacity(0, options_.num_experts, 1, *options_.capacity);
+    check_capacity_rule(options_.capacity_rule, "HashRouter");
   }
 
   Index d_model() const { return options_.d_model; }
@@ -116,7 +118,7 @@ class HashRouter {
     IndexVector& capacity = routing.scratch.capacity;
     count_valid_tokens(plan, info, capacity);
     for (Index& seats : capacity)
-      seats = expert_capacity(seats, num_experts(), 1, *options_.capacity);
+      seats = expert_capacity(seats, num_experts(), 1, *options_.capacity, options_.capacity_rule);
     apply_capacity(chosen, routing.router_probs, capacity, options_.overflow, Priority::token_order,
                    info, plan, routing.scratch);
   }

@@ -19,6 +19,7 @@ struct NoisyTopKOptions {
   std::optional<double> capacity{};
   /// Capacity factor of training; none: dropless.
   std::optional<double> training_capacity{};
+  CapacityRule capacity_rule{};  ///< of both
   Overflow overflow = Overflow::drop;
   Priority priority = Priority::token_order;
   /// Whether gates sum to 1 over the experts that kept the token, not over those that it chose.
@@ -162,6 +163,7 @@ class NoisyTopKRouter {
     return {.gate = {.renormalise = true},
             .top_k = options_.top_k,
             .capacity_factor = capacity_factor,
+            .capacity_rule = options_.capacity_rule,
             .overflow = options_.overflow,
             .priority = options_.priority,
             .renormalise_after_drop = options_.renormalise_after_drop};

@@ -23,6 +23,7 @@ struct SinkhornOptions {
   std::optional<double> capacity{};
   /// Capacity factor of training; none: dropless.
   std::optional<double> training_capacity{};
+  CapacityRule capacity_rule{};  ///< of both
   Overflow overflow = Overflow::drop;
   Priority priority = Priority::token_order;
 };
@@ -185,6 +186,7 @@ class SinkhornRouter {
     return {.gate = {.score = options_.top_k == 1 ? Score::sigmoid : Score::softmax},
             .top_k = options_.top_k,
             .capacity_factor = capacity_factor,
+            .capacity_rule = options_.capacity_rule,
             .overflow = options_.overflow,
             .priority = options_.priority};
   }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
 #include <optional>
 
 #include <moe/init.hpp>
@@ -20,6 +21,10 @@ struct TopKOptions {
   /// A token takes an expert after its first only where its gate among all top_k is above this (ST-MoE,
   /// Zoph et al. 2022: 0.2). Gates stay what they are among all top_k.
   double second_threshold = 0;
+  /// Above 0: in training a token takes an expert after its first with probability
+  /// min(1, gate / random_second_threshold) instead (random routing; GShard, Lepikhin et al. 2021,
+  /// algorithm 1: 0.5; ST-MoE: 0.2).
+  double random_second_threshold = 0;
   /// What gates are made of. With relu, a token chooses the experts with positive logits, top_k at most
   /// (ReMoE, Wang et al. 2024: top_k = num_experts).
   Score score = Score::softmax;
@@ -47,6 +52,7 @@ struct TopKOptions {
   std::optional<double> capacity{};
   /// Capacity factor of training; none: dropless.
   std::optional<double> training_capacity{};
+  CapacityRule capacity_rule{};  ///< of both
   Overflow overflow = Overflow::drop;
   Priority priority = Priority::token_order;
   /// Whether gates that sum to 1 do so over the experts that kept the token, not over those that it
@@ -82,12 +88,15 @@ class TopKRouter {
               value, ", expected a finite number of at least 0");
     };
     at_least_0(options.renormalise_epsilon, "renormalise_epsilon");
-    at_least_0(options.second_threshold, "second_threshold");
-    require(options.second_threshold == 0 ||
-                (!options.selection_bias && !options.group_limit.applies() && options.top_p == 1 &&
-                 options.score != Score::relu),
-            "TopKRouter: second_threshold = ", options.second_threshold,
-            " beside a selection bias, a group limit, top_p or relu, expected 0");
+    const auto check_threshold = [&](double threshold, const char* what) {
+      at_least_0(threshold, what);
+      require(threshold == 0 || (!options.selection_bias && !options.group_limit.applies() &&
+                                 options.top_p == 1 && options.score != Score::relu),
+              "TopKRouter: ", what, " = ", threshold,
+              " beside a selection bias, a group limit, top_p or relu, expected 0");
+    };
+    check_threshold(options.second_threshold, "second_threshold");
+    check_threshold(options.random_second_threshold, "random_second_threshold");
     require(options.top_p > 0 && options.top_p <= 1, "TopKRouter: top_p = ", options.top_p,
             " is not in (0, 1]");
     at_least_0(options.noise_stddev, "noise_stddev");
@@ -120,8 +129,9 @@ class TopKRouter {
     route_by_logits(rule(options_.capacity), selection_bias, info, routing, executor);
   }
 
-  /// Routing for training: jitter, noise, capacity `options.training_capacity`. Throws when gates would be
-  /// constant (see Options::allow_constant_gate).
+  /// Routing for training: jitter, noise, random second experts, drawn in this order for all tokens, masked
+  /// ones too; capacity `options.training_capacity`. Throws when gates would be constant (see
+  /// Options::allow_constant_gate).
   template <Executor E = DefaultExecutor>
   void route(const ConstMatrixRef<S>& x, Rng& rng, const BatchInfo& info, Routing<S>& routing,
              const E& executor = {}) const {
@@ -146,7 +156,15 @@ class TopKRouter {
       noise.stddev.setConstant(x.rows(), num_experts(), S(options_.noise_stddev));
       noise.noisy_logits = routing.router_logits + S(options_.noise_stddev) * noise.draws;
     }
-    route_by_logits(rule(options_.training_capacity), selection_bias, info, routing, executor);
+    SeatingRule seating = rule(options_.training_capacity);
+    if (options_.random_second_threshold > 0) {
+      Buffer<double>& draws = routing.scratch.second_draws;
+      draws.resize(x.rows() * (options_.top_k - 1));
+      for (double& draw : draws) draw = rng.uniform();
+      seating.second_threshold = options_.random_second_threshold;
+      seating.second_draws = draws.data();
+    }
+    route_by_logits(seating, selection_bias, info, routing, executor);
   }
 
   /// Adds to d_x [tokens, d_model] and to grad's parameters. `x` has zeros in rows of tokens that are
@@ -158,7 +176,10 @@ class TopKRouter {
     require_shape(d_x, x.rows(), d_model(), "TopKRouter::backward", "d_x");
     check_backward(x, routing, grad);
     Matrix<S>& d_logits = routing.scratch.d_logits;
-    selection_backward(rule({}), routing, gradient, d_logits);
+    SeatingRule seating = rule({});
+    seating.second_threshold =
+        std::max(options_.second_threshold, options_.random_second_threshold);
+    selection_backward(seating, routing, gradient, d_logits);
     add_valid_rows(routing, gradient.d_router_logits, d_logits);
     if (b_router.size() > 0) bias_backward(d_logits, grad.b_router);
     if (!routing.has_input_factor) {
@@ -236,6 +257,7 @@ class TopKRouter {
             .second_threshold = options_.second_threshold,
             .group_limit = options_.group_limit,
             .capacity_factor = capacity_factor,
+            .capacity_rule = options_.capacity_rule,
             .overflow = options_.overflow,
             .priority = options_.priority,
             .renormalise_after_drop = options_.renormalise_after_drop};

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <moe/models/model.hpp>
+#include <moe/soft_moe_layer.hpp>
+
+namespace moe {
+
+/// A published model with Soft MoE layers: what Model is to layers with a router. `Unit` is the activation or
+/// gated unit of its experts.
+template <class Unit>
+struct SoftModel {
+  template <class S>
+  using Expert = typename ExpertOf<Unit>::template Type<S>;
+  template <class S>
+  using Layer = SoftMoELayer<Expert<S>>;
+
+  std::string_view name{};
+  std::string_view source{};  ///< paper or repository
+  SoftMoEOptions layer{};     ///< with d_model, num_experts and slots_per_expert
+  Index d_ff = 0;
+  bool expert_bias = false;
+  Unit unit{};
+  Surroundings around{};
+  PublishedSize published{};
+
+  constexpr Index d_model() const { return layer.d_model; }
+  constexpr Index num_experts() const { return layer.num_experts; }
+
+  /// The same layer in another size.
+  constexpr SoftModel scaled_to(Index new_d_model, Index new_d_ff, Index new_num_experts) const {
+    SoftModel scaled = *this;
+    scaled.layer.d_model = new_d_model;
+    scaled.layer.num_experts = new_num_experts;
+    scaled.d_ff = new_d_ff;
+    return scaled;
+  }
+
+  /// Trained parameters of one Soft MoE layer: experts, slots and the scale.
+  constexpr Index layer_parameters() const {
+    return num_experts() * ExpertOf<Unit>::parameters(d_model(), d_ff, expert_bias) +
+           num_experts() * layer.slots_per_expert * d_model() + (layer.normalise ? 1 : 0);
+  }
+  /// Parameters of the whole model. A sequence of any length uses all of them: its slots do.
+  constexpr Index total_parameters() const {
+    return surrounding_parameters(around, d_model()) + around.moe_layers * layer_parameters();
+  }
+};
+
+namespace detail {
+
+template <class S, class Unit, class... More>
+typename SoftModel<Unit>::template Layer<S> build_layer(const SoftModel<Unit>& model,
+                                                        More&... more) {
+  using Expert = typename SoftModel<Unit>::template Expert<S>;
+  const auto options = expert_options<Expert>(model, model.d_ff);
+  std::vector<Expert> experts;
+  for (Index e = 0; e < model.num_experts(); ++e) experts.emplace_back(options, more...);
+  return {std::move(experts), model.layer, more...};
+}
+
+// Transformers for images of 224 x 224 (Dosovitskiy et al. 2021), with the head of JFT-4B's 29,593 classes in
+// place of an embedding; experts in the second half of the layers.
+constexpr Surroundings vision_transformer(Index d_model, Index layers, Index heads) {
+  return {.layers = layers,
+          .moe_layers = layers / 2,
+          .vocabulary = 29593,
+          .tied_embeddings = true,
+          .attention = attention_parameters(d_model, heads, heads, d_model / heads) + 4 * d_model,
+          .dense_d_ff = 4 * d_model,
+          .dense_matrices = 2};
+}
+
+}  // namespace detail
+
+/// A layer of the model without weights: every parameter is zero, but that the scale is 1. Throws
+/// std::invalid_argument where the model's sizes do not fit each other.
+template <class S, class Unit>
+typename SoftModel<Unit>::template Layer<S> make_empty_layer(const SoftModel<Unit>& model) {
+  return detail::build_layer<S>(model);
+}
+
+/// A new layer of the model, with weights as its experts draw them, then its slots. Throws as
+/// make_empty_layer.
+/// Example: make_layer<float>(soft_moe_b16.scaled_to(64, 256, 8), rng).
+template <class S, class Unit>
+typename SoftModel<Unit>::template Layer<S> make_layer(const SoftModel<Unit>& model, Rng& rng) {
+  return detail::build_layer<S>(model, rng);
+}
+
+/// Soft MoE S/16 (Puigcerver et al. 2023): 128 experts with one slot each, in the second half of the layers.
+inline constexpr SoftModel<GELUTanh> soft_moe_s16 = {
+    .name = "Soft MoE S/16",
+    .source = "arXiv:2308.00951",
+    .layer = {.d_model = 384, .num_experts = 128, .slots_per_expert = 1},
+    .d_ff = 1536,
+    .expert_bias = true,
+    .around = detail::vision_transformer(384, 12, 6),
+    .published = {933e6, 0}};
+
+/// Soft MoE B/16.
+inline constexpr SoftModel<GELUTanh> soft_moe_b16 = {
+    .name = "Soft MoE B/16",
+    .source = "arXiv:2308.00951",
+    .layer = {.d_model = 768, .num_experts = 128, .slots_per_expert = 1},
+    .d_ff = 3072,
+    .expert_bias = true,
+    .around = detail::vision_transformer(768, 12, 12),
+    .published = {3.7e9, 0}};
+
+/// Soft MoE L/16.
+inline constexpr SoftModel<GELUTanh> soft_moe_l16 = {
+    .name = "Soft MoE L/16",
+    .source = "arXiv:2308.00951",
+    .layer = {.d_model = 1024, .num_experts = 128, .slots_per_expert = 1},
+    .d_ff = 4096,
+    .expert_bias = true,
+    .around = detail::vision_transformer(1024, 24, 16),
+    .published = {13.1e9, 0}};
+
+/// Soft MoE H/14, with the 128 experts of the paper (its authors' configuration has 256).
+inline constexpr SoftModel<GELUTanh> soft_moe_h14 = {
+    .name = "Soft MoE H/14",
+    .source = "arXiv:2308.00951",
+    .layer = {.d_model = 1280, .num_experts = 128, .slots_per_expert = 1},
+    .d_ff = 5120,
+    .expert_bias = true,
+    .around = detail::vision_transformer(1280, 32, 16),
+    .published = {27.3e9, 0}};
+
+}  // namespace moe

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: MIT
+#include <cstddef>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include <moe/io/load_layer.hpp>
+#include <moe/models/grok.hpp>
+#include <moe/models/openmoe.hpp>
+
+// Layers of models out of checkpoints as those who converted them name and shape their tensors.
+namespace {
+
+using moe::Index;
+using Shapes = std::vector<std::pair<std::string, std::vector<Index>>>;
+
+constexpr Index kModel = 4, kFf = 3, kExperts = 2, kLayer = 5;
+
+// Tensor i holds 100 * (i + 1), 100 * (i + 1) + 1, ...
+moe::Checkpoint checkpoint_of(const Shapes& shapes) {
+  std::vector<std::vector<float>> values;
+  std::vector<moe::TensorToWrite> tensors;
+  for (const auto& [name, shape] : shapes) {
+    Index size = 1;
+    for (const Index n : shape) size *= n;
+    values.emplace_back();
+    for (Index i = 0; i < size; ++i) values.back().push_back(float(100 * values.size()) + float(i));
+  }
+  for (std::size_t i = 0; i < shapes.size(); ++i)
+    tensors.push_back({shapes[i].first, moe::DType::F32, shapes[i].second,
+                       std::as_bytes(std::span(values[i]))});
+  const std::string path = testing::TempDir() + "load_models_test." +
+                           testing::UnitTest::GetInstance()->current_test_info()->name() +
+                           ".safetensors";
+  moe::write_safetensors(path, tensors);
+  return moe::Checkpoint::open(path);
+}
+
+template <class M>
+M sized(const M& model, const moe::Checkpoint& checkpoint) {
+  const M m = moe::sized_as(model, checkpoint, kLayer);
+  EXPECT_EQ(m.d_model(), kModel);
+  EXPECT_EQ(m.num_experts(), kExperts);
+  EXPECT_EQ(m.d_ff, kFf);
+  return m;
+}
+
+// Gate [E, d_model, 2 d_ff], up [E, d_model, d_ff], down [E, d_ff, d_model].
+TEST(LoadModels, TakesOpenMoEsGatesOfTwiceTheWidth) {
+  const std::string prefix = "model.layers.5.mlp.";
+  const auto checkpoint = checkpoint_of({{prefix + "gate_weight", {kExperts, kModel}},
+                                         {prefix + "experts.wi_gate", {kExperts, kModel, 2 * kFf}},
+                                         {prefix + "experts.wi_up", {kExperts, kModel, kFf}},
+                                         {prefix + "experts.wo", {kExperts, kFf, kModel}}});
+  const auto layer =
+      moe::load_layer<float>(sized(moe::openmoe_8b_32e, checkpoint), checkpoint, kLayer);
+  EXPECT_EQ(layer.router().w_router(1, 2), 100 + 1 * kModel + 2);
+  const auto& expert = layer.experts()[1];
+  for (Index j = 0; j < kModel; ++j) {
+    for (Index i = 0; i < 2 * kFf; ++i)
+      EXPECT_EQ(expert.w_gate(i, j), float(200 + (kModel + j) * 2 * kFf + i));
+    for (Index i = 0; i < kFf; ++i) {
+      EXPECT_EQ(expert.w_up(i, j), float(300 + (kModel + j) * kFf + i));
+      EXPECT_EQ(expert.w_down(j, i), float(400 + (kFf + i) * kModel + j));
+    }
+  }
+}
+
+// `linear` is what GELU sees, `linear_v` what multiplies it, `linear_1` goes down.
+TEST(LoadModels, TakesGrok1sPort) {
+  const std::string prefix = "transformer.decoder_layer.5.";
+  Shapes shapes = {{prefix + "router.weight", {kExperts, kModel}}};
+  for (const char* expert : {"0", "1"})
+    for (const char* matrix : {"linear", "linear_v", "linear_1"}) {
+      std::vector<Index> shape{kFf, kModel};
+      if (matrix == std::string("linear_1")) std::swap(shape[0], shape[1]);
+      shapes.emplace_back(prefix + "moe." + expert + "." + matrix + ".weight", shape);
+    }
+  shapes.emplace_back(prefix + "rms_norm.weight", std::vector<Index>{kModel});  // of no concern
+  const auto checkpoint = checkpoint_of(shapes);
+  const auto layer = moe::load_layer<float>(sized(moe::grok_1, checkpoint), checkpoint, kLayer);
+  EXPECT_EQ(layer.router().w_router(1, 2), 106);
+  EXPECT_EQ(layer.experts()[0].w_gate(1, 0), 204);
+  EXPECT_EQ(layer.experts()[1].w_gate(1, 0), 504);
+  EXPECT_EQ(layer.experts()[1].w_up(2, 3), 611);
+  EXPECT_EQ(layer.experts()[1].w_down(1, 0), 703);
+}
+
+}  // namespace
