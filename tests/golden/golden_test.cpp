@@ -138,6 +138,7 @@ void expect_equal_to_golden(const M& published, const std::string& name,
   const Golden golden(name);
   M model = sized(published, golden);
   if constexpr (requires { model.router.capacity; }) model.router.capacity = differences.capacity;
+  if constexpr (requires { model.router.capacity_rule; }) model.router.capacity_rule = {};
   const Index layer_index = golden.number("layer");
   const auto layer = moe::load_layer<float>(model, golden.file, layer_index);
   using Layer = std::remove_const_t<decltype(layer)>;
