@@ -154,6 +154,20 @@ TEST_P(Allocation, NoneOnceWarmWithDroplessTopK) {
       TopKRouter<float>({.d_model = GetParam(), .num_experts = 8, .top_k = 2, .bias = true}, rng));
 }
 
+TEST_P(Allocation, NoneOnceWarmWithRandomSecondExperts) {
+  Rng rng(1);
+  expect_no_allocation_with(TopKRouter<float>({.d_model = GetParam(),
+                                               .num_experts = 8,
+                                               .top_k = 3,
+                                               .second_threshold = 0.2,
+                                               .random_second_threshold = 0.5,
+                                               .renormalise = true,
+                                               .capacity = 1.0,
+                                               .training_capacity = 1.0,
+                                               .capacity_rule = {Rounding::down, 4, 4}},
+                                              rng));
+}
+
 TEST_P(Allocation, NoneOnceWarmWithNoisyTopK) {
   Rng rng(1);
   expect_no_allocation_with(

@@ -137,10 +137,8 @@ void expect_equal_to_golden(const M& published, const std::string& name,
                             const Differences& differences = {}, const Loss& loss = kTimesChoices) {
   const Golden golden(name);
   M model = sized(published, golden);
-  if constexpr (requires { model.router.capacity_rule; }) {  // transformers has a number of seats
-    model.router.capacity = differences.capacity;
-    model.router.capacity_rule = {};
-  }
+  if constexpr (requires { model.router.capacity; }) model.router.capacity = differences.capacity;
+  if constexpr (requires { model.router.capacity_rule; }) model.router.capacity_rule = {};
   const Index layer_index = golden.number("layer");
   const auto layer = moe::load_layer<float>(model, golden.file, layer_index);
   using Layer = std::remove_const_t<decltype(layer)>;
