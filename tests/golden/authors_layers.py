@@ -5,14 +5,20 @@ never calls (kernels for GPUs, attention) is replaced by an empty module, and pr
 See README.md for repositories, commits and the table.
 """
 
+import os
+
+# As in generate.py: the same instructions on every machine.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_max_isa=SSE4_2 --xla_cpu_multi_thread_eigen=false")
+
 import contextlib
 import hashlib
 import importlib
 import json
-import os
 import re
 import sys
 import types
+import unittest.mock
 
 import numpy
 import safetensors.torch
@@ -224,13 +230,15 @@ class JaxLayer(torch.nn.Module):
 
 
 def grok_1(source):
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 --xla_cpu_max_isa=SSE4_2"
     import haiku
     import jax
 
     module("authors_grok_1", source)
-    code = importlib.import_module("authors_grok_1.model")
+    # Of JAX at the authors' time; newer versions have neither. There is no mesh around the layer.
+    no_mesh = types.SimpleNamespace(env=types.SimpleNamespace(physical_mesh=types.SimpleNamespace(empty=True)))
+    jax.experimental.maps = module("jax.experimental.maps", thread_resources=no_mesh)
+    with unittest.mock.patch.object(jax.config, "update"):  # jax_spmd_mode, for several processes
+        code = importlib.import_module("authors_grok_1.model")
     # The authors round gates and outputs to bfloat16.
     code.jnp = types.SimpleNamespace(**{**vars(jax.numpy), "bfloat16": jax.numpy.float32})
     mesh = jax.sharding.Mesh(numpy.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
