@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Makes the golden files of the published MoE layers.
 
-    python generate.py [--out DIR] [MODEL ...]
+    python generate.py [--out DIR] [--sources DIR] [MODEL ...]
 
 For each model a tiny network of the model's own class in Hugging Face transformers is built. Its first
 MoE block gets random weights and is run on random tokens. The file holds what the block itself computed:
 outputs, chosen experts, gates and autograd gradients. Nothing here reimplements a layer; the checks below
 only decide whether drawn inputs are good test inputs. See README.md for the versions and the table.
+With --sources the files from the authors' own code are made instead: see authors_layers.py.
 """
 
 import os
@@ -610,11 +611,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).resolve().parent / "data")
     parser.add_argument("models", nargs="*", help="names of models; all when none is given")
+    parser.add_argument("--sources", type=pathlib.Path, help="folder with checkouts of the authors' repositories")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
+    if arguments.sources is not None:
+        import authors_layers
+
+        return authors_layers.make(arguments.sources, arguments.out, arguments.models)
     for model in MODELS:
         if arguments.models and model.name not in arguments.models:
             continue

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <fstream>
+#include <functional>
 #include <iterator>
 #include <map>
 #include <optional>
@@ -16,6 +17,9 @@
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
+#include <moe/experts/null_experts.hpp>
+#include <moe/experts/three_way_feed_forward.hpp>
+#include <moe/experts/variant_expert.hpp>
 #include <moe/io/load_layer.hpp>
 #include <moe/moe.hpp>
 
@@ -91,6 +95,8 @@ struct Differences {
   double gate_factor = 1;     // of our gates over the file's
   moe::BatchInfo info{};      // sequences, where capacity or the loss works within one
   std::optional<double> capacity{};
+  // Whose gradient the file's backward pass adds, times config's loss_in_gradient.
+  std::function<moe::Loss<float>(const moe::Routing<float>&, const moe::BatchInfo&)> added_loss{};
 };
 
 // Hugging Face's loss of most models: the mean over tokens, not over choices.
@@ -98,28 +104,36 @@ constexpr auto kTimesChoices = [](const auto& layer, const auto&, const auto& ro
   return double(layer.router().options().top_k) * double(moe::load_balancing_loss(routing).value);
 };
 
-// The gradients of <golden.d_y, y> by x and by every parameter. Returns the largest relative error.
-template <class M, class Layer>
-double expect_equal_gradients(const M& model, const Golden& golden, const std::string& name,
-                              const Layer& layer, typename Layer::Cache& cache) {
-  double largest = 0;
-  const auto expect_close = [&](const auto& seen, const auto& expected, std::string_view what) {
-    const double error = relative_error(seen, expected);
-    EXPECT_LT(error, 1e-5) << what;
-    largest = std::max(largest, error);
-  };
-  Layer grad = moe::zeros_like(layer);
-  const Matrix<float> d_x = layer.backward(golden.matrix<float>("golden.d_y"), cache, grad);
-  expect_close(d_x, golden.matrix<float>("golden.d_x"), "d_x");
+// The file's gradients by every parameter, in a layer. There is none by a selection bias.
+template <class Layer, class M>
+Layer load_gradients(const M& model, const Golden& golden, const std::string& name) {
   M without_buffers = model;
   if constexpr (requires { without_buffers.router.selection_bias; }) {
     without_buffers.router.selection_bias = false;
     without_buffers.tensors.selection_bias = {};
-    grad.router().selection_bias.resize(0);
   }
-  const auto expected = moe::load_layer<float>(
+  return moe::load_layer<float>(
       without_buffers, gradients_of(golden, testing::TempDir() + name + ".gradients.safetensors"),
       golden.number("layer"));
+}
+
+// The gradients of <golden.d_y, y>, and of what `routing_gradient` belongs to, by x and by every parameter.
+// Returns the largest relative error.
+template <class Layer>
+double expect_equal_gradients(const Golden& golden, const Layer& layer, const Layer& expected,
+                              typename Layer::Cache& cache,
+                              const moe::RoutingGradient<float>& routing_gradient = {}) {
+  double largest = 0;
+  const auto expect_close = [&](const auto& seen, const auto& from_file, std::string_view what) {
+    const double error = relative_error(seen, from_file);
+    EXPECT_LT(error, 1e-5) << what;
+    largest = std::max(largest, error);
+  };
+  Layer grad = moe::zeros_like(layer);
+  const Matrix<float> d_x =
+      layer.backward(golden.matrix<float>("golden.d_y"), cache, grad, routing_gradient);
+  expect_close(d_x, golden.matrix<float>("golden.d_x"), "d_x");
+  if constexpr (requires { grad.router().selection_bias; }) grad.router().selection_bias.resize(0);
   Layer::visit(
       [&](const moe::ParameterInfo& info, const auto& seen, const auto& from_file) {
         if (from_file.cwiseAbs().maxCoeff() == 0) {
@@ -132,16 +146,11 @@ double expect_equal_gradients(const M& model, const Golden& golden, const std::s
   return largest;
 }
 
-template <class M, class Loss = decltype(kTimesChoices)>
-void expect_equal_to_golden(const M& published, const std::string& name,
-                            const Differences& differences = {}, const Loss& loss = kTimesChoices) {
-  const Golden golden(name);
-  M model = sized(published, golden);
-  if constexpr (requires { model.router.capacity; }) model.router.capacity = differences.capacity;
-  if constexpr (requires { model.router.capacity_rule; }) model.router.capacity_rule = {};
-  const Index layer_index = golden.number("layer");
-  const auto layer = moe::load_layer<float>(model, golden.file, layer_index);
-  using Layer = std::remove_const_t<decltype(layer)>;
+// A layer with the file's weights, and one whose parameters are the file's gradients.
+template <class Layer, class Loss = decltype(kTimesChoices)>
+void expect_equal_layer(const Golden& golden, const std::string& name, const Layer& layer,
+                        const Layer& gradients, const Differences& differences = {},
+                        const Loss& loss = kTimesChoices) {
   const Matrix<float> x = golden.matrix<float>("golden.x");
   typename Layer::Cache cache;
   const Matrix<float> y = layer.forward(x, cache, differences.info);
@@ -178,8 +187,24 @@ void expect_equal_to_golden(const M& published, const std::string& name,
     EXPECT_NEAR(double(moe::router_z_loss(cache.routing).value), expected, 1e-6 * expected);
   }
 
-  largest = std::max(largest, expect_equal_gradients(model, golden, name, layer, cache));
+  moe::RoutingGradient<float> added;
+  if (differences.added_loss)
+    added = golden.config.at("loss_in_gradient").get<float>() *
+            differences.added_loss(cache.routing, differences.info).gradient;
+  largest = std::max(largest, expect_equal_gradients(golden, layer, gradients, cache, added));
   std::printf("%s: largest relative error %.1e\n", name.c_str(), largest);
+}
+
+template <class M, class Loss = decltype(kTimesChoices)>
+void expect_equal_to_golden(const M& published, const std::string& name,
+                            const Differences& differences = {}, const Loss& loss = kTimesChoices) {
+  const Golden golden(name);
+  M model = sized(published, golden);
+  if constexpr (requires { model.router.capacity; }) model.router.capacity = differences.capacity;
+  if constexpr (requires { model.router.capacity_rule; }) model.router.capacity_rule = {};
+  const auto layer = moe::load_layer<float>(model, golden.file, golden.number("layer"));
+  using Layer = std::remove_const_t<decltype(layer)>;
+  expect_equal_layer(golden, name, layer, load_gradients<Layer>(model, golden, name), differences, loss);
 }
 
 TEST(Golden, Mixtral) { expect_equal_to_golden(moe::mixtral_8x7b, "mixtral"); }
@@ -217,7 +242,8 @@ TEST(Golden, PhiMoeInTraining) {
   const Matrix<float> y = layer.forward(x, routing, cache);
   double largest = relative_error(y, golden.matrix<float>("golden.y"));
   EXPECT_LT(largest, 1e-5);
-  largest = std::max(largest, expect_equal_gradients(model, golden, "phimoe_train", layer, cache));
+  largest = std::max(largest, expect_equal_gradients(
+                                  golden, layer, load_gradients<Layer>(model, golden, "phimoe_train"), cache));
   std::printf("phimoe_train: largest relative error %.1e\n", largest);
 }
 
@@ -263,9 +289,211 @@ TEST(Golden, NllbMoeWithDrops) {  // 3 seats
                          kOfFirstChoices);
 }
 
+// The authors' own code.
+
+TEST(GoldenOfAuthors, Mixtral) { expect_equal_to_golden(moe::mixtral_8x7b, "authors_mixtral"); }
+TEST(GoldenOfAuthors, DeepSeekV3) { expect_equal_to_golden(moe::deepseek_v3, "authors_deepseek_v3"); }
+TEST(GoldenOfAuthors, GptOss) { expect_equal_to_golden(moe::gpt_oss_20b, "authors_gpt_oss"); }
+TEST(GoldenOfAuthors, Dbrx) { expect_equal_to_golden(moe::dbrx, "authors_dbrx"); }
+
+TEST(GoldenOfAuthors, Grok1) {  // under the names of the authors' parameters
+  auto model = moe::grok_1;
+  const moe::TensorPart all = moe::TensorPart::all;
+  model.tensors = {.prefix = "transformer/decoder_layer_{layer}/",
+                   .w_router = {"transformer/decoder_layer_{layer}/router/w", all, true},
+                   .experts = {.w_gate = {"transformer/decoder_layer_{layer}/moe/linear/w", all, true},
+                               .w_up = {"transformer/decoder_layer_{layer}/moe/linear_v/w", all, true},
+                               .w_down = {"transformer/decoder_layer_{layer}/moe/linear_1/w", all, true}}};
+  expect_equal_to_golden(model, "authors_grok_1");
+}
+
+// Experts with three factors, 4 seats, and in training both losses.
+TEST(GoldenOfAuthors, OpenMoe) {
+  using Expert = moe::ThreeWayFeedForward<float>;
+  const Golden golden("authors_openmoe");
+  const Index d_model = golden.number("d_model"), d_ff = golden.number("d_ff");
+  const Index num_experts = golden.number("num_experts");
+  const auto read_into = [&](const std::string& name, Index e, Matrix<float>& weight) {
+    const moe::TensorView& tensor = golden.file.at(name);  // [experts, in, out]
+    Matrix<float> all(num_experts * weight.cols(), weight.rows());
+    ASSERT_EQ(all.size(), tensor.size()) << name;
+    moe::read_tensor(tensor, all.data());
+    weight = all.middleRows(e * weight.cols(), weight.cols()).transpose().eval();
+  };
+  const auto read = [&](const std::string& prefix) {
+    std::vector<Expert> experts(std::size_t(num_experts), Expert({.d_model = d_model, .d_ff = d_ff}));
+    for (Index e = 0; e < num_experts; ++e) {
+      read_into(prefix + "experts.wi_gate", e, experts[std::size_t(e)].w_gate);
+      read_into(prefix + "experts.wi_up", e, experts[std::size_t(e)].w_up);
+      read_into(prefix + "experts.wo", e, experts[std::size_t(e)].w_down);
+    }
+    moe::TopKRouter<float> router({.d_model = d_model,
+                                   .num_experts = num_experts,
+                                   .top_k = golden.number("top_k"),
+                                   .capacity = 1.25});
+    router.w_router = golden.matrix<float>(prefix + "gate_weight");
+    return moe::MoELayer<Expert, moe::TopKRouter<float>>(std::move(experts), std::move(router));
+  };
+  const std::string prefix = golden.config.at("tensor_prefix").get<std::string>();
+  expect_equal_layer(golden, "authors_openmoe", read(prefix), read("golden.grad." + prefix),
+                     {.added_loss = [](const auto& routing, const auto&) {
+                       auto loss = moe::router_z_loss(routing);
+                       loss.gradient += 2.0f * moe::load_balancing_loss(routing).gradient;
+                       return loss;
+                     }});
+}
+
+// Experts without computation beside ordinary ones.
+TEST(GoldenOfAuthors, MoePlusPlus) {
+  using Gated = moe::GatedFeedForward<float>;
+  using Constant = moe::ConstantExpert<float>;
+  using Copy = moe::CopyExpert<float>;
+  using Zero = moe::ZeroExpert<float>;
+  using AnyKind = moe::VariantExpert<Gated, Constant, Copy, Zero>;
+  const Golden golden("authors_moe_plus_plus");
+  const Index d_model = golden.number("d_model"), d_ff = golden.number("d_ff");
+  const auto read = [&](const std::string& prefix) {
+    std::vector<AnyKind> experts;
+    for (const auto& kind : golden.config.at("experts")) {
+      const std::string expert = prefix + "moe.experts.experts." + std::to_string(experts.size()) + ".";
+      if (kind == "feed_forward") {
+        Gated gated({.d_model = d_model, .d_ff = d_ff});
+        const Matrix<float> both = golden.matrix<float>(expert + "up_proj.weight");
+        gated.w_gate = both.topRows(d_ff);
+        gated.w_up = both.bottomRows(d_ff);
+        gated.w_down = golden.matrix<float>(expert + "down_proj.weight");
+        experts.emplace_back(gated);
+      } else if (kind == "constant") {
+        Constant constant({.d_model = d_model});
+        constant.w_c = golden.matrix<float>(expert + "wg.weight");
+        constant.v = golden.matrix<float>(expert + "constant").col(0);
+        experts.emplace_back(constant);
+      } else if (kind == "copy") {
+        experts.emplace_back(Copy({.d_model = d_model}));
+      } else {
+        experts.emplace_back(Zero({.d_model = d_model}));
+      }
+    }
+    moe::TopKRouter<float> router({.d_model = d_model,
+                                   .num_experts = golden.number("num_experts"),
+                                   .top_k = golden.number("top_k"),
+                                   .renormalise = true});
+    router.w_router = golden.matrix<float>(prefix + "moe.gate.wg.weight");
+    return moe::MoELayer<AnyKind, moe::TopKRouter<float>>(std::move(experts), std::move(router));
+  };
+  const std::string prefix = golden.config.at("tensor_prefix").get<std::string>();
+  expect_equal_layer(golden, "authors_moe_plus_plus", read(prefix), read("golden.grad." + prefix));
+}
+
+// In training, with their balance loss of each sequence, or of the batch.
+TEST(GoldenOfAuthors, DeepSeekV2) {
+  expect_equal_to_golden(moe::deepseek_v2, "authors_deepseek_v2",
+                         {.info = kTwoSequences,
+                          .added_loss = [](const auto& routing, const auto& info) {
+                            return moe::sequence_balance_loss(routing, info);
+                          }},
+                         kOfSequences);
+}
+TEST(GoldenOfAuthors, DeepSeekMoe) {
+  expect_equal_to_golden(
+      moe::deepseek_moe_16b, "authors_deepseek_v2_lite",
+      {.added_loss = [](const auto& routing, const auto&) { return moe::load_balancing_loss(routing); }},
+      [](const auto&, const auto&, const auto& routing, const auto&) {
+        return double(moe::load_balancing_loss(routing).value);
+      });
+}
+
+// In training, with their balance loss, which has a tenth of the z-loss in it.
+TEST(GoldenOfAuthors, JetMoe) {
+  const auto both = [](const auto& routing) {
+    auto loss = moe::load_balancing_loss(routing);
+    const auto z = moe::router_z_loss(routing);
+    loss.value += 0.1f * z.value;
+    loss.gradient += 0.1f * z.gradient;
+    return loss;
+  };
+  expect_equal_to_golden(
+      moe::jetmoe_8b, "authors_jetmoe",
+      {.added_loss = [&](const auto& routing, const auto&) { return both(routing); }},
+      [&](const auto&, const auto&, const auto& routing, const auto&) { return double(both(routing).value); });
+}
+
+TEST(GoldenOfAuthors, NllbMoe) {
+  expect_equal_to_golden(moe::nllb_moe_54b, "authors_nllb_moe", {.gate_factor = 0.8}, kOfFirstChoices);
+}
+TEST(GoldenOfAuthors, NllbMoeWithDrops) {  // 3 seats
+  expect_equal_to_golden(moe::nllb_moe_54b, "authors_nllb_moe_drop",
+                         {.gate_factor = 0.8, .capacity = 1.0}, kOfFirstChoices);
+}
+TEST(GoldenOfAuthors, NllbMoeWithPriority) {  // 3 seats
+  auto model = moe::nllb_moe_54b;
+  model.router.priority = moe::Priority::token_max_gate;
+  expect_equal_to_golden(model, "authors_nllb_moe_priority", {.gate_factor = 0.8, .capacity = 1.0},
+                         kOfFirstChoices);
+}
+
+// Meta's code cuts the routed experts' inputs off from x and from the router. The gradients by their weights
+// are those of the layer; the others are those of a layer whose routed experts have no way back to their inputs.
+TEST(GoldenOfAuthors, Llama4) {
+  const Golden golden("authors_llama4");
+  const auto model = sized(moe::llama4_scout, golden);
+  const auto layer = moe::load_layer<float>(model, golden.file, golden.number("layer"));
+  using Layer = std::remove_const_t<decltype(layer)>;
+  const Matrix<float> x = golden.matrix<float>("golden.x"), d_y = golden.matrix<float>("golden.d_y");
+  Layer::Cache cache;
+  double largest = 0;
+  const auto expect_close = [&](const auto& seen, const auto& expected, std::string_view what) {
+    const double error = relative_error(seen, expected);
+    EXPECT_LT(error, 1e-5) << what;
+    largest = std::max(largest, error);
+  };
+  expect_close(layer.forward(x, cache), golden.matrix<float>("golden.y"), "y");
+  expect_close(cache.routing.router_logits, golden.matrix<float>("golden.router_logits"), "logits");
+  const auto experts = golden.matrix<std::int64_t>("golden.experts");
+  const auto gates = golden.matrix<float>("golden.gates");
+  for (Index t = 0; t < x.rows(); ++t) {
+    const auto seen = moe::trace(cache.routing, t);
+    ASSERT_EQ(Index(seen.size()), 1);
+    EXPECT_EQ(seen[0].expert, Index(experts(t, 0)));
+    EXPECT_NEAR(double(seen[0].gate), double(gates(t, 0)), 2e-6);
+  }
+
+  const Layer expected = load_gradients<Layer>(model, golden, "authors_llama4");
+  Layer grad = moe::zeros_like(layer), cut_grad = moe::zeros_like(layer), cut = layer;
+  layer.backward(d_y, cache, grad);
+  for (Index e = 0; e < layer.num_experts(); ++e) cut.experts()[std::size_t(e)].w_down.setZero();
+  Layer::Cache cut_cache;
+  cut.forward(x, cut_cache);
+  expect_close(cut.backward(d_y, cut_cache, cut_grad), golden.matrix<float>("golden.d_x"), "d_x");
+  Layer::visit(
+      [&](const moe::ParameterInfo& info, const auto& full, const auto& without, const auto& from_file) {
+        const bool routed = std::string_view(info.name).starts_with("experts");
+        const auto& seen = routed ? full : without;
+        if (from_file.cwiseAbs().maxCoeff() == 0) EXPECT_EQ(seen.cwiseAbs().maxCoeff(), 0) << info.name;
+        else expect_close(seen, from_file, info.name);
+      },
+      grad, cut_grad, expected);
+  EXPECT_EQ(expected.router().w_router.cwiseAbs().maxCoeff(), 0);
+  std::printf("authors_llama4: largest relative error %.1e\n", largest);
+}
+
 // A file that differs in one bit is another file: generate.py makes these.
 TEST(Golden, FilesAreThoseThatWereGenerated) {
   const std::pair<const char*, std::uint64_t> files[] = {
+    {"authors_dbrx", 0x3559f2f6321c0e01u},
+    {"authors_deepseek_v2", 0x1001cc5461f51f0fu},
+    {"authors_deepseek_v2_lite", 0x1190fce395159433u},
+    {"authors_deepseek_v3", 0xa0942d311dfb3c8au},
+    {"authors_gpt_oss", 0xe72a1830e4ec8235u},
+    {"authors_grok_1", 0x3eeb1b8a461577d2u},
+    {"authors_jetmoe", 0x19275132eec27debu},
+    {"authors_llama4", 0xc8548f46a566d2e8u},
+    {"authors_mixtral", 0x9a36606f37790ea4u},
+    {"authors_moe_plus_plus", 0x648c441d0ea23cc4u},
+    {"authors_nllb_moe", 0x793a38a3835ee3e3u},
+    {"authors_nllb_moe_drop", 0x31b778e7ec694b14u},
+    {"authors_nllb_moe_priority", 0x5546d886f75c8e36u},
+    {"authors_openmoe", 0xefb64237ad2cde17u},
     {"dbrx", 0x9173f1ac8c3a3850u},
     {"deepseek_v2", 0x47a6f8ca665724aeu},
     {"deepseek_v2_lite", 0x6d5fae8e6469b725u},
