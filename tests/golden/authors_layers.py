@@ -28,6 +28,9 @@ import generate
 from generate import D_MODEL, MARGIN, SEQUENCES, SWIGLU, TOKENS, TOKENS_PER_SEQUENCE
 
 
+STAND_INS = set()  # names in sys.modules
+
+
 def module(name, path=None, **members):
     """An empty module; with a path a package whose __init__ is not run."""
     made = types.ModuleType(name)
@@ -35,6 +38,7 @@ def module(name, path=None, **members):
         made.__path__ = [str(path)]
     vars(made).update(members)
     sys.modules[name] = made
+    STAND_INS.add(name)
     return made
 
 
@@ -353,13 +357,13 @@ def llama4_names(tensors):
     return fused
 
 
-DEEPSEEK_V3_NAMES = renamed((r"gate\.bias", "gate.e_score_correction_bias"), (r"\.w1\.", ".gate_proj."),
-                            (r"\.w2\.", ".down_proj."), (r"\.w3\.", ".up_proj."))
 def moe_plus_plus_names(tensors):
     # Gate residuals, which come from the layer before, are not given.
     return {name: value for name, value in tensors.items() if "gate_map" not in name}
 
 
+DEEPSEEK_V3_NAMES = renamed((r"gate\.bias", "gate.e_score_correction_bias"), (r"\.w1\.", ".gate_proj."),
+                            (r"\.w2\.", ".down_proj."), (r"\.w3\.", ".up_proj."))
 NLLB_NAMES = renamed(("^gate.wg", "router.classifier"), (r"^experts\.", "experts.expert_"))
 
 
@@ -372,7 +376,7 @@ def no_condition(layer, run):
 
 def deepseek_v3_condition(layer, run):
     """The bias, the groups and the kind of mask each change choices: at least three tokens would choose otherwise if
-    groups left out had score 0 in place of minus infinity, and one chooses an expert with a negative score there."""
+    groups left out had score 0 in place of minus infinity. So they choose experts with negative scores."""
     masked, k, chosen = run.record.ranked[-1]
     by_zero = masked.masked_fill(masked == float("-inf"), 0.0).topk(k).indices
     changed = (by_zero.sort(-1).values != chosen.sort(-1).values).any(-1).sum()
@@ -550,6 +554,8 @@ def make(sources, out, chosen=()):
         again = results(layer, source, state, stored["golden.x"], stored["golden.d_y"])
         assert stored.keys() == again.keys() and all(torch.equal(stored[name], again[name]) for name in again)
         print(f"{layer.name}: seed {seed}, {path.stat().st_size} bytes, {layer.prefix}", flush=True)
+    for name in STAND_INS:
+        del sys.modules[name]
 
 
 # Of each repository the commit, the file with the layer, and what `git hash-object` says of that file.
