@@ -28,6 +28,9 @@ import generate
 from generate import D_MODEL, MARGIN, SEQUENCES, SWIGLU, TOKENS, TOKENS_PER_SEQUENCE
 
 
+STAND_INS = set()  # names in sys.modules
+
+
 def module(name, path=None, **members):
     """An empty module; with a path a package whose __init__ is not run."""
     made = types.ModuleType(name)
@@ -35,6 +38,7 @@ def module(name, path=None, **members):
         made.__path__ = [str(path)]
     vars(made).update(members)
     sys.modules[name] = made
+    STAND_INS.add(name)
     return made
 
 
@@ -79,8 +83,9 @@ def mixtral(source):
     module("xformers")
     module("xformers.ops")
     module("xformers.ops.fmha", memory_efficient_attention=never_called)
-    module("xformers.ops.fmha.attn_bias", AttentionBias=object, BlockDiagonalMask=object, BlockDiagonalCausalMask=object,
-           BlockDiagonalCausalWithOffsetPaddedKeysMask=object)
+    masks = ("AttentionBias", "BlockDiagonalMask", "BlockDiagonalCausalMask",
+             "BlockDiagonalCausalWithOffsetPaddedKeysMask")
+    module("xformers.ops.fmha.attn_bias", **{mask: object for mask in masks})
     module("mistral_inference", source / "src" / "mistral_inference")
     code = importlib.import_module("mistral_inference.transformer_layers")
     experts = [code.FeedForward(dim=D_MODEL, hidden_dim=24) for _ in range(8)]
@@ -352,13 +357,13 @@ def llama4_names(tensors):
     return fused
 
 
-DEEPSEEK_V3_NAMES = renamed((r"gate\.bias", "gate.e_score_correction_bias"), (r"\.w1\.", ".gate_proj."),
-                            (r"\.w2\.", ".down_proj."), (r"\.w3\.", ".up_proj."))
 def moe_plus_plus_names(tensors):
     # Gate residuals, which come from the layer before, are not given.
     return {name: value for name, value in tensors.items() if "gate_map" not in name}
 
 
+DEEPSEEK_V3_NAMES = renamed((r"gate\.bias", "gate.e_score_correction_bias"), (r"\.w1\.", ".gate_proj."),
+                            (r"\.w2\.", ".down_proj."), (r"\.w3\.", ".up_proj."))
 NLLB_NAMES = renamed(("^gate.wg", "router.classifier"), (r"^experts\.", "experts.expert_"))
 
 
@@ -371,7 +376,7 @@ def no_condition(layer, run):
 
 def deepseek_v3_condition(layer, run):
     """The bias, the groups and the kind of mask each change choices: at least three tokens would choose otherwise if
-    groups left out had score 0 in place of minus infinity, and one chooses an expert with a negative score there."""
+    groups left out had score 0 in place of minus infinity. So they choose experts with negative scores."""
     masked, k, chosen = run.record.ranked[-1]
     by_zero = masked.masked_fill(masked == float("-inf"), 0.0).topk(k).indices
     changed = (by_zero.sort(-1).values != chosen.sort(-1).values).any(-1).sum()
@@ -404,13 +409,13 @@ def order_changes_drops(layer, run):
 
 
 class Layer:
-    def __init__(self, name, repository, commit, file, blob, cls, build, prefix, d_ff, experts, top_k, options, routing,
+    def __init__(self, name, repository, cls, build, prefix, d_ff, experts, top_k, options, routing,
                  router_weight="gate.weight", gate="gate", names=same, condition=no_condition, gains=None, shift=None,
-                 loss=None, other=None, output=None, logits=None, flat=False, loss_in_gradient=0.0,
-                 add_loss=False, z_loss=None):
+                 loss=None, other=None, output=None, logits=None, flat=False, loss_in_gradient=0.0, add_loss=False,
+                 z_loss=None):
         self.name = name
-        self.repository, self.commit = repository, commit
-        self.file, self.blob = file, blob  # the file with the layer, and what `git hash-object` says of it
+        self.repository = repository
+        self.commit, self.file, self.blob = SOURCES[repository]
         self.cls = cls  # the authors' class
         self.build = build
         self.prefix = prefix  # beginning of the names in the checkpoint
@@ -549,77 +554,92 @@ def make(sources, out, chosen=()):
         again = results(layer, source, state, stored["golden.x"], stored["golden.d_y"])
         assert stored.keys() == again.keys() and all(torch.equal(stored[name], again[name]) for name in again)
         print(f"{layer.name}: seed {seed}, {path.stat().st_size} bytes, {layer.prefix}", flush=True)
+    for name in STAND_INS:
+        del sys.modules[name]
 
 
-DEEPSEEK_V2 = dict(repository="deepseek-ai/DeepSeek-VL2", commit="ef9f91e2b6426536b83294c11742c27be66361b1",
-                   file="deepseek_vl2/models/modeling_deepseek.py", blob="1a84a0187a0602d529ecd2dafdc6b472f63a2cc1",
-                   cls="DeepseekV2MoE", prefix="model.layers.1.mlp.", routing=of_gate(gates=1, experts=0),
-                   loss=lambda run: run.gate_output[2] / 0.5, loss_in_gradient=0.5)
-NLLB = dict(repository="facebookresearch/fairseq", commit="ec0ae71a24fbc2f42252f37735f59dd6547eba38",
-            file="fairseq/modules/moe/top2gate.py", blob="ca5f0063af980b583a43e08759a4411c1b8b47f3", cls="Top2Gate, MOELayer",
-            prefix="model.encoder.layers.3.ffn.", d_ff=24, experts=8, top_k=2, routing=two_choices,
-            router_weight="gate.wg.weight", names=NLLB_NAMES, loss=lambda run: run.gate_output[0])
+# Of each repository the commit, the file with the layer, and what `git hash-object` says of that file.
+SOURCES = {
+    "deepseek-ai/DeepSeek-V3": ("9b4e9788e4a3a731f7567338ed15d3ec549ce03b", "inference/model.py",
+                                "886849975d3b146bfb84f8ea5fdff265c210fcec"),
+    "deepseek-ai/DeepSeek-VL2": ("ef9f91e2b6426536b83294c11742c27be66361b1",
+                                 "deepseek_vl2/models/modeling_deepseek.py",
+                                 "1a84a0187a0602d529ecd2dafdc6b472f63a2cc1"),
+    "mistralai/mistral-inference": ("2557e12d0e1878a1562ece30434820f80aa3e12a", "src/mistral_inference/moe.py",
+                                    "9ce8a8a9c62e9a8edff797c0262b393c30ea38e7"),
+    "openai/gpt-oss": ("7b583341fe16729127f6d5b94a7b09ccae97e1a1", "gpt_oss/torch/model.py",
+                       "9180d4936860cfd2a95447245904a893a6aa607e"),
+    "meta-llama/llama-models": ("a9c89c471f793423afd4cc3ca8671d6e56fe64cb", "models/llama4/moe.py",
+                                "d66afdb562250e7397d9b1f00e287da2447fa63a"),
+    "databricks/dbrx": ("a3200393e678387a6f30f3e903108c650625eb21", "model/modeling_dbrx.py",
+                        "05641659a92e8619b05fb17faa641ffebe632c67"),
+    "xai-org/grok-1": ("7050ed204b8206bb8645c7b7bbef7252f79561b0", "model.py",
+                       "87d700d9b5fde6d86dda2883192861195b7312ae"),
+    "myshell-ai/JetMoE": ("0a9bc5a32386af9ea7abe9e32298976a94da908a", "jetmoe/utils/moe.py",
+                          "5f6be99fef727ce1410d758d99d9462c79892279"),
+    "SkyworkAI/MoE-plus-plus": ("7f439675dd015fa307a31443544f76fa3525ba92", "MoE++/moe_plus_plus_layer.py",
+                                "a4cb387f51e65cf3e9cb3f721c347bdbc706dfdb"),
+    "hpcaitech/ColossalAI": ("3c08f173480ddc11c61c8bfbe909d04ede9fdc2a", "colossalai/moe/layers.py",
+                             "b768fb94a585ffdef847eb9e55bbf4863bbe8737"),
+    "facebookresearch/fairseq": ("ec0ae71a24fbc2f42252f37735f59dd6547eba38", "fairseq/modules/moe/moe_layer.py",
+                                 "faf38604c2768d2333bbfa5eb92db826d9fb2f6b"),
+}
+
+DEEPSEEK_V2 = dict(repository="deepseek-ai/DeepSeek-VL2", cls="DeepseekV2MoE", prefix="model.layers.1.mlp.", d_ff=12,
+                   top_k=6, routing=of_gate(gates=1, experts=0), loss=lambda run: run.gate_output[2] / 0.5,
+                   loss_in_gradient=0.5)
+NLLB = dict(repository="facebookresearch/fairseq", cls="MOELayer", prefix="model.encoder.layers.3.ffn.", d_ff=24,
+            experts=8, top_k=2, routing=two_choices, router_weight="gate.wg.weight", names=NLLB_NAMES,
+            loss=lambda run: run.gate_output[0])
 NLLB_OPTIONS = dict(expert="mlp", activation="relu", layer=3, expert_bias=True, scoring="softmax", norm_topk_prob=True,
                     normalize_gate_prob_before_dropping=False, second_expert_policy="all", capacity_per="batch",
                     moe_eom=0.2)
 
 LAYERS = [
-    Layer("authors_deepseek_v3", "deepseek-ai/DeepSeek-V3", "9b4e9788e4a3a731f7567338ed15d3ec549ce03b",
-          "inference/model.py", "886849975d3b146bfb84f8ea5fdff265c210fcec", "MoE", deepseek_v3, "model.layers.3.mlp.", 12, 16, 4,
+    Layer("authors_deepseek_v3", "deepseek-ai/DeepSeek-V3", "MoE", deepseek_v3, "model.layers.3.mlp.", 12, 16, 4,
           dict(SWIGLU, layer=3, scoring="sigmoid", selection_bias=True, n_group=4, topk_group=2,
                group_score="sum_of_top_2", norm_topk_prob=True, norm_epsilon=0.0, routed_scaling_factor=2.5,
                n_shared_experts=1, shared_expert_d_ff=12),
           of_gate(gates=0, experts=1), names=DEEPSEEK_V3_NAMES, condition=deepseek_v3_condition,
           gains={"gate.bias": 0.2}, shift={"gate.bias": -0.6}, other=without_bias),
-    Layer("authors_deepseek_v2", build=deepseek_v2("group_limited_greedy", True, 6, True), d_ff=12, experts=16, top_k=6,
+    Layer("authors_deepseek_v2", build=deepseek_v2("group_limited_greedy", True, 6, True), experts=16,
           condition=generate.groups_change_choices, gains={"down_proj": 0.7}, **DEEPSEEK_V2,
           options=dict(SWIGLU, layer=1, scoring="softmax", topk_method="group_limited_greedy", n_group=4, topk_group=2,
                        group_score="max", norm_topk_prob=False, routed_scaling_factor=16.0, n_shared_experts=2,
                        shared_expert_d_ff=24, seq_aux=True)),
-    Layer("authors_deepseek_v2_lite", build=deepseek_v2("greedy", False, 6, False), d_ff=12, experts=8, top_k=6,
-          **DEEPSEEK_V2,
+    Layer("authors_deepseek_v2_lite", build=deepseek_v2("greedy", False, 6, False), experts=8, **DEEPSEEK_V2,
           options=dict(SWIGLU, layer=1, scoring="softmax", topk_method="greedy", norm_topk_prob=False,
                        routed_scaling_factor=1.0, n_shared_experts=2, shared_expert_d_ff=24, seq_aux=False)),
-    Layer("authors_mixtral", "mistralai/mistral-inference", "2557e12d0e1878a1562ece30434820f80aa3e12a",
-          "src/mistral_inference/moe.py", "9ce8a8a9c62e9a8edff797c0262b393c30ea38e7", "MoeLayer", mixtral, "model.layers.0.block_sparse_moe.", 24, 8, 2,
-          dict(SWIGLU, layer=0, scoring="softmax_over_chosen"), mixtral_routing, flat=True),
-    Layer("authors_gpt_oss", "openai/gpt-oss", "7b583341fe16729127f6d5b94a7b09ccae97e1a1", "gpt_oss/torch/model.py", "9180d4936860cfd2a95447245904a893a6aa607e",
-          "MLPBlock", gpt_oss, "model.layers.0.mlp.", 16, 8, 4,
+    Layer("authors_mixtral", "mistralai/mistral-inference", "MoeLayer", mixtral, "model.layers.0.block_sparse_moe.",
+          24, 8, 2, dict(SWIGLU, layer=0, scoring="softmax_over_chosen"), mixtral_routing, flat=True),
+    Layer("authors_gpt_oss", "openai/gpt-oss", "MLPBlock", gpt_oss, "model.layers.0.mlp.", 16, 8, 4,
           dict(layer=0, scoring="softmax_over_chosen", router_bias=True, expert="gpt_oss_swiglu",
                activation_alpha=1.702, activation_limit=7.0, expert_bias=True, gate_up_interleaved=True),
           softmax_of_chosen, names=gpt_oss_names, condition=generate.clamps_are_active, flat=True,
           gains={"mlp1_bias": 1.0, "mlp1_weight": 4.0, "mlp2_bias": 0.5, "mlp2_weight": 0.2},
           output=lambda run: run.record.results["einsum"][-1]),  # what the block adds to its residual
-    Layer("authors_llama4", "meta-llama/llama-models", "a9c89c471f793423afd4cc3ca8671d6e56fe64cb",
-          "models/llama4/moe.py", "d66afdb562250e7397d9b1f00e287da2447fa63a", "MoE", llama4, "language_model.model.layers.0.feed_forward.", 12, 8, 1,
+    Layer("authors_llama4", "meta-llama/llama-models", "MoE", llama4, "language_model.model.layers.0.feed_forward.",
+          12, 8, 1,
           dict(SWIGLU, layer=0, scoring="sigmoid", gate_applied_to="input", n_shared_experts=1, shared_expert_d_ff=12,
                expert_inputs_detached=True),
           llama4_routing, router_weight="router_DE", names=llama4_names, logits=llama4_logits),
-    Layer("authors_dbrx", "databricks/dbrx", "a3200393e678387a6f30f3e903108c650625eb21", "model/modeling_dbrx.py", "05641659a92e8619b05fb17faa641ffebe632c67",
-          "DbrxFFN", dbrx, "transformer.blocks.0.ffn.", 12, 8, 4,
+    Layer("authors_dbrx", "databricks/dbrx", "DbrxFFN", dbrx, "transformer.blocks.0.ffn.", 12, 8, 4,
           dict(SWIGLU, layer=0, scoring="softmax", norm_topk_prob=True, norm_epsilon=0.0,
                moe_normalize_expert_weights=1),
           of_gate(gates=1, experts=2), router_weight="router.layer.weight", gate="router"),
-    Layer("authors_grok_1", "xai-org/grok-1", "7050ed204b8206bb8645c7b7bbef7252f79561b0", "model.py",
-          "87d700d9b5fde6d86dda2883192861195b7312ae", "Router, MoELayer, DenseBlock", grok_1,
-          "transformer/decoder_layer_0/", 24, 8, 2,
+    Layer("authors_grok_1", "xai-org/grok-1", "MoELayer", grok_1, "transformer/decoder_layer_0/", 24, 8, 2,
           dict(layer=0, expert="geglu", activation="gelu_tanh", scoring="softmax", norm_topk_prob=False),
           grok_1_routing, router_weight="router/w", condition=grok_1_condition, logits=grok_1_logits),
-    Layer("authors_jetmoe", "myshell-ai/JetMoE", "0a9bc5a32386af9ea7abe9e32298976a94da908a", "jetmoe/utils/gate.py",
-          "b6a5977a5d7ad44dcbc97a73ab2a72a312ada3eb", "top_k_gating, MoE", jetmoe, "model.layers.0.mlp.", 12, 8, 2,
+    Layer("authors_jetmoe", "myshell-ai/JetMoE", "MoE", jetmoe, "model.layers.0.mlp.", 12, 8, 2,
           dict(SWIGLU, layer=0, scoring="softmax_over_chosen", output_bias=True, z_loss_in_balance_loss=0.1),
           softmax_of_chosen, router_weight="router.layer.weight", loss=lambda run: run.output[1],
           loss_in_gradient=0.5, add_loss=True),
-    Layer("authors_moe_plus_plus", "SkyworkAI/MoE-plus-plus", "7f439675dd015fa307a31443544f76fa3525ba92",
-          "MoE++/moe_plus_plus_layer.py", "a4cb387f51e65cf3e9cb3f721c347bdbc706dfdb", "MOE", moe_plus_plus,
-          "model.layers.0.mlp.", 12, 8, 2,
+    Layer("authors_moe_plus_plus", "SkyworkAI/MoE-plus-plus", "MOE", moe_plus_plus, "model.layers.0.mlp.", 12, 8, 2,
           dict(SWIGLU, layer=0, scoring="softmax_over_chosen", moe_use_mixtral_gating=True, moe_2layer_gate=False,
                experts=["feed_forward"] * 4 + ["constant"] * 2 + ["copy", "zero"]),
           softmax_of_chosen, router_weight="moe.gate.wg.weight", names=moe_plus_plus_names,
-          condition=every_kind_is_chosen, gains={"constant": 1.0 * 4}),
-    Layer("authors_openmoe", "hpcaitech/ColossalAI", "3c08f173480ddc11c61c8bfbe909d04ede9fdc2a",
-          "colossalai/moe/layers.py", "b768fb94a585ffdef847eb9e55bbf4863bbe8737", "SparseMLP", openmoe,
-          "model.layers.5.mlp.", 12, 8, 2,
+          condition=every_kind_is_chosen, gains={"constant": 4.0}),
+    Layer("authors_openmoe", "hpcaitech/ColossalAI", "SparseMLP", openmoe, "model.layers.5.mlp.", 12, 8, 2,
           dict(layer=5, expert="three_way", activation="silu", scoring="softmax", norm_topk_prob=False,
                expert_capacity=4, capacity_per="batch"),
           two_choices, router_weight="gate_weight", gate="router", condition=generate.nllb_drops,
