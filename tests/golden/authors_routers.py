@@ -28,6 +28,7 @@ import sys
 import types
 from unittest import mock
 
+import absl.logging
 import flax
 import jax
 import jax.numpy as jnp
@@ -157,9 +158,10 @@ def write(out, name, source, module, seed, config, tensors):
         "jax": f"jax {jax.__version__}, flax {flax.__version__}",
         "tf": f"tensorflow {tf.__version__}",
         "torch": f"torch {torch.__version__.split('+')[0]}",
+        "several": "several",
     }[config.pop("framework")]
     metadata = {
-        "commit": COMMITS[source],
+        "commit": COMMITS.get(source, "several"),
         "config": json.dumps(config, sort_keys=True),
         "framework": version,
         "module": module,
@@ -284,7 +286,8 @@ def flaxformer(sources, out):
 
 def given_normal(noise):
     """jax.random.normal gives these numbers."""
-    return mock.patch.object(jax.random, "normal", lambda key, shape=None, dtype=None: jnp.asarray(noise).reshape(shape))
+    draw = lambda key, shape=None, dtype=None: jnp.asarray(noise).reshape(shape)  # noqa: E731
+    return mock.patch.object(jax.random, "normal", draw)
 
 
 def draw_experts(draw, experts, d_ff):
@@ -411,10 +414,11 @@ def vmoe(sources, out):
             **in_rows(weights), **{f"d_{name}": value for name, value in in_rows(d[2]).items()},
         }
 
-    for name, groups, tokens_of_group, experts, slots in (("soft_moe", 2, 10, 4, 2), ("soft_moe_few_tokens", 1, 5, 4, 3)):
+    # Their code multiplies the smaller one of tokens and slots by the scale: slots, then tokens.
+    for name, groups, of_group, experts, slots in (("soft_moe", 2, 10, 4, 2), ("soft_moe_few_tokens", 1, 5, 4, 3)):
         config = {"framework": "jax", "groups": groups, "num_experts": experts, "slots_per_expert": slots, "d_ff": d_ff}
         write(out, name, "vmoe", "vmoe.projects.soft_moe.router.SoftRouter", 1, config,
-              soft_moe(groups, tokens_of_group, experts, slots))
+              soft_moe(groups, of_group, experts, slots))
 
 
 # ---- tensorflow/tensor2tensor: Shazeer et al. 2017
@@ -460,15 +464,19 @@ def tensor2tensor(sources, out):
         seed, tensors = first_seed(lambda seed: attempt(seed, k, train))
         if not train:  # their gradient by the noise of inference is of no use
             tensors = {key: value for key, value in tensors.items() if not key.startswith("d_")}
-        write(out, f"tensor2tensor_{name}", "tensor2tensor", "tensor2tensor.utils.expert_utils.noisy_top_k_gating", seed,
+        write(out, f"tensor2tensor_{name}", "tensor2tensor", f"{utils.__name__}.noisy_top_k_gating", seed,
               {"framework": "tf", "top_k": k, "train": train, "noise_epsilon": 1e-2}, tensors)
 
 
 # ---- tensorflow/lingvo: GShard
 
 
+def load_lingvo(sources):
+    return load(sources / "lingvo", "lingvo.core.gshard_layers", given={"lingvo": {"compat": tf.compat.v1}})
+
+
 def lingvo(sources, out):
-    layers = load(sources / "lingvo", "lingvo.core.gshard_layers", given={"lingvo": {"compat": tf.compat.v1}})
+    layers = load_lingvo(sources)
     tokens, k, capacity = 16, 2, 3
 
     def attempt(seed, policy, legacy, pads, threshold):
@@ -489,19 +497,21 @@ def lingvo(sources, out):
                     second_expert_policy=policy, second_expert_threshold=threshold, legacy_mtf_behavior=legacy)
             gates = tf.reduce_sum(combine, -1)
             value = tf.reduce_sum(gates * d_gates) + aux_loss
-            made = session.run([gates, tf.reduce_sum(dispatch, -1), aux_loss, *tf.gradients(value, [x_tensor, w_tensor])])
+            gradients = tf.gradients(value, [x_tensor, w_tensor])
+            made = session.run([gates, tf.reduce_sum(dispatch, -1), aux_loss, *gradients])
         # What the uniform numbers are compared with, to keep away from it.
         first, second = -np.sort(-p, axis=-1)[..., 0], -np.sort(-p, axis=-1)[..., 1]
-        if policy == "random" and np.abs(uniform - second / (first + second) / threshold).min() < MARGIN:
-            return None
+        if policy == "random":
+            odds = second / (first + second) / threshold
+            if np.abs(uniform - odds).min() < MARGIN or (uniform >= odds).sum() < 4:
+                return None
         taken = made[1].sum(axis=-1)[0, :tokens - pads]
         if not ((taken == 0).any() and (taken == 1).sum() >= 3):
             return None
         return {
             "x": x[0], "w_router": w, "d_gates": d_gates[0], "mask": whole(1 - padding)[0], "uniform": uniform[0],
-            "experts": whole(np.argsort(-p, axis=-1)[0, :, :k]), "gates": floats(made[0])[0],
-            "dispatch": whole(made[1])[0], "balance_loss": loss(made[2]), "d_x": floats(made[3])[0],
-            "d_w_router": floats(made[4]),
+            "gates": floats(made[0])[0], "dispatch": whole(made[1])[0], "balance_loss": loss(made[2]),
+            "d_x": floats(made[3])[0], "d_w_router": floats(made[4]),
         }
 
     for name, policy, legacy, pads, threshold in (("all", "all", True, 0, 0.0), ("all_masked", "all", True, 3, 0.0),
@@ -559,7 +569,8 @@ def megatron(sources, out):
             return probs, chosen, losses
 
         z = x @ w.T
-        p = softmax(z) if score == "softmax" else 1 / (1 + np.exp(-z)) if score == "sigmoid" else np.sqrt(np.logaddexp(0, z))
+        p = {"softmax": softmax, "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
+             "sqrtsoftplus": lambda z: np.sqrt(np.logaddexp(0, z))}[score](z)
         ranking = p + (0 if score == "softmax" else bias)
         groups, kept_groups = options.get("num_groups"), options.get("group_topk")
         plain = np.argsort(-ranking)[:, :k]
@@ -590,7 +601,7 @@ def megatron(sources, out):
     cases = {
         "softmax": dict(k=2, capacity_factor=1.0, largest=1.0),
         "pre_softmax": dict(k=2, capacity_factor=None, largest=1.0, use_pre_softmax=True),
-        "groups_softmax": dict(k=2, capacity_factor=None, largest=1.0, use_pre_softmax=True, num_groups=4, group_topk=2,
+        "groups_softmax": dict(k=3, capacity_factor=None, largest=1.0, use_pre_softmax=True, num_groups=4, group_topk=2,
                                scaling_factor=16.0),
         "groups_sigmoid": dict(k=4, capacity_factor=None, largest=0.5, score_function="sigmoid", num_groups=4,
                                group_topk=2, scaling_factor=2.5),
@@ -600,8 +611,8 @@ def megatron(sources, out):
         seed, tensors = first_seed(lambda seed: top_k(seed, **options))
         config = {"framework": "torch", "top_k": options["k"],
                   **{key: value for key, value in options.items() if key not in ("k", "largest")}}
-        write(out, f"megatron_{name}", "Megatron-LM", f"{utils.__name__}.topk_routing_with_score_function", seed, config,
-              tensors)
+        write(out, f"megatron_{name}", "Megatron-LM", f"{utils.__name__}.topk_routing_with_score_function", seed,
+              config, tensors)
 
     def sinkhorn(seed, k):
         draw = Draw(seed)
@@ -638,26 +649,30 @@ def remoe(sources, out):
     router = load(sources / "ReMoE", f"{prefix}.router", real=(f"{prefix}.moe_utils",),
                   given={"megatron.core": {"parallel_state": parallel}})
     tokens, k = 24, 2
-    draw = Draw(1)
-    x, w, d_gates = draw.uniform(tokens, D_MODEL), draw.uniform(EXPERTS, D_MODEL), draw.uniform(tokens, EXPERTS)
-    # Logits are multiples of 1/64: none is near zero but those that are zero.
-    seen = {}
 
     class Router:
         apply_l1_reg = router.ReLURouter.apply_l1_reg
         l1_reg_load_balancing = router.ReLURouter.l1_reg_load_balancing
 
-    self = Router()
-    self.topk, self.training, self.layer_number = k, True, 1
-    self.config = types.SimpleNamespace(moe_relu_l1_reg_coeff=torch.tensor(1.0), moe_relu_sparsity=torch.zeros(()),
-                                        moe_token_dispatcher_type="alltoall", num_layers=1)
-    with mock.patch.object(router, "save_to_aux_losses_tracker", lambda name, value, *rest, **named: seen.update(l1=value)):
-        # The loss is in their graph already: it enters the gradient by itself.
-        tensors = torch_routing(x, w, d_gates, lambda logits: (*self.l1_reg_load_balancing(logits), {}))
-    tensors["l1_loss"] = loss(seen["l1"].detach())
-    tensors["sparsity"] = loss(self.config.moe_relu_sparsity)
-    assert (tensors["dispatch"].sum(axis=1) == 0).any() or tensors["dispatch"].sum() > 0
-    write(out, "remoe", "ReMoE", f"{router.__name__}.ReLURouter.l1_reg_load_balancing", 1,
+    def attempt(seed):
+        draw = Draw(seed)
+        x, w, d_gates = draw.uniform(tokens, D_MODEL), draw.uniform(EXPERTS, D_MODEL), draw.uniform(tokens, EXPERTS)
+        z = x @ w.T
+        if np.abs(z).min() < MARGIN or not (z < 0).all(axis=1).any():
+            return None  # some token uses no expert
+        self, seen = Router(), {}
+        self.topk, self.training, self.layer_number = k, True, 1
+        self.config = types.SimpleNamespace(
+            moe_relu_l1_reg_coeff=torch.tensor(1.0), moe_relu_sparsity=torch.zeros(()),
+            moe_token_dispatcher_type="alltoall", num_layers=1)
+        see = lambda name, value, *rest, **named: seen.update(l1=value)  # noqa: E731
+        with mock.patch.object(router, "save_to_aux_losses_tracker", see):
+            # The loss is in their graph already: it enters the gradient by itself.
+            tensors = torch_routing(x, w, d_gates, lambda logits: (*self.l1_reg_load_balancing(logits), {}))
+        return {**tensors, "l1_loss": loss(seen["l1"].detach()), "sparsity": loss(self.config.moe_relu_sparsity)}
+
+    seed, tensors = first_seed(attempt)
+    write(out, "remoe", "ReMoE", f"{router.__name__}.ReLURouter.l1_reg_load_balancing", seed,
           {"framework": "torch", "top_k": k, "coefficient": 1.0}, tensors)
 
 
@@ -740,22 +755,27 @@ def parlai(sources, out):
     for ours, name in names.items():
         stacked = torch.stack([gradient[name.format(e)] for e in range(EXPERTS)])
         tensors[f"d_{ours}"] = floats(stacked).reshape(-1, stacked.shape[-1])
-    write(out, "hash_layer", "ParlAI", f"{ladder.__name__}.HashLayerFFN", 1, {"framework": "torch", "d_ff": d_ff}, tensors)
+    write(out, "hash_layer", "ParlAI", f"{ladder.__name__}.HashLayerFFN", 1, {"framework": "torch", "d_ff": d_ff},
+          tensors)
 
 
 # ---- microsoft/tutel
 
 
-def tutel(sources, out):
+def load_tutel(sources):
     kernel = types.SimpleNamespace(__file__="")
     with mock.patch.object(torch.ops, "load_library", lambda path: None):
-        dispatch_module = load(sources / "tutel", "tutel.impls.fast_dispatch",
-                               real=("tutel.impls.losses", "tutel.jit_kernels.gating"),
-                               given={"tutel.impls.jit_compiler": {"tutel_custom_kernel": kernel}})
+        return load(sources / "tutel", "tutel.impls.fast_dispatch",
+                    real=("tutel.impls.losses", "tutel.jit_kernels.gating"),
+                    given={"tutel.impls.jit_compiler": {"tutel_custom_kernel": kernel}})
+
+
+def tutel(sources, out):
+    module = load_tutel(sources)
     losses = sys.modules["tutel.impls.losses"]
     tokens, k, gate_noise, capacity_factor = 16, 2, 1.0, 1.0
 
-    def attempt(seed, prioritised, gshard):
+    def attempt(seed, prioritised):
         draw = Draw(seed)
         x, w, d_gates = draw.uniform(tokens, D_MODEL), draw.uniform(EXPERTS, D_MODEL), draw.uniform(tokens, EXPERTS)
         noise = draw.normal(tokens, EXPERTS)
@@ -763,15 +783,8 @@ def tutel(sources, out):
 
         def route(logits):
             noisy = logits + gate_noise * torch.tensor(noise) / EXPERTS
-
-            def both(scores, ids):
-                if gshard:
-                    return losses.gshard_loss(scores, ids)
-                return losses.load_importance_loss(torch.nn.functional.softmax(logits, dim=1), noisy.gather(1, ids),
-                                                   EXPERTS, gate_noise)
-
-            (_, experts, locations, gates, capacity, _), value = dispatch_module.extract_critical(
-                torch.nn.functional.softmax(noisy, dim=1), k, both, capacity_factor, prioritised)
+            (_, experts, locations, gates, capacity, _), balance = module.extract_critical(
+                torch.nn.functional.softmax(noisy, dim=1), k, losses.gshard_loss, capacity_factor, prioritised)
             kept["capacity"] = capacity
             combine, taken = torch.zeros(tokens, EXPERTS), torch.zeros(tokens, EXPERTS, dtype=torch.int64)
             for expert, location, gate in zip(experts, locations, gates):
@@ -779,7 +792,7 @@ def tutel(sources, out):
                 expert = expert.long().unsqueeze(1)
                 combine = combine.scatter_add(1, expert, (gate * fits).unsqueeze(1))
                 taken = taken.scatter_add(1, expert, fits.long().unsqueeze(1))
-            return combine, taken, {"balance_loss" if gshard else "load_importance_loss": value}
+            return combine, taken, {"balance_loss": balance}
 
         tensors = torch_routing(x, w, d_gates, route)
         p = softmax(x @ w.T + noise / EXPERTS)
@@ -790,16 +803,70 @@ def tutel(sources, out):
         tensors["noise"] = noise
         return {**tensors, "capacity": whole([kept["capacity"]])}
 
-    for name, prioritised, gshard in (("tutel", False, False), ("tutel_prioritised", True, True)):
-        seed, tensors = first_seed(lambda seed: attempt(seed, prioritised, gshard))
+    for name, prioritised in (("tutel", False), ("tutel_prioritised", True)):
+        seed, tensors = first_seed(lambda seed: attempt(seed, prioritised))
         config = {"framework": "torch", "top_k": k, "gate_noise": gate_noise, "capacity_factor": capacity_factor,
                   "batch_prioritized_routing": prioritised}
-        write(out, name, "tutel", f"{dispatch_module.__name__}.extract_critical", seed, config, tensors)
+        write(out, name, "tutel", f"{module.__name__}.extract_critical", seed, config, tensors)
+
+
+# ---- How many seats each of them gives an expert
+
+
+def capacities(sources, out):
+    cases = [(tokens, experts, k, factor) for tokens, experts in ((16, 8), (50, 8), (100, 8), (100, 16), (24, 3))
+             for k in (1, 2) for factor in (1.0, 1.05, 1.25, 2.0)]
+    sys.path.insert(0, str(sources / "vmoe"))
+    moe = importlib.import_module("vmoe.moe")
+    gshard_layers, fast_dispatch = load_lingvo(sources), load_tutel(sources)
+    megatron_utils = load(sources / "Megatron-LM", "megatron.core.transformer.moe.moe_utils")
+    prefix = "flaxformer.architectures.moe"
+    moe_layers = load(sources / "flaxformer", f"{prefix}.moe_layers", absent=("aqt",),
+                      real=(f"{prefix}.routing", f"{prefix}.scatter_utils", "flaxformer.components.dense",
+                            "flaxformer.activation_partitioning", "flaxformer.types"))
+
+    def of_flaxformer(tokens, experts, k, factor):
+        seen = []
+        layer = types.SimpleNamespace(
+            num_experts=experts, num_expert_replicas=1, max_group_size=tokens, strict_group_size=True,
+            train_capacity_factor=factor, min_expert_capacity=4, input_hidden_dims_axes=("embed",),
+            output_hidden_dims_axes=("embed",), router=moe_layers.routing.TokensChooseMaskedRouter(
+                router_weights=None, jitter_noise=0.0, num_selected_experts=k, batch_prioritized_routing=False,
+                dtype=jnp.float32, ignore_padding_tokens=False),
+            _mask_and_dispatch_to_experts=lambda x, training, capacity, **rest: seen.append(capacity) or x)
+        moe_layers.MoeLayer.__call__.__wrapped__(layer, jnp.zeros((experts, tokens, D_MODEL)))
+        return seen[0]
+
+    def of_lingvo(tokens, experts, k, factor):
+        with tf.Graph().as_default():
+            return gshard_layers.Top2GatingOnLogits(
+                None, tf.zeros((1, tokens)), tf.zeros((1, tokens, experts)), 1, experts, 0, tf.float32,
+                use_xla_sharding=False, capacity_factor=factor)[1].shape[-1]
+
+    def of_tutel(tokens, experts, k, factor):
+        return fast_dispatch.extract_critical(torch.zeros(tokens, experts), k, None, factor)[0][4]
+
+    rules = {
+        "flaxformer": of_flaxformer,
+        "lingvo": of_lingvo,
+        "megatron": lambda tokens, experts, k, factor: megatron_utils.get_capacity(tokens * k, experts, factor),
+        "tutel": of_tutel,
+        "vmoe": lambda tokens, experts, k, factor: moe.compute_capacity(tokens * k, experts, factor),
+        "vmoe_ceil": lambda tokens, experts, k, factor: moe.compute_capacity(
+            tokens * k, experts, factor, "ceil", multiple_of=None),
+        "vmoe_round": lambda tokens, experts, k, factor: moe.compute_capacity(
+            tokens * k, experts, factor, "round", multiple_of=None),
+    }
+    tensors = {"cases": whole([case[:3] for case in cases]), "factor": np.float64([case[3] for case in cases])}
+    for name, rule in rules.items():
+        tensors[name] = whole([rule(*case) for case in cases])
+    write(out, "capacities", None, "several", 0, {"framework": "several", "min_expert_capacity": 4}, tensors)
 
 
 def make(sources, out):
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    absl.logging.set_verbosity(absl.logging.ERROR)
     tf.compat.v1.logging.set_verbosity(tf.compat.v1.logging.ERROR)
-    for maker in (flaxformer, vmoe, tensor2tensor, lingvo, megatron, remoe, dynamic_moe, parlai, tutel):
+    for maker in (flaxformer, vmoe, tensor2tensor, lingvo, megatron, remoe, dynamic_moe, parlai, tutel, capacities):
         maker(sources, out)

@@ -2,6 +2,7 @@
 """Makes the golden files of the published MoE layers.
 
     python generate.py [--out DIR] [MODEL ...]
+    python generate.py --sources DIR [--out DIR]    authors_*.safetensors
 
 For each model a tiny network of the model's own class in Hugging Face transformers is built. Its first
 MoE block gets random weights and is run on random tokens. The file holds what the block itself computed:
@@ -609,12 +610,17 @@ MODELS = [
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).resolve().parent / "data")
+    parser.add_argument("--sources", type=pathlib.Path, help="checkouts of the authors' code: makes their files only")
     parser.add_argument("models", nargs="*", help="names of models; all when none is given")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
+    if arguments.sources:
+        import authors_routers
+
+        return authors_routers.make(arguments.sources, arguments.out)
     for model in MODELS:
         if arguments.models and model.name not in arguments.models:
             continue
