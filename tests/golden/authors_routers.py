@@ -42,6 +42,7 @@ COMMITS = {
     "vmoe": "942a78bc81d2e63199f0933733582ddae0715416",
     "vision_transformer": "c6de1e5378c9831a8477feb30994971bdc409e46",
     "tensor2tensor": "bafdc1b67730430d38d6ab802cbd51f9d053ba2e",
+    "mesh": "da907937e68aa421186f1178d71eb5f736fcb069",
     "lingvo": "e0be5dc4ce9b89d91c0be343f54c5d7a5b1bcb59",
     "Megatron-LM": "d98e8a64ddf34856e74b24714e3bedb2f5a39553",
     "ReMoE": "463c6af38ffaa841941ea834470ee09f8d515652",
@@ -95,7 +96,8 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if name.split(".")[0] not in self.packages:
             return None
         if name in self.real:
-            file = (self.root / name.replace(".", "/")).with_suffix(".py")
+            file = self.root / name.replace(".", "/")
+            file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
             return importlib.util.spec_from_file_location(name, file)
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
@@ -524,6 +526,59 @@ def lingvo(sources, out):
         write(out, f"lingvo_{name}", "lingvo", "lingvo.core.gshard_layers.Top2GatingOnLogits", seed, config, tensors)
 
 
+# ---- tensorflow/mesh: ST-MoE's threshold for second experts
+
+
+def mesh(sources, out):
+    names = ("beam_search", "layers", "ops", "ops_with_redefined_builtins", "optimize", "placement_mesh_impl", "utils")
+    v1 = importlib.import_module("tensorflow.compat.v1")
+    with mock.patch.object(v1, "estimator", Nothing("estimator"), create=True):
+        moe = load(sources / "mesh", "mesh_tensorflow.transformer.moe",
+                   real=("mesh_tensorflow", *(f"mesh_tensorflow.{name}" for name in names)))
+    mtf = moe.mtf
+    tokens, capacity, threshold = 16, 3, 0.375
+
+    def attempt(seed):
+        draw = Draw(seed)
+        x, w, d_gates = draw.uniform(tokens, D_MODEL), draw.uniform(EXPERTS, D_MODEL), draw.uniform(tokens, EXPERTS)
+        p = -np.sort(-softmax(x @ w.T), axis=-1)
+        second = p[:, 1] / (p[:, 0] + p[:, 1])
+        if not ranked_apart(p, 2) or np.abs(second - threshold).min() < MARGIN or (second <= threshold).sum() < 4:
+            return None
+        with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+            graph = mtf.Graph()
+            one = mtf.Mesh(graph, "one")
+            dims = {name: mtf.Dimension(name, size) for name, size in
+                    (("tokens", tokens), ("d_model", D_MODEL), ("experts", EXPERTS), ("capacity", capacity))}
+            inputs = mtf.import_tf_tensor(one, tf.constant(x), mtf.Shape([dims["tokens"], dims["d_model"]]))
+            hparams = moe.HParams(moe_use_second_place_loss=False, moe_second_policy_train="threshold",
+                                  moe_second_threshold_train=threshold)
+            dispatch, combine, balance = moe._top_2_gating(
+                inputs, [], dims["experts"], dims["capacity"], hparams, True, mtf.VariableDType(tf.float32))
+            d = mtf.import_tf_tensor(one, tf.constant(d_gates), mtf.Shape([dims["tokens"], dims["experts"]]))
+            gates = mtf.reduce_sum(combine, reduced_dim=dims["capacity"])
+            taken = mtf.reduce_sum(dispatch, reduced_dim=dims["capacity"])
+            value = mtf.reduce_sum(gates * d) + balance
+            variable, = graph.trainable_variables
+            results = [gates, taken, balance, *mtf.gradients([value], [inputs, variable.value])]
+            lowering = mtf.Lowering(graph, {one: mtf.placement_mesh_impl.PlacementMeshImpl([], [], [""])})
+            results = [lowering.export_to_tf_tensor(result) for result in results]
+            session.run(tf.compat.v1.global_variables_initializer())
+            session.run(variable.get_master().assign(w.T))
+            session.run(lowering.copy_masters_to_slices())
+            made = session.run(results)
+        used = made[1].sum(axis=-1)
+        if not (used == 0).any():
+            return None
+        return {"x": x, "w_router": w, "d_gates": d_gates, "gates": floats(made[0]), "dispatch": whole(made[1]),
+                "balance_loss": loss(made[2]), "d_x": floats(made[3]), "d_w_router": floats(made[4].T)}
+
+    seed, tensors = first_seed(attempt)
+    write(out, "mesh_threshold", "mesh", f"{moe.__name__}._top_2_gating", seed,
+          {"framework": "tf", "top_k": 2, "capacity": capacity, "second_policy": "threshold",
+           "second_threshold": threshold, "epsilon": 1e-9}, tensors)
+
+
 # ---- NVIDIA/Megatron-LM: its routers, losses and token dropping, and Sinkhorn
 
 
@@ -868,5 +923,5 @@ def make(sources, out):
     transformers.logging.set_verbosity_error()
     absl.logging.set_verbosity(absl.logging.ERROR)
     tf.compat.v1.logging.set_verbosity(tf.compat.v1.logging.ERROR)
-    for maker in (flaxformer, vmoe, tensor2tensor, lingvo, megatron, remoe, dynamic_moe, parlai, tutel, capacities):
+    for maker in (flaxformer, vmoe, tensor2tensor, lingvo, mesh, megatron, remoe, dynamic_moe, parlai, tutel, capacities):
         maker(sources, out)

@@ -58,7 +58,8 @@ struct Comparison {
     largest = std::max(largest, error);
   }
 
-  // Which token goes to which expert, and each gate to 1e-5 of itself. Puts the gradient by the gates.
+  // Which token goes to which expert, and each gate to 1e-5 of itself. Puts the gradient by the
+  // gates.
   void expect_equal_plan(const Routing<float>& routing) {
     const auto dispatch = golden.matrix<std::int64_t>("dispatch");
     const Matrix<float> gates = matrix("gates");
@@ -117,7 +118,8 @@ struct Comparison {
         grad);
   }
 
-  // The expert's parameters, or with the prefix "d_" their gradients: rows of tensors of all experts.
+  // The expert's parameters, or with the prefix "d_" their gradients: rows of tensors of all
+  // experts.
   template <class E>
   void read_expert(const std::string& prefix, Index expert, E& to) const {
     E::visit(
@@ -145,7 +147,8 @@ struct Comparison {
       read_expert("d_", Index(e), expected);
       std::decay_t<decltype(expected)>::visit(
           [&](const moe::ParameterInfo& info, const auto& d, const auto& from_file) {
-            expect_close(d, from_file, "expert " + std::to_string(e) + " " + std::string(info.name));
+            expect_close(d, from_file,
+                         "expert " + std::to_string(e) + " " + std::string(info.name));
           },
           grad[e], expected);
     }
@@ -158,9 +161,9 @@ R make_router(const Comparison& file, typename R::Options options) {
   options.d_model = kModel;
   options.num_experts = file.golden.file.at("w_router").shape.at(0);
   R router(options);
-  R::visit(
-      [&](const moe::ParameterInfo& info, auto& array) { array = file.matrix(std::string(info.name)); },
-      router);
+  R::visit([&](const moe::ParameterInfo& info,
+               auto& array) { array = file.matrix(std::string(info.name)); },
+           router);
   return router;
 }
 
@@ -200,8 +203,9 @@ void expect_equal_to_flaxformer(const std::string& name, const moe::TopKOptions&
   Routing<float> routing;
   router.route(x, info, routing);
   file.expect_equal_plan(routing);
-  file.expect_equal_loss("balance_loss", moe::sequence_balance_loss(routing, info),
-                         moe::balance_factor(moe::BalanceConvention::tokens, kExperts, options.top_k));
+  file.expect_equal_loss(
+      "balance_loss", moe::sequence_balance_loss(routing, info),
+      moe::balance_factor(moe::BalanceConvention::tokens, kExperts, options.top_k));
   file.expect_equal_loss("z_loss", moe::router_z_loss(routing));
   file.expect_equal_gradients(router, routing);
 }
@@ -213,10 +217,9 @@ TEST(Authors, FlaxformerTop2) {  // 3 seats
   expect_equal_to_flaxformer("flaxformer_top2", {.top_k = 2, .bias = true, .capacity = 1.0});
 }
 TEST(Authors, FlaxformerTop2Prioritised) {
-  expect_equal_to_flaxformer("flaxformer_top2_prioritised", {.top_k = 2,
-                                                             .bias = true,
-                                                             .capacity = 1.0,
-                                                             .priority = Priority::token_max_gate});
+  expect_equal_to_flaxformer(
+      "flaxformer_top2_prioritised",
+      {.top_k = 2, .bias = true, .capacity = 1.0, .priority = Priority::token_max_gate});
 }
 
 TEST(Authors, FlaxformerExpertChoice) {  // 3 seats
@@ -236,7 +239,8 @@ void expect_equal_to_vmoe(const std::string& name, Priority priority) {
   using Expert = moe::FeedForward<float, moe::GELUTanh>;
   using Layer = moe::MoELayer<Expert, moe::TopKRouter<float>>;
   const Layer layer(
-      file.experts<Expert>(kExperts, {.d_model = kModel, .d_ff = file.golden.number("d_ff"), .bias = true}),
+      file.experts<Expert>(kExperts,
+                           {.d_model = kModel, .d_ff = file.golden.number("d_ff"), .bias = true}),
       make_router<moe::TopKRouter<float>>(file, {.top_k = 2, .noise_stddev = 1.0 / kExperts}));
   const auto routing = route_under_noise(
       layer.router(), {.top_k = 2, .capacity_factor = 1.0, .priority = priority}, file);  // 4 seats
@@ -256,7 +260,9 @@ void expect_equal_to_vmoe(const std::string& name, Priority priority) {
 }
 
 TEST(Authors, VMoE) { expect_equal_to_vmoe("vmoe", Priority::token_order); }
-TEST(Authors, VMoEPrioritised) { expect_equal_to_vmoe("vmoe_prioritised", Priority::token_max_gate); }
+TEST(Authors, VMoEPrioritised) {
+  expect_equal_to_vmoe("vmoe_prioritised", Priority::token_max_gate);
+}
 
 TEST(Authors, VMoEExpertChoice) {  // 4 seats
   Comparison file("vmoe_expert_choice");
@@ -272,11 +278,11 @@ void expect_equal_to_soft_moe(const std::string& name) {
   using Expert = moe::FeedForward<float, moe::GELUTanh>;
   using Layer = moe::SoftMoELayer<Expert>;
   const Index experts = file.golden.number("num_experts");
-  Layer layer(
-      file.experts<Expert>(experts, {.d_model = kModel, .d_ff = file.golden.number("d_ff"), .bias = true}),
-      {.d_model = kModel,
-       .num_experts = experts,
-       .slots_per_expert = file.golden.number("slots_per_expert")});
+  Layer layer(file.experts<Expert>(
+                  experts, {.d_model = kModel, .d_ff = file.golden.number("d_ff"), .bias = true}),
+              {.d_model = kModel,
+               .num_experts = experts,
+               .slots_per_expert = file.golden.number("slots_per_expert")});
   layer.w_slots = file.matrix("w_slots");
   layer.scale = file.matrix("scale");
   const Matrix<float> x = file.matrix("x");
@@ -326,7 +332,8 @@ TEST(Authors, Tensor2TensorInInference) {
 // ---- lingvo
 
 // 3 seats. `divisor` is what their loss divides both means over tokens by, where ours divides by 1.
-void expect_equal_to_lingvo(const std::string& name, const moe::TopKOptions& options, double divisor) {
+void expect_equal_to_lingvo(const std::string& name, const moe::TopKOptions& options,
+                            double divisor) {
   Comparison file(name);
   const auto router = make_router<moe::TopKRouter<float>>(file, options);
   BatchInfo info;
@@ -348,10 +355,12 @@ TEST(Authors, LingvoWithPadding) {  // they divide by all tokens, padding includ
       "lingvo_all_masked",
       {.top_k = 2, .renormalise = true, .renormalise_epsilon = 1e-9, .capacity = 0.75}, 16.0 / 13);
 }
-TEST(Authors, LingvoGatesAfterDrops) {  // they add an epsilon to the share of tokens that are no padding
+TEST(Authors,
+     LingvoGatesAfterDrops) {  // they add an epsilon to the share of tokens that are no padding
   expect_equal_to_lingvo(
       "lingvo_after",
-      {.top_k = 2, .renormalise = true, .capacity = 0.75, .renormalise_after_drop = true}, 1 + 1e-6);
+      {.top_k = 2, .renormalise = true, .capacity = 0.75, .renormalise_after_drop = true},
+      1 + 1e-6);
 }
 
 // The second choices that their uniform numbers leave out are taken out here; then seats are given.
@@ -369,7 +378,8 @@ TEST(Authors, LingvoRandomSecondExpert) {
   routing.chosen.token_begin.push_back(0);
   for (Index t = 0; t < uniform.rows(); ++t) {
     for (Index c = both.token_begin[t]; c < both.token_begin[t + 1]; ++c) {
-      if (c > both.token_begin[t] && double(uniform(t, 0)) >= double(both.gate[c]) / threshold) continue;
+      if (c > both.token_begin[t] && double(uniform(t, 0)) >= double(both.gate[c]) / threshold)
+        continue;
       routing.chosen.expert.push_back(both.expert[c]);
       routing.chosen.gate.push_back(both.gate[c]);
     }
@@ -379,6 +389,23 @@ TEST(Authors, LingvoRandomSecondExpert) {
   moe::apply_capacity(routing.chosen, Matrix<float>(), seats, moe::Overflow::drop,
                       Priority::token_order, {}, routing.plan, routing.scratch);
   file.expect_equal_plan(routing);
+}
+
+// ---- mesh_tensorflow: second experts need a gate above the threshold; 3 seats
+
+TEST(Authors, MeshThresholdOfSecondExpert) {
+  Comparison file("mesh_threshold");
+  const auto router = make_router<moe::TopKRouter<float>>(
+      file, {.top_k = 2,
+             .second_threshold = file.golden.config.at("second_threshold").get<double>(),
+             .renormalise = true,
+             .renormalise_epsilon = 1e-9,
+             .capacity = 0.75});
+  Routing<float> routing;
+  router.route(file.matrix("x"), {}, routing);
+  file.expect_equal_plan(routing);
+  file.expect_equal_loss("balance_loss", loss_of_first_choices(routing));
+  file.expect_equal_gradients(router, routing);
 }
 
 // ---- Megatron-LM
@@ -391,8 +418,8 @@ void expect_equal_to_megatron(const std::string& name, const moe::TopKOptions& o
   router.route(file.matrix("x"), {}, routing);
   file.expect_equal_plan(routing);
   const auto demand = file.golden.matrix<std::int64_t>("demand");
-  file.expect_equal_loss("balance_loss",
-                         moe::load_balancing_loss(routing, demand.cast<Index>(), routing.num_tokens()));
+  file.expect_equal_loss("balance_loss", moe::load_balancing_loss(routing, demand.cast<Index>(),
+                                                                  routing.num_tokens()));
   file.expect_equal_loss("z_loss", moe::router_z_loss(routing));
   file.expect_equal_gradients(router, routing);
 }
@@ -403,9 +430,7 @@ TEST(Authors, MegatronSoftmaxOfChosen) {  // 3 seats, to the largest gates
                                                 .capacity = 1.0,
                                                 .priority = Priority::assignment_gate});
 }
-TEST(Authors, MegatronSoftmax) {
-  expect_equal_to_megatron("megatron_pre_softmax", {.top_k = 2});
-}
+TEST(Authors, MegatronSoftmax) { expect_equal_to_megatron("megatron_pre_softmax", {.top_k = 2}); }
 TEST(Authors, MegatronGroupsByTheirBest) {
   expect_equal_to_megatron(
       "megatron_groups_softmax",
@@ -484,8 +509,10 @@ TEST(Authors, HashLayer) {
     return file.golden.matrix<std::int64_t>(tensor).cast<Index>();
   };
   const Layer layer(
-      file.experts<Expert>(kExperts, {.d_model = kModel, .d_ff = file.golden.number("d_ff"), .bias = true}),
-      moe::HashRouter<float>({.d_model = kModel, .num_experts = kExperts, .table = indices("table")}));
+      file.experts<Expert>(kExperts,
+                           {.d_model = kModel, .d_ff = file.golden.number("d_ff"), .bias = true}),
+      moe::HashRouter<float>(
+          {.d_model = kModel, .num_experts = kExperts, .table = indices("table")}));
   BatchInfo info;
   info.token_ids = indices("token_ids");
   Layer::Cache cache;
@@ -501,14 +528,17 @@ void expect_equal_to_tutel(const std::string& name, Priority priority) {  // 4 s
       file, {.top_k = 2, .renormalise = true, .noise_stddev = 1.0 / kExperts});
   const auto routing = route_under_noise(
       router,
-      {.gate = {.renormalise = true}, .top_k = 2, .capacity_factor = 1.0, .priority = priority}, file);
+      {.gate = {.renormalise = true}, .top_k = 2, .capacity_factor = 1.0, .priority = priority},
+      file);
   file.expect_equal_plan(routing);
   file.expect_equal_loss("balance_loss", loss_of_first_choices(routing));
   file.expect_equal_gradients(router, routing);
 }
 
 TEST(Authors, Tutel) { expect_equal_to_tutel("tutel", Priority::token_order); }
-TEST(Authors, TutelPrioritised) { expect_equal_to_tutel("tutel_prioritised", Priority::token_max_gate); }
+TEST(Authors, TutelPrioritised) {
+  expect_equal_to_tutel("tutel_prioritised", Priority::token_max_gate);
+}
 
 // ---- Capacities: those that round as this library does, which never gives more seats than tokens.
 
@@ -530,35 +560,36 @@ TEST(Authors, Capacities) {
 // A file that differs in one bit is another file: generate.py makes these.
 TEST(Authors, FilesAreThoseThatWereGenerated) {
   const std::pair<const char*, std::uint64_t> files[] = {
-    {"authors_capacities", 0x92b70e661adc2065u},
-    {"authors_dynamic_moe", 0x8770226c6546ac2fu},
-    {"authors_flaxformer_expert_choice", 0x1a6107cb8f20ccebu},
-    {"authors_flaxformer_switch", 0xe26c08d72b19861fu},
-    {"authors_flaxformer_top2", 0x1bebec0163258bf8u},
-    {"authors_flaxformer_top2_prioritised", 0xddd1843109c5a878u},
-    {"authors_hash_layer", 0x181f0a4b76ad35e7u},
-    {"authors_lingvo_after", 0xc264e370d57808b9u},
-    {"authors_lingvo_all", 0x1cdaf3c758a0581fu},
-    {"authors_lingvo_all_masked", 0x350c6b75d82bc9edu},
-    {"authors_lingvo_random", 0xe2fba79025cdae1du},
-    {"authors_megatron_groups_sigmoid", 0x229012297acb741cu},
-    {"authors_megatron_groups_softmax", 0xdb30cfd4a88d5ab7u},
-    {"authors_megatron_pre_softmax", 0x231ae8fb8fae52c4u},
-    {"authors_megatron_sinkhorn", 0x7b41be14b37d0262u},
-    {"authors_megatron_sinkhorn_top2", 0x2bb5c521b9be3f62u},
-    {"authors_megatron_softmax", 0x00f2e676dd744812u},
-    {"authors_megatron_sqrtsoftplus", 0x777f774fea841ef6u},
-    {"authors_remoe", 0x84bba010b2fa8b09u},
-    {"authors_soft_moe", 0x3d40ddabf6c9257au},
-    {"authors_soft_moe_few_tokens", 0xf281f6b0465f6401u},
-    {"authors_tensor2tensor_eval", 0x74053559fe17f160u},
-    {"authors_tensor2tensor_top2", 0x238a0112c213def7u},
-    {"authors_tensor2tensor_top4", 0x5153ff33e1e005d5u},
-    {"authors_tutel", 0x3638f32e748aa909u},
-    {"authors_tutel_prioritised", 0xe35cf8fa41f30896u},
-    {"authors_vmoe", 0x6befb1f04d48ea65u},
-    {"authors_vmoe_expert_choice", 0x57e02375245f4cd9u},
-    {"authors_vmoe_prioritised", 0x86f0509d0b76fff6u},
+      {"authors_capacities", 0x92b70e661adc2065u},
+      {"authors_dynamic_moe", 0x8770226c6546ac2fu},
+      {"authors_flaxformer_expert_choice", 0x1a6107cb8f20ccebu},
+      {"authors_flaxformer_switch", 0xe26c08d72b19861fu},
+      {"authors_flaxformer_top2", 0x1bebec0163258bf8u},
+      {"authors_flaxformer_top2_prioritised", 0xddd1843109c5a878u},
+      {"authors_hash_layer", 0x181f0a4b76ad35e7u},
+      {"authors_lingvo_after", 0xc264e370d57808b9u},
+      {"authors_lingvo_all", 0x1cdaf3c758a0581fu},
+      {"authors_lingvo_all_masked", 0x350c6b75d82bc9edu},
+      {"authors_lingvo_random", 0xe2fba79025cdae1du},
+      {"authors_megatron_groups_sigmoid", 0x229012297acb741cu},
+      {"authors_megatron_groups_softmax", 0xdb30cfd4a88d5ab7u},
+      {"authors_megatron_pre_softmax", 0x231ae8fb8fae52c4u},
+      {"authors_megatron_sinkhorn", 0x7b41be14b37d0262u},
+      {"authors_megatron_sinkhorn_top2", 0x2bb5c521b9be3f62u},
+      {"authors_megatron_softmax", 0x00f2e676dd744812u},
+      {"authors_megatron_sqrtsoftplus", 0x777f774fea841ef6u},
+      {"authors_mesh_threshold", 0x3fae062ae725b844u},
+      {"authors_remoe", 0x84bba010b2fa8b09u},
+      {"authors_soft_moe", 0x3d40ddabf6c9257au},
+      {"authors_soft_moe_few_tokens", 0xf281f6b0465f6401u},
+      {"authors_tensor2tensor_eval", 0x74053559fe17f160u},
+      {"authors_tensor2tensor_top2", 0x238a0112c213def7u},
+      {"authors_tensor2tensor_top4", 0x5153ff33e1e005d5u},
+      {"authors_tutel", 0x3638f32e748aa909u},
+      {"authors_tutel_prioritised", 0xe35cf8fa41f30896u},
+      {"authors_vmoe", 0x6befb1f04d48ea65u},
+      {"authors_vmoe_expert_choice", 0x57e02375245f4cd9u},
+      {"authors_vmoe_prioritised", 0x86f0509d0b76fff6u},
   };
   for (const auto& [name, expected] : files) {
     EXPECT_EQ(hash_of_golden(name), expected) << name;
