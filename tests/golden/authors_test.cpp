@@ -480,6 +480,8 @@ TEST(Authors, ReMoE) {
   Routing<float> routing;
   router.route(file.matrix("x"), {}, routing);
   file.expect_equal_plan(routing);
+  EXPECT_NEAR(1 - double(routing.chosen.size()) / double(routing.router_logits.size()),
+              file.matrix("sparsity")(0, 0), 1e-6);
   file.expect_equal_loss("l1_loss", moe::relu_balance_loss(routing, file.golden.number("top_k")));
   file.expect_equal_gradients(router, routing);
 }
@@ -522,8 +524,10 @@ TEST(Authors, HashLayer) {
   file.expect_equal_expert_gradients(grad.experts());
 }
 
-void expect_equal_to_tutel(const std::string& name, Priority priority) {  // 4 seats
+void expect_equal_to_tutel(const std::string& name, Priority priority) {
   Comparison file(name);
+  EXPECT_EQ(moe::expert_capacity(16, kExperts, 2, 1.0),
+            file.golden.matrix<std::int64_t>("capacity")(0, 0));
   const auto router = make_router<moe::TopKRouter<float>>(
       file, {.top_k = 2, .renormalise = true, .noise_stddev = 1.0 / kExperts});
   const auto routing = route_under_noise(
