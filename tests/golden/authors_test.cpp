@@ -11,6 +11,8 @@
 #include <gtest/gtest.h>
 
 #include <moe/io/safetensors.hpp>
+#include <moe/models/shazeer.hpp>
+#include <moe/models/vmoe.hpp>
 #include <moe/moe.hpp>
 #include <moe/routers/expert_choice_router.hpp>
 #include <moe/routers/hash_router.hpp>
@@ -238,10 +240,12 @@ void expect_equal_to_vmoe(const std::string& name, Priority priority) {
   Comparison file(name);
   using Expert = moe::FeedForward<float, moe::GELUTanh>;
   using Layer = moe::MoELayer<Expert, moe::TopKRouter<float>>;
+  moe::TopKOptions options = moe::vmoe_l16.router;
+  options.noise_stddev *= double(options.num_experts) / kExperts;
   const Layer layer(
       file.experts<Expert>(kExperts,
                            {.d_model = kModel, .d_ff = file.golden.number("d_ff"), .bias = true}),
-      make_router<moe::TopKRouter<float>>(file, {.top_k = 2, .noise_stddev = 1.0 / kExperts}));
+      make_router<moe::TopKRouter<float>>(file, options));
   const auto routing = route_under_noise(
       layer.router(), {.top_k = 2, .capacity_factor = 1.0, .priority = priority}, file);  // 4 seats
   file.expect_equal_plan(routing);
@@ -303,19 +307,23 @@ TEST(Authors, SoftMoEOfFewTokens) { expect_equal_to_soft_moe("soft_moe_few_token
 
 // ---- tensor2tensor
 
-void expect_equal_to_tensor2tensor(const std::string& name, Index top_k) {
+void expect_equal_to_tensor2tensor(const std::string& name, const moe::NoisyTopKOptions& options) {
   Comparison file(name);
-  const auto router = make_router<moe::NoisyTopKRouter<float>>(file, {.top_k = top_k});
+  const auto router = make_router<moe::NoisyTopKRouter<float>>(file, options);
   const auto routing =
-      route_under_noise(router, {.gate = {.renormalise = true}, .top_k = top_k}, file);
+      route_under_noise(router, {.gate = {.renormalise = true}, .top_k = options.top_k}, file);
   file.expect_equal_plan(routing);
   file.expect_equal_loss("importance_loss", moe::importance_loss(routing));
   file.expect_equal_loss("load_loss", moe::load_loss(routing));
   file.expect_equal_gradients(router, routing);
 }
 
-TEST(Authors, Tensor2TensorTop2) { expect_equal_to_tensor2tensor("tensor2tensor_top2", 2); }
-TEST(Authors, Tensor2TensorTop4) { expect_equal_to_tensor2tensor("tensor2tensor_top4", 4); }
+TEST(Authors, Tensor2TensorTop2) {
+  expect_equal_to_tensor2tensor("tensor2tensor_top2", {.top_k = 2});
+}
+TEST(Authors, Tensor2TensorTop4) {
+  expect_equal_to_tensor2tensor("tensor2tensor_top4", moe::shazeer_2017.router);
+}
 
 TEST(Authors, Tensor2TensorInInference) {
   Comparison file("tensor2tensor_eval");
@@ -564,7 +572,7 @@ TEST(Authors, Capacities) {
 // A file that differs in one bit is another file: generate.py makes these.
 TEST(Authors, FilesAreThoseThatWereGenerated) {
   const std::pair<const char*, std::uint64_t> files[] = {
-      {"authors_capacities", 0x92b70e661adc2065u},
+      {"authors_capacities", 0x6306f9deac5fbc6fu},
       {"authors_dynamic_moe", 0x8770226c6546ac2fu},
       {"authors_flaxformer_expert_choice", 0x1a6107cb8f20ccebu},
       {"authors_flaxformer_switch", 0xe26c08d72b19861fu},
