@@ -274,7 +274,7 @@ enum class LoadThreshold {
   /// An expert among the k is measured against the (k+1)-th noisy logit, another against the k-th
   /// (Shazeer et al. 2017, eq. 8 to 10; tensor2tensor).
   two,
-  /// Every expert is measured against the k-th noisy logit (V-MoE, Tutel).
+  /// Every expert is measured against the k-th noisy logit (V-MoE).
   one,
 };
 

@@ -540,11 +540,11 @@ def write(layer, path, seed, tensors):
 
 
 def make(sources, out, chosen=()):
-    """All files into the folder `out`, from checkouts named owner+name in the folder `sources`."""
+    """All files into the folder `out`, from checkouts of repositories in the folder `sources`."""
     for layer in LAYERS:
         if chosen and layer.name not in chosen:
             continue
-        source = sources / layer.repository.replace("/", "+")
+        source = sources / layer.repository.split("/")[1]
         check_source(layer, source)
         seed, state, x, d_y = find_inputs(layer, layer.build(source))
         tensors = results(layer, source, state, x, d_y)

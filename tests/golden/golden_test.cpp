@@ -3,9 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <fstream>
 #include <functional>
-#include <iterator>
 #include <map>
 #include <optional>
 #include <string>
@@ -15,13 +13,14 @@
 #include <vector>
 
 #include <gtest/gtest.h>
-#include <nlohmann/json.hpp>
 
 #include <moe/experts/null_experts.hpp>
 #include <moe/experts/three_way_feed_forward.hpp>
 #include <moe/experts/variant_expert.hpp>
 #include <moe/io/load_layer.hpp>
 #include <moe/moe.hpp>
+
+#include "golden.hpp"
 
 // Layers of published models against values that other people's implementations computed: see
 // golden/README.md. Everything is loaded through load_layer.
@@ -31,25 +30,6 @@ using moe::Checkpoint;
 using moe::Index;
 using moe::Matrix;
 using moe::Model;
-
-struct Golden {
-  Checkpoint file;
-  nlohmann::json config;
-
-  explicit Golden(const std::string& name)
-      : file(Checkpoint::open(std::string(MOE_GOLDEN_DIR) + "/" + name + ".safetensors")),
-        config(nlohmann::json::parse(file.metadata().at("config"))) {}
-
-  template <class S>
-  Matrix<S> matrix(const std::string& name) const {
-    const moe::TensorView& tensor = file.at(name);
-    Matrix<S> m(tensor.shape.at(0), tensor.shape.size() > 1 ? tensor.shape[1] : 1);
-    EXPECT_EQ(m.size(), tensor.size()) << name;
-    moe::read_tensor(tensor, m.data());
-    return m;
-  }
-  Index number(const char* key) const { return config.at(key).get<Index>(); }
-};
 
 // The model in the size of the golden file.
 template <class M>
@@ -66,13 +46,6 @@ M sized(const M& model, const Golden& golden) {
     }
   }
   return small;
-}
-
-// The largest difference over the largest entry.
-template <class A, class B>
-double relative_error(const A& a, const B& b) {
-  const double largest = double(b.cwiseAbs().maxCoeff());
-  return double((a - b).cwiseAbs().maxCoeff()) / std::max(largest, 1e-30);
 }
 
 // A gradient of every parameter under the checkpoint's names: a checkpoint of gradients, loaded as
@@ -530,11 +503,7 @@ TEST(Golden, FilesAreThoseThatWereGenerated) {
     {"switch_transformers_drop", 0x7649e1031f80173bu},
   };
   for (const auto& [name, expected] : files) {
-    std::ifstream file(std::string(MOE_GOLDEN_DIR) + "/" + name + ".safetensors", std::ios::binary);
-    std::uint64_t hash = 0xcbf29ce484222325u;  // FNV-1a
-    for (std::istreambuf_iterator<char> c(file), end; c != end; ++c)
-      hash = (hash ^ static_cast<unsigned char>(*c)) * 0x100000001b3u;
-    EXPECT_EQ(hash, expected) << name;
+    EXPECT_EQ(hash_of_golden(name), expected) << name;
   }
 }
 

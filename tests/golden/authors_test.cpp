@@ -1,0 +1,611 @@
+// SPDX-License-Identifier: MIT
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include <moe/io/safetensors.hpp>
+#include <moe/models/shazeer.hpp>
+#include <moe/models/vmoe.hpp>
+#include <moe/moe.hpp>
+#include <moe/routers/expert_choice_router.hpp>
+#include <moe/routers/hash_router.hpp>
+#include <moe/routers/noisy_top_k_router.hpp>
+#include <moe/routers/sinkhorn_router.hpp>
+#include <moe/soft_moe_layer.hpp>
+
+#include "golden.hpp"
+
+// Routers, losses and layers against values that their authors' own code computed: see
+// golden/README.md and authors_routers.py.
+namespace {
+
+using moe::BatchInfo;
+using moe::Index;
+using moe::Matrix;
+using moe::Priority;
+using moe::Routing;
+using moe::Score;
+
+constexpr Index kModel = 16, kExperts = 8;
+
+// Values beside those of one file. Prints the largest relative error in the end.
+struct Comparison {
+  std::string name;
+  Golden golden;
+  moe::RoutingGradient<float> gradient{};
+  double largest = 0;
+
+  explicit Comparison(const std::string& file) : name("authors_" + file), golden(name) {}
+  Comparison(const Comparison&) = delete;
+  Comparison& operator=(const Comparison&) = delete;
+  ~Comparison() { std::printf("%s: largest relative error %.1e\n", name.c_str(), largest); }
+
+  Matrix<float> matrix(const std::string& tensor) const { return golden.matrix<float>(tensor); }
+
+  template <class A, class B>
+  void expect_close(const A& seen, const B& expected, const std::string& what) {
+    if (expected.cwiseAbs().maxCoeff() == 0) {
+      EXPECT_EQ(seen.cwiseAbs().maxCoeff(), 0) << name << " " << what;
+      return;
+    }
+    const double error = relative_error(seen, expected);
+    EXPECT_LT(error, 1e-5) << name << " " << what;
+    largest = std::max(largest, error);
+  }
+
+  // Which token goes to which expert, and each gate to 1e-5 of itself. Puts the gradient by the
+  // gates.
+  void expect_equal_plan(const Routing<float>& routing) {
+    const auto dispatch = golden.matrix<std::int64_t>("dispatch");
+    const Matrix<float> gates = matrix("gates");
+    Matrix<float> d_gates = Matrix<float>::Zero(gates.rows(), gates.cols());
+    if (golden.file.contains("d_gates")) d_gates = matrix("d_gates");
+    const auto& plan = routing.plan;
+    ASSERT_EQ(plan.num_tokens, gates.rows());
+    ASSERT_EQ(plan.num_experts(), gates.cols());
+    ASSERT_EQ(plan.num_assignments(), Index(dispatch.sum()));
+    gradient.d_gate.resize(plan.num_assignments());
+    for (Index e = 0; e < plan.num_experts(); ++e) {
+      for (Index a = plan.expert_begin[e]; a < plan.expert_begin[e + 1]; ++a) {
+        const Index t = plan.token[a];
+        EXPECT_EQ(dispatch(t, e), 1) << name << " token " << t << " expert " << e;
+        EXPECT_NEAR(plan.gate[a], gates(t, e), 1e-5f * gates(t, e)) << name << " token " << t;
+        largest = std::max(largest, std::abs(double(plan.gate[a]) / double(gates(t, e)) - 1));
+        gradient.d_gate[a] = d_gates(t, e);
+      }
+    }
+    if (!golden.file.contains("experts")) return;
+    const auto experts = golden.matrix<std::int64_t>("experts");
+    for (Index t = 0; t < experts.rows(); ++t) {
+      if (!routing.is_valid(t)) continue;
+      const Index first = routing.chosen.token_begin[t];
+      ASSERT_EQ(routing.chosen.token_begin[t + 1] - first, experts.cols()) << name;
+      for (Index i = 0; i < experts.cols(); ++i)
+        EXPECT_EQ(routing.chosen.expert[first + i], experts(t, i)) << name << " token " << t;
+    }
+  }
+
+  // The authors' loss is `factor` times ours. Adds its gradient.
+  void expect_equal_loss(const char* tensor, const moe::Loss<float>& loss, double factor = 1) {
+    const double expected = double(matrix(tensor)(0, 0));
+    EXPECT_NEAR(factor * double(loss.value), expected, 1e-6 * expected) << name << " " << tensor;
+    gradient += float(factor) * loss.gradient;
+  }
+
+  // Gradients by x and by the router's parameters.
+  template <class R>
+  void expect_equal_gradients(const R& router, const Routing<float>& routing) {
+    const Matrix<float> x = matrix("x");
+    Matrix<float> d_x = Matrix<float>::Zero(x.rows(), x.cols());
+    R grad = moe::zeros_like(router);
+    router.backward(x, routing, gradient, d_x, grad);
+    expect_close(d_x, matrix("d_x"), "d_x");
+    expect_equal_parameters(grad);
+  }
+
+  template <class Part>
+  void expect_equal_parameters(const Part& grad) {
+    Part::visit(
+        [&](const moe::ParameterInfo& info, const auto& d) {
+          if (info.kind == moe::Kind::parameter)
+            expect_close(d, matrix("d_" + std::string(info.name)), std::string(info.name));
+        },
+        grad);
+  }
+
+  // The expert's parameters, or with the prefix "d_" their gradients: rows of tensors of all
+  // experts.
+  template <class E>
+  void read_expert(const std::string& prefix, Index expert, E& to) const {
+    E::visit(
+        [&](const moe::ParameterInfo& info, auto& array) {
+          const Matrix<float> all = matrix(prefix + std::string(info.name));
+          if constexpr (std::decay_t<decltype(array)>::ColsAtCompileTime == 1)
+            array = all.row(expert).transpose();
+          else
+            array = all.middleRows(expert * array.rows(), array.rows());
+        },
+        to);
+  }
+
+  template <class E>
+  std::vector<E> experts(Index count, const typename E::Options& options) const {
+    std::vector<E> made{std::size_t(count), E(options)};
+    for (Index e = 0; e < count; ++e) read_expert("", e, made[std::size_t(e)]);
+    return made;
+  }
+
+  template <class Experts>
+  void expect_equal_expert_gradients(const Experts& grad) {
+    for (std::size_t e = 0; e < grad.size(); ++e) {
+      auto expected = grad[e];
+      read_expert("d_", Index(e), expected);
+      std::decay_t<decltype(expected)>::visit(
+          [&](const moe::ParameterInfo& info, const auto& d, const auto& from_file) {
+            expect_close(d, from_file,
+                         "expert " + std::to_string(e) + " " + std::string(info.name));
+          },
+          grad[e], expected);
+    }
+  }
+};
+
+// A router of the file's size with the file's weights.
+template <class R>
+R make_router(const Comparison& file, typename R::Options options) {
+  options.d_model = kModel;
+  options.num_experts = file.golden.file.at("w_router").shape.at(0);
+  R router(options);
+  R::visit([&](const moe::ParameterInfo& info,
+               auto& array) { array = file.matrix(std::string(info.name)); },
+           router);
+  return router;
+}
+
+BatchInfo groups_of(Index groups, Index tokens) {
+  BatchInfo info;
+  info.group_begin.resize(groups + 1);
+  for (Index g = 0; g <= groups; ++g) info.group_begin[g] = g * (tokens / groups);
+  return info;
+}
+
+moe::Loss<float> loss_of_first_choices(const Routing<float>& routing) {
+  return moe::load_balancing_loss(routing, moe::demand_per_expert(routing, 1),
+                                  routing.plan.num_valid_tokens());
+}
+
+// Training under the file's noise in place of the router's own draws.
+template <class R>
+Routing<float> route_under_noise(const R& router, const moe::SeatingRule& rule,
+                                 const Comparison& file) {
+  moe::Rng rng(1);
+  Routing<float> routing;
+  router.route(file.matrix("x"), rng, {}, routing);
+  auto& noise = routing.noise;
+  noise.draws = file.matrix("noise");
+  noise.noisy_logits = routing.router_logits + noise.draws.cwiseProduct(noise.stddev);
+  moe::route_by_logits(rule, {}, {}, routing, moe::DefaultExecutor{});
+  return routing;
+}
+
+// ---- flaxformer
+
+void expect_equal_to_flaxformer(const std::string& name, const moe::TopKOptions& options) {
+  Comparison file(name);
+  const auto router = make_router<moe::TopKRouter<float>>(file, options);
+  const Matrix<float> x = file.matrix("x");
+  const BatchInfo info = groups_of(2, x.rows());
+  Routing<float> routing;
+  router.route(x, info, routing);
+  file.expect_equal_plan(routing);
+  file.expect_equal_loss(
+      "balance_loss", moe::sequence_balance_loss(routing, info),
+      moe::balance_factor(moe::BalanceConvention::tokens, kExperts, options.top_k));
+  file.expect_equal_loss("z_loss", moe::router_z_loss(routing));
+  file.expect_equal_gradients(router, routing);
+}
+
+TEST(Authors, FlaxformerSwitch) {  // 2 seats
+  expect_equal_to_flaxformer("flaxformer_switch", {.top_k = 1, .bias = true, .capacity = 1.25});
+}
+TEST(Authors, FlaxformerTop2) {  // 3 seats
+  expect_equal_to_flaxformer("flaxformer_top2", {.top_k = 2, .bias = true, .capacity = 1.0});
+}
+TEST(Authors, FlaxformerTop2Prioritised) {
+  expect_equal_to_flaxformer(
+      "flaxformer_top2_prioritised",
+      {.top_k = 2, .bias = true, .capacity = 1.0, .priority = Priority::token_max_gate});
+}
+
+TEST(Authors, FlaxformerExpertChoice) {  // 3 seats
+  Comparison file("flaxformer_expert_choice");
+  const auto router = make_router<moe::ExpertChoiceRouter<float>>(file, {.capacity = 2.0});
+  Routing<float> routing;
+  router.route(file.matrix("x"), groups_of(2, 24), routing);
+  file.expect_equal_plan(routing);
+  file.expect_equal_loss("z_loss", moe::router_z_loss(routing));
+  file.expect_equal_gradients(router, routing);
+}
+
+// ---- vmoe
+
+void expect_equal_to_vmoe(const std::string& name, Priority priority) {
+  Comparison file(name);
+  using Expert = moe::FeedForward<float, moe::GELUTanh>;
+  using Layer = moe::MoELayer<Expert, moe::TopKRouter<float>>;
+  moe::TopKOptions options = moe::vmoe_l16.router;
+  options.noise_stddev *= double(options.num_experts) / kExperts;
+  const Layer layer(
+      file.experts<Expert>(kExperts,
+                           {.d_model = kModel, .d_ff = file.golden.number("d_ff"), .bias = true}),
+      make_router<moe::TopKRouter<float>>(file, options));
+  const auto routing = route_under_noise(
+      layer.router(), {.top_k = 2, .capacity_factor = 1.0, .priority = priority}, file);  // 4 seats
+  file.expect_equal_plan(routing);
+  file.gradient = {};
+  file.expect_equal_loss("balance_loss", loss_of_first_choices(routing));
+  file.expect_equal_loss("importance_loss", moe::importance_loss(routing, moe::Importance::probs));
+  file.expect_equal_loss("load_loss", moe::load_loss(routing, moe::LoadThreshold::one));
+
+  Layer::Cache cache;
+  file.expect_close(layer.forward(file.matrix("x"), routing, cache), file.matrix("y"), "y");
+  Layer grad = moe::zeros_like(layer);
+  file.expect_close(layer.backward(file.matrix("d_y"), cache, grad, file.gradient),
+                    file.matrix("d_x"), "d_x");
+  file.expect_equal_parameters(grad.router());
+  file.expect_equal_expert_gradients(grad.experts());
+}
+
+TEST(Authors, VMoE) { expect_equal_to_vmoe("vmoe", Priority::token_order); }
+TEST(Authors, VMoEPrioritised) {
+  expect_equal_to_vmoe("vmoe_prioritised", Priority::token_max_gate);
+}
+
+TEST(Authors, VMoEExpertChoice) {  // 4 seats
+  Comparison file("vmoe_expert_choice");
+  const auto router = make_router<moe::ExpertChoiceRouter<float>>(file, {.capacity = 2.0});
+  Routing<float> routing;
+  router.route(file.matrix("x"), {}, routing);
+  file.expect_equal_plan(routing);
+  file.expect_equal_gradients(router, routing);
+}
+
+void expect_equal_to_soft_moe(const std::string& name) {
+  Comparison file(name);
+  using Expert = moe::FeedForward<float, moe::GELUTanh>;
+  using Layer = moe::SoftMoELayer<Expert>;
+  const Index experts = file.golden.number("num_experts");
+  Layer layer(file.experts<Expert>(
+                  experts, {.d_model = kModel, .d_ff = file.golden.number("d_ff"), .bias = true}),
+              {.d_model = kModel,
+               .num_experts = experts,
+               .slots_per_expert = file.golden.number("slots_per_expert")});
+  layer.w_slots = file.matrix("w_slots");
+  layer.scale = file.matrix("scale");
+  const Matrix<float> x = file.matrix("x");
+  Layer::Cache cache;
+  file.expect_close(layer.forward(x, cache, groups_of(file.golden.number("groups"), x.rows())),
+                    file.matrix("y"), "y");
+  file.expect_close(cache.dispatch, file.matrix("dispatch"), "dispatch");
+  file.expect_close(cache.combine, file.matrix("combine"), "combine");
+  Layer grad = moe::zeros_like(layer);
+  file.expect_close(layer.backward(file.matrix("d_y"), cache, grad), file.matrix("d_x"), "d_x");
+  file.expect_close(grad.w_slots, file.matrix("d_w_slots"), "w_slots");
+  file.expect_close(grad.scale, file.matrix("d_scale"), "scale");
+  file.expect_equal_expert_gradients(grad.experts());
+}
+
+TEST(Authors, SoftMoE) { expect_equal_to_soft_moe("soft_moe"); }
+TEST(Authors, SoftMoEOfFewTokens) { expect_equal_to_soft_moe("soft_moe_few_tokens"); }
+
+// ---- tensor2tensor
+
+void expect_equal_to_tensor2tensor(const std::string& name, const moe::NoisyTopKOptions& options) {
+  Comparison file(name);
+  const auto router = make_router<moe::NoisyTopKRouter<float>>(file, options);
+  const auto routing =
+      route_under_noise(router, {.gate = {.renormalise = true}, .top_k = options.top_k}, file);
+  file.expect_equal_plan(routing);
+  file.expect_equal_loss("importance_loss", moe::importance_loss(routing));
+  file.expect_equal_loss("load_loss", moe::load_loss(routing));
+  file.expect_equal_gradients(router, routing);
+}
+
+TEST(Authors, Tensor2TensorTop2) {
+  expect_equal_to_tensor2tensor("tensor2tensor_top2", {.top_k = 2});
+}
+TEST(Authors, Tensor2TensorTop4) {
+  expect_equal_to_tensor2tensor("tensor2tensor_top4", moe::shazeer_2017.router);
+}
+
+TEST(Authors, Tensor2TensorInInference) {
+  Comparison file("tensor2tensor_eval");
+  const auto router = make_router<moe::NoisyTopKRouter<float>>(file, {.top_k = 2});
+  Routing<float> routing;
+  router.route(file.matrix("x"), {}, routing);
+  file.expect_equal_plan(routing);
+  file.expect_equal_loss("importance_loss", moe::importance_loss(routing));
+  file.expect_equal_loss("load_loss", moe::load_loss(routing));
+  const moe::IndexVector demand = moe::demand_per_expert(routing);
+  EXPECT_EQ(demand.cast<float>(), file.matrix("load"));
+}
+
+// ---- lingvo
+
+// 3 seats. `divisor` is what their loss divides both means over tokens by, where ours divides by 1.
+void expect_equal_to_lingvo(const std::string& name, const moe::TopKOptions& options,
+                            double divisor) {
+  Comparison file(name);
+  const auto router = make_router<moe::TopKRouter<float>>(file, options);
+  BatchInfo info;
+  info.mask = file.golden.matrix<std::int64_t>("mask").array() == 1;
+  Routing<float> routing;
+  router.route(file.matrix("x"), info, routing);
+  file.expect_equal_plan(routing);
+  file.expect_equal_loss("balance_loss", loss_of_first_choices(routing), 1 / (divisor * divisor));
+  file.expect_equal_gradients(router, routing);
+}
+
+TEST(Authors, Lingvo) {
+  expect_equal_to_lingvo(
+      "lingvo_all",
+      {.top_k = 2, .renormalise = true, .renormalise_epsilon = 1e-9, .capacity = 0.75}, 1);
+}
+TEST(Authors, LingvoWithPadding) {  // they divide by all tokens, padding included
+  expect_equal_to_lingvo(
+      "lingvo_all_masked",
+      {.top_k = 2, .renormalise = true, .renormalise_epsilon = 1e-9, .capacity = 0.75}, 16.0 / 13);
+}
+TEST(Authors,
+     LingvoGatesAfterDrops) {  // they add an epsilon to the share of tokens that are no padding
+  expect_equal_to_lingvo(
+      "lingvo_after",
+      {.top_k = 2, .renormalise = true, .capacity = 0.75, .renormalise_after_drop = true},
+      1 + 1e-6);
+}
+
+// The second choices that their uniform numbers leave out are taken out here; then seats are given.
+TEST(Authors, LingvoRandomSecondExpert) {
+  Comparison file("lingvo_random");
+  const auto router = make_router<moe::TopKRouter<float>>(
+      file, {.top_k = 2, .renormalise = true, .renormalise_epsilon = 1e-9});
+  Routing<float> routing;
+  router.route(file.matrix("x"), {}, routing);
+  file.expect_equal_loss("balance_loss", loss_of_first_choices(routing));
+  const Matrix<float> uniform = file.matrix("uniform");
+  const double threshold = file.golden.config.at("second_expert_threshold").get<double>();
+  const auto both = std::move(routing.chosen);
+  routing.chosen = {};
+  routing.chosen.token_begin.push_back(0);
+  for (Index t = 0; t < uniform.rows(); ++t) {
+    for (Index c = both.token_begin[t]; c < both.token_begin[t + 1]; ++c) {
+      if (c > both.token_begin[t] && double(uniform(t, 0)) >= double(both.gate[c]) / threshold)
+        continue;
+      routing.chosen.expert.push_back(both.expert[c]);
+      routing.chosen.gate.push_back(both.gate[c]);
+    }
+    routing.chosen.token_begin.push_back(routing.chosen.expert.size());
+  }
+  const moe::IndexVector seats = moe::IndexVector::Constant(1, file.golden.number("capacity"));
+  moe::apply_capacity(routing.chosen, Matrix<float>(), seats, moe::Overflow::drop,
+                      Priority::token_order, {}, routing.plan, routing.scratch);
+  file.expect_equal_plan(routing);
+}
+
+// ---- mesh_tensorflow: second experts need a gate above the threshold; 3 seats
+
+TEST(Authors, MeshThresholdOfSecondExpert) {
+  Comparison file("mesh_threshold");
+  const auto router = make_router<moe::TopKRouter<float>>(
+      file, {.top_k = 2,
+             .second_threshold = file.golden.config.at("second_threshold").get<double>(),
+             .renormalise = true,
+             .renormalise_epsilon = 1e-9,
+             .capacity = 0.75});
+  Routing<float> routing;
+  router.route(file.matrix("x"), {}, routing);
+  file.expect_equal_plan(routing);
+  file.expect_equal_loss("balance_loss", loss_of_first_choices(routing));
+  file.expect_equal_gradients(router, routing);
+}
+
+// ---- Megatron-LM
+
+// Their loss counts the choices that scores would make without a bias and without groups.
+void expect_equal_to_megatron(const std::string& name, const moe::TopKOptions& options) {
+  Comparison file(name);
+  const auto router = make_router<moe::TopKRouter<float>>(file, options);
+  Routing<float> routing;
+  router.route(file.matrix("x"), {}, routing);
+  file.expect_equal_plan(routing);
+  const auto demand = file.golden.matrix<std::int64_t>("demand");
+  file.expect_equal_loss("balance_loss", moe::load_balancing_loss(routing, demand.cast<Index>(),
+                                                                  routing.num_tokens()));
+  file.expect_equal_loss("z_loss", moe::router_z_loss(routing));
+  file.expect_equal_gradients(router, routing);
+}
+
+TEST(Authors, MegatronSoftmaxOfChosen) {  // 3 seats, to the largest gates
+  expect_equal_to_megatron("megatron_softmax", {.top_k = 2,
+                                                .softmax_before_selection = false,
+                                                .capacity = 1.0,
+                                                .priority = Priority::assignment_gate});
+}
+TEST(Authors, MegatronSoftmax) { expect_equal_to_megatron("megatron_pre_softmax", {.top_k = 2}); }
+TEST(Authors, MegatronGroupsByTheirBest) {
+  expect_equal_to_megatron(
+      "megatron_groups_softmax",
+      {.top_k = 3,
+       .gate_scale = 16.0,
+       .group_limit = {.groups = 4, .kept = 2, .score = moe::GroupScore::max}});
+}
+TEST(Authors, MegatronSigmoidAndGroupsByTwo) {
+  expect_equal_to_megatron(
+      "megatron_groups_sigmoid",
+      {.top_k = 4,
+       .score = Score::sigmoid,
+       .renormalise = true,
+       .renormalise_epsilon = 1e-20,
+       .gate_scale = 2.5,
+       .selection_bias = true,
+       .group_limit = {.groups = 4, .kept = 2, .score = moe::GroupScore::top_two_sum}});
+}
+TEST(Authors, MegatronSqrtSoftplus) {
+  expect_equal_to_megatron("megatron_sqrtsoftplus", {.top_k = 2,
+                                                     .score = Score::sqrt_softplus,
+                                                     .renormalise = true,
+                                                     .renormalise_epsilon = 1e-20,
+                                                     .gate_scale = 1.5,
+                                                     .selection_bias = true});
+}
+
+void expect_equal_to_sinkhorn(const std::string& name, Index top_k) {
+  Comparison file(name);
+  const auto router = make_router<moe::SinkhornRouter<float>>(file, {.top_k = top_k});
+  moe::Rng rng(1);
+  Routing<float> routing;
+  router.route(file.matrix("x"), rng, {}, routing);
+  file.expect_equal_plan(routing);
+  file.expect_equal_gradients(router, routing);
+}
+
+TEST(Authors, MegatronSinkhorn) { expect_equal_to_sinkhorn("megatron_sinkhorn", 1); }
+TEST(Authors, MegatronSinkhornTop2) { expect_equal_to_sinkhorn("megatron_sinkhorn_top2", 2); }
+
+// ---- ReMoE, Dynamic MoE, hash layers, Tutel
+
+TEST(Authors, ReMoE) {
+  Comparison file("remoe");
+  const auto router =
+      make_router<moe::TopKRouter<float>>(file, {.top_k = kExperts, .score = Score::relu});
+  Routing<float> routing;
+  router.route(file.matrix("x"), {}, routing);
+  file.expect_equal_plan(routing);
+  EXPECT_NEAR(1 - double(routing.chosen.size()) / double(routing.router_logits.size()),
+              file.matrix("sparsity")(0, 0), 1e-6);
+  file.expect_equal_loss("l1_loss", moe::relu_balance_loss(routing, file.golden.number("top_k")));
+  file.expect_equal_gradients(router, routing);
+}
+
+TEST(Authors, DynamicMoE) {
+  Comparison file("dynamic_moe");
+  using Expert = moe::GatedFeedForward<float>;
+  using Layer = moe::MoELayer<Expert, moe::TopKRouter<float>>;
+  const Layer layer(
+      file.experts<Expert>(kExperts, {.d_model = kModel, .d_ff = file.golden.number("d_ff")}),
+      make_router<moe::TopKRouter<float>>(
+          file, {.top_k = kExperts, .top_p = file.golden.config.at("top_p").get<double>()}));
+  Layer::Cache cache;
+  file.expect_close(layer.forward(file.matrix("x"), cache), file.matrix("y"), "y");
+  file.expect_equal_plan(cache.routing);
+  Layer grad = moe::zeros_like(layer);
+  file.expect_close(layer.backward(file.matrix("d_y"), cache, grad), file.matrix("d_x"), "d_x");
+  file.expect_equal_parameters(grad.router());
+  file.expect_equal_expert_gradients(grad.experts());
+}
+
+TEST(Authors, HashLayer) {
+  Comparison file("hash_layer");
+  using Expert = moe::FeedForward<float>;
+  using Layer = moe::MoELayer<Expert, moe::HashRouter<float>>;
+  const auto indices = [&](const char* tensor) -> moe::IndexVector {
+    return file.golden.matrix<std::int64_t>(tensor).cast<Index>();
+  };
+  const Layer layer(
+      file.experts<Expert>(kExperts,
+                           {.d_model = kModel, .d_ff = file.golden.number("d_ff"), .bias = true}),
+      moe::HashRouter<float>(
+          {.d_model = kModel, .num_experts = kExperts, .table = indices("table")}));
+  BatchInfo info;
+  info.token_ids = indices("token_ids");
+  Layer::Cache cache;
+  file.expect_close(layer.forward(file.matrix("x"), cache, info), file.matrix("y"), "y");
+  Layer grad = moe::zeros_like(layer);
+  file.expect_close(layer.backward(file.matrix("d_y"), cache, grad), file.matrix("d_x"), "d_x");
+  file.expect_equal_expert_gradients(grad.experts());
+}
+
+void expect_equal_to_tutel(const std::string& name, Priority priority) {
+  Comparison file(name);
+  EXPECT_EQ(moe::expert_capacity(16, kExperts, 2, 1.0),
+            file.golden.matrix<std::int64_t>("capacity")(0, 0));
+  const auto router = make_router<moe::TopKRouter<float>>(
+      file, {.top_k = 2, .renormalise = true, .noise_stddev = 1.0 / kExperts});
+  const auto routing = route_under_noise(
+      router,
+      {.gate = {.renormalise = true}, .top_k = 2, .capacity_factor = 1.0, .priority = priority},
+      file);
+  file.expect_equal_plan(routing);
+  file.expect_equal_loss("balance_loss", loss_of_first_choices(routing));
+  file.expect_equal_gradients(router, routing);
+}
+
+TEST(Authors, Tutel) { expect_equal_to_tutel("tutel", Priority::token_order); }
+TEST(Authors, TutelPrioritised) {
+  expect_equal_to_tutel("tutel_prioritised", Priority::token_max_gate);
+}
+
+// ---- Capacities: those that round as this library does, which never gives more seats than tokens.
+
+TEST(Authors, Capacities) {
+  const Golden golden("authors_capacities");
+  const auto cases = golden.matrix<std::int64_t>("cases");
+  const Matrix<double> factor = golden.matrix<double>("factor");
+  for (const char* rule : {"megatron", "vmoe_ceil"}) {
+    const auto seats = golden.matrix<std::int64_t>(rule);
+    for (Index i = 0; i < cases.rows(); ++i) {
+      const Index tokens = cases(i, 0);
+      EXPECT_EQ(moe::expert_capacity(tokens, cases(i, 1), cases(i, 2), factor(i, 0)),
+                std::min<Index>(tokens, seats(i, 0)))
+          << rule << " " << cases.row(i) << " " << factor(i, 0);
+    }
+  }
+}
+
+// A file that differs in one bit is another file: generate.py makes these.
+TEST(Authors, FilesAreThoseThatWereGenerated) {
+  const std::pair<const char*, std::uint64_t> files[] = {
+      {"authors_capacities", 0x6306f9deac5fbc6fu},
+      {"authors_dynamic_moe", 0x8770226c6546ac2fu},
+      {"authors_flaxformer_expert_choice", 0x1a6107cb8f20ccebu},
+      {"authors_flaxformer_switch", 0xe26c08d72b19861fu},
+      {"authors_flaxformer_top2", 0x1bebec0163258bf8u},
+      {"authors_flaxformer_top2_prioritised", 0xddd1843109c5a878u},
+      {"authors_hash_layer", 0x181f0a4b76ad35e7u},
+      {"authors_lingvo_after", 0xc264e370d57808b9u},
+      {"authors_lingvo_all", 0x1cdaf3c758a0581fu},
+      {"authors_lingvo_all_masked", 0x350c6b75d82bc9edu},
+      {"authors_lingvo_random", 0xe2fba79025cdae1du},
+      {"authors_megatron_groups_sigmoid", 0x229012297acb741cu},
+      {"authors_megatron_groups_softmax", 0xdb30cfd4a88d5ab7u},
+      {"authors_megatron_pre_softmax", 0x231ae8fb8fae52c4u},
+      {"authors_megatron_sinkhorn", 0x7b41be14b37d0262u},
+      {"authors_megatron_sinkhorn_top2", 0x2bb5c521b9be3f62u},
+      {"authors_megatron_softmax", 0x00f2e676dd744812u},
+      {"authors_megatron_sqrtsoftplus", 0x777f774fea841ef6u},
+      {"authors_mesh_threshold", 0x3fae062ae725b844u},
+      {"authors_remoe", 0x84bba010b2fa8b09u},
+      {"authors_soft_moe", 0x3d40ddabf6c9257au},
+      {"authors_soft_moe_few_tokens", 0xf281f6b0465f6401u},
+      {"authors_tensor2tensor_eval", 0x74053559fe17f160u},
+      {"authors_tensor2tensor_top2", 0x238a0112c213def7u},
+      {"authors_tensor2tensor_top4", 0x5153ff33e1e005d5u},
+      {"authors_tutel", 0x3638f32e748aa909u},
+      {"authors_tutel_prioritised", 0xe35cf8fa41f30896u},
+      {"authors_vmoe", 0x6befb1f04d48ea65u},
+      {"authors_vmoe_expert_choice", 0x57e02375245f4cd9u},
+      {"authors_vmoe_prioritised", 0x86f0509d0b76fff6u},
+  };
+  for (const auto& [name, expected] : files) {
+    EXPECT_EQ(hash_of_golden(name), expected) << name;
+  }
+}
+
+}  // namespace

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <fstream>
+#include <iterator>
+#include <string>
+
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+#include <moe/io/safetensors.hpp>
+#include <moe/types.hpp>
+
+// A golden file, and how values are compared with it.
+
+struct Golden {
+  moe::Checkpoint file;
+  nlohmann::json config;
+
+  explicit Golden(const std::string& name)
+      : file(moe::Checkpoint::open(std::string(MOE_GOLDEN_DIR) + "/" + name + ".safetensors")),
+        config(nlohmann::json::parse(file.metadata().at("config"))) {}
+
+  template <class S>
+  moe::Matrix<S> matrix(const std::string& name) const {
+    const moe::TensorView& tensor = file.at(name);
+    moe::Matrix<S> m(tensor.shape.at(0), tensor.shape.size() > 1 ? tensor.shape[1] : 1);
+    EXPECT_EQ(m.size(), tensor.size()) << name;
+    moe::read_tensor(tensor, m.data());
+    return m;
+  }
+  moe::Index number(const char* key) const { return config.at(key).get<moe::Index>(); }
+};
+
+// The largest difference over the largest entry.
+template <class A, class B>
+double relative_error(const A& a, const B& b) {
+  const double largest = double(b.cwiseAbs().maxCoeff());
+  return double((a - b).cwiseAbs().maxCoeff()) / std::max(largest, 1e-30);
+}
+
+// FNV-1a of the bytes of a golden file.
+inline std::uint64_t hash_of_golden(const std::string& name) {
+  std::ifstream file(std::string(MOE_GOLDEN_DIR) + "/" + name + ".safetensors", std::ios::binary);
+  std::uint64_t hash = 0xcbf29ce484222325u;
+  for (std::istreambuf_iterator<char> c(file), end; c != end; ++c)
+    hash = (hash ^ static_cast<unsigned char>(*c)) * 0x100000001b3u;
+  return hash;
+}
