@@ -3,10 +3,10 @@
 
     python generate.py --sources DIR [--out DIR]
 
-DIR holds checkouts of the authors' repositories (README.md: which, and at which commits). Their functions are called
-as they are, on small random inputs; nothing here reimplements a router. Modules of theirs that the called functions
-do not use, and that would need machines or packages of their own, are empty here. Where their code draws random
-numbers, it is given stored ones. Gradients are those of the framework that the authors used.
+DIR holds checkouts of the authors' repositories, each named owner+name (README.md: which, and at which commits). Their
+functions are called as they are, on small random inputs; nothing here reimplements a router. Modules of theirs that the
+called functions do not use, and that would need machines or packages of their own, are empty here. Where their code
+draws random numbers, it is given stored ones. Gradients are those of the framework that the authors used.
 """
 
 import os
@@ -38,17 +38,17 @@ import torch
 import transformers
 
 COMMITS = {
-    "flaxformer": "399ea3a85e9807ada653fd0de1a9de627eb0acde",
-    "vmoe": "942a78bc81d2e63199f0933733582ddae0715416",
-    "vision_transformer": "c6de1e5378c9831a8477feb30994971bdc409e46",
-    "tensor2tensor": "bafdc1b67730430d38d6ab802cbd51f9d053ba2e",
-    "mesh": "da907937e68aa421186f1178d71eb5f736fcb069",
-    "lingvo": "e0be5dc4ce9b89d91c0be343f54c5d7a5b1bcb59",
-    "Megatron-LM": "d98e8a64ddf34856e74b24714e3bedb2f5a39553",
-    "ReMoE": "463c6af38ffaa841941ea834470ee09f8d515652",
-    "Dynamic_MoE": "f56bc20db176f22ab51cb56b7dcb96403fb2cd8a",
-    "ParlAI": "a29567f7ce76992fd1f03c51ba9e3b155a37ea51",
-    "tutel": "82af7aad9fc3ec981395ba97e7242a480984a55e",
+    "google/flaxformer": "399ea3a85e9807ada653fd0de1a9de627eb0acde",
+    "google-research/vmoe": "942a78bc81d2e63199f0933733582ddae0715416",
+    "google-research/vision_transformer": "c6de1e5378c9831a8477feb30994971bdc409e46",
+    "tensorflow/tensor2tensor": "bafdc1b67730430d38d6ab802cbd51f9d053ba2e",
+    "tensorflow/mesh": "da907937e68aa421186f1178d71eb5f736fcb069",
+    "tensorflow/lingvo": "e0be5dc4ce9b89d91c0be343f54c5d7a5b1bcb59",
+    "NVIDIA/Megatron-LM": "d98e8a64ddf34856e74b24714e3bedb2f5a39553",
+    "thu-ml/ReMoE": "463c6af38ffaa841941ea834470ee09f8d515652",
+    "ZhenweiAn/Dynamic_MoE": "f56bc20db176f22ab51cb56b7dcb96403fb2cd8a",
+    "facebookresearch/ParlAI": "a29567f7ce76992fd1f03c51ba9e3b155a37ea51",
+    "microsoft/tutel": "82af7aad9fc3ec981395ba97e7242a480984a55e",
 }
 D_MODEL, EXPERTS = 16, 8
 MARGIN = 1e-3  # smallest distance of two ranked scores
@@ -212,7 +212,7 @@ def whole(value):
 
 
 def flaxformer(sources, out):
-    routing = load(sources / "flaxformer", "flaxformer.architectures.moe.routing",
+    routing = load(sources / "google+flaxformer", "flaxformer.architectures.moe.routing",
                    real=("flaxformer.components.dense", "flaxformer.activation_partitioning", "flaxformer.types"),
                    absent=("aqt",))
     groups, tokens = 2, 12
@@ -275,7 +275,8 @@ def flaxformer(sources, out):
         scatter = partial(f"{kind}ScatterRouter", **options) if options else None
         seed, tensors = first_seed(lambda seed: attempt(seed, masked, scatter, capacity, bias))
         config = {"framework": "jax", "groups": groups, "capacity": capacity, **options}
-        write(out, f"flaxformer_{name}", "flaxformer", f"{routing.__name__}.{kind}MaskedRouter", seed, config, tensors)
+        write(out, f"flaxformer_{name}", "google/flaxformer", f"{routing.__name__}.{kind}MaskedRouter", seed, config,
+              tensors)
 
     make("switch", "TokensChoose", 2, True, num_selected_experts=1, batch_prioritized_routing=False)
     make("top2", "TokensChoose", 3, True, num_selected_experts=2, batch_prioritized_routing=False)
@@ -314,7 +315,7 @@ def in_rows(tensors):
 
 
 def vmoe(sources, out):
-    sys.path[:0] = [str(sources / "vmoe"), str(sources / "vision_transformer")]
+    sys.path[:0] = [str(sources / "google-research+vmoe"), str(sources / "google-research+vision_transformer")]
     block = importlib.import_module("vmoe.nn.vit_moe")
     routing = importlib.import_module("vmoe.nn.routing")
     soft = importlib.import_module("vmoe.projects.soft_moe.router")
@@ -363,7 +364,7 @@ def vmoe(sources, out):
     for name, prioritised in (("vmoe", False), ("vmoe_prioritised", True)):
         seed, tensors = first_seed(lambda seed: sparse(seed, prioritised))
         config = {"framework": "jax", "top_k": k, "capacity": capacity, "batch_priority": prioritised, "d_ff": d_ff}
-        write(out, name, "vmoe", "vmoe.nn.vit_moe.MlpMoeBlock", seed, config, tensors)
+        write(out, name, "google-research/vmoe", "vmoe.nn.vit_moe.MlpMoeBlock", seed, config, tensors)
 
     def items_per_expert(seed):
         draw = Draw(seed)
@@ -387,7 +388,7 @@ def vmoe(sources, out):
                 "dispatch": whole(dispatch)[0], "d_x": floats(d[0])[0], "d_w_router": floats(d[1])}
 
     seed, tensors = first_seed(items_per_expert)
-    write(out, "vmoe_expert_choice", "vmoe", "vmoe.nn.routing.NoisyTopItemsPerExpertRouter", seed,
+    write(out, "vmoe_expert_choice", "google-research/vmoe", "vmoe.nn.routing.NoisyTopItemsPerExpertRouter", seed,
           {"framework": "jax", "groups": 1, "capacity": capacity}, tensors)
 
     # The authors' dispatcher of Soft MoE rounds to bfloat16. Here the one inside it is called, in float32.
@@ -419,7 +420,7 @@ def vmoe(sources, out):
     # Their code multiplies the smaller one of tokens and slots by the scale: slots, then tokens.
     for name, groups, of_group, experts, slots in (("soft_moe", 2, 10, 4, 2), ("soft_moe_few_tokens", 1, 5, 4, 3)):
         config = {"framework": "jax", "groups": groups, "num_experts": experts, "slots_per_expert": slots, "d_ff": d_ff}
-        write(out, name, "vmoe", "vmoe.projects.soft_moe.router.SoftRouter", 1, config,
+        write(out, name, "google-research/vmoe", "vmoe.projects.soft_moe.router.SoftRouter", 1, config,
               soft_moe(groups, of_group, experts, slots))
 
 
@@ -428,7 +429,7 @@ def vmoe(sources, out):
 
 def tensor2tensor(sources, out):
     layers = types.SimpleNamespace(should_generate_summaries=lambda: False)
-    utils = load(sources / "tensor2tensor", "tensor2tensor.utils.expert_utils",
+    utils = load(sources / "tensorflow+tensor2tensor", "tensor2tensor.utils.expert_utils",
                  given={"tensor2tensor.layers": {"common_layers": layers}})
     tokens = 16
 
@@ -466,7 +467,7 @@ def tensor2tensor(sources, out):
         seed, tensors = first_seed(lambda seed: attempt(seed, k, train))
         if not train:  # their gradient by the noise of inference is of no use
             tensors = {key: value for key, value in tensors.items() if not key.startswith("d_")}
-        write(out, f"tensor2tensor_{name}", "tensor2tensor", f"{utils.__name__}.noisy_top_k_gating", seed,
+        write(out, f"tensor2tensor_{name}", "tensorflow/tensor2tensor", f"{utils.__name__}.noisy_top_k_gating", seed,
               {"framework": "tf", "top_k": k, "train": train, "noise_epsilon": 1e-2}, tensors)
 
 
@@ -474,7 +475,7 @@ def tensor2tensor(sources, out):
 
 
 def load_lingvo(sources):
-    return load(sources / "lingvo", "lingvo.core.gshard_layers", given={"lingvo": {"compat": tf.compat.v1}})
+    return load(sources / "tensorflow+lingvo", "lingvo.core.gshard_layers", given={"lingvo": {"compat": tf.compat.v1}})
 
 
 def lingvo(sources, out):
@@ -523,7 +524,8 @@ def lingvo(sources, out):
             del tensors["uniform"]
         config = {"framework": "tf", "top_k": k, "capacity": capacity, "second_expert_policy": policy,
                   "second_expert_threshold": threshold, "legacy_mtf_behavior": legacy, "epsilon": 1e-9}
-        write(out, f"lingvo_{name}", "lingvo", "lingvo.core.gshard_layers.Top2GatingOnLogits", seed, config, tensors)
+        write(out, f"lingvo_{name}", "tensorflow/lingvo", "lingvo.core.gshard_layers.Top2GatingOnLogits", seed, config,
+              tensors)
 
 
 # ---- tensorflow/mesh: ST-MoE's threshold for second experts
@@ -533,7 +535,7 @@ def mesh(sources, out):
     names = ("beam_search", "layers", "ops", "ops_with_redefined_builtins", "optimize", "placement_mesh_impl", "utils")
     v1 = importlib.import_module("tensorflow.compat.v1")
     with mock.patch.object(v1, "estimator", Nothing("estimator"), create=True):
-        moe = load(sources / "mesh", "mesh_tensorflow.transformer.moe",
+        moe = load(sources / "tensorflow+mesh", "mesh_tensorflow.transformer.moe",
                    real=("mesh_tensorflow", *(f"mesh_tensorflow.{name}" for name in names)))
     mtf = moe.mtf
     tokens, capacity, threshold = 16, 3, 0.375
@@ -574,7 +576,7 @@ def mesh(sources, out):
                 "balance_loss": loss(made[2]), "d_x": floats(made[3]), "d_w_router": floats(made[4].T)}
 
     seed, tensors = first_seed(attempt)
-    write(out, "mesh_threshold", "mesh", f"{moe.__name__}._top_2_gating", seed,
+    write(out, "mesh_threshold", "tensorflow/mesh", f"{moe.__name__}._top_2_gating", seed,
           {"framework": "tf", "top_k": 2, "capacity": capacity, "second_policy": "threshold",
            "second_threshold": threshold, "epsilon": 1e-9}, tensors)
 
@@ -600,7 +602,7 @@ def torch_routing(x, w, d_gates, route):
 
 def megatron(sources, out):
     prefix = "megatron.core.transformer.moe"
-    router = load(sources / "Megatron-LM", f"{prefix}.router", real=(f"{prefix}.moe_utils",))
+    router = load(sources / "NVIDIA+Megatron-LM", f"{prefix}.router", real=(f"{prefix}.moe_utils",))
     utils = sys.modules[f"{prefix}.moe_utils"]
     tokens, experts = 24, 16
 
@@ -666,7 +668,7 @@ def megatron(sources, out):
         seed, tensors = first_seed(lambda seed: top_k(seed, **options))
         config = {"framework": "torch", "top_k": options["k"],
                   **{key: value for key, value in options.items() if key not in ("k", "largest")}}
-        write(out, f"megatron_{name}", "Megatron-LM", f"{utils.__name__}.topk_routing_with_score_function", seed,
+        write(out, f"megatron_{name}", "NVIDIA/Megatron-LM", f"{utils.__name__}.topk_routing_with_score_function", seed,
               config, tensors)
 
     def sinkhorn(seed, k):
@@ -691,8 +693,8 @@ def megatron(sources, out):
 
     for name, k in (("sinkhorn", 1), ("sinkhorn_top2", 2)):
         seed, tensors = first_seed(lambda seed: sinkhorn(seed, k))
-        write(out, f"megatron_{name}", "Megatron-LM", f"{router.__name__}.TopKRouter.sinkhorn_load_balancing", seed,
-              {"framework": "torch", "top_k": k, "tolerance": 1e-4}, tensors)
+        write(out, f"megatron_{name}", "NVIDIA/Megatron-LM", f"{router.__name__}.TopKRouter.sinkhorn_load_balancing",
+              seed, {"framework": "torch", "top_k": k, "tolerance": 1e-4}, tensors)
 
 
 # ---- thu-ml/ReMoE
@@ -701,7 +703,7 @@ def megatron(sources, out):
 def remoe(sources, out):
     prefix = "megatron.core.transformer.moe"
     parallel = types.SimpleNamespace(get_tensor_and_context_parallel_group=lambda: None)  # one process
-    router = load(sources / "ReMoE", f"{prefix}.router", real=(f"{prefix}.moe_utils",),
+    router = load(sources / "thu-ml+ReMoE", f"{prefix}.router", real=(f"{prefix}.moe_utils",),
                   given={"megatron.core": {"parallel_state": parallel}})
     tokens, k = 24, 2
 
@@ -727,7 +729,7 @@ def remoe(sources, out):
         return {**tensors, "l1_loss": loss(seen["l1"].detach()), "sparsity": loss(self.config.moe_relu_sparsity)}
 
     seed, tensors = first_seed(attempt)
-    write(out, "remoe", "ReMoE", f"{router.__name__}.ReLURouter.l1_reg_load_balancing", seed,
+    write(out, "remoe", "thu-ml/ReMoE", f"{router.__name__}.ReLURouter.l1_reg_load_balancing", seed,
           {"framework": "torch", "top_k": k, "coefficient": 1.0}, tensors)
 
 
@@ -745,7 +747,7 @@ def module_gradients(module, x, d_y, call):
 
 
 def dynamic_moe(sources, out):
-    modeling = load(sources / "Dynamic_MoE", "modeling.modeling_moe", real=("modeling.configuration_moe",))
+    modeling = load(sources / "ZhenweiAn+Dynamic_MoE", "modeling.modeling_moe", real=("modeling.configuration_moe",))
     tokens, d_ff = 16, 12
     config = types.SimpleNamespace(expert_frequency=1, top_p_threshold=0.4, hidden_size=D_MODEL, num_experts=EXPERTS,
                                    intermediate_size=d_ff, hidden_act="silu")
@@ -785,7 +787,7 @@ def dynamic_moe(sources, out):
         return tensors
 
     seed, tensors = first_seed(attempt)
-    write(out, "dynamic_moe", "Dynamic_MoE", "modeling.modeling_moe.SwitchMLP", seed,
+    write(out, "dynamic_moe", "ZhenweiAn/Dynamic_MoE", "modeling.modeling_moe.SwitchMLP", seed,
           {"framework": "torch", "top_p": config.top_p_threshold, "d_ff": d_ff}, tensors)
 
 
@@ -793,7 +795,8 @@ def dynamic_moe(sources, out):
 
 
 def parlai(sources, out):
-    ladder = load(sources / "ParlAI", "projects.params_vs_compute.hash_ladder.hash_ladder", absent=("parlai",))
+    ladder = load(sources / "facebookresearch+ParlAI", "projects.params_vs_compute.hash_ladder.hash_ladder",
+                  absent=("parlai",))
     tokens, d_ff, vocabulary = 16, 12, 40
     draw = Draw(1)
     x, d_y = draw.uniform(1, tokens, D_MODEL), draw.uniform(1, tokens, D_MODEL)
@@ -810,8 +813,8 @@ def parlai(sources, out):
     for ours, name in names.items():
         stacked = torch.stack([gradient[name.format(e)] for e in range(EXPERTS)])
         tensors[f"d_{ours}"] = floats(stacked).reshape(-1, stacked.shape[-1])
-    write(out, "hash_layer", "ParlAI", f"{ladder.__name__}.HashLayerFFN", 1, {"framework": "torch", "d_ff": d_ff},
-          tensors)
+    write(out, "hash_layer", "facebookresearch/ParlAI", f"{ladder.__name__}.HashLayerFFN", 1,
+          {"framework": "torch", "d_ff": d_ff}, tensors)
 
 
 # ---- microsoft/tutel
@@ -820,7 +823,7 @@ def parlai(sources, out):
 def load_tutel(sources):
     kernel = types.SimpleNamespace(__file__="")
     with mock.patch.object(torch.ops, "load_library", lambda path: None):
-        return load(sources / "tutel", "tutel.impls.fast_dispatch",
+        return load(sources / "microsoft+tutel", "tutel.impls.fast_dispatch",
                     real=("tutel.impls.losses", "tutel.jit_kernels.gating"),
                     given={"tutel.impls.jit_compiler": {"tutel_custom_kernel": kernel}})
 
@@ -862,7 +865,7 @@ def tutel(sources, out):
         seed, tensors = first_seed(lambda seed: attempt(seed, prioritised))
         config = {"framework": "torch", "top_k": k, "gate_noise": gate_noise, "capacity_factor": capacity_factor,
                   "batch_prioritized_routing": prioritised}
-        write(out, name, "tutel", f"{module.__name__}.extract_critical", seed, config, tensors)
+        write(out, name, "microsoft/tutel", f"{module.__name__}.extract_critical", seed, config, tensors)
 
 
 # ---- How many seats each of them gives an expert
@@ -871,12 +874,12 @@ def tutel(sources, out):
 def capacities(sources, out):
     cases = [(tokens, experts, k, factor) for tokens, experts in ((16, 8), (50, 8), (100, 8), (100, 16), (24, 3))
              for k in (1, 2) for factor in (1.0, 1.05, 1.25, 2.0)]
-    sys.path.insert(0, str(sources / "vmoe"))
+    sys.path.insert(0, str(sources / "google-research+vmoe"))
     moe = importlib.import_module("vmoe.moe")
     gshard_layers, fast_dispatch = load_lingvo(sources), load_tutel(sources)
-    megatron_utils = load(sources / "Megatron-LM", "megatron.core.transformer.moe.moe_utils")
+    megatron_utils = load(sources / "NVIDIA+Megatron-LM", "megatron.core.transformer.moe.moe_utils")
     prefix = "flaxformer.architectures.moe"
-    moe_layers = load(sources / "flaxformer", f"{prefix}.moe_layers", absent=("aqt",),
+    moe_layers = load(sources / "google+flaxformer", f"{prefix}.moe_layers", absent=("aqt",),
                       real=(f"{prefix}.routing", f"{prefix}.scatter_utils", "flaxformer.components.dense",
                             "flaxformer.activation_partitioning", "flaxformer.types"))
 
@@ -918,10 +921,13 @@ def capacities(sources, out):
     write(out, "capacities", None, "several", 0, {"framework": "several", "min_expert_capacity": 4}, tensors)
 
 
-def make(sources, out):
+def make(sources, out, chosen=()):
+    """The files into the folder `out`, from checkouts named owner+name in `sources`: all, or of `chosen` functions."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     absl.logging.set_verbosity(absl.logging.ERROR)
     tf.compat.v1.logging.set_verbosity(tf.compat.v1.logging.ERROR)
-    for maker in (flaxformer, vmoe, tensor2tensor, lingvo, mesh, megatron, remoe, dynamic_moe, parlai, tutel, capacities):
-        maker(sources, out)
+    makers = (flaxformer, vmoe, tensor2tensor, lingvo, mesh, megatron, remoe, dynamic_moe, parlai, tutel, capacities)
+    for maker in makers:
+        if not chosen or maker.__name__ in chosen:
+            maker(sources, out)

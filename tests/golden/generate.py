@@ -620,7 +620,7 @@ def main():
     if arguments.sources:
         import authors_routers
 
-        return authors_routers.make(arguments.sources, arguments.out)
+        return authors_routers.make(arguments.sources, arguments.out, arguments.models)
     for model in MODELS:
         if arguments.models and model.name not in arguments.models:
             continue
