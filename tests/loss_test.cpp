@@ -236,6 +236,12 @@ const std::vector<NamedLoss>& losses() {
       {"load, two thresholds", [](const auto& r) { return moe::load_loss(r); }},
       {"load, one threshold", [](const auto& r) { return moe::load_loss(r, LoadThreshold::one); }},
       {"z", [](const auto& r) { return moe::router_z_loss(r); }},
+      {"sequence balance", [](const auto& r) { return moe::sequence_balance_loss(r, {}); }},
+      {"device balance",
+       [](const auto& r) {
+         return moe::device_balance_loss(r, IndexVector{{0, 1, 0, 2}});
+       }},
+      {"ReLU balance", [](const auto& r) { return moe::relu_balance_loss(r, 2); }},
   };
   return all;
 }
@@ -266,9 +272,13 @@ TEST(Losses, MaskedTokensNeverCount) {
   z.row(1).setConstant(std::numeric_limits<double>::quiet_NaN());
   const Routing<double> with = route_noisy(z, draws, sigma, 2, masked(valid));
   const Routing<double> without = route_noisy(kept_z, kept_draws, kept_sigma, 2);
-  for (const auto& [name, loss] : losses()) {
-    SCOPED_TRACE(name);
-    const Loss<double> a = loss(with), b = loss(without);
+  // Poisoned ones do not count either.
+  for (Index t = 0; t < 7; ++t)
+    if (!valid[std::size_t(t)]) z.row(t).setConstant(std::numeric_limits<double>::quiet_NaN());
+  const Routing<double> poisoned = route_noisy(z, draws, sigma, 2);
+  ASSERT_EQ(poisoned.plan.token_state[1], moe::TokenState::poisoned);
+  const auto expect_as_without = [&](const Routing<double>& routing, const LossFunction& loss) {
+    const Loss<double> a = loss(routing), b = loss(without);
     EXPECT_EQ(a.value, b.value);
     EXPECT_EQ(a.gradient.d_chosen_gate, b.gradient.d_chosen_gate);
     const auto same_rows = [&](const Matrix<double>& of_a, const Matrix<double>& of_b) {
@@ -285,6 +295,11 @@ TEST(Losses, MaskedTokensNeverCount) {
     same_rows(a.gradient.d_router_logits, b.gradient.d_router_logits);
     same_rows(a.gradient.d_router_probs, b.gradient.d_router_probs);
     same_rows(a.gradient.d_noise_stddev, b.gradient.d_noise_stddev);
+  };
+  for (const auto& [name, loss] : losses()) {
+    SCOPED_TRACE(name);
+    expect_as_without(with, loss);
+    expect_as_without(poisoned, loss);
   }
 }
 
@@ -528,6 +543,62 @@ TEST(SequenceBalanceLoss, IsTheMeanOverSequencesWithTokens) {
   Routing<double> moved = routing;
   expect_gradient(loss.gradient.d_router_probs, moved.router_probs,
                   [&] { return moe::sequence_balance_loss(moved, info).value; });
+}
+
+// Masked and poisoned tokens, and sequences of such tokens only.
+TEST(SequenceBalanceLoss, TokensThatDoNotCountChangeNoBit) {
+  Matrix<double> z = random_matrix(12, 4, 34);
+  const std::vector<bool> valid = {1, 0, 1, 1, 0, 0, 0, 1, 1, 0, 1, 1};
+  BatchInfo with = masked(valid), without{.group_begin = IndexVector{{0, 3, 5, 7}}};
+  with.group_begin = IndexVector{{0, 4, 7, 7, 9, 12}};  // the second has no valid token
+  Matrix<double> kept(7, 4);
+  Index n = 0;
+  for (Index t = 0; t < 12; ++t)
+    if (valid[std::size_t(t)]) kept.row(n++) = z.row(t);
+  ASSERT_EQ(n, 7);
+  for (Index t = 0; t < 12; ++t)
+    if (!valid[std::size_t(t)]) z(t, t % 4) = std::numeric_limits<double>::quiet_NaN();
+  const Loss<double> expected = moe::sequence_balance_loss(route_logits(kept, 2, without), without);
+  const Routing<double> routing = route_logits(z, 2, with);
+  with.mask.resize(0);
+  const Routing<double> poisoned = route_logits(z, 2, with);
+  for (const Routing<double>* r : {&routing, &poisoned}) {
+    const Loss<double> loss = moe::sequence_balance_loss(*r, with);
+    EXPECT_EQ(loss.value, expected.value);
+    n = 0;
+    for (Index t = 0; t < 12; ++t) {
+      const Matrix<double> row = loss.gradient.d_router_probs.row(t);
+      if (valid[std::size_t(t)])
+        EXPECT_EQ(row, expected.gradient.d_router_probs.row(n++));
+      else
+        EXPECT_EQ(row.norm(), 0);
+    }
+  }
+}
+
+TEST(DeviceBalanceLoss, GradientByTheProbabilitiesWithPadding) {
+  Routing<double> routing = route_logits(random_matrix(7, 4, 35), 2, masked({1, 1, 0, 1, 0, 1, 1}));
+  const IndexVector device{{1, 0, 1, 1}};
+  const Loss<double> loss = moe::device_balance_loss(routing, device);
+  expect_gradient(loss.gradient.d_router_probs, routing.router_probs,
+                  [&] { return moe::device_balance_loss(routing, device).value; });
+}
+
+TEST(ReluBalanceLoss, GradientByTheChosenGatesWithPadding) {
+  Routing<double> routing = route_logits(random_matrix(7, 4, 36), 3, masked({1, 1, 0, 1, 0, 1, 1}));
+  const Loss<double> loss = moe::relu_balance_loss(routing, 2);
+  ASSERT_EQ(loss.gradient.d_chosen_gate.size(), 5 * 3);
+  const double step = 1e-4;
+  for (Index c = 0; c < routing.chosen.size(); ++c) {
+    double& gate = routing.chosen.gate[c];
+    const double center = gate;
+    gate = center + step;
+    const double up = moe::relu_balance_loss(routing, 2).value;
+    gate = center - step;
+    const double down = moe::relu_balance_loss(routing, 2).value;
+    gate = center;
+    EXPECT_NEAR(loss.gradient.d_chosen_gate[c], (up - down) / (2 * step), 1e-10) << c;
+  }
 }
 
 TEST(DeviceBalanceLoss, EqualsItsFormula) {

@@ -3,9 +3,11 @@
 // where comparisons with NaN may not be trusted; hence everything here is compared as bytes.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include <moe/moe.hpp>
@@ -15,6 +17,7 @@ namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr Index kVocabulary = 40;
 const std::vector<Index> kPoisoned{0, 3, 64, 99};
 
 template <class M>
@@ -41,18 +44,47 @@ Step run(const Layer& layer, const Matrix<float>& x, const BatchInfo& info) {
   Rng rng(4);
   step.inference = layer.forward(x, info);
   step.y = layer.forward(x, rng, cache, info);
-  const auto balance = load_balancing_loss(cache.routing);
-  const auto gates = importance_loss(cache.routing);
-  const auto probs = importance_loss(cache.routing, Importance::probs);
-  const auto load = load_loss(cache.routing);
-  const auto load_one = load_loss(cache.routing, LoadThreshold::one);
-  const auto z = router_z_loss(cache.routing);
-  step.losses = {balance.value, gates.value, probs.value, load.value, load_one.value, z.value};
+  const Routing<float>& r = cache.routing;
+  BatchInfo sequences;  // the first of one token, which is a poisoned one
+  sequences.group_begin = IndexVector{{0, 1, std::min<Index>(40, x.rows()), x.rows()}};
+  IndexVector device(layer.num_experts());
+  for (Index e = 0; e < device.size(); ++e) device[e] = e % 2;
+  std::vector<Loss<float>> losses{load_balancing_loss(r),
+                                  importance_loss(r),
+                                  load_loss(r),
+                                  load_loss(r, LoadThreshold::one),
+                                  sequence_balance_loss(r, sequences),
+                                  device_balance_loss(r, device),
+                                  relu_balance_loss(r, 1)};
+  if (r.router_logits.size() > 0) {
+    losses.push_back(importance_loss(r, Importance::probs));
+    losses.push_back(router_z_loss(r));
+  }
+  RoutingGradient<float> of_losses;
+  for (const Loss<float>& loss : losses) {
+    step.losses.push_back(loss.value);
+    if constexpr (TrainableRouter<std::decay_t<decltype(layer.router())>>)
+      of_losses += loss.gradient;
+  }
   // The output's gradient is what a loss would make of the output: NaN where that is NaN.
   const Matrix<float> d_y = step.y;
-  step.d_x = layer.backward(d_y, cache, grad,
-                            balance.gradient + gates.gradient + probs.gradient + load.gradient +
-                                load_one.gradient + z.gradient);
+  step.d_x = layer.backward(d_y, cache, grad, of_losses);
+  Layer::visit(
+      [&](const ParameterInfo&, const auto& g) { step.gradients.push_back(Matrix<float>(g)); },
+      grad);
+  return step;
+}
+
+template <class Expert>
+Step run(const SoftMoELayer<Expert>& layer, const Matrix<float>& x, const BatchInfo& info) {
+  using Layer = SoftMoELayer<Expert>;
+  Step step;
+  typename Layer::Cache cache;
+  Layer grad = zeros_like(layer);
+  step.inference = layer.forward(x, info);
+  step.y = layer.forward(x, cache, info);
+  const Matrix<float> d_y = step.y;
+  step.d_x = layer.backward(d_y, cache, grad);
   Layer::visit(
       [&](const ParameterInfo&, const auto& g) { step.gradients.push_back(Matrix<float>(g)); },
       grad);
@@ -66,7 +98,10 @@ void expect_contained(Layer layer, const std::string& what) {
   const Index tokens = 100, d_model = layer.d_model();
   Matrix<float> clean(tokens, d_model);
   fill_normal(clean, 1.0, rng);
-  BatchInfo masked;
+  BatchInfo info;
+  info.token_ids.resize(tokens);  // for routers that look at them
+  for (Index& id : info.token_ids) id = rng.index(kVocabulary);
+  BatchInfo masked = info;
   masked.mask = Mask::Constant(tokens, true);
   for (const Index t : kPoisoned) masked.mask[t] = false;
   const Step expected = run(layer, clean, masked);
@@ -78,7 +113,7 @@ void expect_contained(Layer layer, const std::string& what) {
     Matrix<float> x = clean;
     for (const Index t : kPoisoned) x(t, t % d_model) = poison;
     for (const bool mask_too : {false, true}) {
-      const Step got = run(layer, x, mask_too ? masked : BatchInfo{});
+      const Step got = run(layer, x, mask_too ? masked : info);
       for (const Matrix<float>* y : {&got.inference, &got.y}) {
         const Matrix<float>& wanted = y == &got.y ? expected.y : expected.inference;
         for (Index t = 0; t < tokens; ++t) {
@@ -146,6 +181,59 @@ TEST(Poison, StaysInItsTokenWithExpertChoice) {
   expect_contained_with(ExpertChoiceRouter<float>({.d_model = 12, .num_experts = 5,
                                                    .overflow = Overflow::pass_through}, rng),
                         "expert choice");
+}
+
+TEST(Poison, StaysInItsTokenWithReLURouting) {
+  Rng rng(1);
+  expect_contained_with(
+      TopKRouter<float>({.d_model = 12, .num_experts = 5, .top_k = 5, .score = Score::relu}, rng),
+      "ReLU");
+}
+
+TEST(Poison, StaysInItsTokenWithSinkhorn) {
+  Rng rng(1);
+  expect_contained_with(SinkhornRouter<float>({.d_model = 12, .num_experts = 5, .top_k = 2}, rng),
+                        "Sinkhorn");
+}
+
+TEST(Poison, StaysInItsTokenWithSparseMixer) {
+  Rng rng(1);
+  expect_contained_with(
+      SparseMixerRouter<float>({.d_model = 12, .num_experts = 5, .jitter = 0.3}, rng),
+      "SparseMixer");
+}
+
+TEST(Poison, StaysInItsTokenWithRoutersOfRouters) {
+  Rng rng(1);
+  using Level = TopKRouter<float>;
+  const Level parent({.d_model = 12, .num_experts = 2, .top_k = 1}, rng);
+  std::vector<Level> children;
+  for (int i = 0; i < 2; ++i)
+    children.emplace_back(
+        Level::Options{.d_model = 12, .num_experts = 3, .top_k = 2, .jitter = 0.1}, rng);
+  expect_contained_with(HierarchicalRouter(parent, children), "a router of routers");
+}
+
+TEST(Poison, StaysInItsTokenWithHashes) {
+  Rng rng(1);
+  for (const Overflow overflow : {Overflow::drop, Overflow::pass_through})
+    expect_contained_with(HashRouter<float>({.d_model = 12,
+                                             .num_experts = 5,
+                                             .table = random_hash_table(kVocabulary, 5, rng),
+                                             .capacity = 0.8,
+                                             .overflow = overflow}),
+                          "hashes");
+}
+
+TEST(Poison, StaysInItsTokenInSoftMoE) {
+  Rng rng(1);
+  for (const bool normalise : {true, false})
+    expect_contained(
+        SoftMoELayer(
+            make_experts<GatedFeedForward<float>>(5, {.d_model = 12, .d_ff = 20, .bias = true},
+                                                  rng),
+            {.d_model = 12, .num_experts = 5, .slots_per_expert = 2, .normalise = normalise}, rng),
+        normalise ? "Soft MoE" : "Soft MoE of plain dot products");
 }
 
 TEST(Poison, ABatchOfPoisonedTokensOnlyIsNaNAndHasNoLoss) {

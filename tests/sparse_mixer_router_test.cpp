@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: MIT
+#include <cmath>
 #include <limits>
+#include <string>
+#include <vector>
 
 #include <gtest/gtest.h>
 
 #include <moe/moe.hpp>
 
+#include "gradients.hpp"
 #include "laws.hpp"
 
 namespace {
@@ -137,6 +141,84 @@ TEST(SparseMixerRouter, TheEstimatorIgnoresTheFactor) {
   router.backward(x, plain, gradient, d_x2, without);
   EXPECT_EQ(with.w_router, without.w_router);
   EXPECT_GT(with.w_router.norm(), 0);
+}
+
+// Backward of the picks that training drew is the derivative of their shares, by differences.
+TEST(SparseMixerRouter, TheEstimatorIsTheDerivativeOfTheShares) {
+  Rng rng(5);
+  constexpr double kJitter = 0.5, kStep = 1e-6;
+  Index fit = 0, second = 0;
+  for (int round = 0; round < 60; ++round) {
+    Router router({.d_model = 3, .num_experts = 5, .jitter = kJitter}, rng);
+    Matrix<double> x = normal(4, 3, rng);
+    moe::Routing<double> routing;
+    router.route(x, rng, {}, routing);
+    gradients::Kinks kinks;
+    gradients::find_router_kinks(router, x, routing, kStep, kinks);
+    if (kinks.nearest <= 100) continue;
+    ++fit;
+    std::vector<double> weights;
+    moe::RoutingGradient<double> gradient;
+    for (Index c = 0; c < routing.chosen.size(); ++c) {
+      gradient.d_chosen_gate.push_back(rng.uniform(-1, 1));
+      second += c % 2 == 0 && routing.router_logits(c / 2, routing.chosen.expert[c]) !=
+                                  routing.router_logits.row(c / 2).maxCoeff();
+    }
+    // And the gates of assignments, which the plan has in another order than the choices.
+    for (Index a = 0; a < routing.plan.num_assignments(); ++a)
+      gradient.d_gate.push_back(rng.uniform(-1, 1));
+    weights.assign(gradient.d_chosen_gate.begin(), gradient.d_chosen_gate.end());
+    for (Index a = 0; a < routing.plan.num_assignments(); ++a)
+      weights[std::size_t(routing.plan.choice[a])] += gradient.d_gate[a];
+    const auto value = [&] {
+      double sum_of_shares = 0;
+      const Matrix<double> z = x * router.w_router.transpose();
+      for (Index c = 0; c < routing.chosen.size(); ++c) {
+        const Index t = c / 2, without = c % 2 == 0 ? -1 : routing.chosen.expert[c - 1];
+        double best = -1e300, sum = 0;
+        for (Index e = 0; e < 5; ++e)
+          if (e != without) best = std::max(best, z(t, e));
+        for (Index e = 0; e < 5; ++e)
+          if (e != without && (best - z(t, e)) / std::max(std::abs(z(t, e)), best) <= 2 * kJitter)
+            sum += std::exp(z(t, e));
+        sum_of_shares += weights[std::size_t(c)] * std::exp(z(t, routing.chosen.expert[c])) / sum;
+      }
+      return sum_of_shares;
+    };
+    Router grad = moe::zeros_like(router);
+    Matrix<double> d_x = Matrix<double>::Zero(4, 3);
+    router.backward(x, routing, gradient, d_x, grad);
+    for (const auto& [at, d] : {std::pair(&x, &d_x), std::pair(&router.w_router, &grad.w_router)})
+      for (Index i = 0; i < at->size(); ++i) {
+        double& entry = at->data()[i];
+        const double center = entry;
+        entry = center + kStep;
+        const double up = value();
+        entry = center - kStep;
+        const double down = value();
+        entry = center;
+        EXPECT_NEAR(d->data()[i], (up - down) / (2 * kStep), 1e-7) << round << " " << i;
+      }
+  }
+  EXPECT_GT(fit, 30);
+  EXPECT_GT(second, 20);  // first picks that are not the best
+}
+
+// Beside every kind of shared experts and every loss. In training gates are not what backward
+// differentiates, see above.
+TEST(GradientsOfSparseMixerLayers, AreExactInInference) {
+  using namespace gradients;
+  Tally tally;
+  Rng random(23);
+  for (const double jitter : {0.01, 0.4}) {
+    SCOPED_TRACE(jitter);
+    Router router({.d_model = kDModel, .num_experts = kNumExperts, .jitter = jitter});
+    randomise(router, random);
+    check_all_layers<ReLUExpert>(router, random, tally, false);
+  }
+  EXPECT_GE(tally.checks, 2 * 3 * 7 / kEvery);
+  EXPECT_EQ(tally.dropped, 0);
+  EXPECT_GT(tally.beyond_kinks, tally.checks);
 }
 
 TEST(SparseMixerRouter, ThreadsChangeNoBit) {

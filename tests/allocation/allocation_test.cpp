@@ -69,8 +69,10 @@ void expect_no_allocation(Layer layer, Index tokens, const E& executor) {
   Matrix<float> x(tokens, d_model), y, y_train, d_x;
   BatchInfo info;
   info.mask = Mask::Constant(tokens, true);
+  info.token_ids.resize(tokens);
   for (int step = 0; step < 6; ++step) {
     fill_normal(x, 1.0, rng);
+    for (Index& id : info.token_ids) id = rng.index(step % 3 == 1 ? 3 : 100);
     // Batches are skewed in different ways, so that every expert's number of rows moves.
     if (step % 3 == 1) x.rowwise() += x.row(0) * 3;
     if (step > 0) info.mask[step * 5] = false;
@@ -219,6 +221,16 @@ TEST_P(Allocation, NoneOnceWarmWithSparseMixer) {
   Rng rng(1);
   expect_no_allocation_with(
       SparseMixerRouter<float>({.d_model = GetParam(), .num_experts = 8}, rng));
+}
+
+TEST_P(Allocation, NoneOnceWarmWithHashes) {
+  Rng rng(1);
+  HashRouter<float>::Options options{
+      .d_model = GetParam(), .num_experts = 8, .table = random_hash_table(100, 8, rng)};
+  expect_no_allocation_with(HashRouter<float>(options));
+  options.capacity = 1.1;
+  options.overflow = Overflow::pass_through;
+  expect_no_allocation_with(HashRouter<float>(options));
 }
 
 // Inference, differentiable forward and backward of a warm SoftMoELayer, on batches that all differ.

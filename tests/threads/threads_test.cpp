@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <unsupported/Eigen/CXX11/ThreadPool>
 #include <vector>
 
@@ -15,6 +16,8 @@
 
 namespace moe {
 namespace {
+
+constexpr Index kVocabulary = 40;
 
 template <class S>
 void append(std::string& bytes, const S* data, Index n) {
@@ -33,24 +36,41 @@ std::string everything(const Layer& layer, const Matrix<float>& x, const BatchIn
   Matrix<float> y, y_train, d_x;
   layer.forward(x, y, workspace, info, executor);
   layer.forward(x, rng, y_train, cache, info, executor);
-  const auto balance = load_balancing_loss(cache.routing);
-  const auto importance = importance_loss(cache.routing);
-  const auto load = load_loss(cache.routing);
-  const auto z = router_z_loss(cache.routing);
+  const Routing<float>& r = cache.routing;
+  std::vector<Loss<float>> losses{load_balancing_loss(r), importance_loss(r), load_loss(r)};
+  if (r.router_logits.size() > 0) losses.push_back(router_z_loss(r));
+  RoutingGradient<float> of_losses;
+  if constexpr (TrainableRouter<std::decay_t<decltype(layer.router())>>)
+    for (const Loss<float>& loss : losses) of_losses += loss.gradient;
   Matrix<float> d_y = Matrix<float>::Constant(x.rows(), x.cols(), 0.25f) + 0.5f * x;
-  layer.backward(d_y, cache, grad,
-                 balance.gradient + importance.gradient + load.gradient + z.gradient, d_x,
-                 executor);
+  layer.backward(d_y, cache, grad, of_losses, d_x, executor);
   append(bytes, y.data(), y.size());
   append(bytes, y_train.data(), y_train.size());
   append(bytes, d_x.data(), d_x.size());
-  for (const float value : {balance.value, importance.value, load.value, z.value})
-    append(bytes, &value, 1);
-  const Routing<float>& r = cache.routing;
+  for (const Loss<float>& loss : losses) append(bytes, &loss.value, 1);
   append(bytes, r.router_logits.data(), r.router_logits.size());
   append(bytes, r.router_probs.data(), r.router_probs.size());
   append(bytes, r.plan.token.data(), r.plan.token.size());
   append(bytes, r.plan.gate.data(), r.plan.gate.size());
+  Layer::visit([&](const ParameterInfo&, const auto& g) { append(bytes, g.data(), g.size()); },
+               grad);
+  return bytes;
+}
+
+template <class Expert, class E>
+std::string everything(const SoftMoELayer<Expert>& layer, const Matrix<float>& x,
+                       const BatchInfo& info, const E& executor) {
+  using Layer = SoftMoELayer<Expert>;
+  std::string bytes;
+  typename Layer::Cache cache;
+  typename Layer::Workspace workspace;
+  Layer grad = zeros_like(layer);
+  Matrix<float> y, y_train, d_x;
+  layer.forward(x, y, workspace, info, executor);
+  layer.forward(x, y_train, cache, info, executor);
+  layer.backward(x, cache, grad, d_x, executor);
+  for (const Matrix<float>* m : {&y, &y_train, &d_x, &cache.dispatch, &cache.combine})
+    append(bytes, m->data(), m->size());
   Layer::visit([&](const ParameterInfo&, const auto& g) { append(bytes, g.data(), g.size()); },
                grad);
   return bytes;
@@ -67,6 +87,8 @@ void expect_same_everywhere(Layer layer, const std::string& what) {
   for (const Index t : {0, 17, 64, 200, 436}) info.mask[t] = false;
   info.group_begin.resize(4);
   info.group_begin << 0, 100, 101, 437;
+  info.token_ids.resize(x.rows());  // for routers that look at them
+  for (Index& id : info.token_ids) id = rng.index(kVocabulary);
 
   const std::string expected = everything(layer, x, info, Sequential{});
   EXPECT_TRUE(everything(layer, x, info, Sequential{}) == expected) << what << ", run twice";
@@ -93,18 +115,25 @@ void expect_same_everywhere(Layer layer, const std::string& what) {
 }
 
 template <class Router>
+void expect_same_with_shared_experts(const Router& router, const std::string& what) {
+  Rng rng(2);
+  const typename GatedFeedForward<float>::Options gated{.d_model = router.d_model(), .d_ff = 29};
+  using Layer = MoELayer<GatedFeedForward<float>, Router>;
+  expect_same_everywhere(
+      Layer(make_experts<GatedFeedForward<float>>(router.num_experts(), gated, rng), router,
+            {make_experts<GatedFeedForward<float>>(2, gated, rng), true}, true),
+      what + " with shared experts");
+}
+
+template <class Router>
 void expect_same_with(const Router& router, const std::string& what) {
   Rng rng(1);
   const Index d = router.d_model(), experts = router.num_experts();
-  const typename FeedForward<float, GELUTanh>::Options plain{.d_model = d, .d_ff = 37, .bias = true};
-  const typename GatedFeedForward<float>::Options gated{.d_model = d, .d_ff = 29};
-  using Layer = MoELayer<GatedFeedForward<float>, Router>;
+  const typename FeedForward<float, GELUTanh>::Options plain{
+      .d_model = d, .d_ff = 37, .bias = true};
   expect_same_everywhere(
       MoELayer(make_experts<FeedForward<float, GELUTanh>>(experts, plain, rng), router), what);
-  expect_same_everywhere(
-      Layer(make_experts<GatedFeedForward<float>>(experts, gated, rng), router,
-            {make_experts<GatedFeedForward<float>>(2, gated, rng), true}, true),
-      what + " with shared experts");
+  expect_same_with_shared_experts(router, what);
 }
 
 TEST(Threads, TopKIsTheSameForEveryExecutor) {
@@ -172,6 +201,40 @@ TEST(Threads, SparseMixerIsTheSameForEveryExecutor) {
   Rng rng(1);
   expect_same_with(SparseMixerRouter<float>({.d_model = 33, .num_experts = 7, .jitter = 0.3}, rng),
                    "SparseMixer");
+}
+
+TEST(Threads, RoutersOfRoutersAreTheSameForEveryExecutor) {
+  Rng rng(1);
+  using Child = NoisyTopKRouter<float>;
+  const TopKRouter<float> parent({.d_model = 33, .num_experts = 3, .top_k = 2, .jitter = 0.05},
+                                 rng);
+  std::vector<Child> children;
+  for (int i = 0; i < 3; ++i)
+    children.emplace_back(Child::Options{.d_model = 33, .num_experts = 4, .top_k = 2}, rng);
+  expect_same_with_shared_experts(HierarchicalRouter(parent, children), "a router of routers");
+}
+
+TEST(Threads, HashesAreTheSameForEveryExecutor) {
+  Rng rng(1);
+  expect_same_with_shared_experts(
+      HashRouter<float>({.d_model = 33,
+                         .num_experts = 7,
+                         .table = random_hash_table(kVocabulary, 7, rng),
+                         .capacity = 1.0,
+                         .overflow = Overflow::pass_through}),
+      "hashes");
+}
+
+TEST(Threads, SoftMoEIsTheSameForEveryExecutor) {
+  Rng rng(1);
+  for (const bool normalise : {true, false}) {
+    const SoftMoEOptions options{
+        .d_model = 150, .num_experts = 9, .slots_per_expert = 8, .normalise = normalise};
+    expect_same_everywhere(
+        SoftMoELayer(make_experts<GatedFeedForward<float>>(9, {.d_model = 150, .d_ff = 29}, rng),
+                     options, rng),
+        normalise ? "Soft MoE" : "Soft MoE of plain dot products");
+  }
 }
 
 // One hot expert has many blocks of rows, a wide layer many blocks of columns.
