@@ -15,7 +15,6 @@
 #include <gtest/gtest.h>
 
 #include <moe/experts/null_experts.hpp>
-#include <moe/experts/three_way_feed_forward.hpp>
 #include <moe/experts/variant_expert.hpp>
 #include <moe/io/load_layer.hpp>
 #include <moe/moe.hpp>
@@ -67,7 +66,8 @@ Checkpoint gradients_of(const Golden& golden, const std::string& path) {
 struct Differences {
   double gate_factor = 1;     // of our gates over the file's
   moe::BatchInfo info{};      // sequences, where capacity or the loss works within one
-  std::optional<double> capacity{};
+  std::optional<double> capacity{};  // in place of the model's capacity and its rule
+  bool training = false;             // with the model's training capacity
   // Whose gradient the file's backward pass adds, times config's loss_in_gradient.
   std::function<moe::Loss<float>(const moe::Routing<float>&, const moe::BatchInfo&)> added_loss{};
 };
@@ -126,7 +126,9 @@ void expect_equal_layer(const Golden& golden, const std::string& name, const Lay
                         const Loss& loss = kTimesChoices) {
   const Matrix<float> x = golden.matrix<float>("golden.x");
   typename Layer::Cache cache;
-  const Matrix<float> y = layer.forward(x, cache, differences.info);
+  moe::Rng rng(1);
+  const Matrix<float> y = differences.training ? layer.forward(x, rng, cache, differences.info)
+                                               : layer.forward(x, cache, differences.info);
   double largest = 0;  // of all errors, relative
   const auto expect_close = [&](const auto& seen, const auto& expected, std::string_view what) {
     const double error = relative_error(seen, expected);
@@ -173,8 +175,12 @@ void expect_equal_to_golden(const M& published, const std::string& name,
                             const Differences& differences = {}, const Loss& loss = kTimesChoices) {
   const Golden golden(name);
   M model = sized(published, golden);
-  if constexpr (requires { model.router.capacity; }) model.router.capacity = differences.capacity;
-  if constexpr (requires { model.router.capacity_rule; }) model.router.capacity_rule = {};
+  if constexpr (requires { model.router.capacity_rule; }) {
+    if (differences.capacity) {
+      model.router.capacity = differences.capacity;
+      model.router.capacity_rule = {};
+    }
+  }
   const auto layer = moe::load_layer<float>(model, golden.file, golden.number("layer"));
   using Layer = std::remove_const_t<decltype(layer)>;
   expect_equal_layer(golden, name, layer, load_gradients<Layer>(model, golden, name), differences, loss);
@@ -240,9 +246,9 @@ constexpr auto kOfSequences = [](const auto&, const auto&, const auto& routing, 
   return double(moe::sequence_balance_loss(routing, info).value);
 };
 
-TEST(Golden, SwitchTransformers) {
-  expect_equal_to_golden(moe::switch_base_8, "switch_transformers", {.info = kTwoSequences},
-                         kOfSequences);
+TEST(Golden, SwitchTransformers) {  // 64 seats a sequence there
+  expect_equal_to_golden(moe::switch_base_8, "switch_transformers",
+                         {.info = kTwoSequences, .capacity = 8.0}, kOfSequences);
 }
 TEST(Golden, SwitchTransformersWithDrops) {  // 2 seats
   expect_equal_to_golden(moe::switch_base_8, "switch_transformers_drop",
@@ -283,41 +289,20 @@ TEST(GoldenOfAuthors, Grok1) {  // under the names of the authors' parameters
   expect_equal_to_golden(model, "authors_grok_1");
 }
 
-// Experts with three factors, 4 seats, and in training both losses.
+// Experts with three factors. In training: both losses, and 4 seats by the model's own rule, 3.75 rounded
+// down to an even number of at least 4.
 TEST(GoldenOfAuthors, OpenMoe) {
-  using Expert = moe::ThreeWayFeedForward<float>;
-  const Golden golden("authors_openmoe");
-  const Index d_model = golden.number("d_model"), d_ff = golden.number("d_ff");
-  const Index num_experts = golden.number("num_experts");
-  const auto read_into = [&](const std::string& name, Index e, Matrix<float>& weight) {
-    const moe::TensorView& tensor = golden.file.at(name);  // [experts, in, out]
-    Matrix<float> all(num_experts * weight.cols(), weight.rows());
-    ASSERT_EQ(all.size(), tensor.size()) << name;
-    moe::read_tensor(tensor, all.data());
-    weight = all.middleRows(e * weight.cols(), weight.cols()).transpose().eval();
-  };
-  const auto read = [&](const std::string& prefix) {
-    std::vector<Expert> experts(std::size_t(num_experts),
-                                Expert({.d_model = d_model, .d_ff = d_ff}));
-    for (Index e = 0; e < num_experts; ++e) {
-      read_into(prefix + "experts.wi_gate", e, experts[std::size_t(e)].w_gate);
-      read_into(prefix + "experts.wi_up", e, experts[std::size_t(e)].w_up);
-      read_into(prefix + "experts.wo", e, experts[std::size_t(e)].w_down);
-    }
-    moe::TopKRouter<float> router({.d_model = d_model,
-                                   .num_experts = num_experts,
-                                   .top_k = golden.number("top_k"),
-                                   .capacity = 1.25});
-    router.w_router = golden.matrix<float>(prefix + "gate_weight");
-    return moe::MoELayer<Expert, moe::TopKRouter<float>>(std::move(experts), std::move(router));
-  };
-  const std::string prefix = golden.config.at("tensor_prefix").get<std::string>();
-  expect_equal_layer(golden, "authors_openmoe", read(prefix), read("golden.grad." + prefix),
-                     {.added_loss = [](const auto& routing, const auto&) {
-                       auto loss = moe::router_z_loss(routing);
-                       loss.gradient += 2.0f * moe::load_balancing_loss(routing).gradient;
-                       return loss;
-                     }});
+  EXPECT_EQ(moe::expert_capacity(12, 8, 2, *moe::openmoe_8b_32e.router.training_capacity,
+                                 moe::openmoe_8b_32e.router.capacity_rule),
+            Golden("authors_openmoe").number("expert_capacity"));
+  expect_equal_to_golden(moe::openmoe_8b_32e, "authors_openmoe",
+                         {.training = true,
+                          .added_loss =
+                              [](const auto& routing, const auto&) {
+                                auto loss = moe::router_z_loss(routing);
+                                loss.gradient += 2.0f * moe::load_balancing_loss(routing).gradient;
+                                return loss;
+                              }});
 }
 
 // Experts without computation beside ordinary ones.
