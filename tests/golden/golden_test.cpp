@@ -7,6 +7,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <set>
 #include <string_view>
 #include <type_traits>
 #include <utility>
@@ -138,12 +139,18 @@ void expect_equal_layer(const Golden& golden, const std::string& name, const Lay
   expect_close(y, golden.matrix<float>("golden.y"), "y");
   expect_close(cache.routing.router_logits, golden.matrix<float>("golden.router_logits"), "logits");
 
-  // Experts and gates, as sets: implementations list them in orders of their own. A gate of 0 is that
-  // of a choice without a seat.
+  // Experts and gates, as sets: implementations list them in orders of their own. All choices, then
+  // those with a seat; a gate of 0 is that of a choice without.
   const auto experts = golden.matrix<std::int64_t>("golden.experts");
   const auto gates = golden.matrix<float>("golden.gates");
   for (Index t = 0; t < x.rows(); ++t) {
     std::map<Index, double> expected, seen;
+    const auto& chosen = cache.routing.chosen;
+    std::set<Index> ours, theirs;
+    for (Index c = chosen.token_begin[t]; c < chosen.token_begin[t + 1]; ++c)
+      ours.insert(chosen.expert[c]);
+    for (Index i = 0; i < experts.cols(); ++i) theirs.insert(Index(experts(t, i)));
+    EXPECT_EQ(ours, theirs) << "choices of token " << t;
     for (Index i = 0; i < experts.cols(); ++i)
       if (gates(t, i) != 0) expected[Index(experts(t, i))] = double(gates(t, i));
     for (const auto& [expert, gate] : moe::trace(cache.routing, t)) seen[expert] = double(gate);
