@@ -6,7 +6,6 @@
 #include <functional>
 #include <map>
 #include <optional>
-#include <string>
 #include <set>
 #include <string_view>
 #include <type_traits>
