@@ -284,7 +284,8 @@ TEST(Authors, VMoEPrioritised) {
 
 TEST(Authors, VMoEExpertChoice) {  // 4 seats, by the model's rule too
   Comparison file("vmoe_expert_choice");
-  const auto router = make_router<moe::ExpertChoiceRouter<float>>(file, moe::expert_choice_8b_64e.router);
+  const auto router =
+      make_router<moe::ExpertChoiceRouter<float>>(file, moe::expert_choice_8b_64e.router);
   Routing<float> routing;
   router.route(file.matrix("x"), {}, routing);
   file.expect_equal_plan(routing);
@@ -372,7 +373,8 @@ TEST(Authors, Lingvo) {
   expect_equal_to_lingvo("lingvo_all", with_seats(moe::gshard_600b.router, 0.75), 1);
 }
 TEST(Authors, LingvoWithPadding) {  // they divide by all tokens, padding included
-  expect_equal_to_lingvo("lingvo_all_masked", with_seats(moe::glam_64b_64e.router, 0.75), 16.0 / 13);
+  expect_equal_to_lingvo("lingvo_all_masked", with_seats(moe::glam_64b_64e.router, 0.75),
+                         16.0 / 13);
 }
 TEST(Authors,
      LingvoGatesAfterDrops) {  // they add an epsilon to the share of tokens that are no padding
@@ -391,7 +393,7 @@ TEST(Authors, LingvoRandomSecondExpert) {
   const Matrix<float> x = file.matrix("x"), uniform = file.matrix("uniform");
   const std::vector<double> draws(uniform.data(), uniform.data() + uniform.size());
   Routing<float> routing;
-  router.route(x, {}, routing);
+  router.route(x, {}, routing);  // for the logits
   moe::begin_routing(x.rows(), kExperts, {}, routing, "test");
   moe::route_by_logits({.gate = {.renormalise = options.renormalise,
                                  .epsilon = options.renormalise_epsilon},
