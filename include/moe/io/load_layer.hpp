@@ -260,9 +260,10 @@ LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
       const auto map = [&](const TensorSource& source, Index rows, Index cols) {
         return reader.map(source, e, stacked, rows, cols);
       };
-      if constexpr (std::same_as<Storage, Mapped> && GatedUnit<Unit>) {
-        experts.push_back({options, map(from.w_gate, d_ff, d_model), map(from.w_up, d_ff, d_model),
-                           map(from.w_down, d_model, d_ff)});
+      constexpr Index kGateWidths = ExpertOf<Unit>::kUpWidths - 1;
+      if constexpr (std::same_as<Storage, Mapped> && kGateWidths > 0) {
+        experts.push_back({options, map(from.w_gate, kGateWidths * d_ff, d_model),
+                           map(from.w_up, d_ff, d_model), map(from.w_down, d_model, d_ff)});
       } else if constexpr (std::same_as<Storage, Mapped>) {
         experts.push_back({options, map(from.w_up, d_ff, d_model), map(from.w_down, d_model, d_ff)});
       } else {
