@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
+#include <locale>
 #include <string>
 #include <utility>
 #include <vector>
@@ -236,6 +237,27 @@ TEST(LayerFile, WhatAFileDoesNotDescribeIsNotCompared) {
                          {{"format", "moe"}, {"router", file.metadata().at("router")}});
   EXPECT_NO_THROW(moe::load_layer(Checkpoint::open(file_name() + ".old"), geglu));
   EXPECT_THROW(moe::load_layer(file, geglu), CheckpointError);
+}
+
+struct CommaAsDecimalPoint : std::numpunct<char> {
+  char do_decimal_point() const override { return ','; }
+  char do_thousands_sep() const override { return '.'; }
+  std::string do_grouping() const override { return "\3"; }
+};
+
+TEST(LayerFile, DoesNotDependOnTheLocale) {
+  using Expert = moe::GatedFeedForward<float, moe::ClampedSwiGLU>;
+  Rng rng(11);
+  moe::MoELayer<Expert, moe::TopKRouter<float>> layer(
+      moe::make_experts<Expert>(1200, {4, 1}, rng),
+      moe::TopKRouter<float>({.d_model = 4, .num_experts = 1200, .second_threshold = 0.25}, rng));
+  moe::save_layer(file_name(), layer);
+  const std::locale before = std::locale::global(
+      std::locale(std::locale::classic(), new CommaAsDecimalPoint));  // the locale deletes it
+  EXPECT_NO_THROW(moe::load_layer(Checkpoint::open(file_name()), layer));
+  EXPECT_NO_THROW(moe::save_layer(file_name() + ".comma", layer));
+  std::locale::global(before);
+  EXPECT_EQ(io_test::text_in(file_name() + ".comma"), io_test::text_in(file_name()));
 }
 
 // ---- Parts of one's own.

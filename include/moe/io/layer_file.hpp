@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <locale>
 #include <map>
 #include <optional>
 #include <set>
@@ -40,6 +41,7 @@ std::vector<Index> shape_of(const Array& array) {
 inline std::string option_text(bool value) { return value ? "true" : "false"; }
 inline std::string option_text(double value) {
   std::ostringstream text;
+  text.imbue(std::locale::classic());  // whatever decimal point the program prints
   text.precision(17);
   text << value;
   return text.str();
