@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <functional>
 #include <map>
+#include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -42,7 +44,19 @@ inline std::string replaced(std::string text, std::string_view what, Index numbe
   return text;
 }
 
-// Reads the parameters of one layer, and counts what it read of every tensor.
+// The rows that a part leaves; nothing is left by `all`.
+constexpr std::optional<TensorPart> rest_of(TensorPart part) {
+  switch (part) {
+    case TensorPart::all: break;
+    case TensorPart::first_half: return TensorPart::second_half;
+    case TensorPart::second_half: return TensorPart::first_half;
+    case TensorPart::even_rows: return TensorPart::odd_rows;
+    case TensorPart::odd_rows: return TensorPart::even_rows;
+  }
+  return {};
+}
+
+// Reads the parameters of one layer, each value once, and counts what it read of every tensor.
 template <class S>
 class LayerReader {
  public:
@@ -75,7 +89,7 @@ class LayerReader {
     return MappedMatrix<S>(std::move(copied));
   }
 
-  // Throws unless every value of every tensor whose name begins with `prefix` was read once.
+  // Throws unless every value of every tensor whose name begins with `prefix` was read.
   void check_all_read(std::string_view prefix) const {
     const std::string begin = replaced(std::string(prefix), "{layer}", layer_);
     for (const std::string& name : checkpoint_.names()) {
@@ -107,6 +121,7 @@ class LayerReader {
     Index outer, inner;
     TensorPart part;
     bool transposed;
+    Index expert;  // whose part of a tensor of all experts it is, else 0
   };
 
   // Scales are read with the tensor that they belong to.
@@ -139,7 +154,7 @@ class LayerReader {
     const bool stacked = num_experts > 0 && source.name.find("{expert}") == std::string_view::npos;
     check_shape(tensor, mxfp4, outer, inner, vector, stacked ? num_experts : 0);
     const Index count = stacked ? num_experts : 1, index = stacked ? expert : 0;
-    Stored stored{Format::plain, {}, {}, outer, inner, source.part, transposed};
+    Stored stored{Format::plain, {}, {}, outer, inner, source.part, transposed, index};
     if (mxfp4) {
       const TensorView& scales = checkpoint_.at(name + "_scales");
       require_mxfp4_scales(tensor, scales);
@@ -225,14 +240,23 @@ class LayerReader {
     return "";
   }
 
+  // Throws where some of these rows were read before.
   void note(const Stored& stored, Index values, const std::string& copied) {
-    LoadedTensor& tensor = used_[stored.values.name];
-    tensor = {stored.values.name, tensor.values + values, copied};
+    const std::string& name = stored.values.name;
+    std::set<TensorPart>& parts = parts_[{name, stored.expert}];
+    for (const TensorPart before : parts)
+      if (rest_of(before) != stored.part)
+        throw CheckpointError("load_layer: two parameters of this model take the same rows of " + name +
+                              ", expected one");
+    parts.insert(stored.part);
+    LoadedTensor& tensor = used_[name];
+    tensor = {name, tensor.values + values, copied};
   }
 
   const Checkpoint& checkpoint_;
   Index layer_;
   std::map<std::string, LoadedTensor, std::less<>> used_;
+  std::map<std::pair<std::string, Index>, std::set<TensorPart>> parts_;  // read, by tensor and expert
   std::vector<S> values_;
 };
 
