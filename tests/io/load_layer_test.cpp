@@ -239,6 +239,18 @@ TEST(LoadLayer, BadArgumentsAreRefused) {
   EXPECT_THROW(moe::load_layer<float>(kSmallMixtral, checkpoint, 6), CheckpointError);
   EXPECT_THROW(moe::load_layer<float>(moe::gshard_600b.scaled_to(4, 3, 2), checkpoint, 0),
                std::invalid_argument);
+  const auto expect_message = [](const auto& call, const std::string& message) {
+    try {
+      call();
+      ADD_FAILURE() << "nothing was thrown";
+    } catch (const std::invalid_argument& error) {
+      EXPECT_EQ(error.what(), message);
+    }
+  };
+  expect_message([&] { moe::sized_as(kSmallMixtral, checkpoint, -1); },
+                 "sized_as: layer = -1, expected at least 0");
+  expect_message([&] { moe::sized_as(moe::gshard_600b, checkpoint, 0); },
+                 "sized_as: the tensor names of GShard 600B are not known");
 }
 
 }  // namespace

@@ -260,13 +260,18 @@ class LayerReader {
   std::vector<S> values_;
 };
 
+template <class M>
+void require_names(const M& model, Index layer, const char* where) {
+  require(layer >= 0, where, ": layer = ", layer, ", expected at least 0");
+  require(!model.tensors.w_router.empty(), where, ": the tensor names of ", model.name,
+          " are not known");
+}
+
 // A layer and what it was read from; see load_layer and load_mapped_layer.
 template <class S, class Storage, class Unit, template <class> class R>
 LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
     const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer) {
-  require(layer >= 0, "load_layer: layer = ", layer, ", expected at least 0");
-  require(!model.tensors.w_router.empty(), "load_layer: the tensor names of ", model.name,
-          " are not known");
+  require_names(model, layer, "load_layer");
   using Expert = typename Model<Unit, R>::template Expert<S, Storage>;
   const LayerTensors& tensors = model.tensors;
   LayerReader<S> reader(checkpoint, layer);
@@ -322,9 +327,11 @@ LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
 
 /// The model in the size that a checkpoint's layer has: d_model, the number of experts and the widths are
 /// read off the shapes of the router's and the down projections' tensors. top_k and the group limit stay.
-/// Throws CheckpointError where those tensors are missing or have no such shapes.
+/// Throws CheckpointError where those tensors are missing or have no such shapes, and
+/// std::invalid_argument for a model whose tensor names are not known.
 template <class Unit, template <class> class R>
 Model<Unit, R> sized_as(const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer) {
+  detail::require_names(model, layer, "sized_as");
   const auto find = [&](const TensorSource& source) -> std::pair<const TensorView*, Index> {
     const std::string name = detail::replaced(
         detail::replaced(std::string(source.name), "{layer}", layer), "{expert}", 0);
