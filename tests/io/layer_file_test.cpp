@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: MIT
-#include <filesystem>
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <initializer_list>
+#include <locale>
 #include <string>
 #include <utility>
 #include <vector>
@@ -8,6 +12,8 @@
 
 #include <moe/io/layer_file.hpp>
 #include <moe/moe.hpp>
+
+#include "files.hpp"
 
 namespace {
 
@@ -63,9 +69,10 @@ TEST(LayerFile, ARoundTripKeepsEveryBit) {
 // Saved twice, a layer gives the same bytes.
 TEST(LayerFile, FilesAreDeterministic) {
   moe::save_layer(file_name(), make_layer(1));
-  const auto size = std::filesystem::file_size(file_name());
   moe::save_layer(file_name() + ".again", make_layer(1));
-  EXPECT_EQ(std::filesystem::file_size(file_name() + ".again"), size);
+  const std::string bytes = io_test::text_in(file_name());
+  EXPECT_FALSE(bytes.empty());
+  EXPECT_EQ(io_test::text_in(file_name() + ".again"), bytes);
 }
 
 template <class F>
@@ -115,6 +122,202 @@ TEST(LayerFile, OptionsThatChangeWhatARouterDoesAreCompared) {
     auto other = layer_with(options);
     expect_refused([&] { moe::load_layer(file, other); }, {part});
   }
+}
+
+// ---- The same arrays under other functions.
+
+// A layer of experts with these options, all weights drawn from the same seed.
+template <class E>
+moe::MoELayer<E, moe::TopKRouter<float>> layer_of(const typename E::Options& options) {
+  Rng rng(6);
+  return {moe::make_experts<E>(3, options, rng),
+          moe::TopKRouter<float>({.d_model = 4, .num_experts = 3}, rng),
+          {moe::make_experts<E>(1, options, rng)}};
+}
+
+// Loading the file of `saved` into `other` is refused; into its like it is not.
+template <class A, class B>
+void expect_another_function(const A& saved, B other, const std::vector<std::string>& parts) {
+  moe::save_layer(file_name(), saved);
+  const Checkpoint file = Checkpoint::open(file_name());
+  expect_refused([&] { moe::load_layer(file, other); }, parts);
+  A same = saved;
+  EXPECT_NO_THROW(moe::load_layer(file, same));
+}
+
+TEST(LayerFile, UnitsOfExpertsAreCompared) {
+  using moe::FeedForward, moe::GatedFeedForward;
+  expect_another_function(layer_of<GatedFeedForward<float, moe::SwiGLU>>({4, 2}),
+                          layer_of<GatedFeedForward<float, moe::GEGLU>>({4, 2}),
+                          {"experts = 3 x GatedFeedForward(Glu(SiLU))", "Glu(GELU)"});
+  expect_another_function(layer_of<FeedForward<float, moe::GELU>>({4, 2}),
+                          layer_of<FeedForward<float, moe::GELUTanh>>({4, 2}),
+                          {"FeedForward(GELU)", "FeedForward(GELUTanh)"});
+  using Clamped = GatedFeedForward<float, moe::ClampedSwiGLU>;
+  const auto clamped = layer_of<Clamped>({4, 2});
+  expect_another_function(clamped, layer_of<Clamped>({4, 2, false, {.limit = 0.125}}),
+                          {"limit=7 ", "limit=0.125 "});
+  expect_another_function(clamped, layer_of<Clamped>({4, 2, false, {.alpha = 1}}), {"alpha=1 "});
+  expect_another_function(clamped, layer_of<Clamped>({4, 2, false, {.offset = 0}}), {"offset=0)"});
+  // Experts alone, and the shared ones.
+  expect_another_function(GatedFeedForward<float, moe::SwiGLU>({4, 2}),
+                          GatedFeedForward<float, moe::ReGLU>({4, 2}), {"kind = ", "Glu(ReLU)"});
+  Rng rng(7);
+  const auto with_shared = [&](double limit) {
+    return moe::MoELayer<Clamped, moe::TopKRouter<float>>(
+        moe::make_experts<Clamped>(3, {4, 2}, rng),
+        moe::TopKRouter<float>({.d_model = 4, .num_experts = 3}, rng),
+        {moe::make_experts<Clamped>(1, {4, 2, false, {.limit = limit}}, rng)});
+  };
+  expect_another_function(with_shared(7), with_shared(6), {"shared_experts = 1 x ", "limit=6"});
+}
+
+TEST(LayerFile, KindsOfExpertsAreCompared) {
+  using Zero = moe::ZeroExpert<float>;
+  using Copy = moe::CopyExpert<float>;
+  using Expert = moe::VariantExpert<Zero, Copy, moe::FeedForward<float>>;
+  const Zero zero({.d_model = 4});
+  const Copy copy({.d_model = 4});
+  const auto layer = [&](const Expert& first, const Expert& second) {
+    Rng rng(8);
+    const moe::FeedForward<float> last({.d_model = 4, .d_ff = 2}, rng);
+    return moe::MoELayer<Expert, moe::TopKRouter<float>>(
+        {first, second, last}, moe::TopKRouter<float>({.d_model = 4, .num_experts = 3}, rng));
+  };
+  expect_another_function(layer(zero, zero), layer(copy, copy),
+                          {"experts = 2 x ZeroExpert, 1 x FeedForward(ReLU)", "2 x CopyExpert"});
+  expect_another_function(layer(zero, copy), layer(copy, zero), {"1 x ZeroExpert, 1 x CopyExpert"});
+}
+
+TEST(LayerFile, EveryLevelOfAHierarchyIsCompared) {
+  using Router = moe::TopKRouter<float>;
+  using Expert = moe::FeedForward<float>;
+  const auto layer = [](const moe::TopKOptions& parent, const moe::TopKOptions& second_child) {
+    Rng rng(9);
+    std::vector<Router> children{Router({.d_model = 4, .num_experts = 2}, rng),
+                                 Router(second_child, rng)};
+    return moe::MoELayer<Expert, moe::HierarchicalRouter<Router>>(
+        moe::make_experts<Expert>(4, {4, 2}, rng),
+        moe::HierarchicalRouter<Router>(Router(parent, rng), children));
+  };
+  const moe::TopKOptions two{.d_model = 4, .num_experts = 2};
+  moe::TopKOptions one = two, scaled = two;
+  one.top_k = 1;
+  scaled.gate_scale = 2.5;
+  expect_another_function(layer(two, two), layer(one, two), {"router = parent(", "top_k=1"});
+  expect_another_function(layer(two, two), layer(two, scaled), {"children(2 x ", "gate_scale=2.5"});
+}
+
+TEST(LayerFile, TheTableOfAHashRouterIsCompared) {
+  using Expert = moe::FeedForward<float>;
+  const auto layer = [](std::initializer_list<Index> experts) {
+    Rng rng(10);
+    moe::IndexVector table(Index(experts.size()));
+    std::copy(experts.begin(), experts.end(), table.begin());
+    return moe::MoELayer<Expert, moe::HashRouter<float>>(
+        moe::make_experts<Expert>(3, {4, 2}, rng),
+        moe::HashRouter<float>({.d_model = 4, .num_experts = 3, .table = table}));
+  };
+  expect_another_function(layer({0, 1, 2, 1, 0}), layer({0, 1, 2, 0, 0}),
+                          {"router.table", "id 3 to expert 1, expected 0"});
+  expect_another_function(layer({0, 1, 2}), layer({0, 1}), {"router.table", "[3]", "[2]"});
+  const moe::TensorView saved = Checkpoint::open(file_name()).at("router.table");
+  EXPECT_EQ(saved.dtype, moe::DType::I64);
+}
+
+// Files from before there were descriptions: nothing is compared but what they hold.
+TEST(LayerFile, WhatAFileDoesNotDescribeIsNotCompared) {
+  const auto swiglu = layer_of<moe::GatedFeedForward<float, moe::SwiGLU>>({4, 2});
+  auto geglu = layer_of<moe::GatedFeedForward<float, moe::GEGLU>>({4, 2});
+  moe::save_layer(file_name(), swiglu);
+  const Checkpoint file = Checkpoint::open(file_name());
+  std::vector<moe::TensorToWrite> tensors;
+  for (const std::string& name : file.names()) tensors.push_back(file.at(name));
+  moe::write_safetensors(file_name() + ".old", tensors,
+                         {{"format", "moe"}, {"router", file.metadata().at("router")}});
+  EXPECT_NO_THROW(moe::load_layer(Checkpoint::open(file_name() + ".old"), geglu));
+  EXPECT_THROW(moe::load_layer(file, geglu), CheckpointError);
+}
+
+struct CommaAsDecimalPoint : std::numpunct<char> {
+  char do_decimal_point() const override { return ','; }
+  char do_thousands_sep() const override { return '.'; }
+  std::string do_grouping() const override { return "\3"; }
+};
+
+TEST(LayerFile, DoesNotDependOnTheLocale) {
+  using Expert = moe::GatedFeedForward<float, moe::ClampedSwiGLU>;
+  Rng rng(11);
+  moe::MoELayer<Expert, moe::TopKRouter<float>> layer(
+      moe::make_experts<Expert>(1200, {4, 1}, rng),
+      moe::TopKRouter<float>({.d_model = 4, .num_experts = 1200, .second_threshold = 0.25}, rng));
+  moe::save_layer(file_name(), layer);
+  const std::locale before = std::locale::global(
+      std::locale(std::locale::classic(), new CommaAsDecimalPoint));  // the locale deletes it
+  EXPECT_NO_THROW(moe::load_layer(Checkpoint::open(file_name()), layer));
+  EXPECT_NO_THROW(moe::save_layer(file_name() + ".comma", layer));
+  std::locale::global(before);
+  EXPECT_EQ(io_test::text_in(file_name() + ".comma"), io_test::text_in(file_name()));
+}
+
+// ---- Parts of one's own.
+
+struct Cube {
+  template <class T>
+  T forward(const T& x) const {
+    return x * x * x;
+  }
+  template <class T>
+  T derivative(const T& x) const {
+    return 3 * x * x;
+  }
+};
+
+struct Power {
+  int exponent = 2;
+  template <class T>
+  T forward(const T& x) const {
+    return T(std::pow(x, exponent));
+  }
+  template <class T>
+  T derivative(const T& x) const {
+    return T(exponent * std::pow(x, exponent - 1));
+  }
+  std::string describe() const { return "Power " + std::to_string(exponent); }
+};
+
+// y = factor * x, with one weight a column.
+struct Scale {
+  using Scalar = float;
+  struct Options {
+    Index d_model = 0;
+  };
+  Scale(const Options& options, Rng&) { weight.setOnes(options.d_model); }
+  Index d_model() const { return weight.size(); }
+  void forward(const moe::ConstMatrixRef<float>& x, moe::MatrixRef<float> y) const {
+    y = x * weight.asDiagonal();
+  }
+  template <class F, class... Self>
+  static void visit(F&& f, Self&... self) {
+    moe::visit_array(f, {"weight"}, self.weight...);
+  }
+  moe::Vector<float> weight;
+};
+
+TEST(LayerFile, PartsOfOnesOwnAreSavedWithTheirDescriptionOrWithout) {
+  const auto round_trip = [](const auto& saved, const std::string& description) {
+    moe::save_layer(file_name(), saved);
+    const Checkpoint file = Checkpoint::open(file_name());
+    EXPECT_EQ(file.metadata().at("experts"), description);
+    auto loaded = saved;
+    EXPECT_NO_THROW(moe::load_layer(file, loaded));
+  };
+  round_trip(layer_of<Scale>({4}), "3 x own");
+  round_trip(layer_of<moe::FeedForward<float, Cube>>({4, 2}), "3 x FeedForward(own)");
+  using Described = moe::FeedForward<float, Power>;
+  round_trip(layer_of<Described>({4, 2}), "3 x FeedForward(Power 2)");
+  expect_another_function(layer_of<Described>({4, 2}), layer_of<Described>({4, 2, false, {3}}),
+                          {"Power 2", "Power 3"});
 }
 
 TEST(LayerFile, NamesAreStrict) {

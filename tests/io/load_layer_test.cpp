@@ -13,6 +13,7 @@
 #include <moe/models/dbrx.hpp>
 #include <moe/models/deepseek.hpp>
 #include <moe/models/gpt_oss.hpp>
+#include <moe/models/granite.hpp>
 #include <moe/models/gshard.hpp>
 #include <moe/models/mixtral.hpp>
 #include <moe/moe.hpp>
@@ -70,6 +71,41 @@ TEST(LoadLayer, SaysWhatIsLeftOver) {
   t = small_mixtral();
   t.add_count(kMixtral + "gate.bias", {2}, 0);
   expect_error(t, {kMixtral + "gate.bias", "0 of the 2"});
+}
+
+// Granite's gate and up projection are halves of one tensor. Two that overlap leave the count of values as
+// it is where they are of the same size.
+TEST(LoadLayer, RefusesToReadRowsTwice) {
+  using enum moe::TensorPart;
+  auto model = moe::granite_1b_a400m.scaled_to(4, 2, 2);
+  const std::string prefix = "model.layers.0.block_sparse_moe.";
+  Tensors t;
+  t.add_count(prefix + "router.layer.weight", {2, 4}, 0);
+  t.add_count(prefix + "input_linear.weight", {2, 4, 4}, 100);
+  t.add_count(prefix + "output_linear.weight", {2, 4, 2}, 200);
+  const Checkpoint file = t.open();
+  const auto message = [&](moe::TensorPart gate, moe::TensorPart up) -> std::string {
+    model.tensors.experts.w_gate.part = gate;
+    model.tensors.experts.w_up.part = up;
+    try {
+      moe::load_layer<float>(model, file, 0);
+    } catch (const CheckpointError& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(message(first_half, second_half), "");
+  EXPECT_EQ(message(second_half, first_half), "");
+  EXPECT_EQ(message(odd_rows, even_rows), "");
+  const std::string refused = "load_layer: two parameters of this model take the same rows of " + prefix +
+                              "input_linear.weight, expected one";
+  EXPECT_EQ(message(first_half, first_half), refused);
+  EXPECT_EQ(message(even_rows, even_rows), refused);
+  EXPECT_EQ(message(first_half, even_rows), refused);
+  EXPECT_EQ(message(odd_rows, second_half), refused);
+  model = moe::granite_1b_a400m.scaled_to(4, 4, 2);  // all four rows as either
+  model.tensors.experts.w_down = {"model.layers.{layer}.block_sparse_moe.input_linear.weight"};
+  EXPECT_EQ(message(all, all), refused);
 }
 
 TEST(LoadLayer, ConvertsTypes) {
@@ -203,6 +239,18 @@ TEST(LoadLayer, BadArgumentsAreRefused) {
   EXPECT_THROW(moe::load_layer<float>(kSmallMixtral, checkpoint, 6), CheckpointError);
   EXPECT_THROW(moe::load_layer<float>(moe::gshard_600b.scaled_to(4, 3, 2), checkpoint, 0),
                std::invalid_argument);
+  const auto expect_message = [](const auto& call, const std::string& message) {
+    try {
+      call();
+      ADD_FAILURE() << "nothing was thrown";
+    } catch (const std::invalid_argument& error) {
+      EXPECT_EQ(error.what(), message);
+    }
+  };
+  expect_message([&] { moe::sized_as(kSmallMixtral, checkpoint, -1); },
+                 "sized_as: layer = -1, expected at least 0");
+  expect_message([&] { moe::sized_as(moe::gshard_600b, checkpoint, 0); },
+                 "sized_as: the tensor names of GShard 600B are not known");
 }
 
 }  // namespace

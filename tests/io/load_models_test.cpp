@@ -55,8 +55,8 @@ TEST(LoadModels, TakesOpenMoEsGatesOfTwiceTheWidth) {
                                          {prefix + "experts.wi_gate", {kExperts, kModel, 2 * kFf}},
                                          {prefix + "experts.wi_up", {kExperts, kModel, kFf}},
                                          {prefix + "experts.wo", {kExperts, kFf, kModel}}});
-  const auto layer =
-      moe::load_layer<float>(sized(moe::openmoe_8b_32e, checkpoint), checkpoint, kLayer);
+  const auto model = sized(moe::openmoe_8b_32e, checkpoint);
+  const auto layer = moe::load_layer<float>(model, checkpoint, kLayer);
   EXPECT_EQ(layer.router().w_router(1, 2), 100 + 1 * kModel + 2);
   const auto& expert = layer.experts()[1];
   for (Index j = 0; j < kModel; ++j) {
@@ -67,6 +67,34 @@ TEST(LoadModels, TakesOpenMoEsGatesOfTwiceTheWidth) {
       EXPECT_EQ(expert.w_down(j, i), float(400 + (kFf + i) * kModel + j));
     }
   }
+
+  const auto [mapped, tensors] = moe::load_mapped_layer<float>(model, checkpoint, kLayer);
+  EXPECT_EQ(mapped.experts()[1].w_gate.view(), expert.w_gate);
+  const moe::Matrix<float> x = moe::Matrix<float>::Random(3, kModel) / 100;
+  EXPECT_EQ(mapped.forward(x), layer.forward(x));
+  for (const moe::LoadedTensor& tensor : tensors)
+    EXPECT_EQ(tensor.copied,
+              tensor.name == prefix + "gate_weight" ? "not an expert's matrix" : "transposed");
+
+  // What stands as [out, in] is read where it lies.
+  const auto turned =
+      checkpoint_of({{prefix + "gate_weight", {kExperts, kModel}},
+                     {prefix + "experts.wi_gate", {kExperts, 2 * kFf, kModel}},
+                     {prefix + "experts.wi_up", {kExperts, kFf, kModel}},
+                     {prefix + "experts.wo", {kExperts, kModel, kFf}}});
+  auto as_it_lies = model;
+  for (moe::TensorSource* source :
+       {&as_it_lies.tensors.experts.w_gate, &as_it_lies.tensors.experts.w_up,
+        &as_it_lies.tensors.experts.w_down})
+    source->transposed = false;
+  const auto in_place = moe::load_mapped_layer<float>(as_it_lies, turned, kLayer);
+  for (const moe::LoadedTensor& tensor : in_place.tensors)
+    EXPECT_EQ(tensor.copied,
+              tensor.name == prefix + "gate_weight" ? "not an expert's matrix" : "");
+  EXPECT_EQ(in_place.layer.experts()[1].w_gate.view()(2 * kFf - 1, 0),
+            float(200 + (4 * kFf - 1) * kModel));
+  EXPECT_EQ(in_place.layer.forward(x),
+            moe::load_layer<float>(as_it_lies, turned, kLayer).forward(x));
 }
 
 // `linear` is what GELU sees, `linear_v` what multiplies it, `linear_1` goes down.

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <concepts>
+#include <utility>
+
 #include <moe/activation.hpp>
 #include <moe/check.hpp>
 #include <moe/expert.hpp>
 #include <moe/init.hpp>
 #include <moe/product.hpp>
+#include <moe/storage.hpp>
 
 namespace moe {
 
@@ -15,11 +19,12 @@ namespace moe {
 ///   y = (a1 * silu(a2) * (x w_up^T)) w_down^T
 /// Unlike GatedFeedForward's SwiGLU, the gate is a SwiGLU of its own: w_gate is twice as tall.
 /// Forward and backward are O(rows * d_model * d_ff). Both throw std::invalid_argument unless all
-/// shapes fit.
-template <class S>
+/// shapes fit. With Mapped storage its weights are read where they lie, and it is for inference.
+template <class S, class Storage = Owned>
 class ThreeWayFeedForward {
  public:
   using Scalar = S;
+  using Weight = typename Storage::template Weight<S>;
 
   struct Options {
     Index d_model = 0;
@@ -27,20 +32,30 @@ class ThreeWayFeedForward {
   };
 
   /// All parameters are zero, to be filled from elsewhere. Throws unless both widths are positive.
-  explicit ThreeWayFeedForward(const Options& options) {
-    require(options.d_model > 0, "ThreeWayFeedForward: d_model = ", options.d_model,
-            ", expected at least 1");
-    require(options.d_ff > 0, "ThreeWayFeedForward: d_ff = ", options.d_ff,
-            ", expected at least 1");
+  explicit ThreeWayFeedForward(const Options& options)
+    requires std::same_as<Storage, Owned>
+  {
+    check_widths(options);
     w_gate.setZero(2 * options.d_ff, options.d_model);
     w_up.setZero(options.d_ff, options.d_model);
     w_down.setZero(options.d_model, options.d_ff);
   }
   /// Weights are normal with variance 1 / in.
-  ThreeWayFeedForward(const Options& options, Rng& rng) : ThreeWayFeedForward(options) {
+  ThreeWayFeedForward(const Options& options, Rng& rng)
+    requires std::same_as<Storage, Owned>
+      : ThreeWayFeedForward(options) {
     w_gate = lecun_normal<S>(2 * options.d_ff, options.d_model, rng);
     w_up = lecun_normal<S>(options.d_ff, options.d_model, rng);
     w_down = lecun_normal<S>(options.d_model, options.d_ff, rng);
+  }
+  /// Takes weights that exist: gate [2 * d_ff, d_model], up [d_ff, d_model], down [d_model, d_ff].
+  /// Throws unless the shapes are those of the options.
+  ThreeWayFeedForward(const Options& options, Weight gate, Weight up, Weight down)
+      : w_gate(std::move(gate)), w_up(std::move(up)), w_down(std::move(down)) {
+    check_widths(options);
+    require_shape(w_gate, 2 * options.d_ff, options.d_model, "ThreeWayFeedForward", "w_gate");
+    require_shape(w_up, options.d_ff, options.d_model, "ThreeWayFeedForward", "w_up");
+    require_shape(w_down, options.d_model, options.d_ff, "ThreeWayFeedForward", "w_down");
   }
 
   Index d_model() const { return w_up.cols(); }
@@ -73,7 +88,9 @@ class ThreeWayFeedForward {
 
   /// d_x [rows, d_model] from d_y; adds to the parameters of `grad`.
   void backward(const ConstMatrixRef<S>& x, const ConstMatrixRef<S>& d_y, MatrixRef<S> cache,
-                MatrixRef<S> d_x, ThreeWayFeedForward& grad) const {
+                MatrixRef<S> d_x, ThreeWayFeedForward& grad) const
+    requires std::same_as<Storage, Owned>
+  {
     require_shape(x, x.rows(), d_model(), "ThreeWayFeedForward::backward", "x");
     require_shape(d_y, x.rows(), d_model(), "ThreeWayFeedForward::backward", "d_y");
     require_shape(cache, x.rows(), cache_cols(), "ThreeWayFeedForward::backward", "cache");
@@ -111,11 +128,18 @@ class ThreeWayFeedForward {
     visit_array(f, {"w_down"}, self.w_down...);
   }
 
-  Matrix<S> w_gate;  ///< [2 * d_ff, d_model]: the rows of a1, then those of a2
-  Matrix<S> w_up;    ///< [d_ff, d_model]
-  Matrix<S> w_down;  ///< [d_model, d_ff]
+  Weight w_gate;  ///< [2 * d_ff, d_model]: the rows of a1, then those of a2
+  Weight w_up;    ///< [d_ff, d_model]
+  Weight w_down;  ///< [d_model, d_ff]
 
  private:
+  static void check_widths(const Options& options) {
+    require(options.d_model > 0, "ThreeWayFeedForward: d_model = ", options.d_model,
+            ", expected at least 1");
+    require(options.d_ff > 0, "ThreeWayFeedForward: d_ff = ", options.d_ff,
+            ", expected at least 1");
+  }
+
   // unit = a1 * silu(a2), from the cache.
   template <class To>
   void activate_rows(const MatrixRef<S>& cache, To&& unit) const {

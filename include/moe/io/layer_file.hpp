@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <concepts>
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
+#include <locale>
 #include <map>
 #include <optional>
 #include <set>
@@ -10,8 +13,16 @@
 #include <sstream>
 #include <string>
 #include <type_traits>
+#include <utility>
+#include <variant>
 #include <vector>
 
+#include <moe/activation.hpp>
+#include <moe/experts/feed_forward.hpp>
+#include <moe/experts/gated_feed_forward.hpp>
+#include <moe/experts/null_experts.hpp>
+#include <moe/experts/three_way_feed_forward.hpp>
+#include <moe/experts/variant_expert.hpp>
 #include <moe/io/safetensors.hpp>
 #include <moe/parameters.hpp>
 #include <moe/types.hpp>
@@ -30,6 +41,7 @@ std::vector<Index> shape_of(const Array& array) {
 inline std::string option_text(bool value) { return value ? "true" : "false"; }
 inline std::string option_text(double value) {
   std::ostringstream text;
+  text.imbue(std::locale::classic());  // whatever decimal point the program prints
   text.precision(17);
   text << value;
   return text.str();
@@ -86,19 +98,133 @@ std::string describe_options(const Options& o) {
   return text;
 }
 
-template <class Layer>
-std::string describe_router(const Layer& layer) {
-  if constexpr (requires { layer.router().options(); })
-    return describe_options(layer.router().options());
+// "2 x ReLU, 1 x GELU": the descriptions of several parts in their order.
+template <class Parts>
+std::string describe_each(const Parts& parts);
+
+// What decides, beside the arrays, what a part of a layer computes: its kind and what it holds, in words
+// that no compiler and no locale changes. Widths and biases are seen in the arrays. A type that is not
+// of this library says it by `std::string describe() const`, or is just "own".
+template <class T>
+std::string describe_part(const T& part) {
+  if constexpr (requires { std::string(part.describe()); })
+    return part.describe();
+  else if constexpr (requires { part.parent(); part.children(); })  // a HierarchicalRouter
+    return "parent(" + describe_part(part.parent()) + ") children(" + describe_each(part.children()) + ")";
+  else if constexpr (requires { part.options(); })
+    return describe_options(part.options());
   else
-    return "";
+    return "own";
+}
+
+inline std::string describe_part(const ReLU&) { return "ReLU"; }
+inline std::string describe_part(const GELU&) { return "GELU"; }
+inline std::string describe_part(const GELUTanh&) { return "GELUTanh"; }
+inline std::string describe_part(const SiLU&) { return "SiLU"; }
+template <class Activation>
+std::string describe_part(const Glu<Activation>& glu) {
+  return "Glu(" + describe_part(glu.activation) + ")";
+}
+inline std::string describe_part(const ClampedSwiGLU& glu) {
+  return "ClampedSwiGLU(alpha=" + option_text(glu.alpha) + " limit=" + option_text(glu.limit) +
+         " offset=" + option_text(glu.offset) + ")";
+}
+
+template <class S, class Activation, class Storage>
+std::string describe_part(const FeedForward<S, Activation, Storage>& expert) {
+  return "FeedForward(" + describe_part(expert.activation()) + ")";
+}
+template <class S, class Unit, class Storage>
+std::string describe_part(const GatedFeedForward<S, Unit, Storage>& expert) {
+  return "GatedFeedForward(" + describe_part(expert.glu()) + ")";
+}
+template <class S, class Storage>
+std::string describe_part(const ThreeWayFeedForward<S, Storage>&) {
+  return "ThreeWayFeedForward";
+}
+template <class S>
+std::string describe_part(const ZeroExpert<S>&) {
+  return "ZeroExpert";
+}
+template <class S>
+std::string describe_part(const CopyExpert<S>&) {
+  return "CopyExpert";
+}
+template <class S>
+std::string describe_part(const ConstantExpert<S>&) {
+  return "ConstantExpert";
+}
+template <class... Kinds>
+std::string describe_part(const VariantExpert<Kinds...>& expert) {
+  return std::visit([](const auto& kind) { return describe_part(kind); }, expert.get());
+}
+
+template <class Parts>
+std::string describe_each(const Parts& parts) {
+  std::vector<std::pair<std::size_t, std::string>> runs;
+  for (const auto& part : parts) {
+    std::string text = describe_part(part);
+    if (runs.empty() || runs.back().second != text) runs.emplace_back(0, std::move(text));
+    ++runs.back().first;
+  }
+  std::string all;
+  for (const auto& [count, text] : runs)
+    all += (all.empty() ? "" : ", ") + std::to_string(count) + " x " + text;
+  return all;
+}
+
+// The descriptions of a layer, or of a router or an expert alone, under their keys of the metadata.
+template <class Layer>
+std::vector<std::pair<std::string, std::string>> describe(const Layer& layer) {
+  std::vector<std::pair<std::string, std::string>> texts;
+  if constexpr (requires { layer.router(); })
+    texts.emplace_back("router", describe_part(layer.router()));
+  if constexpr (requires { layer.experts(); })
+    texts.emplace_back("experts", describe_each(layer.experts()));
+  else
+    texts.emplace_back("kind", describe_part(layer));
+  if constexpr (requires { layer.shared_experts(); })
+    texts.emplace_back("shared_experts", describe_each(layer.shared_experts()));
+  return texts;
+}
+
+inline constexpr const char* kTable = "router.table";  // what a HashRouter's table is called in a file
+
+// The table of a layer's HashRouter; empty where there is none.
+template <class Layer>
+std::vector<std::int64_t> hash_table_of(const Layer& layer) {
+  if constexpr (requires { { layer.router().options().table } -> std::same_as<const IndexVector&>; }) {
+    const IndexVector& table = layer.router().options().table;
+    return {table.begin(), table.end()};
+  } else {
+    return {};
+  }
+}
+
+inline void require_table(const TensorView& tensor, const std::vector<std::int64_t>& table,
+                          const std::string& file) {
+  const std::vector<Index> shape{Index(table.size())};
+  if (tensor.dtype != DType::I64 || tensor.shape != shape)
+    throw CheckpointError("load_layer: " + tensor.name + " in " + file + " is " +
+                          std::string(name_of(tensor.dtype)) + " of shape " + text_of(tensor.shape) +
+                          ", expected I64 of " + text_of(shape));
+  std::vector<std::int64_t> saved(table.size());
+  read_tensor(tensor, saved.data());
+  for (std::size_t id = 0; id < table.size(); ++id)
+    if (saved[id] != table[id])
+      throw CheckpointError("load_layer: " + tensor.name + " in " + file + " sends id " +
+                            std::to_string(id) + " to expert " + std::to_string(saved[id]) +
+                            ", expected " + std::to_string(table[id]));
 }
 
 }  // namespace detail
 
-/// Writes every parameter and buffer of a layer (or of anything with visit) to a safetensors file, and the
-/// router's options to its metadata; `metadata` adds to that. The file is replaced as a whole or not at
-/// all. Throws CheckpointError when it can not be written.
+/// Writes every parameter and buffer of a layer (or of anything with visit) to a safetensors file, a
+/// HashRouter's table as "router.table", and to its metadata, as "router", "experts" and "shared_experts",
+/// what else decides what the layer computes: the router's options, kinds of experts and their units.
+/// `metadata` adds to that. An expert, unit or router of your own takes part by a
+/// `std::string describe() const`. The file is replaced as a whole or not at all. Throws CheckpointError
+/// when it can not be written.
 /// Example: save_layer("layer.safetensors", layer).
 template <class Layer>
 void save_layer(const std::filesystem::path& path, const Layer& layer,
@@ -112,24 +238,29 @@ void save_layer(const std::filesystem::path& path, const Layer& layer,
                            std::as_bytes(std::span(array.data(), std::size_t(array.size())))});
       },
       layer);
+  const std::vector<std::int64_t> table = detail::hash_table_of(layer);
+  if (!table.empty())
+    tensors.push_back(
+        {detail::kTable, DType::I64, {Index(table.size())}, std::as_bytes(std::span(table))});
   metadata["format"] = "moe";
-  if constexpr (requires { layer.router(); }) metadata["router"] = detail::describe_router(layer);
+  for (const auto& [part, text] : detail::describe(layer)) metadata[part] = text;
   write_safetensors(path, tensors, metadata);
 }
 
 /// Reads what save_layer wrote into a layer of the same kind, sizes and options. Values of another
 /// floating-point type are converted. Throws CheckpointError, and changes nothing, for a name that is in
-/// the file or in the layer only, for another shape, and for other options of the router.
+/// the file or in the layer only, for another shape, and for another description or table. What a file
+/// does not describe is not compared.
 /// Example: load_layer(Checkpoint::open("layer.safetensors"), layer).
 template <class Layer>
 void load_layer(const Checkpoint& checkpoint, Layer& layer) {
   const std::string file = checkpoint.path().string();
-  if constexpr (requires { layer.router(); }) {
-    const auto saved = checkpoint.metadata().find("router");
-    const std::string here = detail::describe_router(layer);
-    if (saved != checkpoint.metadata().end() && saved->second != here)
-      throw CheckpointError("load_layer: " + file + " is of a router with " + saved->second +
-                            ", expected " + here);
+  for (const auto& [part, here] : detail::describe(layer)) {
+    const auto saved = checkpoint.metadata().find(part);
+    if (saved == checkpoint.metadata().end() || saved->second.empty()) continue;
+    if (saved->second != here)
+      throw CheckpointError("load_layer: " + file + " was saved with " + part + " = " +
+                            saved->second + ", expected " + here);
   }
   std::set<std::string> names;
   Layer::visit(
@@ -153,6 +284,11 @@ void load_layer(const Checkpoint& checkpoint, Layer& layer) {
         names.insert(name);
       },
       static_cast<const Layer&>(layer));
+  const std::vector<std::int64_t> table = detail::hash_table_of(layer);
+  if (!table.empty() && checkpoint.contains(detail::kTable)) {
+    detail::require_table(checkpoint.at(detail::kTable), table, file);
+    names.insert(detail::kTable);
+  }
   for (const std::string& name : checkpoint.names())
     if (!names.contains(name))
       throw CheckpointError("load_layer: " + name + " in " + file + " is not in the layer, which has " +

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <functional>
 #include <map>
+#include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -42,7 +44,19 @@ inline std::string replaced(std::string text, std::string_view what, Index numbe
   return text;
 }
 
-// Reads the parameters of one layer, and counts what it read of every tensor.
+// The rows that a part leaves; nothing is left by `all`.
+constexpr std::optional<TensorPart> rest_of(TensorPart part) {
+  switch (part) {
+    case TensorPart::all: break;
+    case TensorPart::first_half: return TensorPart::second_half;
+    case TensorPart::second_half: return TensorPart::first_half;
+    case TensorPart::even_rows: return TensorPart::odd_rows;
+    case TensorPart::odd_rows: return TensorPart::even_rows;
+  }
+  return {};
+}
+
+// Reads the parameters of one layer, each value once, and counts what it read of every tensor.
 template <class S>
 class LayerReader {
  public:
@@ -75,7 +89,7 @@ class LayerReader {
     return MappedMatrix<S>(std::move(copied));
   }
 
-  // Throws unless every value of every tensor whose name begins with `prefix` was read once.
+  // Throws unless every value of every tensor whose name begins with `prefix` was read.
   void check_all_read(std::string_view prefix) const {
     const std::string begin = replaced(std::string(prefix), "{layer}", layer_);
     for (const std::string& name : checkpoint_.names()) {
@@ -107,6 +121,7 @@ class LayerReader {
     Index outer, inner;
     TensorPart part;
     bool transposed;
+    Index expert;  // whose part of a tensor of all experts it is, else 0
   };
 
   // Scales are read with the tensor that they belong to.
@@ -139,7 +154,7 @@ class LayerReader {
     const bool stacked = num_experts > 0 && source.name.find("{expert}") == std::string_view::npos;
     check_shape(tensor, mxfp4, outer, inner, vector, stacked ? num_experts : 0);
     const Index count = stacked ? num_experts : 1, index = stacked ? expert : 0;
-    Stored stored{Format::plain, {}, {}, outer, inner, source.part, transposed};
+    Stored stored{Format::plain, {}, {}, outer, inner, source.part, transposed, index};
     if (mxfp4) {
       const TensorView& scales = checkpoint_.at(name + "_scales");
       require_mxfp4_scales(tensor, scales);
@@ -225,24 +240,38 @@ class LayerReader {
     return "";
   }
 
+  // Throws where some of these rows were read before.
   void note(const Stored& stored, Index values, const std::string& copied) {
-    LoadedTensor& tensor = used_[stored.values.name];
-    tensor = {stored.values.name, tensor.values + values, copied};
+    const std::string& name = stored.values.name;
+    std::set<TensorPart>& parts = parts_[{name, stored.expert}];
+    for (const TensorPart before : parts)
+      if (rest_of(before) != stored.part)
+        throw CheckpointError("load_layer: two parameters of this model take the same rows of " + name +
+                              ", expected one");
+    parts.insert(stored.part);
+    LoadedTensor& tensor = used_[name];
+    tensor = {name, tensor.values + values, copied};
   }
 
   const Checkpoint& checkpoint_;
   Index layer_;
   std::map<std::string, LoadedTensor, std::less<>> used_;
+  std::map<std::pair<std::string, Index>, std::set<TensorPart>> parts_;  // read, by tensor and expert
   std::vector<S> values_;
 };
+
+template <class M>
+void require_names(const M& model, Index layer, const char* where) {
+  require(layer >= 0, where, ": layer = ", layer, ", expected at least 0");
+  require(!model.tensors.w_router.empty(), where, ": the tensor names of ", model.name,
+          " are not known");
+}
 
 // A layer and what it was read from; see load_layer and load_mapped_layer.
 template <class S, class Storage, class Unit, template <class> class R>
 LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
     const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer) {
-  require(layer >= 0, "load_layer: layer = ", layer, ", expected at least 0");
-  require(!model.tensors.w_router.empty(), "load_layer: the tensor names of ", model.name,
-          " are not known");
+  require_names(model, layer, "load_layer");
   using Expert = typename Model<Unit, R>::template Expert<S, Storage>;
   const LayerTensors& tensors = model.tensors;
   LayerReader<S> reader(checkpoint, layer);
@@ -260,9 +289,10 @@ LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
       const auto map = [&](const TensorSource& source, Index rows, Index cols) {
         return reader.map(source, e, stacked, rows, cols);
       };
-      if constexpr (std::same_as<Storage, Mapped> && GatedUnit<Unit>) {
-        experts.push_back({options, map(from.w_gate, d_ff, d_model), map(from.w_up, d_ff, d_model),
-                           map(from.w_down, d_model, d_ff)});
+      constexpr Index kGateWidths = ExpertOf<Unit>::kUpWidths - 1;
+      if constexpr (std::same_as<Storage, Mapped> && kGateWidths > 0) {
+        experts.push_back({options, map(from.w_gate, kGateWidths * d_ff, d_model),
+                           map(from.w_up, d_ff, d_model), map(from.w_down, d_model, d_ff)});
       } else if constexpr (std::same_as<Storage, Mapped>) {
         experts.push_back({options, map(from.w_up, d_ff, d_model), map(from.w_down, d_model, d_ff)});
       } else {
@@ -297,9 +327,11 @@ LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
 
 /// The model in the size that a checkpoint's layer has: d_model, the number of experts and the widths are
 /// read off the shapes of the router's and the down projections' tensors. top_k and the group limit stay.
-/// Throws CheckpointError where those tensors are missing or have no such shapes.
+/// Throws CheckpointError where those tensors are missing or have no such shapes, and
+/// std::invalid_argument for a model whose tensor names are not known.
 template <class Unit, template <class> class R>
 Model<Unit, R> sized_as(const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer) {
+  detail::require_names(model, layer, "sized_as");
   const auto find = [&](const TensorSource& source) -> std::pair<const TensorView*, Index> {
     const std::string name = detail::replaced(
         detail::replaced(std::string(source.name), "{layer}", layer), "{expert}", 0);

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <concepts>
-
 #include <moe/experts/three_way_feed_forward.hpp>
 #include <moe/models/model.hpp>
 
@@ -14,8 +12,7 @@ struct ThreeWaySwiGLU {};
 template <>
 struct ExpertOf<ThreeWaySwiGLU> {
   template <class S, class Storage = Owned>
-    requires std::same_as<Storage, Owned>
-  using Type = ThreeWayFeedForward<S>;
+  using Type = ThreeWayFeedForward<S, Storage>;
   static constexpr Index kUpWidths = 3;  // gate is twice as wide as up
 
   static constexpr Index parameters(Index d_model, Index d_ff, bool) { return 4 * d_model * d_ff; }
