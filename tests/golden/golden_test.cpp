@@ -409,7 +409,7 @@ TEST(GoldenOfAuthors, NllbMoeWithDrops) {  // 3 seats
 }
 TEST(GoldenOfAuthors, NllbMoeWithPriority) {  // 3 seats
   auto model = moe::nllb_moe_54b;
-  model.router.priority = moe::Priority::token_max_gate;
+  model.router.priority = moe::Priority::token_max_prob;
   expect_equal_to_golden(model, "authors_nllb_moe_priority", {.gate_factor = 0.8, .capacity = 1.0},
                          kOfFirstChoices);
 }
