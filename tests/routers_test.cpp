@@ -794,4 +794,13 @@ TEST(TokenChoiceRouters, ConstantGatesAreRefusedInTrainingOnly) {
   one.route(Matrix<double>{{1.}}, rng, {}, routing);  // one expert is one expert
 }
 
+// Probabilities .457 and .168 are the first whose sum exceeds 0.6; gates are those probabilities.
+TEST(TopKRouter, TopPTakesTheFewestExpertsOfThatMass) {
+  const auto routing = route(identity_router<TopK>({.top_k = 8, .top_p = 0.6}, 8),
+                             Matrix<double>{{1, .5, -.25, 2, -1, .75, 0, -2}});
+  ASSERT_EQ(chosen_by(routing, 0), (std::vector<Index>{3, 0}));
+  EXPECT_NEAR(routing.chosen.gate[0], 0.457382973, 1e-9);
+  EXPECT_NEAR(routing.chosen.gate[1], 0.168261792, 1e-9);
+}
+
 }  // namespace

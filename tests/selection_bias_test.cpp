@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: MIT
+#include <cmath>
+
 #include <gtest/gtest.h>
 
 #include <moe/moe.hpp>
@@ -42,6 +44,13 @@ TEST(SelectionBias, SelectsAndDoesNotLeakIntoGates) {
   EXPECT_EQ(routing.chosen.expert[1], 5);
   EXPECT_NEAR(routing.chosen.gate[0], 0.373264235, 1e-9);
   EXPECT_NEAR(routing.chosen.gate[1], 2.12673577, 1e-8);
+  // What the gates would be if the bias leaked.
+  const auto biased = [&](moe::Index e) {
+    return 1 / (1 + std::exp(-x(0, e))) + router.selection_bias[e];
+  };
+  const double leaked = 2.5 * biased(7) / (biased(7) + biased(5));
+  EXPECT_NEAR(leaked, 1.2750354, 1e-7);
+  EXPECT_NEAR(2.5 - leaked, 1.2249646, 1e-7);
 }
 
 // Trained on nothing but its bias, a router that sends every token to one expert spreads them.
