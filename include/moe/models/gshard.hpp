@@ -7,7 +7,7 @@ namespace moe {
 
 /// GShard 600B (Lepikhin et al. 2021): every second layer of 36 has 2,048 experts; two of them a token, gates
 /// with a sum of 1. Seats: 2 * tokens / num_experts in each group, made whole as lingvo does it. Its loss
-/// counts first choices: load_balancing_loss(routing, demand_per_expert(routing, 1), tokens).
+/// counts first choices.
 /// In training the second expert is drawn with a probability of twice its gate (algorithm 1); in inference
 /// it is always taken.
 inline constexpr Model<ReLU> gshard_600b = {
@@ -22,7 +22,7 @@ inline constexpr Model<ReLU> gshard_600b = {
                .training_capacity = 1.0,
                .capacity_rule = {Rounding::down, 4, 4}},
     .d_ff = 8192,
-    .balance_loss = 0.01};
+    .losses = {.balance = 0.01, .balance_of = BalanceOf::first_choices}};
 
 /// GLaM 64B/64E (Du et al. 2022): GShard's router in every second layer, but that the second expert is always
 /// taken (praxis), dense layers gated.
@@ -37,7 +37,7 @@ inline constexpr Model<ReLU> glam_64b_64e = {
                .training_capacity = 1.0,
                .capacity_rule = {Rounding::down, 4, 4}},
     .d_ff = 32768,
-    .balance_loss = 0.01,
+    .losses = {.balance = 0.01, .balance_of = BalanceOf::first_choices},
     .around = {.layers = 64,
                .moe_layers = 32,
                .vocabulary = 256000,
@@ -62,7 +62,6 @@ inline constexpr Model<GEGLUTanh> st_moe_32b = {
                .training_capacity = 0.625,
                .capacity_rule = {Rounding::nearest_even, 4}},
     .d_ff = 20480,
-    .balance_loss = 0.01,
-    .z_loss = 0.001};
+    .losses = {.balance = 0.01, .balance_of = BalanceOf::first_choices, .z = 0.001}};
 
 }  // namespace moe

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <string_view>
 #include <type_traits>
 #include <utility>
@@ -10,6 +11,8 @@
 #include <moe/check.hpp>
 #include <moe/experts/feed_forward.hpp>
 #include <moe/experts/gated_feed_forward.hpp>
+#include <moe/group_limit.hpp>
+#include <moe/models/losses.hpp>
 #include <moe/moe_layer.hpp>
 #include <moe/routers/top_k_router.hpp>
 #include <moe/storage.hpp>
@@ -127,8 +130,7 @@ struct Model {
   Index shared_d_ff = 0;  ///< of a shared expert
   bool gated_shared_experts = false;
   bool output_bias = false;
-  /// Coefficients in training, for losses as this library normalises them.
-  double balance_loss = 0, z_loss = 0;
+  Losses losses{};  ///< in training, see routing_loss
   Surroundings around{};
   PublishedSize published{};
   LayerTensors tensors{};

@@ -19,7 +19,7 @@ inline constexpr Model<ReLU> nllb_moe_54b = {
                .renormalise_after_drop = true},
     .d_ff = 8192,
     .expert_bias = true,
-    .balance_loss = 0.01,
+    .losses = {.balance = 0.01, .balance_of = BalanceOf::first_choices},
     .tensors = {
         .prefix = "model.encoder.layers.{layer}.ffn.",
         .w_router = {"model.encoder.layers.{layer}.ffn.router.classifier.weight"},

@@ -20,7 +20,7 @@ inline constexpr Model<ReLU> switch_base_8 = {
                .training_capacity = 1.25,
                .capacity_rule = {Rounding::down, 4}},
     .d_ff = 3072,
-    .balance_loss = 0.01,
+    .losses = {.balance = 0.01},
     .tensors = {.prefix = "encoder.block.{layer}.layer.1.mlp.",
                 .w_router = {"encoder.block.{layer}.layer.1.mlp.router.classifier.weight"},
                 .experts = {
@@ -41,6 +41,6 @@ inline constexpr Model<ReLU> switch_c = {
                .training_capacity = 1.0,
                .capacity_rule = {Rounding::nearest_even, 2}},
     .d_ff = 6144,
-    .balance_loss = 0.01};
+    .losses = {.balance = 0.01}};
 
 }  // namespace moe
