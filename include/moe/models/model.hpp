@@ -139,13 +139,15 @@ struct Model {
   constexpr Index num_experts() const { return router.num_experts; }
 
   /// The same layer in another size: shared experts shrink as the routed ones do, top_k is at most the
-  /// number of experts. A group limit stays as it is: making the layer throws where it does not fit.
+  /// number of experts, noise is in proportion to 1 / num_experts (V-MoE). A group limit stays as it is: making the layer throws where it does not fit.
   constexpr Model scaled_to(Index new_d_model, Index new_d_ff, Index new_num_experts) const {
     Model scaled = *this;
     scaled.router.d_model = new_d_model;
     scaled.router.num_experts = new_num_experts;
     if constexpr (requires { scaled.router.top_k = Index(1); })
       scaled.router.top_k = std::min(router.top_k, new_num_experts);
+    if constexpr (requires { scaled.router.noise_stddev; })
+      scaled.router.noise_stddev *= double(num_experts()) / double(std::max<Index>(1, new_num_experts));
     scaled.d_ff = new_d_ff;
     if (shared_experts > 0)
       scaled.shared_d_ff = std::max<Index>(1, shared_d_ff * new_d_ff / std::max<Index>(1, d_ff));
