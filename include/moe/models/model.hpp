@@ -111,6 +111,20 @@ constexpr Index surrounding_parameters(const Surroundings& around, Index d_model
          around.layers * around.attention + (around.layers - around.moe_layers) * dense + norms;
 }
 
+namespace detail {
+
+// The limit with the most groups, at most as many as it has, that `num_experts` fill evenly with at least
+// two each, and the same share of them kept.
+constexpr GroupLimit scaled_limit(const GroupLimit& limit, Index num_experts) {
+  GroupLimit scaled = limit;
+  scaled.groups = std::max<Index>(1, std::min(limit.groups, num_experts / 2));
+  while (num_experts % scaled.groups != 0) --scaled.groups;
+  scaled.kept = (limit.kept * scaled.groups + limit.groups - 1) / limit.groups;
+  return scaled;
+}
+
+}  // namespace detail
+
 /// A published model. `Unit` is the activation or gated unit of its experts, `R` its router.
 template <class Unit, template <class> class R = TopKRouter>
 struct Model {
@@ -138,14 +152,21 @@ struct Model {
   constexpr Index d_model() const { return router.d_model; }
   constexpr Index num_experts() const { return router.num_experts; }
 
-  /// The same layer in another size: shared experts shrink as the routed ones do, top_k is at most the
-  /// number of experts, noise is in proportion to 1 / num_experts (V-MoE). A group limit stays as it is: making the layer throws where it does not fit.
+  /// The same layer in another size: shared experts shrink as the routed ones do, noise is in proportion
+  /// to 1 / num_experts (V-MoE). A group limit becomes one of fewer groups where the experts do not fill
+  /// its own with two each, and keeps its share of them. top_k is at most the experts that are left.
   constexpr Model scaled_to(Index new_d_model, Index new_d_ff, Index new_num_experts) const {
     Model scaled = *this;
     scaled.router.d_model = new_d_model;
     scaled.router.num_experts = new_num_experts;
+    Index available = new_num_experts;
+    if constexpr (requires { scaled.router.group_limit; }) {
+      GroupLimit& limit = scaled.router.group_limit;
+      limit = detail::scaled_limit(limit, new_num_experts);
+      available = limit.kept * (new_num_experts / limit.groups);
+    }
     if constexpr (requires { scaled.router.top_k = Index(1); })
-      scaled.router.top_k = std::min(router.top_k, new_num_experts);
+      scaled.router.top_k = std::min(router.top_k, available);
     if constexpr (requires { scaled.router.noise_stddev; })
       scaled.router.noise_stddev *= double(num_experts()) / double(std::max<Index>(1, new_num_experts));
     scaled.d_ff = new_d_ff;
