@@ -5,9 +5,11 @@
 
 namespace moe {
 
-/// NLLB-MoE 54B (NLLB Team 2022): the two best experts, gates renormalised over those with a seat. In
-/// training each token's mixture is dropped with probability 0.2, which this layer leaves to its caller; in
-/// inference it is scaled by 0.8, which is the gate scale here. Its loss counts first choices.
+/// NLLB-MoE 54B (NLLB Team 2022): the two best experts, gates renormalised over those with a seat. Seats:
+/// 2 * tokens / num_experts in training, the share of one choice rounded up (fairseq); in inference no token
+/// is dropped. The gate scale of 0.8 is that of inference: see nllb_moe_54b_in_training. Its loss counts
+/// first choices; coefficient 0.01 and no z-loss are the paper's and fairseq's (Hugging Face's configuration
+/// has 0.001 for both).
 inline constexpr Model<ReLU> nllb_moe_54b = {
     .name = "NLLB-MoE 54B",
     .source = "arXiv:2207.04672",
@@ -16,6 +18,8 @@ inline constexpr Model<ReLU> nllb_moe_54b = {
                .top_k = 2,
                .renormalise = true,
                .gate_scale = 0.8,
+               .training_capacity = 1.0,
+               .capacity_rule = {Rounding::up, 0, 2},
                .renormalise_after_drop = true},
     .d_ff = 8192,
     .expert_bias = true,
@@ -28,5 +32,13 @@ inline constexpr Model<ReLU> nllb_moe_54b = {
             .w_down = {"model.encoder.layers.{layer}.ffn.experts.expert_{expert}.fc2.weight"},
             .b_up = {"model.encoder.layers.{layer}.ffn.experts.expert_{expert}.fc1.bias"},
             .b_down = {"model.encoder.layers.{layer}.ffn.experts.expert_{expert}.fc2.bias"}}}};
+
+/// The same as it is trained: gates have a sum of 1, and the caller sets the mixture of each token to zero
+/// with probability 0.2, instead of which inference scales it by 0.8.
+inline constexpr Model<ReLU> nllb_moe_54b_in_training = [] {
+  Model<ReLU> model = nllb_moe_54b;
+  model.router.gate_scale = 1;
+  return model;
+}();
 
 }  // namespace moe
