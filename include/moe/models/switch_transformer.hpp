@@ -8,7 +8,8 @@ namespace moe {
 /// Switch Transformer, Base with 8 experts (Fedus et al. 2021): the best expert, its probability as gate,
 /// jitter of 0.01. Seats: 1.25 times an even share in training, 2 in inference, within each group of
 /// BatchInfo, rounded down and at least 4 (mesh); Hugging Face gives every expert 64 seats a sequence
-/// instead. Encoder layer `layer` is sparse where it is odd.
+/// instead. Names of tensors are the encoder's, where layer `layer` has experts if it is odd; the decoder's begin with
+/// decoder.block.{layer}.layer.2.mlp.
 inline constexpr Model<ReLU> switch_base_8 = {
     .name = "Switch-Base-8",
     .source = "arXiv:2101.03961",
