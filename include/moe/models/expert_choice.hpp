@@ -7,7 +7,8 @@
 namespace moe {
 
 /// Expert Choice 8B/64E (Zhou et al. 2022): every expert takes the tokens that it likes best, two experts a
-/// token on average, rounded as flaxformer does it and at least 4 tokens an expert.
+/// token on average, rounded as flaxformer does it and at least 4 tokens an expert. The router has no bias,
+/// as in the paper (flaxformer's has one).
 inline constexpr Model<ReLU, ExpertChoiceRouter> expert_choice_8b_64e = {
     .name = "Expert Choice 8B/64E",
     .source = "arXiv:2202.09368",

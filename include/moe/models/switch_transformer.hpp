@@ -30,7 +30,7 @@ inline constexpr Model<ReLU> switch_base_8 = {
                         "encoder.block.{layer}.layer.1.mlp.experts.expert_{expert}.wo.weight"}}}};
 
 /// Switch-C, the largest: 2,048 experts (table 9 of the paper; 1.6T parameters). Seats as flaxformer's
-/// configuration of it says.
+/// configuration of it says; no bias in the router, as in the paper and mesh (flaxformer's has one).
 inline constexpr Model<ReLU> switch_c = {
     .name = "Switch-C",
     .source = "arXiv:2101.03961",
