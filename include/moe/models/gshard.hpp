@@ -23,7 +23,8 @@ inline constexpr Model<ReLU> gshard_600b = {
                .training_capacity = 1.0,
                .capacity_rule = {Rounding::down, 4, 4}},
     .d_ff = 8192,
-    .losses = {.balance = 0.01, .balance_of = BalanceOf::first_choices}};
+    .losses = {.balance = 0.01, .balance_of = BalanceOf::first_choices},
+    .published = {600e9, 0}};
 
 /// GLaM 64B/64E (Du et al. 2022): GShard's router in every second layer, but that the second expert is always
 /// taken (praxis), dense layers gated.
@@ -51,7 +52,8 @@ inline constexpr Model<ReLU> glam_64b_64e = {
 /// ST-MoE-32B (Zoph et al. 2022): two experts a token, the second where its gate is above 0.2, in training
 /// with a probability of its gate / 0.2. Its authors used two libraries: second experts, gates with a sum of 1
 /// and a loss of first choices are mesh's (which draws in inference, too), seats are flaxformer's: 1.25 *
-/// tokens / num_experts in training and 2 in inference, to the nearest. Its z-loss is the paper's.
+/// tokens / num_experts in training and 2 in inference, to the nearest. Its z-loss is the paper's. A layer with
+/// experts, every fourth, has a dense feed-forward, too.
 inline constexpr Model<GEGLUTanh> st_moe_32b = {
     .name = "ST-MoE-32B",
     .source = "arXiv:2202.08906",
@@ -66,6 +68,13 @@ inline constexpr Model<GEGLUTanh> st_moe_32b = {
                .training_capacity = 0.625,
                .capacity_rule = {Rounding::nearest_even, 4}},
     .d_ff = 20480,
-    .losses = {.balance = 0.01, .balance_of = BalanceOf::first_choices, .z = 0.001}};
+    .losses = {.balance = 0.01, .balance_of = BalanceOf::first_choices, .z = 0.001},
+    .around = {.layers = 48,
+               .moe_layers = 12,
+               .vocabulary = 32128,
+               .attention = encoder_decoder_attention(attention_parameters(5120, 64, 64, 128)),
+               .dense_d_ff = 20480,
+               .dense_beside_experts = true},
+    .published = {269e9, 0}};
 
 }  // namespace moe

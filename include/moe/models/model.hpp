@@ -60,6 +60,10 @@ struct Surroundings {
   Index attention = 0;           ///< parameters of one layer's attention
   Index dense_d_ff = 0;          ///< width of the feed-forward of the other layers
   int dense_matrices = 3;        ///< 3 where it is gated, else 2
+  bool dense_beside_experts = false;  ///< whether layers with experts have that feed-forward, too
+  Index idle_attention = 0;           ///< of `attention`, what one token does not use
+
+  constexpr bool known() const { return layers > 0; }
 };
 
 /// Parameters of attention with grouped queries: query and output of `heads`, key and value of
@@ -77,6 +81,9 @@ constexpr Index latent_attention_parameters(Index d_model, Index heads, Index qu
          d_model * (kv_rank + rotary_dim) + kv_rank * heads * (plain_dim + value_dim) +
          heads * value_dim * d_model + query_rank + kv_rank;
 }
+
+/// The mean over the layers of an encoder and a decoder of equal depth: the decoder's attend twice.
+constexpr Index encoder_decoder_attention(Index attention) { return attention * 3 / 2; }
 
 /// What a model's authors and its report say, in parameters; 0 where they do not.
 struct PublishedSize {
@@ -107,8 +114,9 @@ struct ExpertOf {
 constexpr Index surrounding_parameters(const Surroundings& around, Index d_model) {
   const Index norms = (2 * around.layers + 1) * d_model;
   const Index dense = around.dense_matrices * d_model * around.dense_d_ff;
+  const Index dense_layers = around.layers - (around.dense_beside_experts ? 0 : around.moe_layers);
   return (around.tied_embeddings ? 1 : 2) * around.vocabulary * d_model +
-         around.layers * around.attention + (around.layers - around.moe_layers) * dense + norms;
+         around.layers * around.attention + dense_layers * dense + norms;
 }
 
 namespace detail {
@@ -155,8 +163,13 @@ struct Model {
   /// The same layer in another size: shared experts shrink as the routed ones do, noise is in proportion
   /// to 1 / num_experts (V-MoE). A group limit becomes one of fewer groups where the experts do not fill
   /// its own with two each, and keeps its share of them. top_k is at most the experts that are left.
+  /// What stands around the layers of the published size is left out.
   constexpr Model scaled_to(Index new_d_model, Index new_d_ff, Index new_num_experts) const {
     Model scaled = *this;
+    if (new_d_model == d_model() && new_d_ff == d_ff && new_num_experts == num_experts())
+      return scaled;
+    scaled.around = {};
+    scaled.published = {};
     scaled.router.d_model = new_d_model;
     scaled.router.num_experts = new_num_experts;
     Index available = new_num_experts;
@@ -179,9 +192,11 @@ struct Model {
   constexpr Index expert_parameters(Index width) const {
     return ExpertOf<Unit>::parameters(d_model(), width, expert_bias);
   }
-  /// Parameters of one layer's router, shared experts, their gates and the output bias.
+  /// Parameters of one layer's router (with those of its noise), shared experts, their gates and the
+  /// output bias.
   constexpr Index common_parameters() const {
     Index count = d_model() * num_experts() + shared_experts * expert_parameters(shared_d_ff);
+    if constexpr (requires { router.noise_epsilon; }) count += d_model() * num_experts();
     if constexpr (requires { router.bias; }) count += router.bias ? num_experts() : 0;
     if (gated_shared_experts) count += shared_experts * d_model();
     return count + (output_bias ? d_model() : 0);
@@ -194,21 +209,25 @@ struct Model {
   constexpr Index active_layer_parameters() const {
     return common_parameters() + experts_per_token() * expert_parameters(d_ff);
   }
-  /// Operations (a multiply-add is two) of one layer's products for one token, forward.
+  /// Operations (a multiply-add is two) of one layer's products for one token, forward,
+  /// in inference.
   constexpr Index flops_per_token() const {
     constexpr Index kMatrices = ExpertOf<Unit>::kUpWidths + 1;
     return 2 * d_model() *
            (num_experts() + kMatrices * (experts_per_token() * d_ff + shared_experts * shared_d_ff) +
             (gated_shared_experts ? shared_experts : 0));
   }
-  /// Parameters of the whole model: embeddings, attention, feed-forward layers and norms.
-  constexpr Index total_parameters() const {
+  /// Parameters of the whole model: embeddings, attention, feed-forward layers and norms. None where
+  /// `around` does not say what stands around its layers.
+  constexpr std::optional<Index> total_parameters() const {
+    if (!around.known()) return {};
     return surrounding_parameters(around, d_model()) + around.moe_layers * layer_parameters();
   }
   /// Those that one token uses; the input embedding as its authors count it.
-  constexpr Index active_parameters() const {
+  constexpr std::optional<Index> active_parameters() const {
+    if (!around.known()) return {};
     return surrounding_parameters(around, d_model()) +
-           around.moe_layers * active_layer_parameters() -
+           around.moe_layers * active_layer_parameters() - around.layers * around.idle_attention -
            (around.embedding_is_active ? 0 : around.vocabulary * d_model());
   }
   constexpr Index experts_per_token() const {

@@ -31,12 +31,6 @@ inline constexpr LayerTensors kOpenMoETensors = {
                 .w_up = {"model.layers.{layer}.mlp.experts.wi_up", TensorPart::all, true},
                 .w_down = {"model.layers.{layer}.mlp.experts.wo", TensorPart::all, true}}};
 
-// What a layer has beside experts: attention, and a dense feed-forward of the experts' kind, which stands
-// in place of experts or after them.
-constexpr Index openmoe_attention_and_dense(Index d_model, Index d_ff) {
-  return attention_parameters(d_model, 24, 24, 128) + 4 * d_model * d_ff;
-}
-
 }  // namespace detail
 
 /// OpenMoE-8B/32E (Xue et al. 2024): two of 32 experts in every sixth layer, gates are probabilities as they
@@ -57,7 +51,10 @@ inline constexpr Model<ThreeWaySwiGLU> openmoe_8b_32e = {
     .around = {.layers = 24,
                .moe_layers = 4,
                .vocabulary = 256384,
-               .attention = detail::openmoe_attention_and_dense(2048, 8192)},
+               .attention = attention_parameters(2048, 24, 24, 128),
+               .dense_d_ff = 8192,
+               .dense_matrices = 4,
+               .dense_beside_experts = true},
     .published = {8.7e9, 2.1e9},
     .tensors = detail::kOpenMoETensors};
 
@@ -76,7 +73,10 @@ inline constexpr Model<ThreeWaySwiGLU> openmoe_34b_32e = {
     .around = {.layers = 32,
                .moe_layers = 8,
                .vocabulary = 256384,
-               .attention = detail::openmoe_attention_and_dense(3072, 12288)},
+               .attention = attention_parameters(3072, 24, 24, 128),
+               .dense_d_ff = 12288,
+               .dense_matrices = 4,
+               .dense_beside_experts = true},
     .published = {34e9, 6e9},
     .tensors = detail::kOpenMoETensors};
 
