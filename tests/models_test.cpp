@@ -90,11 +90,11 @@ TEST(Models, TotalsThatAreNotCountedAreAbsent) {
   EXPECT_TRUE(moe::soft_moe_b16.scaled_to(768, 3072, 128).total_parameters());
 }
 
-// Two of eight query and output projections of JetMoE's attention are in use: 2.2B without the embedding.
+// Two of eight query and output projections of JetMoE's attention are in use, as of its experts.
 TEST(Models, IdleAttentionIsNotActive) {
   const auto& model = moe::jetmoe_8b;
   EXPECT_EQ(*model.total_parameters() - *model.active_parameters(),
-            24 * (6 * 3 * 2048 * 5632 + 6 * 2 * 2048 * 2048));
+            Index(24) * (6 * 3 * 2048 * 5632 + 6 * 2 * 2048 * 2048));
 }
 
 TEST(Models, NoiseWeightsAreCounted) {
