@@ -13,6 +13,7 @@
 
 #include <moe/capacity.hpp>
 #include <moe/random.hpp>
+#include <moe/token_choice.hpp>
 
 namespace moe {
 
@@ -173,7 +174,7 @@ using Token = std::vector<std::pair<Index, double>>;  // its choices: expert and
 
 struct Seating {
   moe::Routing<double> routing;
-  Matrix<double> scores;
+  Matrix<double> scores, probs;
   BatchInfo info;
 
   Seating(Index experts, const std::vector<Token>& tokens, BatchInfo batch = {})
@@ -193,7 +194,7 @@ struct Seating {
     const IndexVector seats =
         Eigen::Map<const IndexVector>(capacity.data(), Index(capacity.size()));
     moe::apply_capacity(routing.chosen, scores, seats, overflow, priority, info, routing.plan,
-                        routing.scratch);
+                        routing.scratch, &probs);
   }
 
   std::vector<std::vector<Index>> tokens_of_experts() const {
@@ -241,6 +242,33 @@ TEST(ApplyCapacity, ByGateLetsEveryExpertKeepItsLargest) {
   EXPECT_EQ(s.dropped(), (Drops{{1, 0, 0}, {3, 0, 1}, {2, 1, 1}}));
 }
 
+// Probabilities (.50, .40, .10) and (.45, .28, .27): the first token's is larger, the second's gate is once
+// the gates of two choices sum to 1.
+TEST(ApplyCapacity, ByTheLargestProbabilityIsNotByTheLargestRenormalisedGate) {
+  const Matrix<double> p{{.50, .40, .10}, {.45, .28, .27}};
+  Seating s(3, {{{0, .50 / .90}, {1, .40 / .90}}, {{0, .45 / .73}, {1, .28 / .73}}});
+  s.probs = p;
+  s.seat({1}, Overflow::drop, Priority::token_max_gate);
+  EXPECT_EQ(s.tokens_of_experts(), (Lists{{1}, {1}, {}}));
+  s.seat({1}, Overflow::drop, Priority::token_max_prob);
+  EXPECT_EQ(s.tokens_of_experts(), (Lists{{0}, {0}, {}}));
+  EXPECT_EQ(s.dropped(), (Drops{{1, 0, 0}, {1, 1, 1}}));
+  // The same through a router, whose tokens come in the other order.
+  for (const auto priority : {Priority::token_max_gate, Priority::token_max_prob}) {
+    moe::Routing<double> routing;
+    moe::begin_routing(2, 3, {}, routing, "test");
+    routing.router_logits = p.colwise().reverse().array().log();
+    moe::route_by_logits({.gate = {.renormalise = true},
+                          .top_k = 2,
+                          .capacity_factor = 0.7,
+                          .priority = priority},
+                         {}, {}, routing, moe::Sequential{});
+    ASSERT_EQ(routing.plan.num_assignments(), 2);
+    for (const Index t : routing.plan.token)
+      EXPECT_EQ(t, priority == Priority::token_max_gate ? 0 : 1);
+  }
+}
+
 TEST(ApplyCapacity, KeepsTheGatesAndNamesTheChoices) {
   Seating s(3, kFour);
   s.seat({2}, Overflow::drop, Priority::token_max_gate);
@@ -267,8 +295,10 @@ TEST(ApplyCapacity, WithoutOverflowSeatsEverything) {
 TEST(ApplyCapacity, GivesTiesToTheLowerToken) {
   const std::vector<Token> equal(4, Token{{1, .5}, {0, .5}});
   for (const auto priority :
-       {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate}) {
+       {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate,
+        Priority::token_max_prob}) {
     Seating s(2, equal);
+    s.probs = Matrix<double>::Constant(4, 2, .5);
     s.seat({3}, Overflow::drop, priority);
     EXPECT_EQ(s.tokens_of_experts(), (Lists{{0, 1, 2}, {0, 1, 2}}));
     EXPECT_EQ(s.dropped(), (Drops{{3, 1, 0}, {3, 0, 1}}));

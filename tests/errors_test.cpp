@@ -705,6 +705,21 @@ TEST(Errors, OfCapacity) {
       {"NaN has no place in an order of gates",
        apply(one, Overflow::drop, Priority::assignment_gate, nan_gate),
        {"choice 7 of 10", "NaN"}},
+      {"an order of probabilities without them",
+       [] {
+         Routing r = spoilt([](Routing&) {});
+         moe::apply_capacity(r.chosen, ones(5, 3), IndexVector(IndexVector::Ones(1)),
+                             Overflow::drop, Priority::token_max_prob, {}, r.plan, r.scratch);
+       },
+       {"apply_capacity", "token_max_prob", "probs"}},
+      {"NaN has no place in an order of probabilities",
+       [] {
+         Routing r = spoilt([](Routing& spoil) { spoil.router_probs(3, 1) = kNan; });
+         moe::apply_capacity(r.chosen, ones(5, 3), IndexVector(IndexVector::Ones(1)),
+                             Overflow::drop, Priority::token_max_prob, {}, r.plan, r.scratch,
+                             &r.router_probs);
+       },
+       {"token 3 of 5", "NaN"}},
   });
 }
 

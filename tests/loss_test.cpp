@@ -617,4 +617,44 @@ TEST(BalanceLosses, BadArgumentsAreRefused) {
   EXPECT_THROW(moe::demand_per_expert(routing, -1), std::invalid_argument);
 }
 
+// DeepSeek-V3, eq. 17 to 20: f counts the top k of the scores, without the bias that selects. Values computed
+// with Python in double.
+TEST(SequenceBalanceLoss, OfDeepSeekV3CountsTheScoresWithoutTheBias) {
+  const Matrix<double> z = known_logits();
+  Routing<double> routing;
+  moe::begin_routing(4, 4, {}, routing, "test");
+  routing.router_logits = z;
+  moe::route_by_logits({.gate = {.score = moe::Score::sigmoid}}, Vector<double>{{-5, 0, 0, 5}}, {},
+                       routing, moe::Sequential{});
+  const auto demand = moe::most_probable_choices(routing, 1);
+  EXPECT_EQ(demand.expert, (moe::Buffer<Index>{0, 0, 0, 3}));
+  const Loss<double> loss = moe::sequence_balance_loss(routing, {}, demand);
+  EXPECT_NEAR(loss.value, 1.083355424, 1e-9);
+  EXPECT_NEAR(moe::sequence_balance_loss(routing, {}).value, 0.791130936, 1e-9);
+  Routing<double> moved = routing;
+  expect_gradient(loss.gradient.d_router_probs, moved.router_probs,
+                  [&] { return moe::sequence_balance_loss(moved, {}, demand).value; });
+}
+
+TEST(MostProbableChoices, AreThoseOfARouterThatSelectsByProbability) {
+  BatchInfo info = masked({true, true, false, true});
+  const Routing<double> routing = route_logits(known_logits(), 2, info);
+  const auto choices = moe::most_probable_choices(routing, 2);
+  EXPECT_EQ(choices.expert, routing.chosen.expert);
+  EXPECT_EQ(choices.token_begin, routing.chosen.token_begin);
+  for (Index c = 0; c < 2; ++c)
+    EXPECT_EQ(choices.gate[c], routing.router_probs(0, choices.expert[c]));
+  EXPECT_EQ(moe::most_probable_choices(route_logits(Matrix<double>(0, 4), 2), 2).size(), 0);
+  EXPECT_THROW(moe::most_probable_choices(routing, 0), std::invalid_argument);
+  EXPECT_THROW(moe::most_probable_choices(routing, 5), std::invalid_argument);
+  EXPECT_THROW(moe::sequence_balance_loss(routing, info, moe::Choices<double>{}),
+               std::invalid_argument);
+}
+
+// Of one token: the square of the log of the sum of exponentials.
+TEST(ZLoss, OfAKnownToken) {
+  const Matrix<double> z{{1, .5, -.25, 2, -1, .75, 0, -2}};
+  EXPECT_NEAR(moe::router_z_loss(route_logits(z, 2)).value, 7.740827280503665, 1e-14);
+}
+
 }  // namespace

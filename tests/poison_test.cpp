@@ -120,7 +120,8 @@ TEST(Poison, StaysInItsTokenWithTopK) {
   int i = 0;
   for (const Overflow overflow : {Overflow::drop, Overflow::next_best, Overflow::pass_through})
     for (const Priority priority :
-         {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate})
+         {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate,
+          Priority::token_max_prob})
       expect_contained_with(TopKRouter<float>({.d_model = 12,
                                                .num_experts = 5,
                                                .top_k = 2,

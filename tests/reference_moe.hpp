@@ -296,8 +296,9 @@ Index seats_of_an_expert(const Decision<S>& decision, Group group, Index experts
 
 // The group's choices, as indices, in the order in which they are seated.
 template <class S>
-std::vector<Index> in_order_of_priority(const std::vector<Choice<S>>& choices, Group group,
+std::vector<Index> in_order_of_priority(const Decision<S>& decision, Group group,
                                         moe::Priority priority) {
+  const std::vector<Choice<S>>& choices = decision.choices;
   std::vector<Index> order;
   const auto belongs = [&](const Choice<S>& c) {
     return c.token >= group.begin && c.token < group.end;
@@ -314,18 +315,22 @@ std::vector<Index> in_order_of_priority(const std::vector<Choice<S>>& choices, G
     }
   }
   std::vector<Index> tokens = numbers(group.begin, group.end);
-  if (priority == moe::Priority::token_max_gate) {
+  if (priority == moe::Priority::token_max_gate || priority == moe::Priority::token_max_prob) {
     tokens.clear();
-    for (;;) {  // of the tokens that are left, the first with the largest gate
+    for (;;) {  // of the tokens that are left, the first with the largest gate or probability
       Index next = -1;
       S largest = -1;
       for (Index t = group.begin; t < group.end; ++t) {
         if (contains(tokens, t)) continue;
-        S gate = 0;
-        for (const Choice<S>& c : choices)
-          if (c.token == t && c.gate > gate) gate = c.gate;
-        if (gate > largest) {
-          largest = gate;
+        S own = 0;
+        for (const Choice<S>& c : choices) {
+          if (c.token != t) continue;
+          const S value =
+              priority == moe::Priority::token_max_gate ? c.gate : decision.probs(t, c.expert);
+          if (value > own) own = value;
+        }
+        if (own > largest) {
+          largest = own;
           next = t;
         }
       }
@@ -371,7 +376,7 @@ void seat_group(const Matrix<S>& z, const Rule& rule, Group group, Decision<S>& 
   std::vector<Choice<S>>& choices = decision.choices;
   const Index seats =
       seats_of_an_expert(decision, group, z.cols(), rule.top_k, *rule.capacity_factor);
-  const std::vector<Index> order = in_order_of_priority(choices, group, rule.priority);
+  const std::vector<Index> order = in_order_of_priority(decision, group, rule.priority);
   for (const Index c : order)
     if (!contains(full_experts(choices, group, z.cols(), seats), at(choices, c).expert))
       at(choices, c).seat = at(choices, c).expert;

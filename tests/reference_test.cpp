@@ -84,7 +84,7 @@ Setup draw_setup(Rng& rng) {
   s.gates_scale_inputs = !s.gated && rng.uniform() < 0.1;
   if (rng.uniform() < 0.7) s.capacity = rng.uniform(0, 1.5);
   s.overflow = Overflow(rng.index(3));
-  s.priority = Priority(rng.index(3));
+  s.priority = Priority(rng.index(4));
   if (rng.uniform() < 0.4) {
     s.info.mask.resize(s.tokens);
     for (Index t = 0; t < s.tokens; ++t) s.info.mask[t] = rng.uniform() < 0.7;
@@ -251,10 +251,16 @@ bool priorities_are_clear(const reference::Decision<S>& decision, const referenc
     for (const auto& a : choices) {
       for (const auto& b : choices) {
         const bool compared =
-            rule.priority == Priority::token_max_gate
+            rule.priority != Priority::assignment_gate
                 ? a.rank == 0 && b.rank == 0 && a.token < b.token
                 : &a < &b && (rule.overflow == Overflow::next_best || a.expert == b.expert);
         if (!compared || a.token < group.begin || b.token >= group.end) continue;
+        if (rule.priority == Priority::token_max_prob) {
+          const double distance = double(decision.probs(a.token, a.expert)) -
+                                  double(decision.probs(b.token, b.expert));
+          if (std::abs(distance) < kClear<S> && experts > 1) return false;
+          continue;
+        }
         if (std::abs(double(a.gate - b.gate)) < kClear<S> && !(is_one(a) && is_one(b)))
           return false;
       }

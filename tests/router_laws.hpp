@@ -238,7 +238,8 @@ struct RouterKind {
     for (const double capacity : {0.4, 0.75, 1.0, 2.0}) {
       for (const Overflow overflow : {Overflow::drop, Overflow::next_best, Overflow::pass_through})
         for (const Priority priority :
-             {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate}) {
+             {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate,
+              Priority::token_max_prob}) {
           if (!tokens_choose &&
               (overflow == Overflow::next_best || priority != Priority::token_order))
             continue;

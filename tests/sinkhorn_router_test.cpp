@@ -100,4 +100,34 @@ TEST(GradientsOfSinkhornLayers, AreExactForTwo) {
   });
 }
 
+// A token's distance to the others is no reason for them to crowd at an expert.
+template <class S>
+void expect_balance_beside_a_far_token() {
+  Rng rng(5);
+  Matrix<S> x(65, 4);
+  moe::fill_normal(x, 1.0, rng);
+  x.col(0).array() += S(1);  // most tokens prefer expert 0
+  moe::SinkhornRouter<S> router({.d_model = 4, .num_experts = 4});
+  router.w_router.setIdentity();
+  moe::Routing<S> routing;
+  moe::Buffer<Index> nearby;
+  for (const double far : {20.0, 40.0, 60.0, 500.0}) {
+    x.row(64).setZero();
+    x(64, 1) = S(far);
+    router.route(x, rng, {}, routing);
+    const moe::IndexVector counts = moe::demand_per_expert(routing);
+    EXPECT_GE(counts.minCoeff(), 10) << "far = " << far << ": " << counts.transpose();
+    EXPECT_LE(counts.maxCoeff(), 22) << "far = " << far << ": " << counts.transpose();
+    EXPECT_EQ(routing.chosen.expert[64], 1);
+    if (nearby.empty()) nearby = routing.chosen.expert;
+    EXPECT_EQ(routing.chosen.expert, nearby) << "far = " << far;
+  }
+  router.route(x, {}, routing);  // without balance they do crowd
+  EXPECT_GT(moe::demand_per_expert(routing).maxCoeff(), 25);
+}
+TEST(SinkhornRouter, OneFarTokenLeavesTheOthersBalanced) {
+  expect_balance_beside_a_far_token<double>();
+  expect_balance_beside_a_far_token<float>();
+}
+
 }  // namespace

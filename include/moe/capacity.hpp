@@ -23,9 +23,11 @@ enum class Overflow {
 /// In which order assignments are seated.
 enum class Priority {
   token_order,      ///< all first choices in token order, then all second choices, ... (GShard)
-  token_max_gate,   ///< the same, with tokens in order of their largest gate (batch-prioritised
-                    ///< routing; Riquelme et al. 2021, section 4)
+  token_max_gate,   ///< the same, with tokens in order of their largest gate, which may be
+                    ///< renormalised (batch-prioritised routing; Riquelme et al. 2021, section 4; Tutel)
   assignment_gate,  ///< by gate: each expert keeps its largest
+  token_max_prob,   ///< as token_max_gate, but in order of the largest of a token's router_probs,
+                    ///< over all experts (fairseq's and Hugging Face's NLLB)
 };
 
 /// How a number of seats becomes whole. Halves go to the even neighbour in `nearest_even`.
@@ -96,10 +98,11 @@ void count_valid_tokens(const DispatchPlan<S>& plan, const BatchInfo& info, Inde
 
 namespace detail {
 
-// Writes the choices of the tokens [begin, end) in order of priority to scratch.order.
+// Writes the choices of the tokens [begin, end) in order of priority to scratch.order. `probs` are for
+// token_max_prob.
 template <class S>
-void order_choices(const Choices<S>& chosen, Priority priority, Index begin, Index end,
-                   RoutingScratch<S>& scratch) {
+void order_choices(const Choices<S>& chosen, const Matrix<S>* probs, Priority priority, Index begin,
+                   Index end, RoutingScratch<S>& scratch) {
   const Index* const first = chosen.token_begin.data();
   Buffer<Index>& order = scratch.order;
   order.reserve(chosen.expert.capacity());
@@ -119,17 +122,22 @@ void order_choices(const Choices<S>& chosen, Priority priority, Index begin, Ind
     tokens[t - begin] = t;
     most = std::max(most, first[t + 1] - first[t]);
   }
-  if (priority == Priority::token_max_gate) {
+  if (priority == Priority::token_max_gate || priority == Priority::token_max_prob) {
     scratch.row.resize(end - begin);
-    for (Index t = begin; t < end; ++t)
-      scratch.row[t - begin] =
-          first[t] == first[t + 1]
-              ? S(0)
-              : *std::max_element(chosen.gate.data() + first[t], chosen.gate.data() + first[t + 1]);
+    for (Index t = begin; t < end; ++t) {
+      S& value = scratch.row[t - begin];
+      const S* const gate = chosen.gate.data();
+      if (first[t] == first[t + 1])
+        value = 0;
+      else if (priority == Priority::token_max_gate)
+        value = *std::max_element(gate + first[t], gate + first[t + 1]);
+      else
+        value = probs->row(t).maxCoeff();
+    }
     const S* const largest = scratch.row.data();
     std::sort(tokens.begin(), tokens.end(), [&](Index a, Index b) {
-      const S gate_a = largest[a - begin], gate_b = largest[b - begin];
-      return gate_a != gate_b ? gate_a > gate_b : a < b;
+      const S of_a = largest[a - begin], of_b = largest[b - begin];
+      return of_a != of_b ? of_a > of_b : a < b;
     });
   }
   for (Index rank = 0; rank < most; ++rank)
@@ -204,20 +212,30 @@ void dispatch_all(const Choices<S>& chosen, DispatchPlan<S>& plan) {
 /// Seats at most capacity[g] choices of the tokens of group g at each expert, in order of priority;
 /// then handles the others as `overflow` says, in the same order. For next_best, `scores`
 /// [tokens, num_experts] ranks a token's experts (minus infinity: unavailable); it may be empty
-/// otherwise. Gates are those of the choices, also where an expert was replaced: recomputing them is
-/// the router's business. Everything dropped is listed in the plan.
-/// O(choices log choices), and O(num_experts) more per overflowing choice for next_best. Throws
-/// std::invalid_argument when the arguments do not fit each other, and for gates that can not be
-/// ordered.
+/// otherwise. For token_max_prob, `probs` are the router_probs [tokens, num_experts]; null otherwise. Gates are
+/// those of the choices, also where an expert was replaced: recomputing them is the router's business.
+/// Everything dropped is listed in the plan.
+/// O(choices log choices), O(tokens * num_experts) more for token_max_prob, and O(num_experts) more per
+/// overflowing choice for next_best. Throws
+/// std::invalid_argument when the arguments do not fit each other, and for gates or probabilities that
+/// can not be ordered.
 template <class S>
 void apply_capacity(const Choices<S>& chosen, const Matrix<S>& scores, const IndexVector& capacity,
                     Overflow overflow, Priority priority, const BatchInfo& info,
-                    DispatchPlan<S>& plan, RoutingScratch<S>& scratch) {
+                    DispatchPlan<S>& plan, RoutingScratch<S>& scratch,
+                    const Matrix<S>* probs = nullptr) {
   const Index tokens = plan.num_tokens, experts = plan.num_experts();
   check_choices(chosen, tokens, experts, "apply_capacity");
   for (Index c = 0; priority != Priority::token_order && c < chosen.size(); ++c)
     require(number_kind(chosen.gate[c]) != NumberKind::nan, "apply_capacity: the gate of choice ", c,
             " of ", chosen.size(), " is NaN");
+  if (priority == Priority::token_max_prob) {
+    require(probs != nullptr, "apply_capacity: token_max_prob without probs");
+    require_shape(*probs, tokens, experts, "apply_capacity", "probs");
+    for (Index i = 0; i < probs->size(); ++i)
+      require(number_kind(probs->data()[i]) != NumberKind::nan, "apply_capacity: probs of token ",
+              i / experts, " of ", tokens, " are NaN");
+  }
   check_batch_info(info, tokens, "apply_capacity");
   require(capacity.size() == info.num_groups(), "apply_capacity: ", capacity.size(),
           " capacities, expected one for each of ", info.num_groups(), " groups");
@@ -236,7 +254,8 @@ void apply_capacity(const Choices<S>& chosen, const Matrix<S>& scores, const Ind
   plan.passed_through.clear();
 
   for (Index g = 0; g < info.num_groups(); ++g) {
-    detail::order_choices(chosen, priority, info.begin_of(g), info.end_of(g, tokens), scratch);
+    detail::order_choices(chosen, probs, priority, info.begin_of(g), info.end_of(g, tokens),
+                          scratch);
     scratch.load.assign(experts, 0);
     for (const Index c : scratch.order) {
       const Index e = chosen.expert[c];

@@ -88,17 +88,46 @@ Loss<S> load_balancing_loss(const Routing<S>& routing) {
   return load_balancing_loss(routing, demand_per_expert(routing), routing.plan.num_valid_tokens());
 }
 
-/// The mean over groups of each group's own load-balancing loss, groups without valid tokens left out:
-/// balance within every sequence (DeepSeek-AI 2024, V3, eq. 17 to 20; Hugging Face's loss of Switch). It is 1 at
-/// perfect balance, and equal to load_balancing_loss for one group. Gradient by router_probs.
-/// O(tokens * num_experts). Throws when `info` does not fit the routing.
+/// Each valid token's `top_k` experts of the largest router_probs, whatever bias or group limit selected: the
+/// demand that DeepSeek-V3's loss counts. The gates are those probabilities; ties go to the lower expert. O(tokens * num_experts * top_k). Throws for a top_k out of range.
 template <class S>
-Loss<S> sequence_balance_loss(const Routing<S>& routing, const BatchInfo& info) {
+Choices<S> most_probable_choices(const Routing<S>& routing, Index top_k) {
+  const Matrix<S>& p = routing.router_probs;
+  const Index tokens = routing.num_tokens(), experts = routing.num_experts();
+  check_plan_arrays(routing.plan, "most_probable_choices");
+  require_shape(p, tokens, experts, "most_probable_choices", "router_probs");
+  require(top_k >= 1 && top_k <= experts, "most_probable_choices: top_k = ", top_k,
+          " is not between 1 and num_experts = ", experts);
+  Choices<S> choices;
+  choices.token_begin.assign(tokens + 1, 0);
+  Buffer<Index> best;
+  best.resize(top_k);
+  for (Index t = 0; t < tokens; ++t) {
+    if (routing.is_valid(t)) {
+      moe::top_k(experts, &p(t, 0), top_k, best.data());
+      for (const Index e : best) {
+        choices.expert.push_back(e);
+        choices.gate.push_back(p(t, e));
+      }
+    }
+    choices.token_begin[t + 1] = choices.size();
+  }
+  return choices;
+}
+
+/// The mean over groups of each group's own load-balancing loss, groups without valid tokens left out:
+/// balance within every sequence. Its f_e counts `demand`: for DeepSeek-V3 (DeepSeek-AI 2024, eq. 17 to 20) that is
+/// most_probable_choices(routing, top_k), which no selection bias moves. It is 1 at perfect balance, and
+/// equal to load_balancing_loss for one group and its demand. Gradient by router_probs.
+/// O(tokens * num_experts). Throws when `info` or `demand` does not fit the routing.
+template <class S>
+Loss<S> sequence_balance_loss(const Routing<S>& routing, const BatchInfo& info,
+                              const Choices<S>& demand) {
   const Matrix<S>& p = routing.router_probs;
   const Index tokens = routing.num_tokens(), experts = routing.num_experts();
   check_plan_arrays(routing.plan, "sequence_balance_loss");
   check_batch_info(info, tokens, "sequence_balance_loss");
-  check_choices(routing.chosen, tokens, experts, "sequence_balance_loss");
+  check_choices(demand, tokens, experts, "sequence_balance_loss");
   require_shape(p, tokens, experts, "sequence_balance_loss", "router_probs");
   Loss<S> loss;
   loss.gradient.d_router_probs.setZero(tokens, experts);
@@ -112,12 +141,12 @@ Loss<S> sequence_balance_loss(const Routing<S>& routing, const BatchInfo& info) 
   Vector<S> slope(experts);  // of the loss by p_te, the same for every valid token t of a group
   for (Index g = 0; g < info.num_groups(); ++g) {
     const Index valid = valid_in(g), begin = info.begin_of(g), end = info.end_of(g, tokens);
-    const Index first = routing.chosen.token_begin[begin], last = routing.chosen.token_begin[end];
+    const Index first = demand.token_begin[begin], last = demand.token_begin[end];
     if (valid == 0 || first == last) continue;
-    IndexVector demand = IndexVector::Zero(experts);
-    for (Index c = first; c < last; ++c) ++demand[routing.chosen.expert[c]];
+    IndexVector count = IndexVector::Zero(experts);
+    for (Index c = first; c < last; ++c) ++count[demand.expert[c]];
     for (Index e = 0; e < experts; ++e)
-      slope[e] = S(double(experts) * double(demand[e]) /
+      slope[e] = S(double(experts) * double(count[e]) /
                    (double(last - first) * double(valid) * double(groups)));
     for (Index t = begin; t < end; ++t) {
       if (!routing.is_valid(t)) continue;
@@ -126,6 +155,13 @@ Loss<S> sequence_balance_loss(const Routing<S>& routing, const BatchInfo& info) 
     }
   }
   return loss;
+}
+
+/// The same with the demand of the experts that were chosen, as Hugging Face's loss of Switch. Under a selection
+/// bias it is not DeepSeek-V3's.
+template <class S>
+Loss<S> sequence_balance_loss(const Routing<S>& routing, const BatchInfo& info) {
+  return sequence_balance_loss(routing, info, routing.chosen);
 }
 
 /// Device-level balance loss (DeepSeekMoE; Dai et al. 2024, eq. 15 to 17): the sum over groups of experts (those

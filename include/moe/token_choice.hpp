@@ -251,7 +251,7 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
         valid, expert_capacity(choices, experts, 1, *rule.capacity_factor, rule.capacity_rule));
   }
   apply_capacity(chosen, ranking, capacity, rule.overflow, rule.priority, info, routing.plan,
-                 routing.scratch);
+                 routing.scratch, &routing.router_probs);
   if (rule.gates_follow_seats()) {
     detail::for_each_final_set(
         routing, [&](Index t, Index n, const Index* used, const Index* assignments) {

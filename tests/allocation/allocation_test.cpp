@@ -134,7 +134,8 @@ TEST_P(Allocation, NoneOnceWarmWithTopK) {
   Rng rng(1);
   for (const Overflow overflow : {Overflow::drop, Overflow::next_best, Overflow::pass_through})
     for (const Priority priority :
-         {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate}) {
+         {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate,
+          Priority::token_max_prob}) {
       if (GetParam() > 64 && int(overflow) != int(priority)) continue;  // each value once
       expect_no_allocation_with(TopKRouter<float>({.d_model = GetParam(),
                                                    .num_experts = 8,

@@ -196,21 +196,36 @@ TEST(Golden, PhiMoe) { expect_equal_to_golden(moe::phi_3_5_moe, "phimoe"); }
 TEST(Golden, Glm4Moe) { expect_equal_to_golden(moe::glm_4_5, "glm4_moe"); }
 
 // The authors' estimator in training: picks that were drawn, gates of w * m, and a backward pass that does
-// not see m. The file's picks and gates are replayed.
+// not see m. The file's draws are replayed.
 TEST(Golden, PhiMoeInTraining) {
   const Golden golden("phimoe_train");
   const auto model = sized(moe::phi_3_5_moe, golden);
   const auto layer = moe::load_layer<float>(model, golden.file, golden.number("layer"));
   using Layer = std::remove_const_t<decltype(layer)>;
   const Matrix<float> x = golden.matrix<float>("golden.x");
-  moe::Routing<float> routing = layer.route(x);
+  const Index tokens = x.rows(), n = layer.num_experts();
+  const moe::TensorView &noise = golden.file.at("golden.noise"),  // [pick, token, expert]
+      &uniform = golden.file.at("golden.uniform");                // [pick, token, 1]
+  ASSERT_EQ(noise.size(), 2 * tokens * n);
+  ASSERT_EQ(uniform.size(), 2 * tokens);
+  Matrix<float> exponential(2 * tokens, n), factor(2 * tokens, 1);
+  moe::read_tensor(noise, exponential.data());
+  moe::read_tensor(uniform, factor.data());
+  Matrix<float> draws(tokens, 2 * (n + 1));  // -log(u) is exponential
+  for (const Index pick : {0, 1}) {
+    draws.middleCols(pick * (n + 1), n) =
+        (-exponential.middleRows(pick * tokens, tokens).array()).exp();
+    draws.col(pick * (n + 1) + n) = factor.middleRows(pick * tokens, tokens);
+  }
+  moe::Routing<float> routing;
+  layer.router().route_with_draws(x, draws, {}, routing);
   const auto experts = golden.matrix<std::int64_t>("golden.experts");
   const auto gates = golden.matrix<float>("golden.gates");
+  ASSERT_EQ(routing.chosen.size(), experts.size());
   for (Index c = 0; c < experts.size(); ++c) {
-    routing.chosen.expert[c] = Index(experts.data()[c]);
-    routing.chosen.gate[c] = gates.data()[c];
+    EXPECT_EQ(routing.chosen.expert[c], Index(experts.data()[c])) << "choice " << c;
+    EXPECT_NEAR(routing.chosen.gate[c], gates.data()[c], 1e-6) << "choice " << c;
   }
-  moe::dispatch_all(routing.chosen, routing.plan);
   Layer::Cache cache;
   const Matrix<float> y = layer.forward(x, routing, cache);
   double largest = relative_error(y, golden.matrix<float>("golden.y"));
@@ -409,7 +424,7 @@ TEST(GoldenOfAuthors, NllbMoeWithDrops) {  // 3 seats
 }
 TEST(GoldenOfAuthors, NllbMoeWithPriority) {  // 3 seats
   auto model = moe::nllb_moe_54b;
-  model.router.priority = moe::Priority::token_max_gate;
+  model.router.priority = moe::Priority::token_max_prob;
   expect_equal_to_golden(model, "authors_nllb_moe_priority", {.gate_factor = 0.8, .capacity = 1.0},
                          kOfFirstChoices);
 }

@@ -112,7 +112,8 @@ TEST(Threads, TopKIsTheSameForEveryExecutor) {
   int i = 0;
   for (const Overflow overflow : {Overflow::drop, Overflow::next_best, Overflow::pass_through})
     for (const Priority priority :
-         {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate})
+         {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate,
+          Priority::token_max_prob})
       expect_same_with(TopKRouter<float>({.d_model = 33,
                                           .num_experts = 7,
                                           .top_k = 2,

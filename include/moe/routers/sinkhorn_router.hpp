@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <optional>
 
 #include <moe/init.hpp>
@@ -38,18 +37,17 @@ void balance_by_sinkhorn(const Matrix<S>& z, const Buffer<TokenState>& state, In
                          Buffer<S>& factors) {
   const Index experts = z.cols();
   constexpr S kEpsilon = S(1e-8);
-  S largest = std::numeric_limits<S>::lowest();
   Index tokens = 0;
   for (Index t = begin; t < end; ++t) {
     if (state[t] != TokenState::valid) continue;
     ++tokens;
-    largest = std::max(largest, max_finite(experts, &z(t, 0)));
+    // d0_t absorbs the factor of a row, so that the plan is the same, but for kEpsilon. Every row has a 1
+    // then, however far its logits are from those of other tokens.
+    const S largest = max_finite(experts, &z(t, 0));
+    for (Index e = 0; e < experts; ++e)
+      plan(t, e) = is_unavailable(z(t, e)) ? S(0) : std::exp(z(t, e) - largest);
   }
   if (tokens == 0) return;
-  // The plan is the same for exp(z) and exp(z - largest), but for kEpsilon: the latter is finite.
-  for (Index t = begin; t < end; ++t)
-    for (Index e = 0; e < experts && state[t] == TokenState::valid; ++e)
-      plan(t, e) = is_unavailable(z(t, e)) ? S(0) : std::exp(z(t, e) - largest);
   factors.resize(3 * experts + (end - begin));
   S* const d1 = factors.data();
   S* const before = d1 + experts;

@@ -69,23 +69,21 @@ class SparseMixerRouter {
   void route(const ConstMatrixRef<S>& x, Rng& rng, const BatchInfo& info, Routing<S>& routing,
              const E& executor = {}) const {
     begin(x, info, routing, executor);
-    Matrix<S>& draws = routing.scratch.d_noise;  // [tokens, 2 * (num_experts + 1)]
+    Matrix<S>& draws = routing.scratch.d_noise;
     draws.resize(x.rows(), 2 * (num_experts() + 1));
     fill_uniform(draws, 0, 1, rng);
-    pick_all(routing, executor, [&](Index t, int pick, const S* shares, Index n, Index best) {
-      const S* const u = &draws(t, pick * (num_experts() + 1));
-      Index drawn = -1;
-      S largest = 0;
-      for (Index e = 0; e < n; ++e) {  // argmax of log share + Gumbel, as log(share) - log(-log(u))
-        if (!(shares[e] > S(0))) continue;
-        const S value = std::log(shares[e]) - std::log(-std::log(std::max(u[e], kSmallest)));
-        if (drawn < 0 || value > largest) {
-          drawn = e;
-          largest = value;
-        }
-      }
-      return Pick{drawn, drawn == best || u[n] > S(0.75) ? S(1) : S(0.3333)};
-    });
+    pick_drawn(draws, routing, executor);
+  }
+
+  /// Routing for training under given uniform draws from [0, 1) [tokens, 2 * (num_experts + 1)]: for the first
+  /// pick one for every expert and one for the gate's factor, then the same for the second.
+  template <Executor E = DefaultExecutor>
+  void route_with_draws(const ConstMatrixRef<S>& x, const Matrix<S>& draws, const BatchInfo& info,
+                        Routing<S>& routing, const E& executor = {}) const {
+    require_shape(draws, x.rows(), 2 * (num_experts() + 1), "SparseMixerRouter::route_with_draws",
+                  "draws");
+    begin(x, info, routing, executor);
+    pick_drawn(draws, routing, executor);
   }
 
   /// Adds to d_x [tokens, d_model] and to grad's w_router. `x` has zeros in rows of tokens that are not
@@ -188,6 +186,25 @@ class SparseMixerRouter {
     routing.router_probs.resize(x.rows(), num_experts());
     for_each_block(x.rows(), executor, [&](Index first, Index last, Index) {
       block_logits(x, w_router, first, last, routing.router_logits);
+    });
+  }
+
+  // Draws the picks of training.
+  template <class E>
+  void pick_drawn(const Matrix<S>& draws, Routing<S>& routing, const E& executor) const {
+    pick_all(routing, executor, [&](Index t, int pick, const S* shares, Index n, Index best) {
+      const S* const u = &draws(t, pick * (num_experts() + 1));
+      Index drawn = -1;
+      S largest = 0;
+      for (Index e = 0; e < n; ++e) {  // argmax of log share + Gumbel, as log(share) - log(-log(u))
+        if (!(shares[e] > S(0))) continue;
+        const S value = std::log(shares[e]) - std::log(-std::log(std::max(u[e], kSmallest)));
+        if (drawn < 0 || value > largest) {
+          drawn = e;
+          largest = value;
+        }
+      }
+      return Pick{drawn, drawn == best || u[n] > S(0.75) ? S(1) : S(0.3333)};
     });
   }
 
