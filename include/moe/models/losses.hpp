@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
+
 #include <moe/loss.hpp>
 #include <moe/metrics.hpp>
 #include <moe/router.hpp>
-#include <moe/top_k.hpp>
 
 // The auxiliary losses that a published model trains with, as data, and their weighted sum.
 namespace moe {
@@ -41,22 +42,16 @@ struct Losses {
 
 namespace detail {
 
-// sequence_balance_loss with demand of the experts with the largest router_probs, as many as each token
-// chose.
+// sequence_balance_loss with the demand of scores alone, for as many experts as tokens choose.
 template <class S>
 Loss<S> sequence_score_loss(const Routing<S>& routing, const BatchInfo& info) {
-  const Index tokens = routing.num_tokens(), experts = routing.num_experts();
-  check_plan_arrays(routing.plan, "sequence_score_loss");
-  check_choices(routing.chosen, tokens, experts, "sequence_score_loss");
-  require_shape(routing.router_probs, tokens, experts, "sequence_score_loss", "router_probs");
-  Routing<S> by_scores = routing;
-  Choices<S>& chosen = by_scores.chosen;
-  for (Index t = 0; t < tokens; ++t) {
-    const Index begin = chosen.token_begin[t], end = chosen.token_begin[t + 1];
-    if (begin < end)
-      top_k(experts, &routing.router_probs(t, 0), end - begin, chosen.expert.data() + begin);
-  }
-  return sequence_balance_loss(by_scores, info);
+  const Choices<S>& chosen = routing.chosen;
+  check_choices(chosen, routing.num_tokens(), routing.num_experts(), "routing_loss");
+  Index top_k = 0;
+  for (Index t = 0; t < routing.num_tokens(); ++t)
+    top_k = std::max(top_k, chosen.token_begin[t + 1] - chosen.token_begin[t]);
+  if (top_k == 0) return sequence_balance_loss(routing, info);  // nobody chose: zero
+  return sequence_balance_loss(routing, info, most_probable_choices(routing, top_k));
 }
 
 template <class S>
