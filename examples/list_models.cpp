@@ -4,6 +4,7 @@
 // model as they follow from them beside those that its authors publish.
 
 #include <cstdio>
+#include <optional>
 #include <string>
 
 #include <moe/models/all.hpp>
@@ -17,11 +18,16 @@ std::string billions(double count) {
 }
 
 // What follows from the sizes, what is published, and the difference.
-std::string compared(double computed, double published) {
-  if (published == 0) return billions(computed) + "B";
+std::string compared(std::optional<moe::Index> computed, double published) {
+  if (!computed) {
+    const std::string text = "not counted";
+    return published == 0 ? text : text + " (" + billions(published) + "B)";
+  }
+  const double count = double(*computed);
+  if (published == 0) return billions(count) + "B";
   char difference[32];
-  std::snprintf(difference, sizeof difference, "%+.1f%%", 100 * (computed / published - 1));
-  return billions(computed) + "B (" + billions(published) + "B, " + difference + ")";
+  std::snprintf(difference, sizeof difference, "%+.1f%%", 100 * (count / published - 1));
+  return billions(count) + "B (" + billions(published) + "B, " + difference + ")";
 }
 
 template <class M>
@@ -39,17 +45,14 @@ int main() {
   std::printf("%-22s %7s %6s %7s %5s %7s   %-25s %s\n", "model", "d_model", "d_ff", "experts",
               "top_k", "shared", "parameters (published)", "active for a token (published)");
   moe::for_each_model([](const auto& model) {
-    std::string total = "not counted", active = "-";
-    if (model.around.layers > 0) {
-      total = compared(double(model.total_parameters()), model.published.total);
-      if (model.published.active > 0)
-        active = compared(double(model.active_parameters()), model.published.active);
-    }
+    const double active = model.published.active;
     print_row(model, std::to_string(model.experts_per_token()),
-              model.shared_experts * model.shared_d_ff, total, active);
+              model.shared_experts * model.shared_d_ff,
+              compared(model.total_parameters(), model.published.total),
+              active > 0 ? compared(model.active_parameters(), active) : "-");
   });
   moe::for_each_soft_model([](const auto& model) {
     print_row(model, "all", 0,
-              compared(double(model.total_parameters()), model.published.total), "-");
+              compared(model.total_parameters(), model.published.total), "-");
   });
 }

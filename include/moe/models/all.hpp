@@ -12,6 +12,7 @@
 #include <moe/models/grok.hpp>
 #include <moe/models/gshard.hpp>
 #include <moe/models/llama4.hpp>
+#include <moe/models/losses.hpp>
 #include <moe/models/mixtral.hpp>
 #include <moe/models/nllb.hpp>
 #include <moe/models/olmoe.hpp>
@@ -31,6 +32,13 @@ void for_each_model(F&& f) {
   f(shazeer_2017);
   f(gshard_600b);
   f(switch_base_8);
+  f(switch_base_16);
+  f(switch_base_32);
+  f(switch_base_64);
+  f(switch_base_128);
+  f(switch_base_256);
+  f(switch_large_128);
+  f(switch_xxl);
   f(switch_c);
   f(vmoe_l16);
   f(glam_64b_64e);

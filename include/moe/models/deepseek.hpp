@@ -33,7 +33,7 @@ inline constexpr Model<SwiGLU> deepseek_moe_16b = {
     .d_ff = 1408,
     .shared_experts = 1,
     .shared_d_ff = 2 * 1408,
-    .balance_loss = 0.001,
+    .losses = {.balance = 0.001, .balance_of = BalanceOf::sequences},
     .around = {.layers = 28,
                .moe_layers = 27,
                .vocabulary = 102400,
@@ -43,7 +43,9 @@ inline constexpr Model<SwiGLU> deepseek_moe_16b = {
     .tensors = detail::deepseek_tensors(false)};
 
 /// DeepSeek-V2 (DeepSeek-AI 2024): the three best of eight groups by their best expert; gates are
-/// probabilities times 16, not renormalised.
+/// probabilities times 16, not renormalised. In training its authors
+/// also drop tokens of full devices, those with the smallest gates first, and balance communication with a
+/// coefficient of 0.02; neither is here.
 inline constexpr Model<SwiGLU> deepseek_v2 = {
     .name = "DeepSeek-V2",
     .source = "arXiv:2405.04434",
@@ -55,7 +57,10 @@ inline constexpr Model<SwiGLU> deepseek_v2 = {
     .d_ff = 1536,
     .shared_experts = 1,
     .shared_d_ff = 2 * 1536,
-    .balance_loss = 0.003,
+    .losses = {.balance = 0.003,
+               .balance_of = BalanceOf::sequences,
+               .device = 0.05,
+               .devices = 8},
     .around = {.layers = 60,
                .moe_layers = 59,
                .vocabulary = 102400,
@@ -81,7 +86,7 @@ inline constexpr Model<SwiGLU> deepseek_v3 = {
     .d_ff = 2048,
     .shared_experts = 1,
     .shared_d_ff = 2048,
-    .balance_loss = 1e-4,
+    .losses = {.balance = 1e-4, .balance_of = BalanceOf::sequence_scores},
     .around = {.layers = 61,
                .moe_layers = 58,
                .vocabulary = 129280,

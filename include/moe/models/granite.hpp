@@ -47,22 +47,21 @@ inline constexpr Model<SwiGLU> granite_3b_a800m = {
     .tensors = detail::kGraniteTensors};
 
 /// JetMoE-8B (Shen et al. 2024): an output bias after the sum over experts. Its attention is a mixture of
-/// experts too, which this library does not hold; the parameters of one layer's attention are of all
-/// eight, and those in use are not counted.
+/// experts too, which this library does not hold: two of eight query and output projections a token.
 inline constexpr Model<SwiGLU> jetmoe_8b = {
     .name = "JetMoE-8B",
     .source = "arXiv:2404.07413",
     .router = {.d_model = 2048, .num_experts = 8, .top_k = 2, .renormalise = true},
     .d_ff = 5632,
     .output_bias = true,
-    .balance_loss = 0.01,
-    .z_loss = 0.001,
+    .losses = {.balance = 0.01, .z = 0.001},
     .around = {.layers = 24,
                .moe_layers = 24,
                .vocabulary = 32000,
                .tied_embeddings = true,
-               .attention = 2048 * (8 * 2 * 2048 + 2 * 2048 + 8) + 2048},
-    .published = {8.5e9, 0},
+               .attention = 2048 * (8 * 2 * 2048 + 2 * 2048 + 8) + 2048,
+               .idle_attention = 2048 * 6 * 2 * 2048},
+    .published = {8.5e9, 2.2e9},
     .tensors = {
         .prefix = "model.layers.{layer}.mlp.",
         .w_router = {"model.layers.{layer}.mlp.router.layer.weight"},

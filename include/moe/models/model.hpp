@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <string_view>
 #include <type_traits>
 #include <utility>
@@ -10,6 +11,8 @@
 #include <moe/check.hpp>
 #include <moe/experts/feed_forward.hpp>
 #include <moe/experts/gated_feed_forward.hpp>
+#include <moe/group_limit.hpp>
+#include <moe/models/losses.hpp>
 #include <moe/moe_layer.hpp>
 #include <moe/routers/top_k_router.hpp>
 #include <moe/storage.hpp>
@@ -57,6 +60,10 @@ struct Surroundings {
   Index attention = 0;           ///< parameters of one layer's attention
   Index dense_d_ff = 0;          ///< width of the feed-forward of the other layers
   int dense_matrices = 3;        ///< 3 where it is gated, else 2
+  bool dense_beside_experts = false;  ///< whether layers with experts have that feed-forward, too
+  Index idle_attention = 0;           ///< of `attention`, what one token does not use
+
+  constexpr bool known() const { return layers > 0; }
 };
 
 /// Parameters of attention with grouped queries: query and output of `heads`, key and value of
@@ -74,6 +81,9 @@ constexpr Index latent_attention_parameters(Index d_model, Index heads, Index qu
          d_model * (kv_rank + rotary_dim) + kv_rank * heads * (plain_dim + value_dim) +
          heads * value_dim * d_model + query_rank + kv_rank;
 }
+
+/// The mean over the layers of an encoder and a decoder of equal depth: the decoder's attend twice.
+constexpr Index encoder_decoder_attention(Index attention) { return attention * 3 / 2; }
 
 /// What a model's authors and its report say, in parameters; 0 where they do not.
 struct PublishedSize {
@@ -104,9 +114,24 @@ struct ExpertOf {
 constexpr Index surrounding_parameters(const Surroundings& around, Index d_model) {
   const Index norms = (2 * around.layers + 1) * d_model;
   const Index dense = around.dense_matrices * d_model * around.dense_d_ff;
+  const Index dense_layers = around.layers - (around.dense_beside_experts ? 0 : around.moe_layers);
   return (around.tied_embeddings ? 1 : 2) * around.vocabulary * d_model +
-         around.layers * around.attention + (around.layers - around.moe_layers) * dense + norms;
+         around.layers * around.attention + dense_layers * dense + norms;
 }
+
+namespace detail {
+
+// The limit with the most groups, at most as many as it has, that `num_experts` fill evenly with at least
+// two each, and the same share of them kept.
+constexpr GroupLimit scaled_limit(const GroupLimit& limit, Index num_experts) {
+  GroupLimit scaled = limit;
+  scaled.groups = std::max<Index>(1, std::min(limit.groups, num_experts / 2));
+  while (num_experts % scaled.groups != 0) --scaled.groups;
+  scaled.kept = (limit.kept * scaled.groups + limit.groups - 1) / limit.groups;
+  return scaled;
+}
+
+}  // namespace detail
 
 /// A published model. `Unit` is the activation or gated unit of its experts, `R` its router.
 template <class Unit, template <class> class R = TopKRouter>
@@ -127,8 +152,7 @@ struct Model {
   Index shared_d_ff = 0;  ///< of a shared expert
   bool gated_shared_experts = false;
   bool output_bias = false;
-  /// Coefficients in training, for losses as this library normalises them.
-  double balance_loss = 0, z_loss = 0;
+  Losses losses{};  ///< in training, see routing_loss
   Surroundings around{};
   PublishedSize published{};
   LayerTensors tensors{};
@@ -136,14 +160,28 @@ struct Model {
   constexpr Index d_model() const { return router.d_model; }
   constexpr Index num_experts() const { return router.num_experts; }
 
-  /// The same layer in another size: shared experts shrink as the routed ones do, top_k is at most the
-  /// number of experts. A group limit stays as it is: making the layer throws where it does not fit.
+  /// The same layer in another size: shared experts shrink as the routed ones do, noise is in proportion
+  /// to 1 / num_experts (V-MoE). A group limit becomes one of fewer groups where the experts do not fill
+  /// its own with two each, and keeps its share of them. top_k is at most the experts that are left.
+  /// What stands around the layers of the published size is left out.
   constexpr Model scaled_to(Index new_d_model, Index new_d_ff, Index new_num_experts) const {
     Model scaled = *this;
+    if (new_d_model == d_model() && new_d_ff == d_ff && new_num_experts == num_experts())
+      return scaled;
+    scaled.around = {};
+    scaled.published = {};
     scaled.router.d_model = new_d_model;
     scaled.router.num_experts = new_num_experts;
+    Index available = new_num_experts;
+    if constexpr (requires { scaled.router.group_limit; }) {
+      GroupLimit& limit = scaled.router.group_limit;
+      limit = detail::scaled_limit(limit, new_num_experts);
+      available = limit.kept * (new_num_experts / limit.groups);
+    }
     if constexpr (requires { scaled.router.top_k = Index(1); })
-      scaled.router.top_k = std::min(router.top_k, new_num_experts);
+      scaled.router.top_k = std::min(router.top_k, available);
+    if constexpr (requires { scaled.router.noise_stddev; })
+      scaled.router.noise_stddev *= double(num_experts()) / double(std::max<Index>(1, new_num_experts));
     scaled.d_ff = new_d_ff;
     if (shared_experts > 0)
       scaled.shared_d_ff = std::max<Index>(1, shared_d_ff * new_d_ff / std::max<Index>(1, d_ff));
@@ -154,9 +192,11 @@ struct Model {
   constexpr Index expert_parameters(Index width) const {
     return ExpertOf<Unit>::parameters(d_model(), width, expert_bias);
   }
-  /// Parameters of one layer's router, shared experts, their gates and the output bias.
+  /// Parameters of one layer's router (with those of its noise), shared experts, their gates and the
+  /// output bias.
   constexpr Index common_parameters() const {
     Index count = d_model() * num_experts() + shared_experts * expert_parameters(shared_d_ff);
+    if constexpr (requires { router.noise_epsilon; }) count += d_model() * num_experts();
     if constexpr (requires { router.bias; }) count += router.bias ? num_experts() : 0;
     if (gated_shared_experts) count += shared_experts * d_model();
     return count + (output_bias ? d_model() : 0);
@@ -169,21 +209,25 @@ struct Model {
   constexpr Index active_layer_parameters() const {
     return common_parameters() + experts_per_token() * expert_parameters(d_ff);
   }
-  /// Operations (a multiply-add is two) of one layer's products for one token, forward.
+  /// Operations (a multiply-add is two) of one layer's products for one token, forward,
+  /// in inference.
   constexpr Index flops_per_token() const {
     constexpr Index kMatrices = ExpertOf<Unit>::kUpWidths + 1;
     return 2 * d_model() *
            (num_experts() + kMatrices * (experts_per_token() * d_ff + shared_experts * shared_d_ff) +
             (gated_shared_experts ? shared_experts : 0));
   }
-  /// Parameters of the whole model: embeddings, attention, feed-forward layers and norms.
-  constexpr Index total_parameters() const {
+  /// Parameters of the whole model: embeddings, attention, feed-forward layers and norms. None where
+  /// `around` does not say what stands around its layers.
+  constexpr std::optional<Index> total_parameters() const {
+    if (!around.known()) return {};
     return surrounding_parameters(around, d_model()) + around.moe_layers * layer_parameters();
   }
   /// Those that one token uses; the input embedding as its authors count it.
-  constexpr Index active_parameters() const {
+  constexpr std::optional<Index> active_parameters() const {
+    if (!around.known()) return {};
     return surrounding_parameters(around, d_model()) +
-           around.moe_layers * active_layer_parameters() -
+           around.moe_layers * active_layer_parameters() - around.layers * around.idle_attention -
            (around.embedding_is_active ? 0 : around.vocabulary * d_model());
   }
   constexpr Index experts_per_token() const {

@@ -5,9 +5,11 @@
 
 namespace moe {
 
-/// NLLB-MoE 54B (NLLB Team 2022): the two best experts, gates renormalised over those with a seat. In
-/// training each token's mixture is dropped with probability 0.2, which this layer leaves to its caller; in
-/// inference it is scaled by 0.8, which is the gate scale here. Its loss counts first choices.
+/// NLLB-MoE 54B (NLLB Team 2022): the two best experts, gates renormalised over those with a seat. Seats:
+/// 2 * tokens / num_experts in training, the share of one choice rounded up (fairseq); in inference no token
+/// is dropped. With Priority::token_max_prob it is fairseq's batch-prioritised routing, an option there. The gate scale of 0.8 is that of inference: see nllb_moe_54b_in_training. Its loss counts
+/// first choices; coefficient 0.01 and no z-loss are the paper's and fairseq's (Hugging Face's configuration
+/// has 0.001 for both). Names of tensors are the encoder's; the decoder's begin with model.decoder.
 inline constexpr Model<ReLU> nllb_moe_54b = {
     .name = "NLLB-MoE 54B",
     .source = "arXiv:2207.04672",
@@ -16,10 +18,20 @@ inline constexpr Model<ReLU> nllb_moe_54b = {
                .top_k = 2,
                .renormalise = true,
                .gate_scale = 0.8,
+               .training_capacity = 1.0,
+               .capacity_rule = {Rounding::up, 0, 2},
                .renormalise_after_drop = true},
     .d_ff = 8192,
     .expert_bias = true,
-    .balance_loss = 0.01,
+    .losses = {.balance = 0.01, .balance_of = BalanceOf::first_choices},
+    .around = {.layers = 48,
+               .moe_layers = 12,
+               .vocabulary = 256206,
+               .tied_embeddings = true,
+               .attention = encoder_decoder_attention(attention_parameters(2048, 16, 16, 128)),
+               .dense_d_ff = 8192,
+               .dense_matrices = 2},
+    .published = {54.5e9, 0},
     .tensors = {
         .prefix = "model.encoder.layers.{layer}.ffn.",
         .w_router = {"model.encoder.layers.{layer}.ffn.router.classifier.weight"},
@@ -28,5 +40,13 @@ inline constexpr Model<ReLU> nllb_moe_54b = {
             .w_down = {"model.encoder.layers.{layer}.ffn.experts.expert_{expert}.fc2.weight"},
             .b_up = {"model.encoder.layers.{layer}.ffn.experts.expert_{expert}.fc1.bias"},
             .b_down = {"model.encoder.layers.{layer}.ffn.experts.expert_{expert}.fc2.bias"}}}};
+
+/// The same as it is trained: gates have a sum of 1, and the caller sets the mixture of each token to zero
+/// with probability 0.2, instead of which inference scales it by 0.8.
+inline constexpr Model<ReLU> nllb_moe_54b_in_training = [] {
+  Model<ReLU> model = nllb_moe_54b;
+  model.router.gate_scale = 1;
+  return model;
+}();
 
 }  // namespace moe

@@ -6,14 +6,13 @@
 namespace moe {
 
 /// OLMoE-1B-7B (Muennighoff et al. 2024): the eight best of 64 experts, gates are probabilities as they
-/// are.
+/// are. Losses as its authors train with, by MegaBlocks, which is normalised as ours but divides by layers.
 inline constexpr Model<SwiGLU> olmoe_1b_7b = {
     .name = "OLMoE-1B-7B",
     .source = "arXiv:2409.02060",
     .router = {.d_model = 2048, .num_experts = 64, .top_k = 8},
     .d_ff = 1024,
-    .balance_loss = 0.01,
-    .z_loss = 0.001,
+    .losses = {.balance = 0.01, .z = 0.001, .over_layers = OverLayers::mean},
     .around = {.layers = 16,
                .moe_layers = 16,
                .vocabulary = 50304,

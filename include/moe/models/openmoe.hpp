@@ -28,12 +28,6 @@ inline constexpr LayerTensors kOpenMoETensors = {
                 .w_up = {"model.layers.{layer}.mlp.experts.wi_up", TensorPart::all, true},
                 .w_down = {"model.layers.{layer}.mlp.experts.wo", TensorPart::all, true}}};
 
-// What a layer has beside experts: attention, and a dense feed-forward of the experts' kind, which stands
-// in place of experts or after them.
-constexpr Index openmoe_attention_and_dense(Index d_model, Index d_ff) {
-  return attention_parameters(d_model, 24, 24, 128) + 4 * d_model * d_ff;
-}
-
 }  // namespace detail
 
 /// OpenMoE-8B/32E (Xue et al. 2024): two of 32 experts in every sixth layer, gates are probabilities as they
@@ -50,12 +44,14 @@ inline constexpr Model<ThreeWaySwiGLU> openmoe_8b_32e = {
                .training_capacity = 1.25,
                .capacity_rule = {Rounding::down, 4, 2}},
     .d_ff = 8192,
-    .balance_loss = 0.02,
-    .z_loss = 1e-4,
+    .losses = {.balance = 0.01 * 2, .z = 1e-4},
     .around = {.layers = 24,
                .moe_layers = 4,
                .vocabulary = 256384,
-               .attention = detail::openmoe_attention_and_dense(2048, 8192)},
+               .attention = attention_parameters(2048, 24, 24, 128),
+               .dense_d_ff = 8192,
+               .dense_matrices = 4,
+               .dense_beside_experts = true},
     .published = {8.7e9, 2.1e9},
     .tensors = detail::kOpenMoETensors};
 
@@ -70,12 +66,14 @@ inline constexpr Model<ThreeWaySwiGLU> openmoe_34b_32e = {
                .training_capacity = 1.25,
                .capacity_rule = {Rounding::down, 4, 2}},
     .d_ff = 12288,
-    .balance_loss = 0.02,
-    .z_loss = 1e-4,
+    .losses = {.balance = 0.01 * 2, .z = 1e-4},
     .around = {.layers = 32,
                .moe_layers = 8,
                .vocabulary = 256384,
-               .attention = detail::openmoe_attention_and_dense(3072, 12288)},
+               .attention = attention_parameters(3072, 24, 24, 128),
+               .dense_d_ff = 12288,
+               .dense_matrices = 4,
+               .dense_beside_experts = true},
     .published = {34e9, 6e9},
     .tensors = detail::kOpenMoETensors};
 

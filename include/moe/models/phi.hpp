@@ -6,13 +6,14 @@
 
 namespace moe {
 
-/// Phi-3.5-MoE (Abdin et al. 2024): two picks by SparseMixer, see SparseMixerRouter.
+/// Phi-3.5-MoE (Abdin et al. 2024): two picks by SparseMixer, see SparseMixerRouter. Hugging Face's loss is
+/// 2 times ours (top_k), and its coefficient 0.001.
 inline constexpr Model<SwiGLU, SparseMixerRouter> phi_3_5_moe = {
     .name = "Phi-3.5-MoE",
     .source = "arXiv:2404.14219",
     .router = {.d_model = 4096, .num_experts = 16, .jitter = 0.01},
     .d_ff = 6400,
-    .balance_loss = 0.002,
+    .losses = {.balance = 0.001 * 2, .over_layers = OverLayers::mean},
     .around = {.layers = 32,
                .moe_layers = 32,
                .vocabulary = 32064,

@@ -26,7 +26,8 @@ inline constexpr LayerTensors kQwen2Tensors = {
 }  // namespace detail
 
 /// Qwen1.5-MoE-A2.7B (Qwen Team 2024): gates are probabilities as they are (norm_topk_prob is false), one
-/// shared expert with a sigmoid gate.
+/// shared expert with a sigmoid gate. Hugging Face's loss is top_k times ours, and its coefficient 0.001, for
+/// all models here but Qwen3-Coder.
 inline constexpr Model<SwiGLU> qwen1_5_moe_a2_7b = {
     .name = "Qwen1.5-MoE-A2.7B",
     .source = "qwenlm.github.io/blog/qwen-moe",
@@ -35,7 +36,7 @@ inline constexpr Model<SwiGLU> qwen1_5_moe_a2_7b = {
     .shared_experts = 1,
     .shared_d_ff = 5632,
     .gated_shared_experts = true,
-    .balance_loss = 0.004,
+    .losses = {.balance = 0.001 * 4, .over_layers = OverLayers::mean},
     .around = {.layers = 24,
                .moe_layers = 24,
                .vocabulary = 151936,
@@ -52,7 +53,7 @@ inline constexpr Model<SwiGLU> qwen2_57b_a14b = {
     .shared_experts = 1,
     .shared_d_ff = 20480,
     .gated_shared_experts = true,
-    .balance_loss = 0.008,
+    .losses = {.balance = 0.001 * 8, .over_layers = OverLayers::mean},
     .around = {.layers = 28,
                .moe_layers = 28,
                .vocabulary = 151936,
@@ -66,7 +67,7 @@ inline constexpr Model<SwiGLU> qwen3_30b_a3b = {
     .source = "arXiv:2505.09388",
     .router = {.d_model = 2048, .num_experts = 128, .top_k = 8, .renormalise = true},
     .d_ff = 768,
-    .balance_loss = 0.008,
+    .losses = {.balance = 0.001 * 8, .over_layers = OverLayers::mean},
     .around = {.layers = 48,
                .moe_layers = 48,
                .vocabulary = 151936,
@@ -80,7 +81,7 @@ inline constexpr Model<SwiGLU> qwen3_235b_a22b = {
     .source = "arXiv:2505.09388",
     .router = {.d_model = 4096, .num_experts = 128, .top_k = 8, .renormalise = true},
     .d_ff = 1536,
-    .balance_loss = 0.008,
+    .losses = {.balance = 0.001 * 8, .over_layers = OverLayers::mean},
     .around = {.layers = 94,
                .moe_layers = 94,
                .vocabulary = 151936,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <optional>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -31,9 +32,13 @@ struct SoftModel {
   constexpr Index d_model() const { return layer.d_model; }
   constexpr Index num_experts() const { return layer.num_experts; }
 
-  /// The same layer in another size.
+  /// The same layer in another size, without what stands around those of the published size.
   constexpr SoftModel scaled_to(Index new_d_model, Index new_d_ff, Index new_num_experts) const {
     SoftModel scaled = *this;
+    if (new_d_model == d_model() && new_d_ff == d_ff && new_num_experts == num_experts())
+      return scaled;
+    scaled.around = {};
+    scaled.published = {};
     scaled.layer.d_model = new_d_model;
     scaled.layer.num_experts = new_num_experts;
     scaled.d_ff = new_d_ff;
@@ -45,8 +50,10 @@ struct SoftModel {
     return num_experts() * ExpertOf<Unit>::parameters(d_model(), d_ff, expert_bias) +
            num_experts() * layer.slots_per_expert * d_model() + (layer.normalise ? 1 : 0);
   }
-  /// Parameters of the whole model. A sequence of any length uses all of them: its slots do.
-  constexpr Index total_parameters() const {
+  /// Parameters of the whole model. A sequence of any length uses all of them: its slots do. None
+  /// where `around` does not say what stands around its layers.
+  constexpr std::optional<Index> total_parameters() const {
+    if (!around.known()) return {};
     return surrounding_parameters(around, d_model()) + around.moe_layers * layer_parameters();
   }
 };

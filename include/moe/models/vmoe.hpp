@@ -5,10 +5,10 @@
 
 namespace moe {
 
-/// V-MoE-L/16 (Riquelme et al. 2021): two experts an image patch, softmax of logits with noise of
-/// 1 / num_experts, gates as they are; seats of 1.05 times an even share in training, rounded up to a multiple of 4. With
-/// Priority::token_max_gate it is batch-prioritised routing. Losses: importance_loss of probs and load_loss with
-/// one threshold, each times 0.005.
+/// V-MoE-L/16 (Riquelme et al. 2021): two experts an image patch, softmax of logits with noise of 1 /
+/// num_experts, gates as they are; seats of 1.05 times an even share in training, rounded up to a multiple
+/// of 4. With Priority::token_max_gate it is batch-prioritised routing. Losses are of each group of images
+/// in its authors' code; here, of the batch.
 inline constexpr Model<GELUTanh> vmoe_l16 = {
     .name = "V-MoE-L/16",
     .source = "arXiv:2106.05974",
@@ -20,6 +20,10 @@ inline constexpr Model<GELUTanh> vmoe_l16 = {
                .training_capacity = 1.05,
                .capacity_rule = {.multiple_of = 4}},
     .d_ff = 4096,
-    .expert_bias = true};
+    .expert_bias = true,
+    .losses = {.importance = 0.005,
+               .importance_of = Importance::probs,
+               .load = 0.005,
+               .load_threshold = LoadThreshold::one}};
 
 }  // namespace moe
