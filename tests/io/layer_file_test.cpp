@@ -187,6 +187,27 @@ TEST(LayerFile, KindsOfExpertsAreCompared) {
   expect_another_function(layer(zero, zero), layer(copy, copy),
                           {"experts = 2 x ZeroExpert, 1 x FeedForward(ReLU)", "2 x CopyExpert"});
   expect_another_function(layer(zero, copy), layer(copy, zero), {"1 x ZeroExpert, 1 x CopyExpert"});
+
+  // A shared expert without arrays.
+  const auto with_shared = [&](std::vector<Copy> shared) {
+    Rng rng(8);
+    return moe::MoELayer<Copy, moe::TopKRouter<float>>(
+        {copy, copy}, moe::TopKRouter<float>({.d_model = 4, .num_experts = 2}, rng),
+        {std::move(shared)});
+  };
+  expect_another_function(with_shared({}), with_shared({copy}),
+                          {"shared_experts = none", "1 x CopyExpert"});
+}
+
+TEST(LayerFile, ExpertsOfASoftMoELayerAreCompared) {
+  const auto layer = [](auto expert) {
+    using Expert = decltype(expert);
+    Rng rng(12);
+    return moe::SoftMoELayer<Expert>({expert, expert}, {.d_model = 4, .num_experts = 2}, rng);
+  };
+  expect_another_function(layer(moe::FeedForward<float, moe::GELU>({4, 2})),
+                          layer(moe::FeedForward<float, moe::ReLU>({4, 2})),
+                          {"experts = 2 x FeedForward(GELU)", "FeedForward(ReLU)"});
 }
 
 TEST(LayerFile, EveryLevelOfAHierarchyIsCompared) {

@@ -98,7 +98,7 @@ std::string describe_options(const Options& o) {
   return text;
 }
 
-// "2 x ReLU, 1 x GELU": the descriptions of several parts in their order.
+// "2 x ReLU, 1 x GELU", or "none": the descriptions of several parts in their order.
 template <class Parts>
 std::string describe_each(const Parts& parts);
 
@@ -167,6 +167,7 @@ std::string describe_each(const Parts& parts) {
     if (runs.empty() || runs.back().second != text) runs.emplace_back(0, std::move(text));
     ++runs.back().first;
   }
+  if (runs.empty()) return "none";
   std::string all;
   for (const auto& [count, text] : runs)
     all += (all.empty() ? "" : ", ") + std::to_string(count) + " x " + text;
