@@ -16,7 +16,7 @@ namespace moe {
 /// What a visited array is for. Optimisers, norms and counts look at parameters; files hold all.
 enum class Kind {
   parameter,  ///< trained by gradient
-  buffer,     ///< part of the state but not trained by gradient (a selection bias, a hash table)
+  buffer,     ///< part of the state but not trained by gradient (a selection bias)
   frozen,     ///< a parameter that is not to be trained
 };
 

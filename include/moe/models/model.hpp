@@ -95,7 +95,7 @@ template <class Unit>
 concept GatedUnit = requires(const Unit& unit, float v) { unit.forward(v, v); };
 
 /// What experts with the unit `Unit` are. An expert of a kind of its own has a tag as unit and a
-/// specialisation (see models/openmoe.hpp).
+/// specialisation, whose Type has a constructor from mapped weights (see models/openmoe.hpp).
 template <class Unit>
 struct ExpertOf {
   template <class S, class Storage = Owned>
