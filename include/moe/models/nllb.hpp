@@ -6,11 +6,11 @@
 namespace moe {
 
 /// NLLB-MoE 54B (NLLB Team 2022): the two best experts, gates renormalised over those with a seat. Seats: 2 *
-/// tokens / num_experts in training, the share of one choice rounded up (fairseq); in inference no token is
-/// dropped. With Priority::token_max_prob it is fairseq's batch-prioritised routing, an option there. The
-/// gate scale of 0.8 is that of inference: see nllb_moe_54b_in_training. Its loss counts first choices;
-/// coefficient 0.01 and no z-loss are the paper's and fairseq's (Hugging Face's configuration has 0.001 for
-/// both). Names of tensors are the encoder's; the decoder's begin with model.decoder.
+/// tokens / num_experts in training, the share of one choice rounded up, in token order; in inference no
+/// token is dropped. The gate scale of 0.8 is that of inference: see nllb_moe_54b_in_training. Its loss
+/// counts first choices. These, a coefficient of 0.01 and no z-loss are what the training script in fairseq
+/// says (examples/nllb/modeling/sweep/sweep_mmt.py); Hugging Face's configuration has 0.001 for both losses.
+/// Names of tensors are the encoder's; the decoder's begin with model.decoder.
 inline constexpr Model<ReLU> nllb_moe_54b = {
     .name = "NLLB-MoE 54B",
     .source = "arXiv:2207.04672",
