@@ -212,13 +212,12 @@ void dispatch_all(const Choices<S>& chosen, DispatchPlan<S>& plan) {
 /// Seats at most capacity[g] choices of the tokens of group g at each expert, in order of priority;
 /// then handles the others as `overflow` says, in the same order. For next_best, `scores`
 /// [tokens, num_experts] ranks a token's experts (minus infinity: unavailable); it may be empty
-/// otherwise. For token_max_prob, `probs` are the router_probs [tokens, num_experts]; null otherwise. Gates are
-/// those of the choices, also where an expert was replaced: recomputing them is the router's business.
-/// Everything dropped is listed in the plan.
+/// otherwise. For token_max_prob, `probs` are the router_probs [tokens, num_experts]; null otherwise.
+/// Gates are those of the choices, also where an expert was replaced: recomputing them is the router's
+/// business. Everything dropped is listed in the plan.
 /// O(choices log choices), O(tokens * num_experts) more for token_max_prob, and O(num_experts) more per
-/// overflowing choice for next_best. Throws
-/// std::invalid_argument when the arguments do not fit each other, and for gates or probabilities that
-/// can not be ordered.
+/// overflowing choice for next_best. Throws std::invalid_argument when the arguments do not fit each
+/// other, and for gates or probabilities that can not be ordered.
 template <class S>
 void apply_capacity(const Choices<S>& chosen, const Matrix<S>& scores, const IndexVector& capacity,
                     Overflow overflow, Priority priority, const BatchInfo& info,

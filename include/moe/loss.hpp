@@ -88,8 +88,9 @@ Loss<S> load_balancing_loss(const Routing<S>& routing) {
   return load_balancing_loss(routing, demand_per_expert(routing), routing.plan.num_valid_tokens());
 }
 
-/// Each valid token's `top_k` experts of the largest router_probs, whatever bias or group limit selected: the
-/// demand that DeepSeek-V3's loss counts. The gates are those probabilities; ties go to the lower expert. O(tokens * num_experts * top_k). Throws for a top_k out of range.
+/// Each valid token's `top_k` experts of the largest router_probs, whatever bias or group limit selected:
+/// the demand that DeepSeek-V3's loss counts (eq. 18). The gates are those probabilities; ties go to the
+/// lower expert. O(tokens * num_experts * top_k). Throws std::invalid_argument for a top_k out of range.
 template <class S>
 Choices<S> most_probable_choices(const Routing<S>& routing, Index top_k) {
   const Matrix<S>& p = routing.router_probs;

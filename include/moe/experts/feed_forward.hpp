@@ -119,8 +119,8 @@ class FeedForward {
     }
   }
 
-  Weight w_up;    ///< [d_ff, d_model]
-  Weight w_down;  ///< [d_model, d_ff]
+  Weight w_up;       ///< [d_ff, d_model]
+  Weight w_down;     ///< [d_model, d_ff]
   Vector<S> b_up;    ///< [d_ff], empty without bias
   Vector<S> b_down;  ///< [d_model], empty without bias
 
