@@ -16,6 +16,8 @@
 
 #include <moe/moe.hpp>
 
+#include "sanitized.hpp"
+
 // Layers and routings of random configurations against tests/reference_moe.hpp.
 namespace {
 
@@ -463,7 +465,7 @@ void check_configuration(std::uint64_t seed, Count& count) {
 // 400 for each router and scalar: 2,400 in all.
 template <class S, class Router>
 Count check_configurations(std::uint64_t first_seed) {
-  constexpr Index kConfigurations = 400;
+  constexpr Index kConfigurations = kSanitized ? 40 : 400;
   Count count;
   for (std::uint64_t seed = first_seed; count.configurations < kConfigurations; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
@@ -471,6 +473,7 @@ Count check_configurations(std::uint64_t first_seed) {
     if (testing::Test::HasFatalFailure()) break;
   }
   EXPECT_EQ(count.configurations, kConfigurations);
+  if (kSanitized) return count;
   EXPECT_GT(count.tokens, 6000);
   EXPECT_GT(count.masked, 600);
   EXPECT_GT(count.poisoned, 20);
@@ -490,6 +493,7 @@ TYPED_TEST_SUITE(RandomLayers, Scalars);
 
 TYPED_TEST(RandomLayers, OfATopKRouterEqualTheReference) {
   const Count count = check_configurations<TypeParam, moe::TopKRouter<TypeParam>>(1000);
+  if (kSanitized) return;
   EXPECT_GT(count.dropped, 1000);
   EXPECT_GT(count.moved, 50);
   EXPECT_GT(count.fewer_than_k, 10);
@@ -497,6 +501,7 @@ TYPED_TEST(RandomLayers, OfATopKRouterEqualTheReference) {
 
 TYPED_TEST(RandomLayers, OfANoisyTopKRouterEqualTheReference) {
   const Count count = check_configurations<TypeParam, moe::NoisyTopKRouter<TypeParam>>(2000);
+  if (kSanitized) return;
   EXPECT_GT(count.dropped, 1000);
   EXPECT_GT(count.moved, 50);
 }

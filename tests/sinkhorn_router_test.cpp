@@ -5,7 +5,7 @@
 
 #include <moe/moe.hpp>
 
-#include "gradients.hpp"
+#include "gradients/layers.hpp"
 
 namespace {
 

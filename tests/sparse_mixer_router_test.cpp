@@ -8,7 +8,7 @@
 
 #include <moe/moe.hpp>
 
-#include "gradients.hpp"
+#include "gradients/layers.hpp"
 #include "laws.hpp"
 
 namespace {

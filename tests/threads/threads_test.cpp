@@ -115,7 +115,7 @@ void expect_same_everywhere(Layer layer, const std::string& what) {
 }
 
 template <class Router>
-void expect_same_with_shared_experts(const Router& router, const std::string& what) {
+void expect_same_with(const Router& router, const std::string& what) {
   Rng rng(2);
   const typename GatedFeedForward<float>::Options gated{.d_model = router.d_model(), .d_ff = 29};
   using Layer = MoELayer<GatedFeedForward<float>, Router>;
@@ -125,36 +125,34 @@ void expect_same_with_shared_experts(const Router& router, const std::string& wh
       what + " with shared experts");
 }
 
-template <class Router>
-void expect_same_with(const Router& router, const std::string& what) {
+// Experts of both kinds: the layer does not know whose router it has, so one router is enough.
+void expect_same_with_all_experts(const TopKRouter<float>& router, const std::string& what) {
   Rng rng(1);
-  const Index d = router.d_model(), experts = router.num_experts();
-  const typename FeedForward<float, GELUTanh>::Options plain{
-      .d_model = d, .d_ff = 37, .bias = true};
-  expect_same_everywhere(
-      MoELayer(make_experts<FeedForward<float, GELUTanh>>(experts, plain, rng), router), what);
-  expect_same_with_shared_experts(router, what);
+  using Expert = FeedForward<float, GELUTanh>;
+  const Expert::Options plain{.d_model = router.d_model(), .d_ff = 37, .bias = true};
+  expect_same_everywhere(MoELayer(make_experts<Expert>(router.num_experts(), plain, rng), router),
+                         what);
+  expect_same_with(router, what);
 }
 
 TEST(Threads, TopKIsTheSameForEveryExecutor) {
   Rng rng(1);
   int i = 0;
   for (const Overflow overflow : {Overflow::drop, Overflow::next_best, Overflow::pass_through})
-    for (const Priority priority :
-         {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate,
-          Priority::token_max_prob})
-      expect_same_with(TopKRouter<float>({.d_model = 33,
-                                          .num_experts = 7,
-                                          .top_k = 2,
-                                          .softmax_before_selection = ++i % 2 == 0,
-                                          .jitter = 0.05,
-                                          .training_capacity = 1.0,
-                                          .overflow = overflow,
-                                          .priority = priority,
-                                          .renormalise_after_drop = true},
-                                         rng),
-                       "overflow " + std::to_string(int(overflow)) + ", priority " +
-                           std::to_string(int(priority)));
+    for (const Priority priority : {Priority::token_order, Priority::token_max_gate,
+                                    Priority::assignment_gate, Priority::token_max_prob})
+      expect_same_with_all_experts(TopKRouter<float>({.d_model = 33,
+                                                      .num_experts = 7,
+                                                      .top_k = 2,
+                                                      .softmax_before_selection = ++i % 2 == 0,
+                                                      .jitter = 0.05,
+                                                      .training_capacity = 1.0,
+                                                      .overflow = overflow,
+                                                      .priority = priority,
+                                                      .renormalise_after_drop = true},
+                                                     rng),
+                                   "overflow " + std::to_string(int(overflow)) + ", priority " +
+                                       std::to_string(int(priority)));
 }
 
 TEST(Threads, NoisyTopKIsTheSameForEveryExecutor) {
@@ -165,28 +163,29 @@ TEST(Threads, NoisyTopKIsTheSameForEveryExecutor) {
 
 TEST(Threads, ExpertChoiceIsTheSameForEveryExecutor) {
   Rng rng(1);
-  expect_same_with(ExpertChoiceRouter<float>({.d_model = 33, .num_experts = 7, .capacity = 1.5,
-                                              .overflow = Overflow::pass_through}, rng),
-                   "expert choice");
+  expect_same_with(
+      ExpertChoiceRouter<float>(
+          {.d_model = 33, .num_experts = 7, .capacity = 1.5, .overflow = Overflow::pass_through},
+          rng),
+      "expert choice");
 }
 
 TEST(Threads, OtherScoresAreTheSameForEveryExecutor) {
   Rng rng(1);
-  expect_same_with(TopKRouter<float>({.d_model = 33,
-                                      .num_experts = 8,
-                                      .top_k = 2,
-                                      .score = Score::sigmoid,
-                                      .renormalise = true,
-                                      .selection_bias = true,
-                                      .group_limit = {.groups = 4,
-                                                      .kept = 2,
-                                                      .score = GroupScore::top_two_sum},
-                                      .noise_stddev = 0.2,
-                                      .training_capacity = 1.0},
-                                     rng),
-                   "sigmoid, groups, noise");
-  expect_same_with(TopKRouter<float>({.d_model = 33, .num_experts = 7, .top_k = 7, .top_p = 0.4}, rng),
-                   "top-p");
+  expect_same_with(
+      TopKRouter<float>({.d_model = 33,
+                         .num_experts = 8,
+                         .top_k = 2,
+                         .score = Score::sigmoid,
+                         .renormalise = true,
+                         .selection_bias = true,
+                         .group_limit = {.groups = 4, .kept = 2, .score = GroupScore::top_two_sum},
+                         .noise_stddev = 0.2,
+                         .training_capacity = 1.0},
+                        rng),
+      "sigmoid, groups, noise");
+  expect_same_with(
+      TopKRouter<float>({.d_model = 33, .num_experts = 7, .top_k = 7, .top_p = 0.4}, rng), "top-p");
   expect_same_with(
       TopKRouter<float>({.d_model = 33, .num_experts = 7, .top_k = 7, .score = Score::relu}, rng),
       "ReLU");
@@ -212,18 +211,17 @@ TEST(Threads, RoutersOfRoutersAreTheSameForEveryExecutor) {
   std::vector<Child> children;
   for (int i = 0; i < 3; ++i)
     children.emplace_back(Child::Options{.d_model = 33, .num_experts = 4, .top_k = 2}, rng);
-  expect_same_with_shared_experts(HierarchicalRouter(parent, children), "a router of routers");
+  expect_same_with(HierarchicalRouter(parent, children), "a router of routers");
 }
 
 TEST(Threads, HashesAreTheSameForEveryExecutor) {
   Rng rng(1);
-  expect_same_with_shared_experts(
-      HashRouter<float>({.d_model = 33,
-                         .num_experts = 7,
-                         .table = random_hash_table(kVocabulary, 7, rng),
-                         .capacity = 1.0,
-                         .overflow = Overflow::pass_through}),
-      "hashes");
+  expect_same_with(HashRouter<float>({.d_model = 33,
+                                      .num_experts = 7,
+                                      .table = random_hash_table(kVocabulary, 7, rng),
+                                      .capacity = 1.0,
+                                      .overflow = Overflow::pass_through}),
+                   "hashes");
 }
 
 TEST(Threads, SoftMoEIsTheSameForEveryExecutor) {
@@ -241,15 +239,15 @@ TEST(Threads, SoftMoEIsTheSameForEveryExecutor) {
 // One hot expert has many blocks of rows, a wide layer many blocks of columns.
 TEST(Threads, AHotExpertIsTheSameForEveryExecutor) {
   Rng rng(1);
-  expect_same_with(TopKRouter<float>({.d_model = 300, .num_experts = 2, .top_k = 2}, rng),
-                   "two experts that see every token");
+  expect_same_with_all_experts(
+      TopKRouter<float>({.d_model = 300, .num_experts = 2, .top_k = 2}, rng),
+      "two experts that see every token");
 }
 
 TEST(Threads, ManyCallersMayShareALayer) {
   Rng rng(3);
-  const MoELayer layer(
-      make_experts<GatedFeedForward<float>>(4, {.d_model = 16, .d_ff = 24}, rng),
-      TopKRouter<float>({.d_model = 16, .num_experts = 4}, rng));
+  const MoELayer layer(make_experts<GatedFeedForward<float>>(4, {.d_model = 16, .d_ff = 24}, rng),
+                       TopKRouter<float>({.d_model = 16, .num_experts = 4}, rng));
   Matrix<float> x(150, 16);
   fill_normal(x, 1.0, rng);
   const Matrix<float> expected = layer.forward(x, BatchInfo{}, Sequential{});
@@ -259,9 +257,12 @@ TEST(Threads, ManyCallersMayShareALayer) {
   std::vector<std::thread> callers;
   for (std::size_t i = 0; i < results.size(); ++i)
     callers.emplace_back([&, i] {
-      if (i % 3 == 0) results[i] = layer.forward(x);
-      else if (i % 3 == 1) results[i] = layer.forward(x, BatchInfo{}, ThreadPoolExecutor(pool));
-      else results[i] = layer.forward(x, routing, Sequential{});
+      if (i % 3 == 0)
+        results[i] = layer.forward(x);
+      else if (i % 3 == 1)
+        results[i] = layer.forward(x, BatchInfo{}, ThreadPoolExecutor(pool));
+      else
+        results[i] = layer.forward(x, routing, Sequential{});
     });
   for (std::thread& caller : callers) caller.join();
   for (const Matrix<float>& y : results) EXPECT_TRUE(y == expected);
@@ -269,9 +270,8 @@ TEST(Threads, ManyCallersMayShareALayer) {
 
 TEST(Threads, ACallFromInsideATaskRunsThere) {
   Rng rng(3);
-  const MoELayer layer(
-      make_experts<FeedForward<float>>(3, {.d_model = 8, .d_ff = 8}, rng),
-      TopKRouter<float>({.d_model = 8, .num_experts = 3}, rng));
+  const MoELayer layer(make_experts<FeedForward<float>>(3, {.d_model = 8, .d_ff = 8}, rng),
+                       TopKRouter<float>({.d_model = 8, .num_experts = 3}, rng));
   Matrix<float> x(80, 8);
   fill_normal(x, 1.0, rng);
   const Matrix<float> expected = layer.forward(x, BatchInfo{}, Sequential{});

@@ -5,7 +5,7 @@
 
 #include <moe/moe.hpp>
 
-#include "gradients.hpp"
+#include "layers.hpp"
 
 // Layers with an ExpertChoiceRouter: every kind of expert, capacity, shared experts and loss.
 namespace {
@@ -36,5 +36,7 @@ TYPED_TEST(GradientsOfExpertChoiceLayers, AreExact) {
   }
   EXPECT_GE(tally.checks, 3 * 2 * 3 * 7 * 2 / kEvery);
   EXPECT_LE(tally.redraws, tally.checks / 2);
-  EXPECT_GT(tally.passed_through, 0);
+  if (!kSanitized) {  // a part may lack what is rare
+    EXPECT_GT(tally.passed_through, 0);
+  }
 }

@@ -3,7 +3,7 @@
 
 #include <moe/moe.hpp>
 
-#include "gradients.hpp"
+#include "layers.hpp"
 
 // Layers with a NoisyTopKRouter: every kind of expert, seating, shared experts and loss.
 namespace {

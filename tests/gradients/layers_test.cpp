@@ -9,7 +9,7 @@
 
 #include <moe/moe.hpp>
 
-#include "gradients.hpp"
+#include "layers.hpp"
 
 // Gradients of activations, experts and routers on their own; of layers that are unlike those of
 // gradients_*_test.cpp; and combinations without meaning.

@@ -3,7 +3,7 @@
 
 #include <moe/moe.hpp>
 
-#include "gradients.hpp"
+#include "layers.hpp"
 
 // Layers with a TopKRouter: every kind of gates, expert, seating, shared experts and loss.
 namespace {
