@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include <moe/io/layer_file.hpp>
 #include <moe/io/load_layer.hpp>
 #include <moe/models/all.hpp>
 #include <moe/moe.hpp>
@@ -55,6 +56,11 @@ void inspect(const Model& published, const moe::Checkpoint& checkpoint, moe::Ind
   const auto [layer, tensors] = moe::load_mapped_layer<float>(model, checkpoint, layer_index);
   std::printf("layer %ld: %.1f million parameters\n", long(layer_index),
               double(moe::num_parameters(layer)) / 1e6);
+  for (const auto& [part, text] : moe::describe(layer))
+    std::printf("  %s: %s\n", part.c_str(), text.c_str());
+  const moe::Losses& losses = model.losses;
+  std::printf("  losses in training: balance %g, z %g, importance %g, load %g, device %g\n",
+              losses.balance, losses.z, losses.importance, losses.load, losses.device);
   print_storage(tensors);
 
   moe::Rng rng(1);

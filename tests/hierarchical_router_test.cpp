@@ -338,8 +338,11 @@ TEST(HierarchicalRouterLosses, ThoseThatNeedLogitsRefuse) {
   EXPECT_THAT([&] { moe::importance_loss(routing, moe::Importance::probs); },
               ThrowsMessage<std::invalid_argument>(
                   HasSubstr("router_logits has shape [0, 0], expected [6, 12]")));
-  // load_loss counts, and its gradient of zeros is accepted; one that is not zero is refused.
-  moe::RoutingGradient<double> gradient = moe::load_loss(routing).gradient;
+  EXPECT_THAT([&] { moe::load_loss(routing); },
+              ThrowsMessage<std::invalid_argument>(HasSubstr("level 0 of 4 has noise")));
+  // A gradient of zeros by logits is accepted; one that is not zero is refused.
+  moe::RoutingGradient<double> gradient;
+  gradient.d_router_logits.setZero(6, 12);
   auto grad = moe::zeros_like(router);
   Matrix<double> d_x = Matrix<double>::Zero(6, kDModel);
   router.backward(x, routing, gradient, d_x, grad);
@@ -408,6 +411,55 @@ TYPED_TEST(HierarchicalRouter, GradientsOfALayerWithLossesAreExact) {
   }
 }
 
+// Without noise load is counted: load_i * load_ij / tokens of group i, which with one expert a level is the
+// number of tokens of a leaf.
+TEST(HierarchicalRouterLosses, LoadWithoutNoiseIsCounted) {
+  Rng rng(31);
+  const auto router = Make<Hierarchy<TopK>>::router({.parent_k = 1, .child_k = 1}, rng);
+  const auto routing = route(router, normal_matrix<double>(40, kDModel, rng));
+  const moe::IndexVector load = moe::tokens_per_expert(routing);
+  const double of_leaves = moe::coefficient_of_variation(load);
+  EXPECT_NEAR(moe::hierarchical_load_loss(routing).value, of_leaves * of_leaves, 1e-9);
+  EXPECT_NEAR(moe::load_loss(routing).value, of_leaves * of_leaves, 1e-9);
+}
+
+// Eq. 14 written out from the losses' own loads: of two groups of two leaves, whose loads follow from the
+// noisy logits by hand.
+TEST(HierarchicalRouterLosses, LoadIsThatOfTheFormula) {
+  const auto phi = [](double u) { return 0.5 * (1 + std::erf(u / std::sqrt(2.0))); };
+  moe::Routing<double> routing;
+  routing.levels.resize(3);
+  const auto fill = [](moe::Routing<double>& level, const moe::BatchInfo& info, double a, double b) {
+    moe::begin_routing(1, 2, info, level, "test");
+    level.router_logits.resize(1, 2);
+    level.router_logits << a, b;
+    level.noise.top_k = 1;
+    level.noise.draws = Matrix<double>::Zero(1, 2);
+    level.noise.stddev = Matrix<double>::Constant(1, 2, 0.5);
+    level.noise.noisy_logits = level.router_logits;
+    level.router_probs = Matrix<double>::Constant(1, 2, 0.5);
+  };
+  moe::BatchInfo nobody;
+  nobody.mask = moe::Mask::Constant(1, false);
+  fill(routing.levels[0], {}, 0.7, 0.2);
+  fill(routing.levels[1], {}, 0.1, 0.4);
+  fill(routing.levels[2], nobody, 0.3, 0.0);
+  // The one token is measured against the other expert's logit, at both levels.
+  const double parent = phi((0.7 - 0.2) / 0.5);
+  const double load[] = {parent * phi((0.1 - 0.4) / 0.5), parent * phi((0.4 - 0.1) / 0.5), 0, 0};
+  double mean = 0, variance = 0;
+  for (const double l : load) mean += l / 4;
+  for (const double l : load) variance += (l - mean) * (l - mean) / 4;
+  EXPECT_NEAR(moe::hierarchical_load_loss(routing).value, variance / (mean * mean + 1e-10), 1e-12);
+
+  routing.levels.resize(2);
+  EXPECT_THAT([&] { moe::hierarchical_load_loss(routing); },
+              ThrowsMessage<std::invalid_argument>(HasSubstr("2 experts, expected 1 children")));
+  routing.levels.resize(1);
+  EXPECT_THAT([&] { moe::hierarchical_load_loss(routing); },
+              ThrowsMessage<std::invalid_argument>(HasSubstr("has 1 levels")));
+}
+
 // A sum of losses on all levels, with its gradients.
 double level_losses(const moe::Routing<double>& routing,
                     std::vector<moe::RoutingGradient<double>>* gradients = nullptr) {
@@ -422,6 +474,12 @@ double level_losses(const moe::Routing<double>& routing,
       gradient += weight * loss.gradient;
     }
     if (gradients != nullptr) gradients->push_back(gradient);
+  }
+  for (const auto threshold : {moe::LoadThreshold::two, moe::LoadThreshold::one}) {
+    const auto load = moe::hierarchical_load_loss(routing, threshold);
+    sum += 3 * load.value;
+    for (std::size_t i = 0; gradients != nullptr && i < gradients->size(); ++i)
+      (*gradients)[i] += 3.0 * load.gradients[i];
   }
   return sum;
 }

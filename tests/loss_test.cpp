@@ -10,6 +10,7 @@
 #include <gtest/gtest.h>
 
 #include <moe/init.hpp>
+#include <moe/load_loss.hpp>
 #include <moe/loss.hpp>
 #include <moe/routers/top_k_router.hpp>
 #include <moe/token_choice.hpp>

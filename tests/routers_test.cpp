@@ -500,6 +500,39 @@ TEST(CapacityRules, AreThoseOfEveryRouterWithACapacity) {
                                {.top_k = 4, .score = moe::Score::relu}), 8);
 }
 
+// ---- Routers that choose as many experts as they need.
+
+// An expert whose logit is not positive has a gate of zero and is never used: not for its selection bias, nor
+// as the next best.
+TEST(ReLURouting, UsesExpertsWithPositiveLogitsOnly) {
+  auto biased = identity_router<TopK>(
+      {.top_k = 4, .score = moe::Score::relu, .selection_bias = true});
+  biased.selection_bias << 0, 5, 0, 0;
+  Routing<double> routing;
+  biased.route(Matrix<double>{{1, -2, -1, .5}}, {}, routing);
+  EXPECT_EQ(chosen_by(routing, 0), (std::vector<Index>{0, 3}));
+
+  const auto full = identity_router<TopK>({.top_k = 4,
+                                           .score = moe::Score::relu,
+                                           .capacity = 1.0,
+                                           .overflow = Overflow::next_best});
+  // 4 choices of 4 experts: one seat each. The first token has expert 0, the second wants it and has
+  // no other positive logit; the third goes on to expert 2.
+  full.route(Matrix<double>{{3, -1, -1, -1}, {2, -1, -2, 0}, {1, -1, .5, -1}}, {}, routing);
+  EXPECT_EQ(tokens_of_experts(routing), (std::vector<std::vector<Index>>{{0}, {}, {2}, {}}));
+}
+
+TEST(ReLURouting, AndTopPRoutingHaveTheirOptions) {
+  const moe::TopKOptions relu = moe::relu_options(3, 5), top_p = moe::top_p_options(3, 5);
+  EXPECT_EQ(relu.score, moe::Score::relu);
+  EXPECT_EQ(top_p.top_p, 0.4);
+  for (const auto& options : {relu, top_p}) {
+    EXPECT_EQ(options.d_model, 3);
+    EXPECT_EQ(options.num_experts, 5);
+    EXPECT_EQ(options.top_k, 5);
+  }
+}
+
 // ---- NoisyTopKRouter.
 
 double softplus(double a) { return std::log1p(std::exp(a)); }

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numbers>
 
 #include <moe/check.hpp>
 #include <moe/metrics.hpp>
@@ -205,7 +204,8 @@ Loss<S> device_balance_loss(const Routing<S>& routing, const IndexVector& expert
 
 /// Load-balanced L1 regularisation of ReLU routing (ReMoE; Wang et al. 2024, eq. 9 and 10):
 ///   num_experts / (top_k * tokens^2) * sum over e of (tokens that chose e) * (sum of e's gates)
-/// with top_k the number of experts that a token is to use on average. Gradient by the chosen gates.
+/// with top_k the number of experts that a token is to use on average. Gates are what the layer multiplies by,
+/// gate_scale included. Gradient by the chosen gates.
 /// O(choices). Throws for a top_k out of range.
 template <class S>
 Loss<S> relu_balance_loss(const Routing<S>& routing, Index top_k) {
@@ -248,7 +248,8 @@ enum class BalanceConvention {
 };
 
 /// The value of a convention's loss where load_balancing_loss is 1: multiply a published coefficient by
-/// it and use it with ours. Throws std::invalid_argument for counts out of range.
+/// it and use it with ours. For losses that count first choices only top_k is 1; where a convention divides
+/// by the number of layers, so must the caller. Throws std::invalid_argument for counts out of range.
 /// Example: Mixtral's 0.001 is 0.001 * balance_factor(BalanceConvention::tokens, 8, 2) = 0.002 here.
 inline double balance_factor(BalanceConvention convention, Index num_experts, Index top_k) {
   require(num_experts >= 1, "balance_factor: num_experts = ", num_experts, ", expected at least 1");
@@ -303,90 +304,6 @@ Loss<S> importance_loss(const Routing<S>& routing, Importance recipe = Importanc
   d.setZero(tokens, experts);
   for (Index t = 0; t < tokens; ++t)
     if (routing.is_valid(t)) softmax_backward(experts, &p(t, 0), importance.data(), &d(t, 0));
-  return loss;
-}
-
-/// How load_loss asks whether an expert would be chosen again under fresh noise.
-enum class LoadThreshold {
-  /// An expert among the k is measured against the (k+1)-th noisy logit, another against the k-th
-  /// (Shazeer et al. 2017, eq. 8 to 10; tensor2tensor).
-  two,
-  /// Every expert is measured against the k-th noisy logit (V-MoE).
-  one,
-};
-
-/// CV^2 of the experts' estimated load (Shazeer et al. 2017, eq. 8 to 11, without the coefficient):
-/// load_e = sum over t of Phi((logit_te - threshold_te) / stddev_te). As in the authors' code the
-/// thresholds are not constants: the gradient flows into the logits and the noise that set them.
-/// Without noise (inference, or k = number of available experts) load is the number of tokens that
-/// chose the expert and the gradient is zero. Gradient by router_logits and by the noise's stddev.
-/// O(tokens * num_experts * top_k). Throws when the members of the routing do not fit each other.
-template <class S>
-Loss<S> load_loss(const Routing<S>& routing, LoadThreshold threshold = LoadThreshold::two) {
-  const Index tokens = routing.num_tokens(), experts = routing.num_experts();
-  const RoutingNoise<S>& noise = routing.noise;
-  check_plan_arrays(routing.plan, "load_loss");
-  check_choices(routing.chosen, tokens, experts, "load_loss");
-  require(noise.top_k >= 0 && noise.top_k <= experts, "load_loss: noise.top_k = ", noise.top_k,
-          " is not between 0 and num_experts = ", experts);
-  if (!noise.empty()) {
-    require_shape(routing.router_logits, tokens, experts, "load_loss", "router_logits");
-    require_shape(noise.draws, tokens, experts, "load_loss", "noise.draws");
-    require_shape(noise.stddev, tokens, experts, "load_loss", "noise.stddev");
-    require_shape(noise.noisy_logits, tokens, experts, "load_loss", "noise.noisy_logits");
-  }
-  Loss<S> loss;
-  Matrix<S>& d_logits = loss.gradient.d_router_logits;
-  Matrix<S>& d_stddev = loss.gradient.d_noise_stddev;
-  d_logits.setZero(tokens, experts);
-  if (!noise.empty()) d_stddev.setZero(tokens, experts);
-  Vector<S> load = Vector<S>::Zero(experts);
-  IndexVector best(std::min(noise.top_k + 1, experts));
-
-  // For every token whose load is estimated: f(t, e, u, threshold's expert).
-  const auto estimate = [&](Index t, const auto& f) {
-    const S* const noisy = &noise.noisy_logits(t, 0);
-    for (Index e = 0; e < experts; ++e) {
-      if (is_unavailable(noisy[e])) continue;
-      const bool inside =
-          threshold == LoadThreshold::two && noisy[e] > noisy[best[noise.top_k]];
-      const Index limit = best[inside ? noise.top_k : noise.top_k - 1];
-      f(e, limit, (routing.router_logits(t, e) - noisy[limit]) / noise.stddev(t, e));
-    }
-  };
-  const auto is_estimated = [&](Index t) {
-    if (noise.empty() || best.size() <= noise.top_k) return false;
-    top_k(experts, &noise.noisy_logits(t, 0), noise.top_k + 1, best.data());
-    if (is_unavailable(noise.noisy_logits(t, best[noise.top_k]))) return false;
-    for (Index e = 0; e < experts; ++e)
-      if (!(noise.stddev(t, e) > S(0))) return false;
-    return true;
-  };
-  for (Index t = 0; t < tokens; ++t) {
-    if (!routing.is_valid(t)) continue;
-    if (is_estimated(t)) {
-      estimate(t, [&](Index e, Index, S u) {
-        load[e] += S(0.5) * (S(1) + std::erf(u * S(1 / std::numbers::sqrt2)));
-      });
-    } else {
-      const Choices<S>& chosen = routing.chosen;
-      for (Index c = chosen.token_begin[t]; c < chosen.token_begin[t + 1]; ++c)
-        load[chosen.expert[c]] += S(1);
-    }
-  }
-  loss.value = detail::squared_variation(load);
-  for (Index t = 0; t < tokens; ++t) {
-    if (!routing.is_valid(t) || !is_estimated(t)) continue;
-    estimate(t, [&](Index e, Index limit, S u) {
-      constexpr S kDensity = S(std::numbers::inv_sqrtpi / std::numbers::sqrt2);
-      const S d_u = load[e] * kDensity * std::exp(S(-0.5) * u * u);
-      const S d = d_u / noise.stddev(t, e);
-      d_logits(t, e) += d;
-      d_stddev(t, e) -= u * d;
-      d_logits(t, limit) -= d;  // noisy = logit + draw * stddev
-      d_stddev(t, limit) -= noise.draws(t, limit) * d;
-    });
-  }
   return loss;
 }
 

@@ -14,7 +14,7 @@
 //   token_choice.hpp                  what routers in which tokens choose have in common
 //   capacity.hpp                      expert_capacity, apply_capacity: seats and overflow
 //   dispatch.hpp                      dispatch, run_experts, combine, and their backward
-//   loss.hpp metrics.hpp              balance losses with gradients; numbers about a routing
+//   loss.hpp load_loss.hpp metrics.hpp balance losses with gradients; numbers about a routing
 //   gradient_check.hpp                check_gradients: backward against central differences
 //   scores.hpp group_limit.hpp selection_bias.hpp                  logits, scores, selection, gates
 //   softmax.hpp top_k.hpp activation.hpp product.hpp               the mathematics
@@ -39,6 +39,7 @@
 #include <moe/gradient_check.hpp>
 #include <moe/group_limit.hpp>
 #include <moe/init.hpp>
+#include <moe/load_loss.hpp>
 #include <moe/loss.hpp>
 #include <moe/metrics.hpp>
 #include <moe/models/all.hpp>

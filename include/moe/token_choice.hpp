@@ -154,7 +154,8 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
           " beside a selection bias, a group limit, a ranking or top-p, expected 0");
   require(rule.top_p > 0, "route_by_logits: top_p = ", rule.top_p, ", expected more than 0");
   const bool limited = rule.group_limit.applies();
-  const bool by_scores = selection_bias.size() > 0 ||
+  const bool relu = rule.gate.score == Score::relu;
+  const bool by_scores = selection_bias.size() > 0 || relu ||
                          (limited && rule.group_limit.score == GroupScore::top_two_sum);
   if (given_ranking != nullptr)
     require_shape(*given_ranking, tokens, experts, "route_by_logits", "given_ranking");
@@ -194,6 +195,7 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
         S* const values = &routing.scratch.ranking(t, 0);
         for (Index e = 0; e < experts; ++e) {
           if (!by_scores || is_unavailable(z[e])) values[e] = z[e];
+          else if (relu && !(z[e] > S(0))) values[e] = -std::numeric_limits<S>::infinity();
           else if (rule.gate.score == Score::softmax) values[e] = probs[e];
           else values[e] = detail::score_of(rule.gate.score, z[e]);
           if (selection_bias.size() > 0) values[e] += selection_bias[e];
@@ -208,8 +210,6 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
       top_k(experts, rank, k, best);
       Index n = k;
       while (n > 0 && is_unavailable(rank[best[n - 1]])) --n;
-      if (rule.gate.score == Score::relu)
-        while (n > 0 && !(z[best[n - 1]] > S(0))) --n;
       if (rule.top_p < 1) {
         S mass = 0;
         for (Index i = 0; i < n; ++i) {

@@ -9,7 +9,9 @@
 
 #include <moe/io/load_layer.hpp>
 #include <moe/models/grok.hpp>
+#include <moe/models/nllb.hpp>
 #include <moe/models/openmoe.hpp>
+#include <moe/models/switch_transformer.hpp>
 
 // Layers of models out of checkpoints as those who converted them name and shape their tensors.
 namespace {
@@ -115,6 +117,53 @@ TEST(LoadModels, TakesGrok1sPort) {
   EXPECT_EQ(layer.experts()[1].w_gate(1, 0), 504);
   EXPECT_EQ(layer.experts()[1].w_up(2, 3), 611);
   EXPECT_EQ(layer.experts()[1].w_down(1, 0), 703);
+
+  shapes.emplace_back(prefix + "router.bias", std::vector<Index>{kExperts});
+  const auto biased = checkpoint_of(shapes);
+  try {
+    moe::load_layer<float>(sized(moe::grok_1, biased), biased, kLayer);
+    ADD_FAILURE() << "a bias that the model does not have was left over in silence";
+  } catch (const moe::CheckpointError& error) {
+    EXPECT_NE(std::string(error.what()).find("0 of the 2 values of " + prefix + "router.bias"),
+              std::string::npos)
+        << error.what();
+  }
+}
+
+// Encoder and decoder of one file.
+TEST(LoadModels, TakesDecodersOfSwitchAndNllb) {
+  Shapes shapes;
+  for (const char* part : {"encoder.block.5.layer.1.mlp.", "decoder.block.5.layer.2.mlp."}) {
+    shapes.push_back({part + std::string("router.classifier.weight"), {kExperts, kModel}});
+    for (const char* expert : {"0", "1"}) {
+      const std::string name = part + std::string("experts.expert_") + expert;
+      shapes.push_back({name + ".wi.weight", {kFf, kModel}});
+      shapes.push_back({name + ".wo.weight", {kModel, kFf}});
+    }
+  }
+  const auto switch_file = checkpoint_of(shapes);
+  auto model = moe::switch_c;
+  EXPECT_EQ(moe::load_layer<float>(sized(model, switch_file), switch_file, kLayer)
+                .experts()[1].w_up(0, 1), 401);
+  model.tensors = moe::switch_decoder_tensors;
+  EXPECT_EQ(moe::load_layer<float>(sized(model, switch_file), switch_file, kLayer)
+                .experts()[1].w_up(0, 1), 901);
+
+  const std::string ffn = "model.decoder.layers.5.ffn.";
+  shapes = {{ffn + "router.classifier.weight", {kExperts, kModel}}};
+  for (const char* expert : {"0", "1"}) {
+    const std::string name = ffn + "experts.expert_" + expert;
+    shapes.push_back({name + ".fc1.weight", {kFf, kModel}});
+    shapes.push_back({name + ".fc1.bias", {kFf}});
+    shapes.push_back({name + ".fc2.weight", {kModel, kFf}});
+    shapes.push_back({name + ".fc2.bias", {kModel}});
+  }
+  const auto nllb_file = checkpoint_of(shapes);
+  auto nllb = moe::nllb_moe_54b;
+  nllb.tensors = moe::nllb_decoder_tensors;
+  const auto layer = moe::load_layer<float>(sized(nllb, nllb_file), nllb_file, kLayer);
+  EXPECT_EQ(layer.experts()[0].b_down[3], 503);
+  EXPECT_EQ(layer.experts()[1].w_down(1, 0), 803);
 }
 
 }  // namespace

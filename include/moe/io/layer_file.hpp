@@ -174,20 +174,25 @@ std::string describe_each(const Parts& parts) {
   return all;
 }
 
-// The descriptions of a layer, or of a router or an expert alone, under their keys of the metadata.
+}  // namespace detail
+
+/// The options and kinds of a layer's parts, or of a router or an expert alone, as text under the keys that
+/// save_layer gives them in the metadata: router, experts, shared_experts, or kind.
 template <class Layer>
 std::vector<std::pair<std::string, std::string>> describe(const Layer& layer) {
   std::vector<std::pair<std::string, std::string>> texts;
   if constexpr (requires { layer.router(); })
-    texts.emplace_back("router", describe_part(layer.router()));
+    texts.emplace_back("router", detail::describe_part(layer.router()));
   if constexpr (requires { layer.experts(); })
-    texts.emplace_back("experts", describe_each(layer.experts()));
+    texts.emplace_back("experts", detail::describe_each(layer.experts()));
   else
-    texts.emplace_back("kind", describe_part(layer));
+    texts.emplace_back("kind", detail::describe_part(layer));
   if constexpr (requires { layer.shared_experts(); })
-    texts.emplace_back("shared_experts", describe_each(layer.shared_experts()));
+    texts.emplace_back("shared_experts", detail::describe_each(layer.shared_experts()));
   return texts;
 }
+
+namespace detail {
 
 inline constexpr const char* kTable = "router.table";  // what a HashRouter's table is called in a file
 
@@ -244,7 +249,7 @@ void save_layer(const std::filesystem::path& path, const Layer& layer,
     tensors.push_back(
         {detail::kTable, DType::I64, {Index(table.size())}, std::as_bytes(std::span(table))});
   metadata["format"] = "moe";
-  for (const auto& [part, text] : detail::describe(layer)) metadata[part] = text;
+  for (const auto& [part, text] : describe(layer)) metadata[part] = text;
   write_safetensors(path, tensors, metadata);
 }
 
@@ -256,7 +261,7 @@ void save_layer(const std::filesystem::path& path, const Layer& layer,
 template <class Layer>
 void load_layer(const Checkpoint& checkpoint, Layer& layer) {
   const std::string file = checkpoint.path().string();
-  for (const auto& [part, here] : detail::describe(layer)) {
+  for (const auto& [part, here] : describe(layer)) {
     const auto saved = checkpoint.metadata().find(part);
     if (saved == checkpoint.metadata().end() || saved->second.empty()) continue;
     if (saved->second != here)

@@ -187,8 +187,9 @@ class LayerReader {
     else if (vector) expected = {{stacked, outer}};
     else expected = {{stacked, outer, inner}, {stacked * outer, inner}};
     if (std::find(expected.begin(), expected.end(), shape) == expected.end())
-      throw CheckpointError("load_layer: " + tensor.name + " has shape " + text_of(shape) +
-                            ", expected " + text_of(expected.front()));
+      throw CheckpointError("load_layer: " + tensor.name + " has shape " + text_of(tensor.shape) +
+                            (mxfp4 ? ", of 4-bit values " + text_of(shape) : "") + ", expected " +
+                            text_of(expected.front()));
   }
   static void require_mxfp4_scales(const TensorView& blocks, const TensorView& scales) {
     if (std::vector<Index>(blocks.shape.begin(), blocks.shape.end() - 1) != scales.shape)
@@ -320,13 +321,15 @@ LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
   reader.read(tensors.w_shared_gate, 0, 0, loaded.w_shared_gate);
   reader.read(tensors.b_output, 0, 0, loaded.b_output);
   reader.check_all_read(tensors.prefix);
+  if (const auto dot = tensors.w_router.name.rfind('.'); dot != std::string_view::npos)
+    reader.check_all_read(tensors.w_router.name.substr(0, dot + 1));  // not below the prefix in Grok-1
   return {std::move(loaded), reader.tensors()};
 }
 
 }  // namespace detail
 
 /// The model in the size that a checkpoint's layer has: d_model, the number of experts and the widths are
-/// read off the shapes of the router's and the down projections' tensors. top_k and the group limit stay.
+/// read off the shapes of the router's and the down projections' tensors; the rest as scaled_to.
 /// Throws CheckpointError where those tensors are missing or have no such shapes, and
 /// std::invalid_argument for a model whose tensor names are not known.
 template <class Unit, template <class> class R>

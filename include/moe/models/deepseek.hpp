@@ -90,6 +90,7 @@ inline constexpr Model<SwiGLU> deepseek_v3 = {
     .around = {.layers = 61,
                .moe_layers = 58,
                .vocabulary = 129280,
+               .embedding_is_active = false,
                .attention = latent_attention_parameters(7168, 128, 1536, 512, 128, 64, 128),
                .dense_d_ff = 18432},
     .published = {671e9, 37e9},

@@ -18,7 +18,8 @@ inline constexpr LayerTensors kGraniteTensors = {
 
 }  // namespace detail
 
-/// Granite 3.0 1B-A400M (IBM 2024): softmax over the eight best of 32 small experts.
+/// Granite 3.0 1B-A400M (IBM 2024): softmax over the eight best of 32 small experts. No
+/// coefficients of its losses are known here.
 inline constexpr Model<SwiGLU> granite_1b_a400m = {
     .name = "Granite 3.0 1B-A400M",
     .source = "github.com/ibm-granite/granite-3.0-language-models",
@@ -42,6 +43,7 @@ inline constexpr Model<SwiGLU> granite_3b_a800m = {
                .moe_layers = 32,
                .vocabulary = 49155,
                .tied_embeddings = true,
+               .embedding_is_active = false,
                .attention = attention_parameters(1536, 24, 8, 64)},
     .published = {3.3e9, 0.8e9},
     .tensors = detail::kGraniteTensors};

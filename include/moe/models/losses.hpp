@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include <moe/load_loss.hpp>
 #include <moe/loss.hpp>
 #include <moe/metrics.hpp>
 #include <moe/router.hpp>

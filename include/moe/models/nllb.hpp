@@ -10,7 +10,7 @@ namespace moe {
 /// token is dropped. The gate scale of 0.8 is that of inference: see nllb_moe_54b_in_training. Its loss
 /// counts first choices. These, a coefficient of 0.01 and no z-loss are what the training script in fairseq
 /// says (examples/nllb/modeling/sweep/sweep_mmt.py); Hugging Face's configuration has 0.001 for both losses.
-/// Names of tensors are the encoder's; the decoder's begin with model.decoder.
+/// Names of tensors are the encoder's; the decoder's: nllb_decoder_tensors.
 inline constexpr Model<ReLU> nllb_moe_54b = {
     .name = "NLLB-MoE 54B",
     .source = "arXiv:2207.04672",
@@ -41,6 +41,16 @@ inline constexpr Model<ReLU> nllb_moe_54b = {
             .w_down = {"model.encoder.layers.{layer}.ffn.experts.expert_{expert}.fc2.weight"},
             .b_up = {"model.encoder.layers.{layer}.ffn.experts.expert_{expert}.fc1.bias"},
             .b_down = {"model.encoder.layers.{layer}.ffn.experts.expert_{expert}.fc2.bias"}}}};
+
+/// The tensor names of its decoder, for `tensors` of a copy of the model.
+inline constexpr LayerTensors nllb_decoder_tensors = {
+    .prefix = "model.decoder.layers.{layer}.ffn.",
+    .w_router = {"model.decoder.layers.{layer}.ffn.router.classifier.weight"},
+    .experts = {
+        .w_up = {"model.decoder.layers.{layer}.ffn.experts.expert_{expert}.fc1.weight"},
+        .w_down = {"model.decoder.layers.{layer}.ffn.experts.expert_{expert}.fc2.weight"},
+        .b_up = {"model.decoder.layers.{layer}.ffn.experts.expert_{expert}.fc1.bias"},
+        .b_down = {"model.decoder.layers.{layer}.ffn.experts.expert_{expert}.fc2.bias"}}};
 
 /// The same as it is trained: gates have a sum of 1, and the caller sets the mixture of each token to zero
 /// with probability 0.2, instead of which inference scales it by 0.8.

@@ -50,11 +50,20 @@ struct SoftModel {
     return num_experts() * ExpertOf<Unit>::parameters(d_model(), d_ff, expert_bias) +
            num_experts() * layer.slots_per_expert * d_model() + (layer.normalise ? 1 : 0);
   }
-  /// Parameters of the whole model. A sequence of any length uses all of them: its slots do. None
-  /// where `around` does not say what stands around its layers.
+  /// Parameters of the whole model. None where `around` does not say what stands around its layers.
   constexpr std::optional<Index> total_parameters() const {
     if (!around.known()) return {};
     return surrounding_parameters(around, d_model()) + around.moe_layers * layer_parameters();
+  }
+  /// The same: every token has a share in every slot.
+  constexpr std::optional<Index> active_parameters() const { return total_parameters(); }
+  /// Operations (a multiply-add is two) of one layer's products for one token of a sequence of `tokens`,
+  /// forward: logits, inputs and outputs of slots; a slot's expert works once a sequence, whatever its
+  /// length.
+  constexpr double flops_per_token(Index tokens) const {
+    constexpr Index kMatrices = ExpertOf<Unit>::kUpWidths + 1;
+    const Index slots = num_experts() * layer.slots_per_expert;
+    return 2.0 * double(slots * d_model()) * (3.0 + double(kMatrices * d_ff) / double(tokens));
   }
 };
 

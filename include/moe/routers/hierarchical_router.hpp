@@ -38,10 +38,9 @@ namespace moe {
 /// A token that any level finds poisoned is poisoned, and masked for all the others.
 ///
 /// Losses on leaves: importance_loss(routing) is CV^2 of the importance of eq. 13, sum over x of
-/// G_i(x) G_ij(x); load_balancing_loss(routing) works as well. load_loss(routing) sees no noise: it
-/// counts, with zero gradient. Losses on levels, e.g. load_loss(routing.levels[0]) and, of child i,
-/// load_loss(routing.levels[1 + i]), take the place of eq. 14, CV^2 of
-/// load_i * load_ij / tokens of group i: see backward_levels.
+/// G_i(x) G_ij(x); load_balancing_loss(routing) works as well. The
+/// loss of eq. 14 is hierarchical_load_loss(routing); its gradients by levels, and those of any other
+/// losses on levels, go through backward_levels. load_loss(routing) refuses noise that only levels see.
 ///
 /// Cost: O(tokens * num_experts * d_model), because a child computes the logits of all tokens,
 /// masked ones too. So routing is no cheaper than by one router over all leaves; in return the
@@ -143,8 +142,8 @@ class HierarchicalRouter {
 
   /// The same for losses on levels: `gradients` has one entry for each of routing.levels, in that
   /// order; an empty one means zero. Call it after the layer's backward, with the same cache:
-  ///   std::vector<RoutingGradient<float>> on_levels(cache.routing.levels.size());
-  ///   on_levels[0] = 0.1f * load_loss(cache.routing.levels[0]).gradient;
+  ///   auto [value, on_levels] = hierarchical_load_loss(cache.routing);
+  ///   for (auto& gradient : on_levels) gradient = 0.1f * gradient;
   ///   layer.router().backward_levels(cache.x, cache.routing, on_levels, d_x, grad.router());
   template <Executor E = DefaultExecutor>
   void backward_levels(const ConstMatrixRef<S>& x, const Routing<S>& routing,

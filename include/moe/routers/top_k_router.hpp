@@ -62,6 +62,21 @@ struct TopKOptions {
   bool allow_constant_gate = false;
 };
 
+/// Options of top-p routing, in which a token chooses experts until their router_probs sum to more than
+/// top_p, however many these are (Huang et al. 2024, eq. 4).
+inline TopKOptions top_p_options(Index d_model, Index num_experts, double top_p = 0.4) {
+  return {.d_model = d_model, .num_experts = num_experts, .top_k = num_experts, .top_p = top_p};
+}
+
+/// Options of ReLU routing, in which a token chooses every expert with a positive logit, which is its gate
+/// (ReMoE, Wang et al. 2024, eq. 5). Train with relu_balance_loss.
+inline TopKOptions relu_options(Index d_model, Index num_experts) {
+  return {.d_model = d_model,
+          .num_experts = num_experts,
+          .top_k = num_experts,
+          .score = Score::relu};
+}
+
 /// Each token takes its top_k experts by a linear layer's logits, z = x w_router^T (+ b_router).
 /// With its options: Switch (top_k 1), GShard, GLaM, V-MoE, Mixtral, Grok-1, DBRX, OLMoE, Qwen, DeepSeek,
 /// gpt-oss, Llama-4, top-p routing, ReMoE, ... Selection is by the logits, or by scores plus a bias; ties to the lower expert.
