@@ -136,6 +136,14 @@ TEST(LoadLoss, OfAKnownBatch) {
   // tensor2tensor, expert_utils.py, _prob_in_top_k: two thresholds. V-MoE: one.
   EXPECT_NEAR(moe::load_loss(known_noisy()).value, 0.16025305988807703, 1e-14);
   EXPECT_NEAR(moe::load_loss(known_noisy(), LoadThreshold::one).value, 0.11895809386810192, 1e-14);
+  const auto expect_loads = [](LoadThreshold threshold, std::vector<double> loads) {
+    const Routing<double> routing = known_noisy();
+    const Vector<double> values =
+        moe::detail::EstimatedLoad<double>(routing, threshold, "test").values;
+    for (Index e = 0; e < 4; ++e) EXPECT_NEAR(values[e], loads[std::size_t(e)], 5e-9) << e;
+  };
+  expect_loads(LoadThreshold::two, {2.96237267, 2.60520486, 1.39118066, 1.04839424});
+  expect_loads(LoadThreshold::one, {2.6179332, 1.93154887, 1.37153864, 1.03569141});
 }
 
 // The loads themselves: of a batch repeated n times they are n times as large, and CV^2 is the
