@@ -11,7 +11,7 @@ cmake_path(ABSOLUTE_PATH INCLUDE_DIR)
 set(layers
   "version types check buffer"
   "top_k scores group_limit selection_bias softmax activation parameters random init executor product storage"
-  "router expert capacity dispatch loss metrics token_choice gradient_check"
+  "router expert capacity dispatch loss load_loss metrics token_choice gradient_check"
   "routers/* experts/*"
   "moe_layer soft_moe_layer"
   "packed_moe_layer"
