@@ -71,7 +71,7 @@ TEST(Divergences, GroupsLeftOutNeverWinOverNegativeScores) {
                                 8);
   router.selection_bias << -.6, -.8, -.7, -.75, -1, -1, -1, -1;
   const auto routing = route(router, Matrix<double>::Zero(1, 8));
-  EXPECT_EQ(routing.chosen.expert, (Chosen{0, 2}));
+  ASSERT_EQ(routing.chosen.expert, (Chosen{0, 2}));
   EXPECT_NEAR(routing.chosen.gate[0], .5, 1e-15);
 }
 
@@ -213,7 +213,7 @@ TEST(Divergences, ARandomSecondExpertIsDrawnByItsNormalisedGate) {
   moe::route_by_logits(
       {.gate = {.renormalise = true}, .top_k = 2, .second_threshold = .5, .second_draws = &draw},
       {}, {}, routing, moe::Sequential{});
-  EXPECT_EQ(routing.chosen.expert, (Chosen{0, 1}));
+  ASSERT_EQ(routing.chosen.expert, (Chosen{0, 1}));
   EXPECT_NEAR(routing.chosen.gate[0], 4.0 / 7, 1e-15);
   EXPECT_NEAR(routing.chosen.gate[1], 3.0 / 7, 1e-15);
 }
@@ -289,7 +289,7 @@ TEST(Divergences, PaddingCountsOnlyWithoutAMask) {
 // token away.
 TEST(Divergences, AGateThatUnderflowsKeepsItsSeat) {
   const auto routing = route(identity_router({.top_k = 2}, 2), Matrix<double>{{0, -2000}});
-  EXPECT_EQ(routing.plan.rows_of(1), 1);
+  ASSERT_EQ(routing.plan.rows_of(1), 1);
   EXPECT_EQ(routing.plan.gate[1], 0);
 }
 
@@ -316,7 +316,7 @@ TEST(Divergences, ASelectionBiasIsAddedToProbabilities) {
   TopK router = identity_router({.top_k = 2, .renormalise = true, .selection_bias = true}, 3);
   router.selection_bias << 0, 0, .4;
   const auto routing = route(router, Matrix<double>{{std::log(5.0), std::log(3.0), std::log(2.0)}});
-  EXPECT_EQ(routing.chosen.expert, (Chosen{2, 0}));
+  ASSERT_EQ(routing.chosen.expert, (Chosen{2, 0}));
   EXPECT_NEAR(routing.chosen.gate[0], .2 / .7, 1e-15);
   EXPECT_NEAR(routing.chosen.gate[1], .5 / .7, 1e-15);
 }
