@@ -239,6 +239,22 @@ TEST(Divergences, TheLossOfLayersTogetherIsNotTheMeanOfTheirs) {
   EXPECT_EQ(moe::mixtral_8x7b.losses.over_layers, moe::OverLayers::mean);
 }
 
+// lingvo, mesh, flaxformer and V-MoE take the mean of the losses of groups. The plain loss is of
+// the batch, whatever its groups; that of each group, of all choices or of the first, is asked for.
+TEST(Divergences, TheLossOfABatchIsNotTheMeanOfItsGroups) {
+  const Matrix<double> x{
+      {800, 0}, {800, 0}, {0, 800}, {0, 800}};  // a group each for expert 0 and 1
+  const BatchInfo info{.group_begin = IndexVector{{0, 2, 4}}};
+  const auto one = route(identity_router({.top_k = 1}, 2), x, info);
+  EXPECT_NEAR(moe::load_balancing_loss(one).value, 1, 1e-14);
+  EXPECT_NEAR(moe::sequence_balance_loss(one, info).value, 2, 1e-14);
+  const auto two = route(identity_router({.top_k = 2}, 2), x, info);
+  const auto first = moe::demand_per_expert(two, 1);
+  EXPECT_NEAR(moe::load_balancing_loss(two, first, 4).value, 1, 1e-14);
+  EXPECT_NEAR(moe::sequence_balance_loss(two, info, moe::most_probable_choices(two, 1)).value, 2,
+              1e-14);
+}
+
 // The plain loss counts the experts that ran; what scores alone would choose is counted where it is
 // asked for (DeepSeek-V3; Megatron-LM; Hugging Face's ERNIE). p = (.6, .4), the bias chooses
 // expert 1.
