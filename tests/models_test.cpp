@@ -333,6 +333,26 @@ TEST(ModelLosses, GShardCountsFirstChoices) {
               0.01 * balance(routing, counts(routing, 0, kTokens, true), kTokens, 0, kTokens), 1e-12);
 }
 
+// Where the batch has groups: lingvo, mesh, flaxformer.
+TEST(ModelLosses, AreMeansOverGroups) {
+  const auto expect_mean = [](const auto& model, bool first_only) {
+    const auto routing = routing_of(model);
+    const double k = first_only ? 1 : double(small(model).router.top_k);
+    const double mean =
+        (balance(routing, counts(routing, 0, 10, first_only), k * 10, 0, 10) +
+         balance(routing, counts(routing, 10, kTokens, first_only), k * 14, 10, kTokens)) / 2;
+    moe::Losses losses = model.losses;
+    losses.z = 0;
+    EXPECT_NEAR(moe::routing_loss(losses, routing, two_sequences()).value, 0.01 * mean, 1e-12)
+        << model.name;
+  };
+  expect_mean(moe::gshard_600b, true);
+  expect_mean(moe::glam_64b_64e, true);
+  expect_mean(moe::st_moe_32b, true);
+  expect_mean(moe::switch_base_8, false);
+  expect_mean(moe::switch_c, false);
+}
+
 TEST(ModelLosses, StMoeAddsTheZLoss) {
   const auto routing = routing_of(moe::st_moe_32b);
   double z = 0;

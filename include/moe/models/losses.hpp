@@ -14,8 +14,9 @@ namespace moe {
 /// Which choices a model's balance loss counts, and over which tokens.
 enum class BalanceOf {
   choices,          ///< all choices of the batch: load_balancing_loss(routing)
-  first_choices,    ///< each token's best expert alone (GShard, ST-MoE, NLLB)
-  sequences,        ///< all choices of each group of BatchInfo: sequence_balance_loss (DeepSeek-V2)
+  first_choices,    ///< each token's best expert alone, in each group of BatchInfo (GShard, ST-MoE; NLLB,
+                    ///< whose authors have no groups)
+  sequences,        ///< all choices of each group of BatchInfo: sequence_balance_loss (Switch, DeepSeek-V2)
   sequence_scores,  ///< the same, but of the experts that a token would choose by its scores alone,
                     ///< without selection bias and group limit (DeepSeek-V3, eq. 18)
 };
@@ -61,8 +62,7 @@ Loss<S> balance_loss(BalanceOf balance_of, const Routing<S>& routing, const Batc
     case BalanceOf::choices:
       return load_balancing_loss(routing);
     case BalanceOf::first_choices:
-      return load_balancing_loss(routing, demand_per_expert(routing, 1),
-                                 routing.plan.num_valid_tokens());
+      return sequence_balance_loss(routing, info, most_probable_choices(routing, 1));
     case BalanceOf::sequences:
       return sequence_balance_loss(routing, info);
     case BalanceOf::sequence_scores:
