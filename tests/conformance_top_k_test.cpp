@@ -147,12 +147,15 @@ struct RandomSecond {
 };
 
 [[maybe_unused]] const bool checked =
-    check_routers<PlainTopK<float>, PlainTopK<double>,                         //
-                  RenormalisedTopK<float>, RenormalisedTopK<double>,           //
-                  SigmoidTopK<float>, SigmoidTopK<double>,                     //
-                  BiasedTopK<float>, BiasedTopK<double>, GroupedTopK<double>,  //
-                  TopP<float>, ReLUTopK<double>, Thresholded<double>,
- RandomSecond<float>, RandomSecond<double>>("TopK");
+    check_routers<PlainTopK<float>, PlainTopK<double>,                //
+                  RenormalisedTopK<float>, RenormalisedTopK<double>,  //
+                  SigmoidTopK<float>, SigmoidTopK<double>,            //
+                  BiasedTopK<float>, BiasedTopK<double>,              //
+                  GroupedTopK<float>, GroupedTopK<double>,            //
+                  TopP<float>, TopP<double>,                          //
+                  ReLUTopK<float>, ReLUTopK<double>,                  //
+                  Thresholded<float>, Thresholded<double>,            //
+                  RandomSecond<float>, RandomSecond<double>>("TopK");
 
 }  // namespace
 

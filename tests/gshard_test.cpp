@@ -8,6 +8,8 @@
 #include <moe/models/gshard.hpp>
 #include <moe/moe.hpp>
 
+#include "compare.hpp"
+
 // The routers of GShard, GLaM and ST-MoE against their authors' algorithm (Lepikhin et al. 2021, algorithm 1),
 // written down as mesh (_top_2_gating) and lingvo (Top2GatingOnLogits) have it: with masks and cumulative
 // sums, group by group.
@@ -106,7 +108,7 @@ Tally expect_as_authors(const M& model, const Authors& training, const Authors& 
         combine(plan.token[a], e) = plan.gate[a];
     const Matrix<double> expected =
         top_2_gating(routing.router_logits, trains ? training : inference, draws);
-    EXPECT_LT((combine - expected).cwiseAbs().maxCoeff(), 1e-8) << "round " << round;
+    EXPECT_LT(largest_difference(combine, expected), 1e-8) << "round " << round;
     EXPECT_EQ((combine.array() > 0).count(), (expected.array() > 0).count());
     tally.dropped += plan.dropped.size();
     tally.left_out += 2 * x.rows() - routing.chosen.size();

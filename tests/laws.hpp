@@ -3,8 +3,6 @@
 
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <functional>
@@ -13,6 +11,8 @@
 #include <vector>
 
 #include <moe/moe.hpp>
+
+#include "compare.hpp"
 
 // What the laws of routers and the laws of experts share.
 namespace laws {
@@ -62,13 +62,9 @@ template <class S>
 testing::AssertionResult equal_to_rounding(const Matrix<S>& a, const Matrix<S>& b) {
   if (a.rows() != b.rows() || a.cols() != b.cols())
     return testing::AssertionFailure() << a.rows() << " rows and " << b.rows();
-  double largest = 0, difference = 0;
-  for (Index i = 0; i < a.size(); ++i) {
-    largest = std::max(largest, std::abs(double(b.data()[i])));
-    difference = std::max(difference, std::abs(double(a.data()[i] - b.data()[i])));
-  }
-  if (difference <= kRounding<S> * largest) return testing::AssertionSuccess();
-  return testing::AssertionFailure() << "differ by " << difference << " of " << largest;
+  const double error = relative_error(a, b);
+  if (error <= kRounding<S>) return testing::AssertionSuccess();
+  return testing::AssertionFailure() << "differ by " << error << " of the largest entry";
 }
 
 // A test that runs a function.

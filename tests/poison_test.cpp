@@ -8,6 +8,7 @@
 #include <limits>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <moe/moe.hpp>
@@ -141,16 +142,19 @@ void expect_contained(Layer layer, const std::string& what) {
   }
 }
 
+// A router whose gates scale inputs has no gated shared experts beside it.
 template <class Router>
-void expect_contained_with(const Router& router, const std::string& what) {
+void expect_contained_with(const Router& router, const std::string& what,
+                           bool gated_shared = true) {
   Rng rng(1);
   const Index d = router.d_model(), experts = router.num_experts();
   const typename GatedFeedForward<float>::Options gated{.d_model = d, .d_ff = 20, .bias = true};
   using Layer = MoELayer<GatedFeedForward<float>, Router>;
   expect_contained(Layer(make_experts<GatedFeedForward<float>>(experts, gated, rng), router), what);
-  expect_contained(Layer(make_experts<GatedFeedForward<float>>(experts, gated, rng), router,
-                         {make_experts<GatedFeedForward<float>>(1, gated, rng), true}, true),
-                   what + " with a shared expert");
+  expect_contained(
+      Layer(make_experts<GatedFeedForward<float>>(experts, gated, rng), router,
+            {make_experts<GatedFeedForward<float>>(1, gated, rng), gated_shared}, true),
+      what + " with a shared expert");
 }
 
 TEST(Poison, StaysInItsTokenWithTopK) {
@@ -192,6 +196,73 @@ TEST(Poison, StaysInItsTokenWithReLURouting) {
   expect_contained_with(
       TopKRouter<float>({.d_model = 12, .num_experts = 5, .top_k = 5, .score = Score::relu}, rng),
       "ReLU");
+}
+
+TEST(Poison, StaysInItsTokenWithOtherOptionsOfTopK) {
+  const auto of_inputs = [](Score score) {
+    return TopKOptions{.d_model = 12,
+                       .num_experts = 6,
+                       .score = score,
+                       .gate_side = GateSide::input,
+                       .training_capacity = 0.8,
+                       .overflow = Overflow::next_best};
+  };
+  const std::pair<const char*, TopKOptions> rows[] = {
+      {"sigmoid, bias, groups",
+       {.d_model = 12,
+        .num_experts = 6,
+        .score = Score::sigmoid,
+        .renormalise = true,
+        .selection_bias = true,
+        .group_limit = {.groups = 3, .kept = 2, .score = GroupScore::top_two_sum}}},
+      {"sqrt-softplus",
+       {.d_model = 12,
+        .num_experts = 6,
+        .score = Score::sqrt_softplus,
+        .bias = true,
+        .training_capacity = 0.8}},
+      {"top-p",
+       {.d_model = 12, .num_experts = 6, .top_k = 6, .top_p = 0.4, .training_capacity = 0.5}},
+      {"second threshold",
+       {.d_model = 12, .num_experts = 6, .second_threshold = 0.2, .capacity = 1.0}},
+      {"random second experts",
+       {.d_model = 12, .num_experts = 6, .random_second_threshold = 0.5, .renormalise = true}},
+      {"noise", {.d_model = 12, .num_experts = 6, .noise_stddev = 0.5}},
+      {"softmax gates of inputs", of_inputs(Score::softmax)},
+      {"sigmoid gates of inputs", of_inputs(Score::sigmoid)},
+      {"sqrt-softplus gates of inputs", of_inputs(Score::sqrt_softplus)},
+  };
+  for (const auto& [what, options] : rows) {
+    Rng rng(1);
+    expect_contained_with(TopKRouter<float>(options, rng), what,
+                          options.gate_side != GateSide::input);
+  }
+}
+
+TEST(Poison, StaysInItsTokenWithThreeWayExperts) {
+  Rng rng(1);
+  expect_contained(
+      MoELayer(make_experts<ThreeWayFeedForward<float>>(5, {.d_model = 12, .d_ff = 20}, rng),
+               TopKRouter<float>({.d_model = 12, .num_experts = 5}, rng)),
+      "three-way experts");
+}
+
+TEST(Poison, StaysInItsTokenWithNullExperts) {
+  Rng rng(1);
+  using Any = VariantExpert<GatedFeedForward<float>, ZeroExpert<float>, CopyExpert<float>,
+                            ConstantExpert<float>>;
+  std::vector<Any> experts;
+  for (int i = 0; i < 2; ++i) {
+    experts.push_back(GatedFeedForward<float>({.d_model = 12, .d_ff = 20}, rng));
+    experts.push_back(ZeroExpert<float>({.d_model = 12}));
+    experts.push_back(CopyExpert<float>({.d_model = 12}));
+    experts.push_back(ConstantExpert<float>({.d_model = 12}, rng));
+  }
+  for (const GateSide side : {GateSide::output, GateSide::input})
+    expect_contained(
+        MoELayer(experts,
+                 TopKRouter<float>({.d_model = 12, .num_experts = 8, .gate_side = side}, rng)),
+        side == GateSide::input ? "null experts, gates of inputs" : "null experts");
 }
 
 TEST(Poison, StaysInItsTokenWithSinkhorn) {

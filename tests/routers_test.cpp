@@ -272,6 +272,7 @@ TEST(TopKRouter, JitterMultipliesTheInputInTrainingOnly) {
     router.route(x, rng, {}, routing);
     least = std::min(least, routing.input_factor.minCoeff());
     most = std::max(most, routing.input_factor.maxCoeff());
+    EXPECT_TRUE(routing.input_factor.allFinite());
   }
   EXPECT_GE(least, 1 - jitter);
   EXPECT_LT(most, 1 + jitter);

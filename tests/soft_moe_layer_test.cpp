@@ -20,6 +20,7 @@
 #include <moe/gradient_check.hpp>
 #include <moe/soft_moe_layer.hpp>
 
+#include "compare.hpp"
 #include "laws.hpp"
 
 namespace {
@@ -137,15 +138,7 @@ void expect_same_step(const Step<S>& a, const Step<S>& b, const std::string& wha
 // Largest difference, relative to the larger of 1 and the largest entry expected.
 template <class S>
 double error(const Matrix<S>& got, const Matrix<double>& expected) {
-  EXPECT_EQ(got.rows(), expected.rows());
-  EXPECT_EQ(got.cols(), expected.cols());
-  double worst = 0, largest = 1;
-  for (Index i = 0; i < got.size(); ++i) {
-    const double difference = std::abs(double(got.data()[i]) - expected.data()[i]);
-    if (!(difference <= worst)) worst = difference;
-    largest = std::max(largest, std::abs(expected.data()[i]));
-  }
-  return worst / largest;
+  return relative_error(got, expected, 1);
 }
 
 // The squared norm of all parameters of a gradient.

@@ -90,15 +90,16 @@ void expect_no_allocation(Layer layer, Index tokens, const E& executor) {
   }
 }
 
+// A router whose gates scale inputs has no gated shared experts beside it.
 template <class Router>
-void expect_no_allocation_with(const Router& router) {
+void expect_no_allocation_with(const Router& router, bool gated_shared = true) {
   const Index d_model = router.d_model(), experts = router.num_experts();
   Rng rng(1);
   const typename FeedForward<float>::Options plain{.d_model = d_model, .d_ff = 48, .bias = true};
   const typename GatedFeedForward<float>::Options gated{.d_model = d_model, .d_ff = 48};
   const MoELayer simple(make_experts<FeedForward<float>>(experts, plain, rng), router);
   const MoELayer shared(make_experts<GatedFeedForward<float>>(experts, gated, rng), router,
-                        {make_experts<GatedFeedForward<float>>(1, gated, rng), true}, true);
+                        {make_experts<GatedFeedForward<float>>(1, gated, rng), gated_shared}, true);
   expect_no_allocation(simple, 90, Sequential{});
   expect_no_allocation(shared, 90, Sequential{});
 #ifdef _OPENMP
@@ -201,6 +202,50 @@ TEST_P(Allocation, NoneOnceWarmWithScoresGroupsAndBiases) {
       {.d_model = GetParam(), .num_experts = 8, .top_k = 8, .top_p = 0.4}, rng));
   expect_no_allocation_with(TopKRouter<float>(
       {.d_model = GetParam(), .num_experts = 8, .top_k = 8, .score = Score::relu}, rng));
+  expect_no_allocation_with(TopKRouter<float>({.d_model = GetParam(),
+                                               .num_experts = 8,
+                                               .top_k = 8,
+                                               .top_p = 0.4,
+                                               .capacity = 1.0,
+                                               .training_capacity = 0.8},
+                                              rng));
+  expect_no_allocation_with(TopKRouter<float>(
+      {.d_model = GetParam(), .num_experts = 8, .top_k = 2, .score = Score::sqrt_softplus}, rng));
+  expect_no_allocation_with(TopKRouter<float>({.d_model = GetParam(),
+                                               .num_experts = 8,
+                                               .top_k = 2,
+                                               .score = Score::sigmoid,
+                                               .gate_side = GateSide::input},
+                                              rng),
+                            false);
+}
+
+TEST_P(Allocation, NoneOnceWarmWithThreeWayExperts) {
+  Rng rng(1);
+  const TopKRouter<float> router({.d_model = GetParam(), .num_experts = 8}, rng);
+  expect_no_allocation(MoELayer(make_experts<ThreeWayFeedForward<float>>(
+                                    8, {.d_model = GetParam(), .d_ff = 48}, rng),
+                                router),
+                       90, Sequential{});
+}
+
+TEST_P(Allocation, NoneOnceWarmWithNullExperts) {
+  Rng rng(1);
+  using Any = VariantExpert<GatedFeedForward<float>, ZeroExpert<float>, CopyExpert<float>,
+                            ConstantExpert<float>>;
+  const Index d_model = GetParam();
+  std::vector<Any> experts;
+  for (int i = 0; i < 2; ++i) {
+    experts.push_back(GatedFeedForward<float>({.d_model = d_model, .d_ff = 48}, rng));
+    experts.push_back(ZeroExpert<float>({.d_model = d_model}));
+    experts.push_back(CopyExpert<float>({.d_model = d_model}));
+    experts.push_back(ConstantExpert<float>({.d_model = d_model}, rng));
+  }
+  for (const GateSide side : {GateSide::output, GateSide::input})
+    expect_no_allocation(
+        MoELayer(experts,
+                 TopKRouter<float>({.d_model = d_model, .num_experts = 8, .gate_side = side}, rng)),
+        90, Sequential{});
 }
 
 TEST_P(Allocation, NoneOnceWarmWithSinkhorn) {

@@ -50,8 +50,8 @@ struct Comparison {
 
   template <class A, class B>
   void expect_close(const A& seen, const B& expected, const std::string& what) {
-    if (expected.cwiseAbs().maxCoeff() == 0) {
-      EXPECT_EQ(seen.cwiseAbs().maxCoeff(), 0) << name << " " << what;
+    if (all_zero(expected)) {
+      EXPECT_TRUE(all_zero(seen)) << name << " " << what;
       return;
     }
     const double error = relative_error(seen, expected);

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <fstream>
 #include <iterator>
@@ -12,6 +11,8 @@
 
 #include <moe/io/safetensors.hpp>
 #include <moe/types.hpp>
+
+#include "compare.hpp"
 
 // A golden file, and how values are compared with it.
 
@@ -33,13 +34,6 @@ struct Golden {
   }
   moe::Index number(const char* key) const { return config.at(key).get<moe::Index>(); }
 };
-
-// The largest difference over the largest entry.
-template <class A, class B>
-double relative_error(const A& a, const B& b) {
-  const double largest = double(b.cwiseAbs().maxCoeff());
-  return double((a - b).cwiseAbs().maxCoeff()) / std::max(largest, 1e-30);
-}
 
 // FNV-1a of the bytes of a golden file.
 inline std::uint64_t hash_of_golden(const std::string& name) {
