@@ -52,11 +52,18 @@ Step run(const Layer& layer, const Matrix<float>& x, const BatchInfo& info) {
   for (Index e = 0; e < device.size(); ++e) device[e] = e % 2;
   std::vector<Loss<float>> losses{load_balancing_loss(r),
                                   importance_loss(r),
-                                  load_loss(r),
-                                  load_loss(r, LoadThreshold::one),
                                   sequence_balance_loss(r, sequences),
                                   device_balance_loss(r, device),
                                   relu_balance_loss(r, 1)};
+  for (const LoadThreshold threshold : {LoadThreshold::two, LoadThreshold::one}) {
+    if (r.levels.empty()) {
+      losses.push_back(load_loss(r, threshold));
+      continue;
+    }
+    const LevelsLoss<float> load = hierarchical_load_loss(r, threshold);
+    step.losses.push_back(load.value);
+    for (const auto& gradient : load.gradients) step.gradients.push_back(gradient.d_router_logits);
+  }
   if (r.router_logits.size() > 0) {
     losses.push_back(importance_loss(r, Importance::probs));
     losses.push_back(router_z_loss(r));
