@@ -37,7 +37,14 @@ std::string everything(const Layer& layer, const Matrix<float>& x, const BatchIn
   layer.forward(x, y, workspace, info, executor);
   layer.forward(x, rng, y_train, cache, info, executor);
   const Routing<float>& r = cache.routing;
-  std::vector<Loss<float>> losses{load_balancing_loss(r), importance_loss(r), load_loss(r)};
+  IndexVector device(layer.num_experts());
+  for (Index e = 0; e < device.size(); ++e) device[e] = e % 2;
+  std::vector<Loss<float>> losses{load_balancing_loss(r),
+                                  importance_loss(r),
+                                  load_loss(r),
+                                  sequence_balance_loss(r, info),
+                                  device_balance_loss(r, device),
+                                  relu_balance_loss(r, 1)};
   if (r.router_logits.size() > 0) losses.push_back(router_z_loss(r));
   RoutingGradient<float> of_losses;
   if constexpr (TrainableRouter<std::decay_t<decltype(layer.router())>>)
@@ -114,14 +121,15 @@ void expect_same_everywhere(Layer layer, const std::string& what) {
 #endif
 }
 
+// A router whose gates scale inputs has no gated shared experts beside it.
 template <class Router>
-void expect_same_with(const Router& router, const std::string& what) {
+void expect_same_with(const Router& router, const std::string& what, bool gated_shared = true) {
   Rng rng(2);
   const typename GatedFeedForward<float>::Options gated{.d_model = router.d_model(), .d_ff = 29};
   using Layer = MoELayer<GatedFeedForward<float>, Router>;
   expect_same_everywhere(
       Layer(make_experts<GatedFeedForward<float>>(router.num_experts(), gated, rng), router,
-            {make_experts<GatedFeedForward<float>>(2, gated, rng), true}, true),
+            {make_experts<GatedFeedForward<float>>(2, gated, rng), gated_shared}, true),
       what + " with shared experts");
 }
 
@@ -189,6 +197,28 @@ TEST(Threads, OtherScoresAreTheSameForEveryExecutor) {
   expect_same_with(
       TopKRouter<float>({.d_model = 33, .num_experts = 7, .top_k = 7, .score = Score::relu}, rng),
       "ReLU");
+  expect_same_with(TopKRouter<float>(
+                       {.d_model = 33, .num_experts = 7, .top_k = 2, .second_threshold = 0.2}, rng),
+                   "second threshold");
+  expect_same_with(TopKRouter<float>({.d_model = 33,
+                                      .num_experts = 7,
+                                      .top_k = 3,
+                                      .random_second_threshold = 0.5,
+                                      .training_capacity = 1.0},
+                                     rng),
+                   "random second experts");
+  expect_same_with(
+      TopKRouter<float>(
+          {.d_model = 33, .num_experts = 7, .top_k = 2, .score = Score::sqrt_softplus}, rng),
+      "sqrt-softplus");
+  expect_same_with(TopKRouter<float>({.d_model = 33,
+                                      .num_experts = 7,
+                                      .top_k = 2,
+                                      .score = Score::sigmoid,
+                                      .gate_side = GateSide::input,
+                                      .training_capacity = 1.0},
+                                     rng),
+                   "gates of inputs", false);
 }
 
 TEST(Threads, SinkhornIsTheSameForEveryExecutor) {
