@@ -41,11 +41,18 @@ std::string everything(const Layer& layer, const Matrix<float>& x, const BatchIn
   for (Index e = 0; e < device.size(); ++e) device[e] = e % 2;
   std::vector<Loss<float>> losses{load_balancing_loss(r),
                                   importance_loss(r),
-                                  load_loss(r),
                                   sequence_balance_loss(r, info),
                                   device_balance_loss(r, device),
                                   relu_balance_loss(r, 1)};
   if (r.router_logits.size() > 0) losses.push_back(router_z_loss(r));
+  if (r.levels.empty()) {
+    losses.push_back(load_loss(r));
+  } else {
+    const LevelsLoss<float> load = hierarchical_load_loss(r);
+    append(bytes, &load.value, 1);
+    for (const auto& gradient : load.gradients)
+      append(bytes, gradient.d_router_logits.data(), gradient.d_router_logits.size());
+  }
   RoutingGradient<float> of_losses;
   if constexpr (TrainableRouter<std::decay_t<decltype(layer.router())>>)
     for (const Loss<float>& loss : losses) of_losses += loss.gradient;
