@@ -59,8 +59,12 @@ void inspect(const Model& published, const moe::Checkpoint& checkpoint, moe::Ind
   for (const auto& [part, text] : moe::describe(layer))
     std::printf("  %s: %s\n", part.c_str(), text.c_str());
   const moe::Losses& losses = model.losses;
-  std::printf("  losses in training: balance %g, z %g, importance %g, load %g, device %g\n",
-              losses.balance, losses.z, losses.importance, losses.load, losses.device);
+  std::printf("  losses in training:");
+  for (const auto& [name, coefficient] : {std::pair{"balance", losses.balance}, {"z", losses.z},
+                                          {"importance", losses.importance}, {"load", losses.load},
+                                          {"device", losses.device}})
+    if (coefficient != 0) std::printf(" %s %g", name, coefficient);
+  std::printf(losses.balance == 0 && losses.importance == 0 ? " none known\n" : "\n");
   print_storage(tensors);
 
   moe::Rng rng(1);

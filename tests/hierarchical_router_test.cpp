@@ -339,7 +339,7 @@ TEST(HierarchicalRouterLosses, ThoseThatNeedLogitsRefuse) {
               ThrowsMessage<std::invalid_argument>(
                   HasSubstr("router_logits has shape [0, 0], expected [6, 12]")));
   EXPECT_THAT([&] { moe::load_loss(routing); },
-              ThrowsMessage<std::invalid_argument>(HasSubstr("level 0 of 4 has noise")));
+              ThrowsMessage<std::invalid_argument>(HasSubstr("level 0 of 4 has noise: use hierarchical_load_loss")));
   // A gradient of zeros by logits is accepted; one that is not zero is refused.
   moe::RoutingGradient<double> gradient;
   gradient.d_router_logits.setZero(6, 12);
@@ -423,8 +423,7 @@ TEST(HierarchicalRouterLosses, LoadWithoutNoiseIsCounted) {
   EXPECT_NEAR(moe::load_loss(routing).value, of_leaves * of_leaves, 1e-9);
 }
 
-// Eq. 14 written out from the losses' own loads: of two groups of two leaves, whose loads follow from the
-// noisy logits by hand.
+// Eq. 14 written out, of two groups of two leaves, whose loads follow from the noisy logits by hand.
 TEST(HierarchicalRouterLosses, LoadIsThatOfTheFormula) {
   const auto phi = [](double u) { return 0.5 * (1 + std::erf(u / std::sqrt(2.0))); };
   moe::Routing<double> routing;
@@ -452,6 +451,18 @@ TEST(HierarchicalRouterLosses, LoadIsThatOfTheFormula) {
   for (const double l : load) variance += (l - mean) * (l - mean) / 4;
   EXPECT_NEAR(moe::hierarchical_load_loss(routing).value, variance / (mean * mean + 1e-10), 1e-12);
 
+  moe::Routing<double> nested = routing, uneven = routing;
+  nested.levels[1].levels = {routing.levels[2]};
+  EXPECT_THAT([&] { moe::hierarchical_load_loss(nested); },
+              ThrowsMessage<std::invalid_argument>(HasSubstr("level 1 has 1 levels itself")));
+  EXPECT_THAT([&] { moe::load_loss(nested.levels[1]); },
+              ThrowsMessage<std::invalid_argument>(HasSubstr("level 0 of 1 has noise")));
+  nested.levels[0].noise = nested.levels[1].noise = nested.levels[2].noise = {};
+  EXPECT_THAT([&] { moe::load_loss(nested); },  // a level of a level
+              ThrowsMessage<std::invalid_argument>(HasSubstr("level 0 of 1 has noise")));
+  moe::begin_routing(1, 3, nobody, uneven.levels[2], "test");
+  EXPECT_THAT([&] { moe::hierarchical_load_loss(uneven); },
+              ThrowsMessage<std::invalid_argument>(HasSubstr("level 2 has")));
   routing.levels.resize(2);
   EXPECT_THAT([&] { moe::hierarchical_load_loss(routing); },
               ThrowsMessage<std::invalid_argument>(HasSubstr("2 experts, expected 1 children")));

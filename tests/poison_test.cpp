@@ -55,14 +55,14 @@ Step run(const Layer& layer, const Matrix<float>& x, const BatchInfo& info) {
                                   sequence_balance_loss(r, sequences),
                                   device_balance_loss(r, device),
                                   relu_balance_loss(r, 1)};
+  std::vector<LevelsLoss<float>> load_of_levels;
   for (const LoadThreshold threshold : {LoadThreshold::two, LoadThreshold::one}) {
     if (r.levels.empty()) {
       losses.push_back(load_loss(r, threshold));
       continue;
     }
-    const LevelsLoss<float> load = hierarchical_load_loss(r, threshold);
-    step.losses.push_back(load.value);
-    for (const auto& gradient : load.gradients) step.gradients.push_back(gradient.d_router_logits);
+    load_of_levels.push_back(hierarchical_load_loss(r, threshold));
+    step.losses.push_back(load_of_levels.back().value);
   }
   if (r.router_logits.size() > 0) {
     losses.push_back(importance_loss(r, Importance::probs));
@@ -77,6 +77,9 @@ Step run(const Layer& layer, const Matrix<float>& x, const BatchInfo& info) {
   // The output's gradient is what a loss would make of the output: NaN where that is NaN.
   const Matrix<float> d_y = step.y;
   step.d_x = layer.backward(d_y, cache, grad, of_losses);
+  if constexpr (requires { grad.router().parent(); })
+    for (const LevelsLoss<float>& load : load_of_levels)
+      layer.router().backward_levels(cache.x, r, load.gradients, step.d_x, grad.router());
   Layer::visit(
       [&](const ParameterInfo&, const auto& g) { step.gradients.push_back(Matrix<float>(g)); },
       grad);
@@ -287,12 +290,11 @@ TEST(Poison, StaysInItsTokenWithSparseMixer) {
 
 TEST(Poison, StaysInItsTokenWithRoutersOfRouters) {
   Rng rng(1);
-  using Level = TopKRouter<float>;
-  const Level parent({.d_model = 12, .num_experts = 2, .top_k = 1}, rng);
+  using Level = NoisyTopKRouter<float>;
+  const Level parent({.d_model = 12, .num_experts = 3, .top_k = 2}, rng);
   std::vector<Level> children;
-  for (int i = 0; i < 2; ++i)
-    children.emplace_back(
-        Level::Options{.d_model = 12, .num_experts = 3, .top_k = 2, .jitter = 0.1}, rng);
+  for (int i = 0; i < 3; ++i)
+    children.emplace_back(Level::Options{.d_model = 12, .num_experts = 3, .top_k = 2}, rng);
   expect_contained_with(HierarchicalRouter(parent, children), "a router of routers");
 }
 

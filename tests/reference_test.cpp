@@ -473,6 +473,9 @@ Count check_configurations(std::uint64_t first_seed) {
     if (testing::Test::HasFatalFailure()) break;
   }
   EXPECT_EQ(count.configurations, kConfigurations);
+  EXPECT_GT(count.masked, 0);
+  EXPECT_GT(count.poisoned, 0);
+  EXPECT_GT(count.passed_through, 0);
   if (kSanitized) return count;
   EXPECT_GT(count.tokens, 6000);
   EXPECT_GT(count.masked, 600);
@@ -493,6 +496,7 @@ TYPED_TEST_SUITE(RandomLayers, Scalars);
 
 TYPED_TEST(RandomLayers, OfATopKRouterEqualTheReference) {
   const Count count = check_configurations<TypeParam, moe::TopKRouter<TypeParam>>(1000);
+  EXPECT_GT(count.moved, 0);
   if (kSanitized) return;
   EXPECT_GT(count.dropped, 1000);
   EXPECT_GT(count.moved, 50);
@@ -501,6 +505,7 @@ TYPED_TEST(RandomLayers, OfATopKRouterEqualTheReference) {
 
 TYPED_TEST(RandomLayers, OfANoisyTopKRouterEqualTheReference) {
   const Count count = check_configurations<TypeParam, moe::NoisyTopKRouter<TypeParam>>(2000);
+  EXPECT_GT(count.moved, 0);
   if (kSanitized) return;
   EXPECT_GT(count.dropped, 1000);
   EXPECT_GT(count.moved, 50);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-// Is this a build for a sanitizer? There code runs ten times slower, and what a sanitizer finds it
-// finds at the first run: tests that repeat the same code with other numbers repeat less.
+// Is this a build for a sanitizer? There code runs ten times slower, and the tests that go through
+// thousands of combinations or random cases take a part of them.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr bool kSanitized = true;
 #elif defined(__has_feature)

@@ -117,6 +117,15 @@ class EstimatedLoad {
   IndexVector best_;
 };
 
+template <class S>
+void require_no_noise_in_levels(const Routing<S>& routing) {
+  for (std::size_t level = 0; level < routing.levels.size(); ++level) {
+    require(routing.levels[level].noise.empty(), "load_loss: level ", level, " of ",
+            routing.levels.size(), " has noise: use hierarchical_load_loss");
+    require_no_noise_in_levels(routing.levels[level]);
+  }
+}
+
 }  // namespace detail
 
 /// CV^2 of the experts' estimated load (Shazeer et al. 2017, eq. 8 to 11, without the coefficient):
@@ -129,11 +138,7 @@ class EstimatedLoad {
 /// hierarchical_load_loss.
 template <class S>
 Loss<S> load_loss(const Routing<S>& routing, LoadThreshold threshold = LoadThreshold::two) {
-  for (std::size_t level = 0; level < routing.levels.size(); ++level)
-    require(routing.levels[level].noise.empty(), "load_loss: level ", level, " of ",
-            routing.levels.size(),
-            " has noise, which experts do not see; expected none, or "
-            "hierarchical_load_loss");
+  detail::require_no_noise_in_levels(routing);
   detail::EstimatedLoad<S> load(routing, threshold, "load_loss");
   Loss<S> loss;
   loss.value = detail::squared_variation(load.values);

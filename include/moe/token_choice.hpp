@@ -123,7 +123,8 @@ void for_each_final_set(const Routing<S>& routing, const F& f) {
 
 /// Selects each token's top_k experts and fills router_probs, chosen and plan. begin_routing must have
 /// run and the logits be there. Selection is by the routing's selection logits; by scores where there
-/// is a bias [num_experts] to add to them for selection alone, or a group limit that sums scores; or by
+/// is a bias [num_experts] to add to them for selection alone, a group limit that sums scores, or ReLU, under
+/// which an expert without a positive logit is never used; or by
 /// `given_ranking` [tokens, num_experts], where minus infinity marks an unavailable expert. A
 /// token takes fewer experts where fewer are available, or where the rule is dynamic; the seats of an
 /// expert then follow from the choices: capacity_factor * choices of the group / num_experts.
@@ -160,7 +161,8 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
   if (given_ranking != nullptr)
     require_shape(*given_ranking, tokens, experts, "route_by_logits", "given_ranking");
   require(given_ranking == nullptr || !(by_scores || limited),
-          "route_by_logits: a ranking beside a selection bias or a group limit, expected one of them");
+          "route_by_logits: a ranking beside a selection bias of ", selection_bias.size(),
+          " entries, a group limit or ReLU scores, expected one of them");
   const Matrix<S>& ranking = given_ranking != nullptr ? *given_ranking
                              : by_scores || limited   ? routing.scratch.ranking
                                                       : logits;

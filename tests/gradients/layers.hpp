@@ -394,7 +394,7 @@ inline std::string name_of(const Seating& seating) {
 template <class Expert, class MakeRouter>
 Tally check_all_seatings(std::uint64_t seed, const MakeRouter& make) {
   Tally tally;
-  tally.combinations = Index(seed);  // others for every test where not all are checked
+  tally.combinations = Index(seed);  // where not all are checked, others for every seed
   Rng rng(seed);
   for (const Seating& seating : all_seatings()) {
     SCOPED_TRACE(name_of(seating));

@@ -12,7 +12,7 @@
 #include "layers.hpp"
 
 // Gradients of activations, experts and routers on their own; of layers that are unlike those of
-// gradients_*_test.cpp; and combinations without meaning.
+// the other files here; and combinations without meaning.
 namespace {
 
 using namespace gradients;

@@ -172,6 +172,17 @@ TEST(LoadLayer, TakesBothFormsOfGptOss) {
     packed.add(prefix + "experts." + name + "_scales", DType::U8, {2, rows, 1},
                std::vector<std::uint8_t>(std::size_t(2 * rows), 128));  // 2
   }
+  // What is said of a wrong shape has the stored one in it and what it holds.
+  auto wider = model;
+  wider.d_ff = 64;
+  try {
+    moe::load_layer<float>(wider, packed.open(), 0);
+    ADD_FAILURE() << "another d_ff";
+  } catch (const moe::CheckpointError& error) {
+    EXPECT_NE(std::string(error.what()).find("[2, 64, 1, 16], of 4-bit values [2, 64, 32], expected "),
+              std::string::npos)
+        << error.what();
+  }
   const auto from_plain = moe::load_layer<float>(model, plain.open(), 0);
   const auto from_packed = moe::load_layer<float>(model, packed.open(), 0);
   EXPECT_EQ(from_plain.experts()[1].w_up(3, 5), 2 * table[(1 + 7 + 5) % 8]);

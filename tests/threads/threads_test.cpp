@@ -45,19 +45,20 @@ std::string everything(const Layer& layer, const Matrix<float>& x, const BatchIn
                                   device_balance_loss(r, device),
                                   relu_balance_loss(r, 1)};
   if (r.router_logits.size() > 0) losses.push_back(router_z_loss(r));
+  LevelsLoss<float> load_of_levels;
   if (r.levels.empty()) {
     losses.push_back(load_loss(r));
   } else {
-    const LevelsLoss<float> load = hierarchical_load_loss(r);
-    append(bytes, &load.value, 1);
-    for (const auto& gradient : load.gradients)
-      append(bytes, gradient.d_router_logits.data(), gradient.d_router_logits.size());
+    load_of_levels = hierarchical_load_loss(r);
+    append(bytes, &load_of_levels.value, 1);
   }
   RoutingGradient<float> of_losses;
   if constexpr (TrainableRouter<std::decay_t<decltype(layer.router())>>)
     for (const Loss<float>& loss : losses) of_losses += loss.gradient;
   Matrix<float> d_y = Matrix<float>::Constant(x.rows(), x.cols(), 0.25f) + 0.5f * x;
   layer.backward(d_y, cache, grad, of_losses, d_x, executor);
+  if constexpr (requires { grad.router().parent(); })
+    layer.router().backward_levels(cache.x, r, load_of_levels.gradients, d_x, grad.router(), executor);
   append(bytes, y.data(), y.size());
   append(bytes, y_train.data(), y_train.size());
   append(bytes, d_x.data(), d_x.size());
@@ -242,12 +243,11 @@ TEST(Threads, SparseMixerIsTheSameForEveryExecutor) {
 
 TEST(Threads, RoutersOfRoutersAreTheSameForEveryExecutor) {
   Rng rng(1);
-  using Child = NoisyTopKRouter<float>;
-  const TopKRouter<float> parent({.d_model = 33, .num_experts = 3, .top_k = 2, .jitter = 0.05},
-                                 rng);
-  std::vector<Child> children;
+  using Level = NoisyTopKRouter<float>;
+  const Level parent({.d_model = 33, .num_experts = 3, .top_k = 2}, rng);
+  std::vector<Level> children;
   for (int i = 0; i < 3; ++i)
-    children.emplace_back(Child::Options{.d_model = 33, .num_experts = 4, .top_k = 2}, rng);
+    children.emplace_back(Level::Options{.d_model = 33, .num_experts = 4, .top_k = 2}, rng);
   expect_same_with(HierarchicalRouter(parent, children), "a router of routers");
 }
 

@@ -249,7 +249,7 @@ void save_layer(const std::filesystem::path& path, const Layer& layer,
     tensors.push_back(
         {detail::kTable, DType::I64, {Index(table.size())}, std::as_bytes(std::span(table))});
   metadata["format"] = "moe";
-  for (const auto& [part, text] : describe(layer)) metadata[part] = text;
+  for (const auto& [part, text] : moe::describe(layer)) metadata[part] = text;
   write_safetensors(path, tensors, metadata);
 }
 
@@ -261,7 +261,7 @@ void save_layer(const std::filesystem::path& path, const Layer& layer,
 template <class Layer>
 void load_layer(const Checkpoint& checkpoint, Layer& layer) {
   const std::string file = checkpoint.path().string();
-  for (const auto& [part, here] : describe(layer)) {
+  for (const auto& [part, here] : moe::describe(layer)) {
     const auto saved = checkpoint.metadata().find(part);
     if (saved == checkpoint.metadata().end() || saved->second.empty()) continue;
     if (saved->second != here)

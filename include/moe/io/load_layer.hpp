@@ -321,15 +321,16 @@ LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
   reader.read(tensors.w_shared_gate, 0, 0, loaded.w_shared_gate);
   reader.read(tensors.b_output, 0, 0, loaded.b_output);
   reader.check_all_read(tensors.prefix);
-  if (const auto dot = tensors.w_router.name.rfind('.'); dot != std::string_view::npos)
-    reader.check_all_read(tensors.w_router.name.substr(0, dot + 1));  // not below the prefix in Grok-1
+  if (!tensors.w_router.name.starts_with(tensors.prefix))  // Grok-1's
+    reader.check_all_read(tensors.w_router.name.substr(0, tensors.w_router.name.rfind('.') + 1));
   return {std::move(loaded), reader.tensors()};
 }
 
 }  // namespace detail
 
 /// The model in the size that a checkpoint's layer has: d_model, the number of experts and the widths are
-/// read off the shapes of the router's and the down projections' tensors; the rest as scaled_to.
+/// read off the shapes of the router's and the down projections' tensors; everything else changes as in
+/// scaled_to.
 /// Throws CheckpointError where those tensors are missing or have no such shapes, and
 /// std::invalid_argument for a model whose tensor names are not known.
 template <class Unit, template <class> class R>

@@ -43,7 +43,6 @@ inline constexpr Model<SwiGLU> granite_3b_a800m = {
                .moe_layers = 32,
                .vocabulary = 49155,
                .tied_embeddings = true,
-               .embedding_is_active = false,
                .attention = attention_parameters(1536, 24, 8, 64)},
     .published = {3.3e9, 0.8e9},
     .tensors = detail::kGraniteTensors};

@@ -14,8 +14,8 @@ namespace moe {
 /// Which choices a model's balance loss counts, and over which tokens.
 enum class BalanceOf {
   choices,          ///< all choices of the batch: load_balancing_loss(routing)
-  first_choices,    ///< each token's best expert alone, in each group of BatchInfo (GShard, ST-MoE; NLLB,
-                    ///< whose authors have no groups)
+  first_choices,    ///< each token's most probable expert alone, in each group of BatchInfo (GShard, GLaM,
+                    ///< ST-MoE; NLLB, whose authors have no groups)
   sequences,        ///< all choices of each group of BatchInfo: sequence_balance_loss (Switch, DeepSeek-V2)
   sequence_scores,  ///< the same, but of the experts that a token would choose by its scores alone,
                     ///< without selection bias and group limit (DeepSeek-V3, eq. 18)

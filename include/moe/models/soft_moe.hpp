@@ -59,8 +59,9 @@ struct SoftModel {
   constexpr std::optional<Index> active_parameters() const { return total_parameters(); }
   /// Operations (a multiply-add is two) of one layer's products for one token of a sequence of `tokens`,
   /// forward: logits, inputs and outputs of slots; a slot's expert works once a sequence, whatever its
-  /// length.
-  constexpr double flops_per_token(Index tokens) const {
+  /// length. Throws std::invalid_argument for no tokens.
+  double flops_per_token(Index tokens) const {
+    require(tokens >= 1, "flops_per_token: tokens = ", tokens, ", expected at least 1");
     constexpr Index kMatrices = ExpertOf<Unit>::kUpWidths + 1;
     const Index slots = num_experts() * layer.slots_per_expert;
     return 2.0 * double(slots * d_model()) * (3.0 + double(kMatrices * d_ff) / double(tokens));

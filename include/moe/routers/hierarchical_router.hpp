@@ -38,9 +38,9 @@ namespace moe {
 /// A token that any level finds poisoned is poisoned, and masked for all the others.
 ///
 /// Losses on leaves: importance_loss(routing) is CV^2 of the importance of eq. 13, sum over x of
-/// G_i(x) G_ij(x); load_balancing_loss(routing) works as well. The
-/// loss of eq. 14 is hierarchical_load_loss(routing); its gradients by levels, and those of any other
-/// losses on levels, go through backward_levels. load_loss(routing) refuses noise that only levels see.
+/// G_i(x) G_ij(x); load_balancing_loss(routing) works as well. The loss of eq. 14 is
+/// hierarchical_load_loss(routing); its gradients by levels, and those of any other losses on levels, go
+/// through backward_levels. load_loss(routing) refuses noise that only levels see.
 ///
 /// Cost: O(tokens * num_experts * d_model), because a child computes the logits of all tokens,
 /// masked ones too. So routing is no cheaper than by one router over all leaves; in return the
