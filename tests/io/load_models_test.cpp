@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include <cstddef>
+#include <optional>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -11,7 +13,9 @@
 #include <moe/models/grok.hpp>
 #include <moe/models/nllb.hpp>
 #include <moe/models/openmoe.hpp>
+#include <moe/models/soft_moe.hpp>
 #include <moe/models/switch_transformer.hpp>
+#include <moe/models/vmoe.hpp>
 
 // Layers of models out of checkpoints as those who converted them name and shape their tensors.
 namespace {
@@ -164,6 +168,152 @@ TEST(LoadModels, TakesDecodersOfSwitchAndNllb) {
   const auto layer = moe::load_layer<float>(sized(nllb, nllb_file), nllb_file, kLayer);
   EXPECT_EQ(layer.experts()[0].b_down[3], 503);
   EXPECT_EQ(layer.experts()[1].w_down(1, 0), 803);
+}
+
+// Flax: kernels are [in, out], those of experts [E, in, out].
+const std::string kFlax = "Encoder/encoderblock_5/Moe/";
+const Shapes kFlaxExperts = {{kFlax + "Mlp/Dense_0/kernel", {kExperts, kModel, kFf}},
+                             {kFlax + "Mlp/Dense_0/bias", {kExperts, kFf}},
+                             {kFlax + "Mlp/Dense_1/kernel", {kExperts, kFf, kModel}},
+                             {kFlax + "Mlp/Dense_1/bias", {kExperts, kModel}}};
+
+template <class Expert>
+void expect_flax_experts(const Expert& second) {
+  EXPECT_EQ(second.w_up(2, 1), 100 + (kModel + 1) * kFf + 2);
+  EXPECT_EQ(second.b_up[2], 200 + kFf + 2);
+  EXPECT_EQ(second.w_down(1, 2), 300 + (kFf + 2) * kModel + 1);
+  EXPECT_EQ(second.b_down[3], 400 + kModel + 3);
+}
+
+TEST(LoadModels, TakesVMoEsParameters) {
+  Shapes shapes = kFlaxExperts;
+  shapes.push_back({kFlax + "Router/dense/kernel", {kModel, kExperts}});
+  shapes.push_back({"Encoder/encoderblock_5/LayerNorm_1/scale", {kModel}});  // of no concern
+  const auto checkpoint = checkpoint_of(shapes);
+  const auto model = sized(moe::vmoe_l16, checkpoint);
+  const auto layer = moe::load_layer<float>(model, checkpoint, kLayer);
+  EXPECT_EQ(layer.router().w_router(1, 2), 500 + 2 * kExperts + 1);
+  expect_flax_experts(layer.experts()[1]);
+  const auto [mapped, tensors] = moe::load_mapped_layer<float>(model, checkpoint, kLayer);
+  const moe::Matrix<float> x = moe::Matrix<float>::Random(3, kModel) / 100;
+  EXPECT_EQ(mapped.forward(x), layer.forward(x));
+}
+
+constexpr Index kSlots = 3;
+
+Shapes soft_moe_shapes() {
+  Shapes shapes = kFlaxExperts;
+  shapes.push_back({kFlax + "Router/mu", {kModel, kExperts, kSlots}});
+  shapes.push_back({kFlax + "Router/scale", {}});
+  shapes.push_back({"Encoder/encoderblock_4/Moe/Router/scale", {}});  // of no concern
+  return shapes;
+}
+
+TEST(LoadModels, TakesSoftMoEsParameters) {
+  const auto checkpoint = checkpoint_of(soft_moe_shapes());
+  auto model = sized(moe::soft_moe_s16, checkpoint);
+  EXPECT_EQ(model.layer.slots_per_expert, kSlots);
+  const auto layer = moe::load_layer<float>(model, checkpoint, kLayer);
+  expect_flax_experts(layer.experts()[1]);
+  for (Index s = 0; s < kExperts * kSlots; ++s)
+    for (Index j = 0; j < kModel; ++j)
+      EXPECT_EQ(layer.w_slots(s, j), float(500 + j * kExperts * kSlots + s));
+  ASSERT_EQ(layer.scale.size(), 1);
+  EXPECT_EQ(layer.scale[0], 600);
+
+  // Slots that stand as [num_experts, slots_per_expert, d_model].
+  Shapes turned = soft_moe_shapes();
+  turned[4].second = {kExperts, kSlots, kModel};
+  const auto file = checkpoint_of(turned);
+  auto as_it_lies = moe::soft_moe_s16;
+  as_it_lies.tensors.w_slots.transposed = false;
+  as_it_lies = sized(as_it_lies, file);
+  EXPECT_EQ(as_it_lies.layer.slots_per_expert, kSlots);
+  EXPECT_EQ(moe::load_layer<float>(as_it_lies, file, kLayer).w_slots(4, 1), 500 + 4 * kModel + 1);
+}
+
+// What load_layer says of a checkpoint of Soft MoE in which a tensor was changed.
+std::string soft_moe_error(const std::string& name, const std::optional<std::vector<Index>>& shape) {
+  Shapes shapes = soft_moe_shapes();
+  std::erase_if(shapes, [&](const auto& tensor) { return tensor.first == kFlax + name; });
+  if (shape) shapes.emplace_back(kFlax + name, *shape);
+  auto model = moe::soft_moe_s16.scaled_to(kModel, kFf, kExperts);
+  model.layer.slots_per_expert = kSlots;
+  try {
+    moe::load_layer<float>(model, checkpoint_of(shapes), kLayer);
+  } catch (const moe::CheckpointError& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST(LoadModels, SaysWhatOfSoftMoEIsMissing) {
+  const auto begin = [](const std::string& name) {
+    return testing::TempDir() +
+           "load_models_test.SaysWhatOfSoftMoEIsMissing.safetensors: there is no tensor '" + kFlax +
+           name + "' among 6: did you mean '";
+  };
+  EXPECT_EQ(soft_moe_error("Router/scale", {}),
+            begin("Router/scale") + "Encoder/encoderblock_4/Moe/Router/scale' or '" + kFlax +
+                "Router/mu' or '" + kFlax + "Mlp/Dense_0/bias'?");
+  EXPECT_EQ(soft_moe_error("Router/mu", {}),
+            begin("Router/mu") + kFlax +
+                "Router/scale' or 'Encoder/encoderblock_4/Moe/Router/scale' or '" + kFlax +
+                "Mlp/Dense_0/bias'?");
+  for (const char* name : {"Mlp/Dense_0/kernel", "Mlp/Dense_0/bias", "Mlp/Dense_1/kernel",
+                           "Mlp/Dense_1/bias"})
+    EXPECT_EQ(soft_moe_error(name, {}).substr(0, begin(name).size()), begin(name));
+}
+
+TEST(LoadModels, SaysWhatOfSoftMoEHasAnotherShape) {
+  const auto message = [](const std::string& name, const char* seen, const char* expected) {
+    return "load_layer: " + kFlax + name + " has shape " + seen + ", expected " + expected;
+  };
+  EXPECT_EQ(soft_moe_error("Router/mu", {{kModel, kSlots, kExperts}}),
+            message("Router/mu", "[4, 3, 2]", "[4, 2, 3]"));
+  EXPECT_EQ(soft_moe_error("Router/mu", {{kModel, kExperts * kSlots}}),
+            message("Router/mu", "[4, 6]", "[4, 2, 3]"));
+  EXPECT_EQ(soft_moe_error("Router/scale", {{1}}), message("Router/scale", "[1]", "[]"));
+  EXPECT_EQ(soft_moe_error("Mlp/Dense_0/kernel", {{kExperts, kFf, kModel}}),
+            message("Mlp/Dense_0/kernel", "[2, 3, 4]", "[2, 4, 3]"));
+  EXPECT_EQ(soft_moe_error("Mlp/Dense_1/bias", {{kModel}}),
+            message("Mlp/Dense_1/bias", "[4]", "[2, 4]"));
+}
+
+TEST(LoadModels, SaysWhatOfSoftMoEIsLeftOver) {
+  EXPECT_EQ(soft_moe_error("Router/dense/kernel", {{kModel, kExperts}}),
+            "load_layer: 0 of the 8 values of " + kFlax +
+                "Router/dense/kernel belong to layer 5 of this model, expected all");
+}
+
+TEST(LoadModels, RefusesBadArgumentsOfSoftMoE) {
+  const auto message = [](const auto& call) -> std::string {
+    try {
+      call();
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    } catch (const moe::CheckpointError& error) {
+      return error.what();
+    }
+    return "";
+  };
+  const auto checkpoint = checkpoint_of({{kFlax + "Router/mu", {kModel, kExperts}},
+                                         {kFlax + "Router/dense/kernel", {kModel}}});
+  const auto& model = moe::soft_moe_s16;
+  EXPECT_EQ(message([&] { moe::load_layer<float>(model, checkpoint, -1); }),
+            "load_layer: layer = -1, expected at least 0");
+  auto unnamed = model;
+  unnamed.tensors = {};
+  EXPECT_EQ(message([&] { moe::load_layer<float>(unnamed, checkpoint, 0); }),
+            "load_layer: the tensor names of Soft MoE S/16 are not known");
+  EXPECT_EQ(message([&] { moe::sized_as(unnamed, checkpoint, 0); }),
+            "sized_as: the tensor names of Soft MoE S/16 are not known");
+  EXPECT_EQ(message([&] { moe::sized_as(model, checkpoint, kLayer); }),
+            "sized_as: " + kFlax +
+                "Router/mu has shape [4, 2], expected [d_model, num_experts, slots_per_expert]");
+  EXPECT_EQ(message([&] { moe::sized_as(moe::vmoe_l16, checkpoint, kLayer); }),
+            "sized_as: " + kFlax +
+                "Router/dense/kernel has shape [4], expected [d_model, num_experts]");
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 #include <moe/check.hpp>
 #include <moe/io/safetensors.hpp>
 #include <moe/models/model.hpp>
+#include <moe/models/soft_moe.hpp>
 #include <moe/moe_layer.hpp>
 #include <moe/storage.hpp>
 #include <moe/types.hpp>
@@ -63,12 +64,13 @@ class LayerReader {
   LayerReader(const Checkpoint& checkpoint, Index layer) : checkpoint_(checkpoint), layer_(layer) {}
 
   // Reads a parameter of an expert, or of the layer where num_experts is 0. One without values needs no
-  // source.
+  // source. A `shape` is that of the tensor, where it is another than the parameter's.
   template <class M>
-  void read(const TensorSource& source, Index expert, Index num_experts, M& out) {
+  void read(const TensorSource& source, Index expert, Index num_experts, M& out,
+            const std::optional<std::vector<Index>>& shape = {}) {
     if (out.size() == 0 && source.empty()) return;
     const Stored stored =
-        find(source, expert, num_experts, out.rows(), out.cols(), M::ColsAtCompileTime == 1);
+        find(source, expert, num_experts, out.rows(), out.cols(), M::ColsAtCompileTime == 1, shape);
     copy(stored, out);
     note(stored, out.size(), "not an expert's matrix");
   }
@@ -76,7 +78,7 @@ class LayerReader {
   // A matrix [rows, cols] of an expert, where it lies if the tensor lets it, else as a copy.
   MappedMatrix<S> map(const TensorSource& source, Index expert, Index num_experts, Index rows,
                       Index cols) {
-    const Stored stored = find(source, expert, num_experts, rows, cols, false);
+    const Stored stored = find(source, expert, num_experts, rows, cols, false, {});
     const std::string obstacle = why_copied(stored);
     note(stored, rows * cols, obstacle);
     if (obstacle.empty()) {
@@ -142,7 +144,7 @@ class LayerReader {
   }
 
   Stored find(const TensorSource& source, Index expert, Index num_experts, Index rows, Index cols,
-              bool vector) const {
+              bool vector, const std::optional<std::vector<Index>>& shape) const {
     const std::string name =
         replaced(replaced(std::string(source.name), "{layer}", layer_), "{expert}", expert);
     const bool mxfp4 = !checkpoint_.contains(name) && checkpoint_.contains(name + "_blocks");
@@ -152,7 +154,7 @@ class LayerReader {
     const Index outer = transposed ? cols : all_rows, inner = transposed ? all_rows : cols;
     const TensorView& tensor = checkpoint_.at(mxfp4 ? name + "_blocks" : name);
     const bool stacked = num_experts > 0 && source.name.find("{expert}") == std::string_view::npos;
-    check_shape(tensor, mxfp4, outer, inner, vector, stacked ? num_experts : 0);
+    check_shape(tensor, mxfp4, outer, inner, vector, stacked ? num_experts : 0, shape);
     const Index count = stacked ? num_experts : 1, index = stacked ? expert : 0;
     Stored stored{Format::plain, {}, {}, outer, inner, source.part, transposed, index};
     if (mxfp4) {
@@ -175,14 +177,15 @@ class LayerReader {
   }
 
   static void check_shape(const TensorView& tensor, bool mxfp4, Index outer, Index inner, bool vector,
-                          Index stacked) {
+                          Index stacked, const std::optional<std::vector<Index>>& given) {
     std::vector<Index> shape = tensor.shape;
     if (mxfp4 && shape.size() >= 2) {  // [..., blocks, 16] bytes of two values
       shape.pop_back();
       shape.back() *= 32;
     }
     std::vector<std::vector<Index>> expected;
-    if (stacked == 0 && vector) expected = {{outer}, {1, outer}};
+    if (given) expected = {*given};
+    else if (stacked == 0 && vector) expected = {{outer}, {1, outer}};
     else if (stacked == 0) expected = {{outer, inner}};
     else if (vector) expected = {{stacked, outer}};
     else expected = {{stacked, outer, inner}, {stacked * outer, inner}};
@@ -261,18 +264,56 @@ class LayerReader {
   std::vector<S> values_;
 };
 
+// `needed` is a parameter that every layer of the model has.
 template <class M>
-void require_names(const M& model, Index layer, const char* where) {
+void require_names(const M& model, const TensorSource& needed, Index layer, const char* where) {
   require(layer >= 0, where, ": layer = ", layer, ", expected at least 0");
-  require(!model.tensors.w_router.empty(), where, ": the tensor names of ", model.name,
-          " are not known");
+  require(!needed.empty(), where, ": the tensor names of ", model.name, " are not known");
+}
+
+// Experts of a layer, of width d_ff. A tensor whose name does not say which expert's it is holds
+// `stacked`, or one where that is 0.
+template <class Storage, class S, class M>
+auto read_experts(LayerReader<S>& reader, const M& model, const ExpertTensors& from, Index count,
+                  Index d_ff, Index stacked) {
+  using Expert = typename M::template Expert<S, Storage>;
+  const auto options = expert_options<Expert>(model, d_ff);
+  const Index d_model = model.d_model();
+  std::vector<Expert> experts;
+  experts.reserve(std::size_t(count));
+  for (Index e = 0; e < count; ++e) {
+    const auto map = [&](const TensorSource& source, Index rows, Index cols) {
+      return reader.map(source, e, stacked, rows, cols);
+    };
+    constexpr Index kGateWidths = ExpertOf<decltype(model.unit)>::kUpWidths - 1;
+    if constexpr (std::same_as<Storage, Mapped> && kGateWidths > 0) {
+      experts.push_back({options, map(from.w_gate, kGateWidths * d_ff, d_model),
+                         map(from.w_up, d_ff, d_model), map(from.w_down, d_model, d_ff)});
+    } else if constexpr (std::same_as<Storage, Mapped>) {
+      experts.push_back({options, map(from.w_up, d_ff, d_model), map(from.w_down, d_model, d_ff)});
+    } else {
+      Expert& owner = experts.emplace_back(options);
+      if constexpr (requires { owner.w_gate; })
+        reader.read(from.w_gate, e, stacked, owner.w_gate);
+      reader.read(from.w_up, e, stacked, owner.w_up);
+      reader.read(from.w_down, e, stacked, owner.w_down);
+    }
+    Expert& expert = experts.back();
+    if constexpr (requires { expert.b_gate; })
+      reader.read(from.b_gate, e, stacked, expert.b_gate);
+    if constexpr (requires { expert.b_up; }) {
+      reader.read(from.b_up, e, stacked, expert.b_up);
+      reader.read(from.b_down, e, stacked, expert.b_down);
+    }
+  }
+  return experts;
 }
 
 // A layer and what it was read from; see load_layer and load_mapped_layer.
 template <class S, class Storage, class Unit, template <class> class R>
 LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
     const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer) {
-  require_names(model, layer, "load_layer");
+  require_names(model, model.tensors.w_router, layer, "load_layer");
   using Expert = typename Model<Unit, R>::template Expert<S, Storage>;
   const LayerTensors& tensors = model.tensors;
   LayerReader<S> reader(checkpoint, layer);
@@ -281,40 +322,10 @@ LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
   if constexpr (requires { router.b_router; }) reader.read(tensors.b_router, 0, 0, router.b_router);
   if constexpr (requires { router.selection_bias; })
     reader.read(tensors.selection_bias, 0, 0, router.selection_bias);
-  const auto read_experts = [&](const ExpertTensors& from, Index count, Index d_ff, Index stacked) {
-    const auto options = expert_options<Expert>(model, d_ff);
-    const Index d_model = model.d_model();
-    std::vector<Expert> experts;
-    experts.reserve(std::size_t(count));
-    for (Index e = 0; e < count; ++e) {
-      const auto map = [&](const TensorSource& source, Index rows, Index cols) {
-        return reader.map(source, e, stacked, rows, cols);
-      };
-      constexpr Index kGateWidths = ExpertOf<Unit>::kUpWidths - 1;
-      if constexpr (std::same_as<Storage, Mapped> && kGateWidths > 0) {
-        experts.push_back({options, map(from.w_gate, kGateWidths * d_ff, d_model),
-                           map(from.w_up, d_ff, d_model), map(from.w_down, d_model, d_ff)});
-      } else if constexpr (std::same_as<Storage, Mapped>) {
-        experts.push_back({options, map(from.w_up, d_ff, d_model), map(from.w_down, d_model, d_ff)});
-      } else {
-        Expert& owner = experts.emplace_back(options);
-        if constexpr (requires { owner.w_gate; })
-          reader.read(from.w_gate, e, stacked, owner.w_gate);
-        reader.read(from.w_up, e, stacked, owner.w_up);
-        reader.read(from.w_down, e, stacked, owner.w_down);
-      }
-      Expert& expert = experts.back();
-      if constexpr (requires { expert.b_gate; })
-        reader.read(from.b_gate, e, stacked, expert.b_gate);
-      if constexpr (requires { expert.b_up; }) {
-        reader.read(from.b_up, e, stacked, expert.b_up);
-        reader.read(from.b_down, e, stacked, expert.b_down);
-      }
-    }
-    return experts;
-  };
-  auto routed = read_experts(tensors.experts, model.num_experts(), model.d_ff, model.num_experts());
-  auto shared = read_experts(tensors.shared_expert, model.shared_experts, model.shared_d_ff, 0);
+  auto routed = read_experts<Storage>(reader, model, tensors.experts, model.num_experts(), model.d_ff,
+                                      model.num_experts());
+  auto shared = read_experts<Storage>(reader, model, tensors.shared_expert, model.shared_experts,
+                                      model.shared_d_ff, 0);
   MoELayer<Expert, R<S>> loaded(
       std::move(routed), std::move(router),
       SharedExperts<Expert>{std::move(shared), model.gated_shared_experts}, model.output_bias);
@@ -326,6 +337,32 @@ LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
   return {std::move(loaded), reader.tensors()};
 }
 
+// The tensor of a parameter, of expert 0 where each has one of its own, and how many values it holds.
+inline std::pair<const TensorView*, Index> find_tensor(const TensorSource& source,
+                                                       const Checkpoint& checkpoint, Index layer) {
+  const std::string name = replaced(replaced(std::string(source.name), "{layer}", layer), "{expert}", 0);
+  const bool mxfp4 = !checkpoint.contains(name) && checkpoint.contains(name + "_blocks");
+  const TensorView& tensor = checkpoint.at(mxfp4 ? name + "_blocks" : name);
+  return {&tensor, tensor.size() * (mxfp4 ? 2 : 1)};
+}
+
+// The width of experts from a matrix [d_model, width] of one, or of `stacked` where its name does not say
+// whose it is.
+inline Index find_width(const TensorSource& source, const Checkpoint& checkpoint, Index layer,
+                        Index stacked, Index d_model) {
+  const auto [tensor, size] = find_tensor(source, checkpoint, layer);
+  if (source.name.find("{expert}") == std::string_view::npos) d_model *= stacked;
+  if (size == 0 || size % d_model != 0)
+    throw CheckpointError("sized_as: " + tensor->name + " has " + std::to_string(size) +
+                          " values, expected a multiple of " + std::to_string(d_model));
+  return size / d_model;
+}
+
+[[noreturn]] inline void fail_sized_as(const TensorView& tensor, const char* expected) {
+  throw CheckpointError("sized_as: " + tensor.name + " has shape " + text_of(tensor.shape) +
+                        ", expected " + expected);
+}
+
 }  // namespace detail
 
 /// The model in the size that a checkpoint's layer has: d_model, the number of experts and the widths are
@@ -335,31 +372,35 @@ LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
 /// std::invalid_argument for a model whose tensor names are not known.
 template <class Unit, template <class> class R>
 Model<Unit, R> sized_as(const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer) {
-  detail::require_names(model, layer, "sized_as");
-  const auto find = [&](const TensorSource& source) -> std::pair<const TensorView*, Index> {
-    const std::string name = detail::replaced(
-        detail::replaced(std::string(source.name), "{layer}", layer), "{expert}", 0);
-    const bool mxfp4 = !checkpoint.contains(name) && checkpoint.contains(name + "_blocks");
-    const TensorView& tensor = checkpoint.at(mxfp4 ? name + "_blocks" : name);
-    return {&tensor, tensor.size() * (mxfp4 ? 2 : 1)};
-  };
-  const TensorView& router = *find(model.tensors.w_router).first;
+  const LayerTensors& tensors = model.tensors;
+  detail::require_names(model, tensors.w_router, layer, "sized_as");
+  const TensorView& router = *detail::find_tensor(tensors.w_router, checkpoint, layer).first;
+  const bool transposed = tensors.w_router.transposed;
   if (router.shape.size() != 2 || router.size() == 0)
-    throw CheckpointError("sized_as: " + router.name + " has shape " +
-                          detail::text_of(router.shape) + ", expected [num_experts, d_model]");
-  const Index experts = router.shape[0], d_model = router.shape[1];
-  const auto width = [&](const TensorSource& source, Index count) {
-    const auto [tensor, size] = find(source);
-    if (size == 0 || size % (count * d_model) != 0)
-      throw CheckpointError("sized_as: " + tensor->name + " has " + std::to_string(size) +
-                            " values, expected a multiple of " + std::to_string(count * d_model));
-    return size / (count * d_model);
+    detail::fail_sized_as(router, transposed ? "[d_model, num_experts]" : "[num_experts, d_model]");
+  const Index experts = router.shape[transposed ? 1 : 0], d_model = router.shape[transposed ? 0 : 1];
+  const auto width = [&](const TensorSource& source, Index stacked) {
+    return detail::find_width(source, checkpoint, layer, stacked, d_model);
   };
-  const TensorSource& down = model.tensors.experts.w_down;
-  const bool stacked = down.name.find("{expert}") == std::string_view::npos;
-  Model<Unit, R> sized =
-      model.scaled_to(d_model, width(down, stacked ? experts : 1), experts);
-  if (model.shared_experts > 0) sized.shared_d_ff = width(model.tensors.shared_expert.w_down, 1);
+  Model<Unit, R> sized = model.scaled_to(d_model, width(tensors.experts.w_down, experts), experts);
+  if (model.shared_experts > 0) sized.shared_d_ff = width(tensors.shared_expert.w_down, 1);
+  return sized;
+}
+
+/// The same for a layer of Soft MoE; its slots' tensor tells how many each expert has, too.
+template <class Unit>
+SoftModel<Unit> sized_as(const SoftModel<Unit>& model, const Checkpoint& checkpoint, Index layer) {
+  const SoftTensors& tensors = model.tensors;
+  detail::require_names(model, tensors.w_slots, layer, "sized_as");
+  const TensorView& slots = *detail::find_tensor(tensors.w_slots, checkpoint, layer).first;
+  const bool transposed = tensors.w_slots.transposed;
+  if (slots.shape.size() != 3 || slots.size() == 0)
+    detail::fail_sized_as(slots, transposed ? "[d_model, num_experts, slots_per_expert]"
+                                            : "[num_experts, slots_per_expert, d_model]");
+  const Index d_model = slots.shape[transposed ? 0 : 2], experts = slots.shape[transposed ? 1 : 0];
+  SoftModel<Unit> sized = model.scaled_to(
+      d_model, detail::find_width(tensors.experts.w_down, checkpoint, layer, experts, d_model), experts);
+  sized.layer.slots_per_expert = slots.shape[transposed ? 2 : 1];
   return sized;
 }
 
@@ -375,7 +416,29 @@ typename Model<Unit, R>::template Layer<S> load_layer(const Model<Unit, R>& mode
   return detail::read_layer<S, Owned>(model, checkpoint, layer).layer;
 }
 
-/// The same layer for inference, with the same outputs to the bit, that reads its experts' matrices
+/// The same for a layer of Soft MoE.
+/// Example: load_layer<float>(sized_as(soft_moe_s16, checkpoint, 6), checkpoint, 6).
+template <class S, class Unit>
+typename SoftModel<Unit>::template Layer<S> load_layer(const SoftModel<Unit>& model,
+                                                       const Checkpoint& checkpoint, Index layer) {
+  const SoftTensors& tensors = model.tensors;
+  detail::require_names(model, tensors.w_slots, layer, "load_layer");
+  detail::LayerReader<S> reader(checkpoint, layer);
+  typename SoftModel<Unit>::template Layer<S> loaded(
+      detail::read_experts<Owned>(reader, model, tensors.experts, model.num_experts(), model.d_ff,
+                                  model.num_experts()),
+      model.layer);
+  const Index experts = model.num_experts(), slots = model.layer.slots_per_expert;
+  using Shape = std::vector<Index>;
+  reader.read(tensors.w_slots, 0, 0, loaded.w_slots,
+              tensors.w_slots.transposed ? Shape{model.d_model(), experts, slots}
+                                         : Shape{experts, slots, model.d_model()});
+  reader.read(tensors.scale, 0, 0, loaded.scale, Shape{});
+  reader.check_all_read(tensors.prefix);
+  return loaded;
+}
+
+/// Layer `layer` for inference, with the outputs of load_layer to the bit, that reads its experts' matrices
 /// where the checkpoint holds them: O(1) for such a matrix, whose pages the system reads when tokens
 /// need them and shares with other processes. A matrix is copied where it is transposed, misaligned,
 /// scaled in blocks, not of type S, or where its rows alternate with another's; halves and experts of

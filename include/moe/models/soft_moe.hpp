@@ -8,15 +8,24 @@
 
 #include <moe/models/model.hpp>
 #include <moe/soft_moe_layer.hpp>
+#include <moe/storage.hpp>
 
 namespace moe {
+
+/// Where a checkpoint holds a Soft MoE layer's parameters.
+struct SoftTensors {
+  std::string_view prefix{};  ///< what the names of all tensors of a layer begin with
+  TensorSource w_slots{};  ///< [num_experts, slots_per_expert, d_model]; transposed: d_model is first
+  TensorSource scale{};    ///< without dimensions
+  ExpertTensors experts{};
+};
 
 /// A published model with Soft MoE layers: what Model is to layers with a router. `Unit` is the activation or
 /// gated unit of its experts.
 template <class Unit>
 struct SoftModel {
-  template <class S>
-  using Expert = typename ExpertOf<Unit>::template Type<S>;
+  template <class S, class Storage = Owned>
+  using Expert = typename ExpertOf<Unit>::template Type<S, Storage>;
   template <class S>
   using Layer = SoftMoELayer<Expert<S>>;
 
@@ -28,6 +37,7 @@ struct SoftModel {
   Unit unit{};
   Surroundings around{};
   PublishedSize published{};
+  SoftTensors tensors{};
 
   constexpr Index d_model() const { return layer.d_model; }
   constexpr Index num_experts() const { return layer.num_experts; }
@@ -92,6 +102,17 @@ constexpr Surroundings vision_transformer(Index d_model, Index layers, Index hea
           .dense_matrices = 2};
 }
 
+// The authors' parameters in Flax; matrices stand as [in, out].
+inline constexpr SoftTensors kSoftMoETensors = {
+    .prefix = "Encoder/encoderblock_{layer}/Moe/",
+    .w_slots = {"Encoder/encoderblock_{layer}/Moe/Router/mu", TensorPart::all, true},
+    .scale = {"Encoder/encoderblock_{layer}/Moe/Router/scale"},
+    .experts = {
+        .w_up = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_0/kernel", TensorPart::all, true},
+        .w_down = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_1/kernel", TensorPart::all, true},
+        .b_up = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_0/bias"},
+        .b_down = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_1/bias"}}};
+
 }  // namespace detail
 
 /// A layer of the model without weights: every parameter is zero, but that the scale is 1. Throws
@@ -110,6 +131,8 @@ typename SoftModel<Unit>::template Layer<S> make_layer(const SoftModel<Unit>& mo
 }
 
 /// Soft MoE S/16 (Puigcerver et al. 2023): 128 experts with one slot each, in the second half of the layers.
+/// Its weights were not published. Tensor names are those of the parameters of its authors' code (Flax),
+/// joined by '/'.
 inline constexpr SoftModel<GELUTanh> soft_moe_s16 = {
     .name = "Soft MoE S/16",
     .source = "arXiv:2308.00951",
@@ -117,7 +140,8 @@ inline constexpr SoftModel<GELUTanh> soft_moe_s16 = {
     .d_ff = 1536,
     .expert_bias = true,
     .around = detail::vision_transformer(384, 12, 6),
-    .published = {933e6, 0}};
+    .published = {933e6, 0},
+    .tensors = detail::kSoftMoETensors};
 
 /// Soft MoE B/16.
 inline constexpr SoftModel<GELUTanh> soft_moe_b16 = {
@@ -127,7 +151,8 @@ inline constexpr SoftModel<GELUTanh> soft_moe_b16 = {
     .d_ff = 3072,
     .expert_bias = true,
     .around = detail::vision_transformer(768, 12, 12),
-    .published = {3.7e9, 0}};
+    .published = {3.7e9, 0},
+    .tensors = detail::kSoftMoETensors};
 
 /// Soft MoE L/16.
 inline constexpr SoftModel<GELUTanh> soft_moe_l16 = {
@@ -137,7 +162,8 @@ inline constexpr SoftModel<GELUTanh> soft_moe_l16 = {
     .d_ff = 4096,
     .expert_bias = true,
     .around = detail::vision_transformer(1024, 24, 16),
-    .published = {13.1e9, 0}};
+    .published = {13.1e9, 0},
+    .tensors = detail::kSoftMoETensors};
 
 /// Soft MoE H/14, with the 128 experts of the paper (its authors' configuration has 256).
 inline constexpr SoftModel<GELUTanh> soft_moe_h14 = {
@@ -147,6 +173,7 @@ inline constexpr SoftModel<GELUTanh> soft_moe_h14 = {
     .d_ff = 5120,
     .expert_bias = true,
     .around = detail::vision_transformer(1280, 32, 16),
-    .published = {27.3e9, 0}};
+    .published = {27.3e9, 0},
+    .tensors = detail::kSoftMoETensors};
 
 }  // namespace moe
