@@ -7,8 +7,8 @@ For each model a tiny network of the model's own class in Hugging Face transform
 MoE block gets random weights and is run on random tokens. The file holds what the block itself computed:
 outputs, chosen experts, gates and autograd gradients. Nothing here reimplements a layer; the checks below
 only decide whether drawn inputs are good test inputs. See README.md for the versions and the table.
-With --sources the files from the authors' own code are made instead: see authors_layers.py
-and authors_routers.py.
+With --sources the files from the authors' own code are made instead: see authors_layers.py,
+authors_routers.py and authors_names.py.
 """
 
 import os
@@ -620,10 +620,12 @@ def main():
     warnings.filterwarnings("ignore")
     if arguments.sources is not None:
         import authors_layers
+        import authors_names
         import authors_routers
 
         authors_layers.make(arguments.sources, arguments.out, arguments.models)
-        return authors_routers.make(arguments.sources, arguments.out, arguments.models)
+        authors_routers.make(arguments.sources, arguments.out, arguments.models)
+        return authors_names.make(arguments.out, arguments.models)
     for model in MODELS:
         if arguments.models and model.name not in arguments.models:
             continue

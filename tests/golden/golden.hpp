@@ -5,6 +5,7 @@
 #include <fstream>
 #include <iterator>
 #include <string>
+#include <vector>
 
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
@@ -34,6 +35,20 @@ struct Golden {
   }
   moe::Index number(const char* key) const { return config.at(key).get<moe::Index>(); }
 };
+
+// The tensors whose names begin with `prefix`, without it. Where it stands before a checkpoint's names, they
+// are a checkpoint of gradients, loaded as the layer is.
+inline moe::Checkpoint gradients_of(const Golden& golden, const std::string& prefix,
+                                    const std::string& path) {
+  std::vector<moe::TensorToWrite> tensors;
+  for (const std::string& name : golden.file.names()) {
+    if (!name.starts_with(prefix)) continue;
+    const moe::TensorView& tensor = golden.file.at(name);
+    tensors.push_back({name.substr(prefix.size()), tensor.dtype, tensor.shape, tensor.bytes});
+  }
+  moe::write_safetensors(path, tensors);
+  return moe::Checkpoint::open(path);
+}
 
 // FNV-1a of the bytes of a golden file.
 inline std::uint64_t hash_of_golden(const std::string& name) {
