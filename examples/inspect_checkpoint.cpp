@@ -31,6 +31,7 @@ void print_names() {
     std::printf("  %s%s\n", model.name.data(),
                 model.tensors.w_router.empty() ? " (its tensor names are not known)" : "");
   });
+  moe::for_each_soft_model([](const auto& model) { std::printf("  %s\n", model.name.data()); });
 }
 
 // Tensors and their values by what became of them.
@@ -45,6 +46,19 @@ void print_storage(const std::vector<moe::LoadedTensor>& tensors) {
     std::printf("  %s: %ld, of %.3f million values\n",
                 copied.empty() ? "mapped tensors" : ("copied tensors (" + copied + ")").c_str(),
                 sum.first, double(sum.second) / 1e6);
+}
+
+moe::Matrix<float> random_tokens(moe::Index d_model) {
+  moe::Rng rng(1);
+  moe::Matrix<float> x(kTokens, d_model);
+  moe::fill_normal(x, 1.0, rng);
+  return x;
+}
+
+void print_sizes(const moe::Matrix<float>& x, const moe::Matrix<float>& y) {
+  std::printf("root mean square of x %.3f, of y %.3f\n",
+              double(x.norm()) / std::sqrt(double(x.size())),
+              double(y.norm()) / std::sqrt(double(y.size())));
 }
 
 template <class Model>
@@ -67,9 +81,7 @@ void inspect(const Model& published, const moe::Checkpoint& checkpoint, moe::Ind
   std::printf(losses.balance == 0 && losses.importance == 0 ? " none known\n" : "\n");
   print_storage(tensors);
 
-  moe::Rng rng(1);
-  moe::Matrix<float> x(kTokens, model.d_model());
-  moe::fill_normal(x, 1.0, rng);
+  const moe::Matrix<float> x = random_tokens(model.d_model());
   const auto routing = layer.route(x);
   const moe::Matrix<float> y = layer.forward(x, routing);
   for (moe::Index t = 0; t < 4; ++t) {
@@ -81,9 +93,32 @@ void inspect(const Model& published, const moe::Checkpoint& checkpoint, moe::Ind
   const moe::IndexVector load = moe::tokens_per_expert(routing);
   std::printf("of %ld tokens: largest load over mean %.2f, standard deviation over mean %.2f\n",
               long(kTokens), moe::max_over_mean(load), moe::coefficient_of_variation(load));
-  std::printf("root mean square of x %.3f, of y %.3f\n",
-              double(x.norm()) / std::sqrt(double(x.size())),
-              double(y.norm()) / std::sqrt(double(y.size())));
+  print_sizes(x, y);
+}
+
+// A layer of Soft MoE: every token has a share in every slot.
+template <class Unit>
+void inspect(const moe::SoftModel<Unit>& published, const moe::Checkpoint& checkpoint,
+             moe::Index layer_index) {
+  const auto model = moe::sized_as(published, checkpoint, layer_index);
+  std::printf("%s: d_model %ld, %ld experts of d_ff %ld, %ld slots for each\n", model.name.data(),
+              long(model.d_model()), long(model.num_experts()), long(model.d_ff),
+              long(model.layer.slots_per_expert));
+  const auto layer = moe::load_layer<float>(model, checkpoint, layer_index);
+  std::printf("layer %ld: %.1f million parameters\n", long(layer_index),
+              double(moe::num_parameters(layer)) / 1e6);
+
+  const moe::Matrix<float> x = random_tokens(model.d_model());
+  moe::Matrix<float> y;
+  moe::SoftMoEWorkspace<float> workspace;
+  layer.forward(x, y, workspace);
+  for (moe::Index t = 0; t < 4; ++t) {
+    moe::Index slot = 0;
+    const float share = workspace.combine.row(t).maxCoeff(&slot);
+    std::printf("token %ld: most of slot %ld, of expert %ld, x %.3f\n", long(t), long(slot),
+                long(slot / layer.slots_per_expert()), double(share));
+  }
+  print_sizes(x, y);
 }
 
 }  // namespace
@@ -104,11 +139,13 @@ int main(int argc, char** argv) {
       }
     }
     bool found = false;
-    moe::for_each_model([&](const auto& model) {
+    const auto inspect_named = [&](const auto& model) {
       if (model.name != argv[1]) return;
       found = true;
       inspect(model, moe::Checkpoint::open(argv[2]), layer);
-    });
+    };
+    moe::for_each_model(inspect_named);
+    moe::for_each_soft_model(inspect_named);
     if (!found) {
       std::fprintf(stderr, "inspect_checkpoint: no model is called %s\n", argv[1]);
       print_names();
