@@ -2,6 +2,7 @@
 #include <cmath>
 #include <set>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -100,6 +101,19 @@ TEST(Models, ASoftModelUsesAllOfItself) {
   EXPECT_DOUBLE_EQ(model.flops_per_token(196),
                    6.0 * 128 * 768 + 2.0 * 128 * 2 * 768 * 3072 / 196.0);
   EXPECT_THROW(model.flops_per_token(0), std::invalid_argument);
+}
+
+// docs/models.md says why these have none.
+TEST(Models, AllButSevenHaveTensorNames) {
+  std::vector<std::string_view> without;
+  moe::for_each_model([&](const auto& model) {
+    EXPECT_EQ(model.tensors.prefix.empty(), model.tensors.w_router.empty()) << model.name;
+    if (model.tensors.w_router.empty()) without.push_back(model.name);
+  });
+  moe::for_each_soft_model([](const auto& model) { EXPECT_FALSE(model.tensors.w_slots.empty()); });
+  EXPECT_EQ(without, (std::vector<std::string_view>{"Shazeer 2017", "GShard 600B", "Switch-XXL",
+                                                    "GLaM 64B/64E", "ST-MoE-32B",
+                                                    "Expert Choice 8B/64E", "GPT-4 (a rumour)"}));
 }
 
 // Nothing stands for a number that does not follow from the sizes.
