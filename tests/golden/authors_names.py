@@ -12,7 +12,6 @@ import flax.traverse_util
 import jax
 import safetensors
 import safetensors.torch
-import torch
 
 import generate
 
