@@ -28,7 +28,7 @@ Tree<S> make_tree(const Wish& wish, bool many_groups, Rng& rng) {
   (many_groups ? of_leaves : of_groups).top_k = 1;
   const auto options = token_choice_options<moe::TopKOptions>;
   moe::TopKOptions child = options(of_leaves);
-  child.renormalise = many_groups;
+  child.renormalise = !many_groups;
   child.jitter = 0.1;
   std::vector<moe::TopKRouter<S>> children;
   for (Index i = 0; i < groups; ++i) children.emplace_back(child, rng);
@@ -38,7 +38,7 @@ Tree<S> make_tree(const Wish& wish, bool many_groups, Rng& rng) {
 template <class S>
 struct OneOfEachGroup {
   using Router = Tree<S>;
-  static constexpr bool kTokensChoose = true, kGatesSumToOne = true, kExpertsAreAlike = false,
+  static constexpr bool kTokensChoose = true, kGatesSumToOne = false, kExpertsAreAlike = false,
                         kHasCapacity = false;
   static constexpr Index kFixedTopK = 2;
   static Router make(const Wish& wish, Rng& rng) { return make_tree<S>(wish, true, rng); }
@@ -47,7 +47,7 @@ struct OneOfEachGroup {
 template <class S>
 struct AllOfOneGroup {
   using Router = Tree<S>;
-  static constexpr bool kTokensChoose = true, kGatesSumToOne = false, kExpertsAreAlike = false,
+  static constexpr bool kTokensChoose = true, kGatesSumToOne = true, kExpertsAreAlike = false,
                         kHasCapacity = false;
   static constexpr Index kFixedTopK = 2;
   static Router make(const Wish& wish, Rng& rng) { return make_tree<S>(wish, false, rng); }
@@ -86,6 +86,28 @@ moe::Routing<S> route_logits(Index top_k, bool many_groups, const Matrix<S>& of_
       EXPECT_EQ(routing.levels[0].router_logits.row(t), of_groups.row(t));
     }
   return routing;
+}
+
+// y = sum over i, j of G_i(x) G_ij(x) E_ij(x) by loops: two groups of three, the best of each.
+TYPED_TEST(HierarchicalRouterLaws, OutputsAreTheFormula) {
+  using S = TypeParam;
+  Rng rng(30);
+  const auto kind = RouterKind<Tree<S>>::template of<OneOfEachGroup<S>>();
+  const auto layer = kind.make_layer({.d_model = 6, .num_experts = 6, .top_k = 2}, rng);
+  const Tree<S>& router = layer.router();
+  const Matrix<S> x = normal_matrix<S>(17, 6, rng);
+  const Matrix<S> z = reference::logits(x, router.parent().w_router);
+  Matrix<S> y = Matrix<S>::Zero(17, 6);
+  for (Index t = 0; t < 17; ++t)
+    for (Index i = 0; i < 2; ++i) {
+      const Matrix<S> zi = reference::logits(x, router.children()[std::size_t(i)].w_router);
+      const Index j = reference::best_expert(zi, t, {});
+      const S gate =
+          reference::gate_of(z, t, i, true, {0, 1}) * reference::gate_of(zi, t, j, false, {j});
+      y.row(t) += gate * reference::expert_output(layer.experts()[std::size_t(i * 3 + j)],
+                                                  reference::row_of(x, t)).transpose();
+    }
+  EXPECT_TRUE(equal_to_rounding(kind.forward(layer, x), y));
 }
 
 // Groups may change places, and experts within their group.
