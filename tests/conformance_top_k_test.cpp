@@ -35,7 +35,7 @@ struct RenormalisedTopK {
   }
 };
 
-// As Llama-4, but for the side of the gates, and with a noise as V-MoE's.
+// With a noise as V-MoE's.
 template <class S>
 struct SigmoidTopK {
   using Router = moe::TopKRouter<S>;
@@ -44,6 +44,22 @@ struct SigmoidTopK {
     auto options = token_choice_options<typename Router::Options>(wish);
     options.score = moe::Score::sigmoid;
     options.noise_stddev = 0.3;
+    return {options, rng};
+  }
+  static S gate(const Matrix<S>& z, Index t, Index e, const std::vector<Index>&) {
+    return reference::sigmoid(z(t, e));
+  }
+};
+
+// As Llama-4: gates scale what experts get.
+template <class S>
+struct GatesOfInputs {
+  using Router = moe::TopKRouter<S>;
+  static constexpr bool kTokensChoose = true, kGatesSumToOne = false;
+  static Router make(const Wish& wish, Rng& rng) {
+    auto options = token_choice_options<typename Router::Options>(wish);
+    options.score = moe::Score::sigmoid;
+    options.gate_side = moe::GateSide::input;
     return {options, rng};
   }
   static S gate(const Matrix<S>& z, Index t, Index e, const std::vector<Index>&) {
@@ -150,6 +166,7 @@ struct RandomSecond {
     check_routers<PlainTopK<float>, PlainTopK<double>,                //
                   RenormalisedTopK<float>, RenormalisedTopK<double>,  //
                   SigmoidTopK<float>, SigmoidTopK<double>,            //
+                  GatesOfInputs<float>, GatesOfInputs<double>,        //
                   BiasedTopK<float>, BiasedTopK<double>,              //
                   GroupedTopK<float>, GroupedTopK<double>,            //
                   TopP<float>, TopP<double>,                          //

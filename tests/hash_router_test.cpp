@@ -267,6 +267,59 @@ TYPED_TEST(HashRouterLaws, PermutingTokensWithTheirIdsPermutesOutputs) {
   });
 }
 
+// The table's numbers go with the experts.
+TYPED_TEST(HashRouterLaws, RelabellingExpertsChangesNothing) {
+  for_each_layer<TypeParam>([&](const auto& layer, Rng& rng) {
+    auto options = layer.router().options();
+    const auto shared = layer.shared_experts();
+    std::vector<moe::GatedFeedForward<TypeParam>> experts(layer.experts().begin(),
+                                                          layer.experts().end());
+    const Index order[kNumExperts] = {2, 0, 3, 1};
+    for (Index& expert : options.table) expert = order[expert];
+    for (Index e = 0; e < kNumExperts; ++e)
+      experts[std::size_t(order[e])] = layer.experts()[std::size_t(e)];
+    FullLayer<TypeParam> relabelled(experts, moe::HashRouter<TypeParam>(options),
+                                    {{shared.begin(), shared.end()}, true}, true);
+    relabelled.w_shared_gate = layer.w_shared_gate;
+    relabelled.b_output = layer.b_output;
+    const Matrix<TypeParam> x = laws::normal_matrix<TypeParam>(23, kDModel, rng);
+    const BatchInfo info = random_batch(23, rng);
+    EXPECT_TRUE(laws::equal_to_rounding(relabelled.forward(x, info, Sequential{}),
+                                        layer.forward(x, info, Sequential{})));
+  });
+}
+
+TYPED_TEST(HashRouterLaws, OneExpertAloneIsThatExpert) {
+  using E = moe::GatedFeedForward<TypeParam>;
+  Rng rng(6);
+  const FullLayer<TypeParam> layer(
+      moe::make_experts<E>(1, {.d_model = kDModel, .d_ff = 6, .bias = true}, rng),
+      moe::HashRouter<TypeParam>(
+          {.d_model = kDModel, .num_experts = 1, .table = IndexVector::Zero(kVocabulary)}));
+  const Matrix<TypeParam> x = laws::normal_matrix<TypeParam>(9, kDModel, rng);
+  BatchInfo info = random_batch(9, rng);
+  info.mask.setConstant(true);
+  info.token_ids = info.token_ids.cwiseMax(0);
+  Matrix<TypeParam> expected(9, kDModel);
+  layer.experts()[0].forward(x, expected);
+  EXPECT_TRUE(laws::same_bits(layer.forward(x, info, Sequential{}), expected));
+}
+
+TYPED_TEST(HashRouterLaws, AllTokensMayWantOneExpert) {
+  for_each_layer<TypeParam>([&](const auto& layer, Rng& rng) {
+    const auto& options = layer.router().options();
+    const Matrix<TypeParam> x = laws::normal_matrix<TypeParam>(10, kDModel, rng);
+    const auto routing =
+        layer.route(x, BatchInfo{.token_ids = IndexVector::Constant(10, 3)}, Sequential{});
+    // ceil(0.5 * 10 / 4) or ceil(1.0 * 10 / 4) seats.
+    const Index seats = !options.capacity ? 10 : *options.capacity < 1 ? 2 : 3;
+    IndexVector expected = IndexVector::Zero(kNumExperts);
+    expected[options.table[3]] = seats;
+    EXPECT_EQ(moe::tokens_per_expert(routing), expected);
+    EXPECT_EQ(routing.plan.dropped.size(), 10 - seats);
+  });
+}
+
 TYPED_TEST(HashRouterLaws, PaddingChangesNoBitOfTheOtherRowsNorOfALoss) {
   for_each_layer<TypeParam>([&](const auto& layer, Rng& rng) {
     const BatchInfo info = random_batch(40, rng);

@@ -423,29 +423,33 @@ TEST(HierarchicalRouterLosses, LoadWithoutNoiseIsCounted) {
   EXPECT_NEAR(moe::load_loss(routing).value, of_leaves * of_leaves, 1e-9);
 }
 
-// Eq. 14 written out, of two groups of two leaves, whose loads follow from the noisy logits by hand.
+// Eq. 14 written out, of two groups of two leaves, whose loads follow from the noisy logits by hand:
+// two tokens of the first group and one of the second.
 TEST(HierarchicalRouterLosses, LoadIsThatOfTheFormula) {
   const auto phi = [](double u) { return 0.5 * (1 + std::erf(u / std::sqrt(2.0))); };
   moe::Routing<double> routing;
   routing.levels.resize(3);
-  const auto fill = [](moe::Routing<double>& level, const moe::BatchInfo& info, double a, double b) {
-    moe::begin_routing(1, 2, info, level, "test");
-    level.router_logits.resize(1, 2);
-    level.router_logits << a, b;
+  const auto fill = [](moe::Routing<double>& level, const std::vector<bool>& seen,
+                       const Matrix<double>& logits) {
+    moe::BatchInfo info{.mask = moe::Mask(3)};
+    for (Index t = 0; t < 3; ++t) info.mask[t] = seen[std::size_t(t)];
+    moe::begin_routing(3, 2, info, level, "test");
+    level.router_logits = level.noise.noisy_logits = logits;
     level.noise.top_k = 1;
-    level.noise.draws = Matrix<double>::Zero(1, 2);
-    level.noise.stddev = Matrix<double>::Constant(1, 2, 0.5);
-    level.noise.noisy_logits = level.router_logits;
-    level.router_probs = Matrix<double>::Constant(1, 2, 0.5);
+    level.noise.draws = Matrix<double>::Zero(3, 2);
+    level.noise.stddev = Matrix<double>::Constant(3, 2, 0.5);
+    level.router_probs = Matrix<double>::Constant(3, 2, 0.5);
   };
-  moe::BatchInfo nobody;
-  nobody.mask = moe::Mask::Constant(1, false);
-  fill(routing.levels[0], {}, 0.7, 0.2);
-  fill(routing.levels[1], {}, 0.1, 0.4);
-  fill(routing.levels[2], nobody, 0.3, 0.0);
-  // The one token is measured against the other expert's logit, at both levels.
-  const double parent = phi((0.7 - 0.2) / 0.5);
-  const double load[] = {parent * phi((0.1 - 0.4) / 0.5), parent * phi((0.4 - 0.1) / 0.5), 0, 0};
+  fill(routing.levels[0], {true, true, true},
+       Matrix<double>{{0.7, 0.2}, {0.3, 0.9}, {0.6, 0.5}});
+  fill(routing.levels[1], {true, false, true},
+       Matrix<double>{{0.1, 0.4}, {9, 9}, {0.8, 0.2}});
+  fill(routing.levels[2], {false, true, false},
+       Matrix<double>{{9, 9}, {0.3, 0.0}, {9, 9}});
+  // A token is measured against the other expert's logit, at both levels: by differences over 0.5.
+  const double first = phi(1.0) + phi(-1.2) + phi(0.2), second = phi(-1.0) + phi(1.2) + phi(-0.2);
+  const double load[] = {first * (phi(-0.6) + phi(1.2)) / 2, first * (phi(0.6) + phi(-1.2)) / 2,
+                         second * phi(0.6), second * phi(-0.6)};
   double mean = 0, variance = 0;
   for (const double l : load) mean += l / 4;
   for (const double l : load) variance += (l - mean) * (l - mean) / 4;
@@ -460,7 +464,7 @@ TEST(HierarchicalRouterLosses, LoadIsThatOfTheFormula) {
   nested.levels[0].noise = nested.levels[1].noise = nested.levels[2].noise = {};
   EXPECT_THAT([&] { moe::load_loss(nested); },  // a level of a level
               ThrowsMessage<std::invalid_argument>(HasSubstr("level 0 of 1 has noise")));
-  moe::begin_routing(1, 3, nobody, uneven.levels[2], "test");
+  moe::begin_routing(3, 3, {}, uneven.levels[2], "test");
   EXPECT_THAT([&] { moe::hierarchical_load_loss(uneven); },
               ThrowsMessage<std::invalid_argument>(HasSubstr("level 2 has")));
   routing.levels.resize(2);

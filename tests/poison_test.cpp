@@ -13,6 +13,8 @@
 
 #include <moe/moe.hpp>
 
+#include "mixed_experts.hpp"
+
 namespace moe {
 namespace {
 
@@ -259,15 +261,7 @@ TEST(Poison, StaysInItsTokenWithThreeWayExperts) {
 
 TEST(Poison, StaysInItsTokenWithNullExperts) {
   Rng rng(1);
-  using Any = VariantExpert<GatedFeedForward<float>, ZeroExpert<float>, CopyExpert<float>,
-                            ConstantExpert<float>>;
-  std::vector<Any> experts;
-  for (int i = 0; i < 2; ++i) {
-    experts.push_back(GatedFeedForward<float>({.d_model = 12, .d_ff = 20}, rng));
-    experts.push_back(ZeroExpert<float>({.d_model = 12}));
-    experts.push_back(CopyExpert<float>({.d_model = 12}));
-    experts.push_back(ConstantExpert<float>({.d_model = 12}, rng));
-  }
+  const std::vector<MixedExpert> experts = make_mixed_experts(12, 20, rng);
   for (const GateSide side : {GateSide::output, GateSide::input})
     expect_contained(
         MoELayer(experts,

@@ -534,6 +534,30 @@ TEST(ReLURouting, AndTopPRoutingHaveTheirOptions) {
   }
 }
 
+TEST(ReLURouting, ARouterOfItsOptionsUsesLogitsAsGates) {
+  TopK router(moe::relu_options(3, 3));
+  router.w_router.setIdentity();
+  const auto routing = route(router, Matrix<double>{{.5, -1, 2}, {-1, -2, 0}});
+  EXPECT_EQ(chosen_by(routing, 0), (std::vector<Index>{2, 0}));
+  EXPECT_EQ(routing.chosen.gate, (moe::Buffer<double>{2, .5}));
+  EXPECT_TRUE(chosen_by(routing, 1).empty());
+}
+
+// Probabilities of 0.5, 0.3 and 0.2: the first is enough for the usual 0.4, two are for 0.6.
+TEST(TopPRouting, ARouterOfItsOptionsStopsWhereTheSumIsEnough) {
+  const Matrix<double> x{{std::log(.2), std::log(.5), std::log(.3)}};
+  const auto routed = [&](const moe::TopKOptions& options) {
+    TopK router(options);
+    router.w_router.setIdentity();
+    return route(router, x);
+  };
+  EXPECT_EQ(chosen_by(routed(moe::top_p_options(3, 3)), 0), (std::vector<Index>{1}));
+  const auto routing = routed(moe::top_p_options(3, 3, .6));
+  EXPECT_EQ(chosen_by(routing, 0), (std::vector<Index>{1, 2}));
+  EXPECT_NEAR(routing.chosen.gate[0], .5, 1e-15);
+  EXPECT_NEAR(routing.chosen.gate[1], .3, 1e-15);
+}
+
 // ---- NoisyTopKRouter.
 
 double softplus(double a) { return std::log1p(std::exp(a)); }

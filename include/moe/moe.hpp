@@ -14,7 +14,8 @@
 //   token_choice.hpp                  what routers in which tokens choose have in common
 //   capacity.hpp                      expert_capacity, apply_capacity: seats and overflow
 //   dispatch.hpp                      dispatch, run_experts, combine, and their backward
-//   loss.hpp load_loss.hpp metrics.hpp balance losses with gradients; numbers about a routing
+//   loss.hpp load_loss.hpp            balance losses with gradients
+//   metrics.hpp                       numbers about a routing
 //   gradient_check.hpp                check_gradients: backward against central differences
 //   scores.hpp group_limit.hpp selection_bias.hpp                  logits, scores, selection, gates
 //   softmax.hpp top_k.hpp activation.hpp product.hpp               the mathematics

@@ -34,7 +34,7 @@ TYPED_TEST(GradientsOfExpertChoiceLayers, AreExact) {
       check_all_layers<TypeParam>(router, rng, tally);
     }
   }
-  EXPECT_GE(tally.checks, 3 * 2 * 3 * 7 * 2 / kEvery);
+  EXPECT_GE(tally.checks, 3 * 2 * kLossesOfARouter * 2 / kEvery);
   EXPECT_LE(tally.redraws, tally.checks / 2);
   if (!kSanitized) {  // a part may lack what is rare
     EXPECT_GT(tally.passed_through, 0);

@@ -245,7 +245,10 @@ enum class LossKind {
   importance_of_probs,
   load_two,
   load_one,
-  z
+  z,
+  balance_of_sequences,
+  balance_of_devices,
+  relu_balance
 };
 constexpr LossKind kAllLosses[] = {LossKind::none,
                                    LossKind::load_balancing,
@@ -253,10 +256,16 @@ constexpr LossKind kAllLosses[] = {LossKind::none,
                                    LossKind::importance_of_probs,
                                    LossKind::load_two,
                                    LossKind::load_one,
-                                   LossKind::z};
+                                   LossKind::z,
+                                   LossKind::balance_of_sequences,
+                                   LossKind::balance_of_devices,
+                                   LossKind::relu_balance};
+// Losses do not see shared experts: those after this one are checked without any.
+constexpr LossKind kLastEverywhere = LossKind::z;
 
 struct RoutingLoss {
   LossKind kind = LossKind::none;
+  moe::BatchInfo info{};  // of the batch, for its sequences
 
   moe::Loss<double> operator()(const moe::Routing<double>& routing) const {
     switch (kind) {
@@ -274,6 +283,15 @@ struct RoutingLoss {
         return moe::load_loss(routing, moe::LoadThreshold::one);
       case LossKind::z:
         return moe::router_z_loss(routing);
+      case LossKind::balance_of_sequences:
+        return moe::sequence_balance_loss(routing, info);
+      case LossKind::balance_of_devices: {
+        moe::IndexVector device(routing.num_experts());
+        for (Index e = 0; e < device.size(); ++e) device[e] = e % 2;
+        return moe::device_balance_loss(routing, device);
+      }
+      case LossKind::relu_balance:
+        return moe::relu_balance_loss(routing, 1);
     }
     return {};
   }
@@ -356,6 +374,9 @@ moe::MoELayer<Expert, Router> make_layer(const Router& router, Shared shared, bo
   return layer;
 }
 
+// Losses that check_all_layers puts beside a router with no shared experts, plain and gated ones.
+constexpr Index kLossesOfARouter = 10 + 7 + 7;
+
 // A router beside every kind of shared experts and every loss, in training and in inference; half
 // of the layers with an output bias, a third of the batches with padding and groups. In training
 // only where gradients are exact there.
@@ -365,6 +386,7 @@ void check_all_layers(const Router& router, Rng& rng, Tally& tally, bool exact_i
     if constexpr (requires { router.options().gate_side; })
       if (shared == Shared::gated && router.options().gate_side == moe::GateSide::input) continue;
     for (const LossKind loss : kAllLosses) {
+      if (shared != Shared::none && loss > kLastEverywhere) continue;
       for (const bool training : {true, false}) {
         if (training && !exact_in_training) continue;
         if (tally.combinations++ % kEvery != 0) continue;
@@ -377,8 +399,8 @@ void check_all_layers(const Router& router, Rng& rng, Tally& tally, bool exact_i
           options.info.mask[2] = false;
           options.info.group_begin = moe::IndexVector{{0, 3, kTokens}};
         }
-        check_layer(make_layer<Expert>(router, shared, rng.index(2) == 0, rng), options, {loss},
-                    rng, tally);
+        check_layer(make_layer<Expert>(router, shared, rng.index(2) == 0, rng), options,
+                    {loss, options.info}, rng, tally);
       }
     }
   }
@@ -402,7 +424,7 @@ Tally check_all_seatings(std::uint64_t seed, const MakeRouter& make) {
     randomise(router, rng);
     check_all_layers<Expert>(router, rng, tally);
   }
-  EXPECT_GE(tally.checks, 10 * 2 * 7 * 2 / kEvery);
+  EXPECT_GE(tally.checks, 10 * (10 + 7) * 2 / kEvery);
   if (kSanitized) return tally;  // a part may lack what is rare
   EXPECT_LE(tally.redraws, tally.checks / 2);
   EXPECT_GT(tally.dropped, tally.checks);

@@ -14,6 +14,8 @@
 
 #include <moe/moe.hpp>
 
+#include "../mixed_experts.hpp"
+
 namespace moe {
 namespace {
 
@@ -271,6 +273,17 @@ TEST(Threads, SoftMoEIsTheSameForEveryExecutor) {
                      options, rng),
         normalise ? "Soft MoE" : "Soft MoE of plain dot products");
   }
+}
+
+TEST(Threads, OtherExpertsAreTheSameForEveryExecutor) {
+  Rng rng(1);
+  const TopKOptions options{.d_model = 33, .num_experts = 8, .top_k = 2, .training_capacity = 1.0};
+  const TopKRouter<float> router(options, rng);
+  expect_same_everywhere(
+      MoELayer(make_experts<ThreeWayFeedForward<float>>(8, {.d_model = 33, .d_ff = 29}, rng),
+               router),
+      "three-way experts");
+  expect_same_everywhere(MoELayer(make_mixed_experts(33, 29, rng), router), "null experts");
 }
 
 // One hot expert has many blocks of rows, a wide layer many blocks of columns.

@@ -35,7 +35,8 @@ namespace moe {
 ///   and the gradient of load_balancing_loss reaches the groups that were not chosen.
 /// - router_logits: none. There is one set of logits a level; losses that need them refuse.
 /// - levels: the routing of the parent, then that of every child.
-/// A token that any level finds poisoned is poisoned, and masked for all the others.
+/// A token that any level finds poisoned is poisoned, and masked for all the others: also one that chose
+/// a group of which no expert is available to it, even where other groups have some.
 ///
 /// Losses on leaves: importance_loss(routing) is CV^2 of the importance of eq. 13, sum over x of
 /// G_i(x) G_ij(x); load_balancing_loss(routing) works as well. The loss of eq. 14 is
