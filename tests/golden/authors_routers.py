@@ -759,8 +759,11 @@ class MeshCall:
 
             return call
 
-        given = lambda mesh, shape: tensor(uniform.reshape(mtf.Shape(shape).to_integer_list), shape)  # noqa: E731
+        def given(mesh, shape, **between):
+            return tensor(uniform.reshape(mtf.Shape(shape).to_integer_list), shape)
+
         with mock.patch.multiple(moe, _switch_gating=see(moe._switch_gating), _top_2_gating=see(moe._top_2_gating)), \
+                mock.patch.object(mtf.layers.mtf, "random_uniform", given), \
                 mock.patch.multiple(mtf, random_uniform=given, scalar_summary=self.summaries.__setitem__):
             self.y = layer.call(context, self.x)
         self.loss, = context.losses
@@ -805,15 +808,18 @@ def mesh(sources, out):
           {"framework": "tf", "top_k": 2, "capacity": capacity, "second_policy": "threshold",
            "second_threshold": threshold, "epsilon": 1e-9}, tensors)
 
-    # Whole layers in training, but for jitter.
-    d_ff = 12
+    # Whole layers in training.
+    d_ff, jitter = 12, 1e-2
 
     def layer(seed, gated, groups, group_size, **options):
         draw = Draw(seed)
         x, d_y = draw.uniform(groups, group_size, D_MODEL), draw.uniform(groups, group_size, D_MODEL)
         uniform, weights = draw.unit(groups, group_size), draw_layer(draw, EXPERTS, d_ff, gated)
-        p = softmax(x @ weights["w_router"].T)
         top_2 = options["moe_gating"] == "top_2"
+        if not top_2:  # what the router's inputs are multiplied by
+            uniform = 1 + draw.uniform(groups, group_size, D_MODEL, steps=40, largest=40 / 4096)
+            assert np.abs(uniform - 1).max() <= jitter
+        p = softmax((x if top_2 else x * uniform) @ weights["w_router"].T)
         if not ranked_apart(p, 2 if top_2 else 1):
             return None
         if top_2:  # what the uniform numbers are compared with, to keep away from it
@@ -822,7 +828,7 @@ def mesh(sources, out):
             if np.abs(uniform - odds).min() < MARGIN or (uniform >= odds).sum() < 4:
                 return None
         module = moe.MoE1D(num_experts=EXPERTS, loss_coef=1.0, hidden_size=d_ff, group_size=group_size,
-                           activation=["gelu", "linear"] if gated else "relu", switch_jitter=0.0, **options)
+                           activation=["gelu", "linear"] if gated else "relu", switch_jitter=jitter, **options)
         with tf.Graph().as_default():
             call = MeshCall(moe, module, x, uniform)
             over = dict(reduced_dim=call.capacity)
@@ -843,7 +849,7 @@ def mesh(sources, out):
                    "dispatch": whole(dispatch), "d_x": floats(d_x), **with_gradients(weights, gradients),
                    "capacity": whole([call.capacity.size])}
         tensors.update({name: loss(value) for name, value in zip(losses, made[-len(losses):])})
-        return {**tensors, "uniform": as_rows(uniform)} if top_2 else tensors
+        return {**tensors, "uniform" if top_2 else "jitter": as_rows(uniform)}
 
     cases = {
         "switch": dict(gated=False, groups=2, group_size=30, moe_gating="switch", capacity_factor_train=1.25,

@@ -538,16 +538,24 @@ void expect_equal_capacity(const Comparison& file, const moe::TopKOptions& optio
             file.golden.matrix<std::int64_t>("capacity")(0, 0));
 }
 
-// Their z-loss is in training only.
+// Switch in training, under the file's jitter of the router's inputs in place of the router's own.
 TEST(Authors, MeshSwitchLayer) {
   Comparison file("mesh_layer_switch");
-  const auto layer = make_layer_of(without_jitter(moe::switch_base_8), file);
-  expect_equal_capacity(file, layer.router().options(), file.golden.number("group_size"));
-  const Matrix<float> x = file.matrix("x");
+  const auto layer = make_layer_of(moe::switch_base_8, file);
+  const moe::TopKOptions& options = layer.router().options();
+  expect_equal_capacity(file, options, file.golden.number("group_size"));
+  const Matrix<float> x = file.matrix("x"), jitter = file.matrix("jitter");
+  EXPECT_LE((jitter.array() - 1).abs().maxCoeff(), options.jitter);
   const BatchInfo info = groups_of(file.golden.number("groups"), x.rows());
-  moe::Rng rng(1);
   Routing<float> routing;
-  layer.router().route(x, rng, info, routing);
+  layer.router().route(x.cwiseProduct(jitter), info, routing);  // for the logits
+  moe::begin_routing(x.rows(), kExperts, info, routing, "test");
+  routing.has_input_factor = true;
+  routing.input_factor = jitter;
+  moe::route_by_logits({.top_k = options.top_k,
+                        .capacity_factor = options.training_capacity,
+                        .capacity_rule = options.capacity_rule},
+                       {}, info, routing, moe::DefaultExecutor{});
   file.expect_equal_plan(routing);
   file.gradient = {};
   file.expect_equal_loss("balance_loss", moe::sequence_balance_loss(routing, info));
