@@ -827,6 +827,8 @@ def mesh(sources, out):
             odds = second / (first + second) / options["second_threshold_train"]
             if np.abs(uniform - odds).min() < MARGIN or (uniform >= odds).sum() < 4:
                 return None
+            if ((uniform < odds) & (uniform > odds / 1.5)).sum() < 3:
+                return None  # another threshold leaves out others
         module = moe.MoE1D(num_experts=EXPERTS, loss_coef=1.0, hidden_size=d_ff, group_size=group_size,
                            activation=["gelu", "linear"] if gated else "relu", switch_jitter=jitter, **options)
         with tf.Graph().as_default():
