@@ -211,14 +211,14 @@ Routing<float> route_under_draws(const moe::TopKRouter<float>& router, const Com
   Routing<float> routing;
   router.route(x, {}, routing);  // for the logits
   moe::begin_routing(x.rows(), kExperts, {}, routing, "test");
-  moe::route_by_logits({.gate = {.renormalise = options.renormalise,
-                                 .epsilon = options.renormalise_epsilon},
-                        .top_k = options.top_k,
-                        .second_threshold = options.random_second_threshold,
-                        .second_draws = draws.data(),
-                        .capacity_factor = options.training_capacity,
-                        .capacity_rule = options.capacity_rule},
-                       {}, {}, routing, moe::DefaultExecutor{});
+  moe::route_by_logits(
+      {.gate = {.renormalise = options.renormalise, .epsilon = options.renormalise_epsilon},
+       .top_k = options.top_k,
+       .second_threshold = options.random_second_threshold,
+       .second_draws = draws.data(),
+       .capacity_factor = options.training_capacity,
+       .capacity_rule = options.capacity_rule},
+      {}, {}, routing, moe::DefaultExecutor{});
   Index left_out = 0;
   for (Index t = 0; t < x.rows(); ++t)
     left_out += options.top_k - (routing.chosen.token_begin[t + 1] - routing.chosen.token_begin[t]);
@@ -230,8 +230,8 @@ Routing<float> route_under_draws(const moe::TopKRouter<float>& router, const Com
 template <class M>
 auto make_layer_of(const M& model, const Comparison& file) {
   const Index experts = file.golden.file.at("w_router").shape.at(0);
-  auto layer = moe::make_empty_layer<float>(
-      model.scaled_to(kModel, file.golden.number("d_ff"), experts));
+  auto layer =
+      moe::make_empty_layer<float>(model.scaled_to(kModel, file.golden.number("d_ff"), experts));
   using R = std::decay_t<decltype(layer.router())>;
   R::visit([&](const moe::ParameterInfo& info,
                auto& array) { array = file.matrix(std::string(info.name)); },
