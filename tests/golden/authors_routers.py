@@ -18,6 +18,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -208,6 +209,29 @@ def whole(value):
     return np.int64(np.asarray(value))
 
 
+def draw_layer(draw, experts, d_ff, gated):
+    """Weights of a router and of experts without biases, in the order in which layers use them."""
+    return {
+        "w_router": draw.uniform(experts, D_MODEL),
+        **({"w_gate": draw.uniform(experts, d_ff, D_MODEL, largest=0.5)} if gated else {}),
+        "w_up": draw.uniform(experts, d_ff, D_MODEL, largest=0.5),
+        "w_down": draw.uniform(experts, D_MODEL, d_ff, largest=0.5),
+    }
+
+
+def turned(weight):
+    return np.swapaxes(weight, -1, -2)
+
+
+def in_rows(tensors):
+    """Matrices of several experts, one below the other."""
+    return {name: floats(value).reshape(-1, np.shape(value)[-1]) for name, value in tensors.items()}
+
+
+def with_gradients(weights, gradients):
+    return {**in_rows(weights), **{f"d_{name}": value for name, value in in_rows(gradients).items()}}
+
+
 # ---- google/flaxformer: Switch, ST-MoE, Expert Choice
 
 
@@ -283,6 +307,74 @@ def flaxformer(sources, out):
     make("expert_choice", "ExpertsChoose", 3, False)
 
 
+def load_flaxformer_layers(sources):
+    prefix = "flaxformer.architectures.moe"
+    return load(sources / "flaxformer", f"{prefix}.moe_layers", absent=("aqt",),
+                real=(f"{prefix}.routing", f"{prefix}.scatter_utils", "flaxformer.components.dense",
+                      "flaxformer.activation_partitioning", "flaxformer.types"))
+
+
+# Layers with experts, in training but for jitter and dropout. Their code wants a multiple of the experts as groups.
+def flaxformer_layers(sources, out):
+    moe_layers = load_flaxformer_layers(sources)
+    experts, tokens, d_ff = 4, 11, 12
+
+    def attempt(seed, kind, gated, capacity_factor, min_expert_capacity, **options):
+        draw = Draw(seed)
+        x, d_y = draw.uniform(experts, tokens, D_MODEL), draw.uniform(experts, tokens, D_MODEL)
+        weights = draw_layer(draw, experts, d_ff, gated)
+        router = getattr(moe_layers.routing, f"{kind}MaskedRouter")(
+            router_weights=moe_layers.routing.RouterWeights(use_bias=False, dtype=jnp.float32), jitter_noise=0.0,
+            dtype=jnp.float32, ignore_padding_tokens=False, **options)
+        expert = moe_layers.dense.MlpBlock(
+            use_bias=False, intermediate_dim=d_ff, activations=("gelu", "linear") if gated else ("relu",),
+            intermediate_dropout_rate=0.0, final_dropout_rate=0.0)
+        layer = moe_layers.MoeLayer(
+            num_experts=experts, max_group_size=tokens, train_capacity_factor=capacity_factor,
+            eval_capacity_factor=capacity_factor, expert=expert, router=router, num_expert_partitions=experts,
+            num_model_partitions=1, min_expert_capacity=min_expert_capacity, dropout_rate=0.0, dtype=jnp.float32,
+            strict_group_size=True)
+        names = {"w_gate": "wi_0", "w_up": "wi_1", "w_down": "wo"} if gated else {"w_up": "wi", "w_down": "wo"}
+
+        def value(x, w):
+            parameters = {
+                "router": {"router_weights": {"w": {"kernel": w["w_router"].T}}},
+                "expert": {theirs: {"kernel": jnp.swapaxes(w[ours], 1, 2)} for ours, theirs in names.items()},
+            }
+            y, kept = layer.apply({"params": parameters}, x, mutable=["intermediates"],
+                                  capture_intermediates=lambda module, method: module.name == "router")
+            kept = kept["intermediates"]
+            losses = {name: kept[name][0].sum() for name in ("auxiliary_loss", "router_z_loss")}
+            return (y * d_y).sum() + sum(losses.values()), (y, losses, kept["router"]["__call__"][0])
+
+        (_, (y, losses, result)), d = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(x, weights)
+        p = softmax(x @ weights["w_router"].T)
+        if not ranked_apart(p if options else np.swapaxes(p, 1, 2), 1 if options else result.dispatch_mask.shape[-1]):
+            return None
+        dispatch = np.asarray(result.dispatch_mask).any(axis=-1)
+        taken = dispatch.sum(axis=-1)
+        if not ((taken == 0).any() if options else (taken == 1).any() and (taken > 2).any()):
+            return None
+        as_rows = lambda value: value.reshape(experts * tokens, -1)  # noqa: E731
+        tensors = {
+            "x": as_rows(x), "d_y": as_rows(d_y), "y": as_rows(floats(y)), "d_x": as_rows(floats(d[0])),
+            "gates": as_rows(floats(result.combine_array.sum(axis=-1))), "dispatch": as_rows(whole(dispatch)),
+            "z_loss": loss(losses["router_z_loss"]), **with_gradients(weights, d[1]),
+        }
+        return {**tensors, "balance_loss": loss(losses["auxiliary_loss"])} if options else tensors
+
+    top_1 = dict(num_selected_experts=1, batch_prioritized_routing=False)
+    cases = {
+        "switch_c": dict(kind="TokensChoose", gated=False, capacity_factor=1.0, min_expert_capacity=2, **top_1),
+        "switch_xxl": dict(kind="TokensChoose", gated=True, capacity_factor=1.25, min_expert_capacity=2, **top_1),
+        "experts_choose": dict(kind="ExpertsChoose", gated=False, capacity_factor=2.0, min_expert_capacity=4),
+    }
+    for name, options in cases.items():
+        seed, tensors = first_seed(lambda seed: attempt(seed, **options))
+        write(out, f"flaxformer_layer_{name}", "flaxformer", f"{moe_layers.__name__}.MoeLayer", seed,
+              {"framework": "jax", "groups": experts, "d_ff": d_ff, **options}, tensors)
+
+
 # ---- google-research/vmoe: V-MoE, Soft MoE
 
 
@@ -306,11 +398,6 @@ def flax_experts(w):
         "Dense_0": {"kernel": jnp.swapaxes(w["w_up"], 1, 2), "bias": w["b_up"]},
         "Dense_1": {"kernel": jnp.swapaxes(w["w_down"], 1, 2), "bias": w["b_down"]},
     }
-
-
-def in_rows(tensors):
-    """Matrices of several experts, one below the other."""
-    return {name: floats(value).reshape(-1, np.shape(value)[-1]) for name, value in tensors.items()}
 
 
 def vmoe(sources, out):
@@ -470,11 +557,64 @@ def tensor2tensor(sources, out):
               {"framework": "tf", "top_k": k, "train": train, "noise_epsilon": 1e-2}, tensors)
 
 
+# A layer with experts. Theirs multiply outputs by sqrt(d_model / d_ff), which is 2 here and is in `w_down`.
+def tensor2tensor_layer(sources, out):
+    utils = load(sources / "tensor2tensor", "tensor2tensor.utils.expert_utils", absent=("tensorflow_probability",),
+                 real=("tensor2tensor.layers.common_layers",))
+    tokens, k, d_ff, scale = 16, 4, 4, 2
+
+    def attempt(seed):
+        draw = Draw(seed)
+        x, d_y, noise = draw.uniform(tokens, D_MODEL), draw.uniform(tokens, D_MODEL), draw.normal(tokens, EXPERTS)
+        weights = draw_layer(draw, EXPERTS, d_ff, False)
+        w_noise = draw.uniform(EXPERTS, D_MODEL, largest=0.25)
+        z = x @ weights["w_router"].T
+        noisy = z + noise * (np.logaddexp(0, x @ w_noise.T) + 1e-2)
+        if not ranked_apart(noisy, k) or not ranked_apart(softmax(noisy), k):
+            return None
+        if (np.argsort(-z)[..., :k] == np.argsort(-noisy)[..., :k]).all():
+            return None
+        seen, gating = {}, utils.noisy_top_k_gating
+
+        def see(*arguments, **named):
+            seen["gates"], load_of = gating(*arguments, **named)
+            return seen["gates"], load_of
+
+        with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+            x_tensor = tf.constant(x)
+            with mock.patch.object(utils.tf, "random_normal", lambda shape: tf.constant(noise)), \
+                    mock.patch.object(utils.common_layers, "should_generate_summaries", lambda: False), \
+                    mock.patch.object(utils, "noisy_top_k_gating", see):
+                y, balance = utils.local_moe(x_tensor, True, utils.ffn_expert_fn(D_MODEL, [d_ff], D_MODEL), EXPERTS, k,
+                                             loss_coef=1.0, hparams=types.SimpleNamespace(gating_type="topk"))
+            w_router, w_noisy, *of_experts = variables = tf.compat.v1.global_variables()
+            session.run([w_router.assign(turned(weights["w_router"])), w_noisy.assign(turned(w_noise))])
+            for e in range(EXPERTS):
+                session.run([of_experts[2 * e].assign(weights["w_up"][e].T),
+                             of_experts[2 * e + 1].assign(weights["w_down"][e].T / scale)])
+            gradients = tf.gradients(tf.reduce_sum(y * d_y) + balance, [x_tensor, *variables])
+            y, gates, balance, d_x, d_router, d_noise, *d_experts = session.run([y, seen["gates"], balance, *gradients])
+        return {
+            "x": x, "noise": noise, "d_y": d_y, "y": floats(y), "gates": floats(gates), "dispatch": whole(gates > 0),
+            "sum_of_losses": loss(balance), "d_x": floats(d_x),
+            **with_gradients({**weights, "w_noise": w_noise}, {
+                "w_router": d_router.T, "w_noise": d_noise.T, "w_up": turned(np.stack(d_experts[::2])),
+                "w_down": turned(np.stack(d_experts[1::2])) / scale}),
+        }
+
+    seed, tensors = first_seed(attempt)
+    write(out, "tensor2tensor_layer", "tensor2tensor", f"{utils.__name__}.local_moe", seed,
+          {"framework": "tf", "top_k": k, "d_ff": d_ff, "noise_epsilon": 1e-2}, tensors)
+
+
 # ---- tensorflow/lingvo: GShard
 
 
-def load_lingvo(sources):
-    return load(sources / "lingvo", "lingvo.core.gshard_layers", given={"lingvo": {"compat": tf.compat.v1}})
+def load_lingvo(sources, **more):
+    utils = Nothing("py_utils")
+    utils.GetShape = lambda tensor: tensor.shape.as_list()
+    return load(sources / "lingvo", "lingvo.core.gshard_layers",
+                given={"lingvo": {"compat": tf.compat.v1}, "lingvo.core": {"py_utils": utils}}, **more)
 
 
 def lingvo(sources, out):
@@ -526,15 +666,111 @@ def lingvo(sources, out):
         write(out, f"lingvo_{name}", "lingvo", "lingvo.core.gshard_layers.Top2GatingOnLogits", seed, config, tensors)
 
 
-# ---- tensorflow/mesh: ST-MoE's threshold for second experts
+# A layer with experts, the second one at random.
+def lingvo_layer(sources, out):
+    with mock.patch.object(tf.compat.v1.nn, "gelu", tf.nn.gelu, create=True):  # their table of activations has it
+        names = ("activations", "gshard_utils", "py_utils_flags", "thread_local_utils")
+        layers = load_lingvo(sources, absent=("sentencepiece",), real=tuple(f"lingvo.core.{name}" for name in names))
+    tokens, d_ff, threshold, capacity_factor = 16, 12, 0.5, 2.0
+
+    def attempt(seed):
+        draw = Draw(seed)
+        x, d_y, uniform = draw.uniform(1, tokens, D_MODEL), draw.uniform(1, tokens, D_MODEL), draw.unit(1, tokens)
+        weights = draw_layer(draw, EXPERTS, d_ff, False)
+        p = softmax(x @ weights["w_router"].T)
+        first, second = -np.sort(-p, axis=-1)[..., 0], -np.sort(-p, axis=-1)[..., 1]
+        odds = second / (first + second) / threshold
+        if not ranked_apart(p, 2) or np.abs(uniform - odds).min() < MARGIN or (uniform >= odds).sum() < 4:
+            return None
+        with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+            tensors = {name: tf.constant(value) for name, value in {"x": x, **weights}.items()}
+            logits = tf.einsum("gsm,em->gse", tensors["x"], tensors["w_router"])
+            with mock.patch.object(tf.compat.v1.random, "uniform", lambda shape, dtype: tf.constant(uniform)):
+                made = layers.Top2GatingOnLogits(
+                    None, tf.zeros((1, tokens)), logits, 1, EXPERTS, 0, tf.float32, use_xla_sharding=False,
+                    second_expert_policy="random", second_expert_threshold=threshold, legacy_mtf_behavior=True,
+                    capacity_factor=capacity_factor)
+            aux_loss, combine, dispatch = made
+            gating = types.SimpleNamespace(aux_loss=aux_loss, combine_tensor=combine, dispatch_tensor=dispatch)
+            y, aux_loss = layers.FeedForwardNetworksApplyGating(
+                gating, tensors["x"], tensors["x"], tf.transpose(tensors["w_up"], (0, 2, 1)),
+                tf.transpose(tensors["w_down"], (0, 2, 1)), num_devices=1, num_groups=1)
+            gradients = tf.gradients(tf.reduce_sum(y * d_y) + aux_loss, list(tensors.values()))
+            y, gates, dispatch, aux_loss, d_x, *gradients = session.run(
+                [y, tf.reduce_sum(combine, -1), tf.reduce_sum(tf.cast(dispatch, tf.float32), -1), aux_loss, *gradients])
+        taken = dispatch.sum(axis=-1)
+        if not ((taken == 0).any() and ((taken == 1) & (uniform < odds)).any()):
+            return None
+        return {"x": x[0], "uniform": uniform[0], "d_y": d_y[0], "y": floats(y)[0], "gates": floats(gates)[0],
+                "dispatch": whole(dispatch)[0], "balance_loss": loss(aux_loss), "d_x": floats(d_x)[0],
+                **with_gradients(weights, dict(zip(weights, gradients)))}
+
+    seed, tensors = first_seed(attempt)
+    write(out, "lingvo_layer", "lingvo", f"{layers.__name__}.FeedForwardNetworksApplyGating", seed,
+          {"framework": "tf", "top_k": 2, "capacity_factor": capacity_factor, "d_ff": d_ff,
+           "second_expert_policy": "random", "second_expert_threshold": threshold, "legacy_mtf_behavior": True,
+           "epsilon": 1e-9}, tensors)
 
 
-def mesh(sources, out):
+# ---- tensorflow/mesh: Switch, ST-MoE
+
+
+@functools.cache  # gin takes the name of a layer once
+def load_mesh(sources):
     names = ("beam_search", "layers", "ops", "ops_with_redefined_builtins", "optimize", "placement_mesh_impl", "utils")
     v1 = importlib.import_module("tensorflow.compat.v1")
     with mock.patch.object(v1, "estimator", Nothing("estimator"), create=True):
-        moe = load(sources / "mesh", "mesh_tensorflow.transformer.moe",
-                   real=("mesh_tensorflow", *(f"mesh_tensorflow.{name}" for name in names)))
+        return load(sources / "mesh", "mesh_tensorflow.transformer.moe",
+                    real=("mesh_tensorflow", *(f"mesh_tensorflow.{name}" for name in names)))
+
+
+def mesh_values(mtf, one, weights, results):
+    """Values of their tensors, where the variables of the mesh are these weights, in order."""
+    lowering = mtf.Lowering(one.graph, {one: mtf.placement_mesh_impl.PlacementMeshImpl([], [], [""])})
+    results = [lowering.export_to_tf_tensor(result) for result in results]
+    with tf.compat.v1.Session() as session:
+        session.run(tf.compat.v1.global_variables_initializer())
+        for variable, weight in zip(one.graph.trainable_variables, weights, strict=True):
+            session.run(variable.get_master().assign(turned(weight)))
+        session.run(lowering.copy_masters_to_slices())
+        return session.run(results)
+
+
+class MeshCall:
+    """A call of one of their layers in training, and what its routing function was given and gave."""
+
+    def __init__(self, moe, layer, x, uniform=None):
+        mtf = moe.mtf
+        self.one = mtf.Mesh(mtf.Graph(), "one")
+        dims = [mtf.Dimension(name, size) for name, size in zip(("batch", "length", "d_model"), x.shape)]
+        tensor = lambda value, shape: mtf.import_tf_tensor(self.one, tf.constant(value), shape)  # noqa: E731
+        self.x = tensor(x, mtf.Shape(dims))
+        model = types.SimpleNamespace(ensemble_dim=None, model_dim=dims[-1], layout="", mesh_shape="")
+        context = types.SimpleNamespace(
+            model=model, length_dim=dims[1], train=True, variable_dtype=mtf.VariableDType(tf.float32),
+            nonpadding=tensor(np.ones(x.shape[:2], np.float32), mtf.Shape(dims[:2])), num_microbatches=1, losses=[])
+        self.summaries = {}
+
+        def see(gating):
+            def call(**named):
+                self.capacity = named["expert_capacity_dim"]
+                self.dispatch, self.combine, loss = gating(**named)
+                return self.dispatch, self.combine, loss
+
+            return call
+
+        def given(mesh, shape, **between):
+            return tensor(uniform.reshape(mtf.Shape(shape).to_integer_list), shape)
+
+        with mock.patch.multiple(moe, _switch_gating=see(moe._switch_gating), _top_2_gating=see(moe._top_2_gating)), \
+                mock.patch.object(mtf.layers.mtf, "random_uniform", given), \
+                mock.patch.multiple(mtf, random_uniform=given, scalar_summary=self.summaries.__setitem__):
+            self.y = layer.call(context, self.x)
+        self.loss, = context.losses
+
+
+def mesh(sources, out):
+    moe = load_mesh(sources)
     mtf = moe.mtf
     tokens, capacity, threshold = 16, 3, 0.375
 
@@ -545,9 +781,8 @@ def mesh(sources, out):
         second = p[:, 1] / (p[:, 0] + p[:, 1])
         if not ranked_apart(p, 2) or np.abs(second - threshold).min() < MARGIN or (second <= threshold).sum() < 4:
             return None
-        with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-            graph = mtf.Graph()
-            one = mtf.Mesh(graph, "one")
+        with tf.Graph().as_default():
+            one = mtf.Mesh(mtf.Graph(), "one")
             dims = {name: mtf.Dimension(name, size) for name, size in
                     (("tokens", tokens), ("d_model", D_MODEL), ("experts", EXPERTS), ("capacity", capacity))}
             inputs = mtf.import_tf_tensor(one, tf.constant(x), mtf.Shape([dims["tokens"], dims["d_model"]]))
@@ -559,14 +794,9 @@ def mesh(sources, out):
             gates = mtf.reduce_sum(combine, reduced_dim=dims["capacity"])
             taken = mtf.reduce_sum(dispatch, reduced_dim=dims["capacity"])
             value = mtf.reduce_sum(gates * d) + balance
-            variable, = graph.trainable_variables
-            results = [gates, taken, balance, *mtf.gradients([value], [inputs, variable.value])]
-            lowering = mtf.Lowering(graph, {one: mtf.placement_mesh_impl.PlacementMeshImpl([], [], [""])})
-            results = [lowering.export_to_tf_tensor(result) for result in results]
-            session.run(tf.compat.v1.global_variables_initializer())
-            session.run(variable.get_master().assign(w.T))
-            session.run(lowering.copy_masters_to_slices())
-            made = session.run(results)
+            variable, = one.graph.trainable_variables
+            gradients = mtf.gradients([value], [inputs, variable.value])
+            made = mesh_values(mtf, one, [w], [gates, taken, balance, *gradients])
         used = made[1].sum(axis=-1)
         if not (used == 0).any():
             return None
@@ -577,6 +807,62 @@ def mesh(sources, out):
     write(out, "mesh_threshold", "mesh", f"{moe.__name__}._top_2_gating", seed,
           {"framework": "tf", "top_k": 2, "capacity": capacity, "second_policy": "threshold",
            "second_threshold": threshold, "epsilon": 1e-9}, tensors)
+
+    # Whole layers in training.
+    d_ff, jitter = 12, 1e-2
+
+    def layer(seed, gated, groups, group_size, **options):
+        draw = Draw(seed)
+        x, d_y = draw.uniform(groups, group_size, D_MODEL), draw.uniform(groups, group_size, D_MODEL)
+        uniform, weights = draw.unit(groups, group_size), draw_layer(draw, EXPERTS, d_ff, gated)
+        top_2 = options["moe_gating"] == "top_2"
+        if not top_2:  # what the router's inputs are multiplied by
+            uniform = 1 + draw.uniform(groups, group_size, D_MODEL, steps=40, largest=40 / 4096)
+            assert np.abs(uniform - 1).max() <= jitter
+        p = softmax((x if top_2 else x * uniform) @ weights["w_router"].T)
+        if not ranked_apart(p, 2 if top_2 else 1):
+            return None
+        if top_2:  # what the uniform numbers are compared with, to keep away from it
+            first, second = -np.sort(-p, axis=-1)[..., 0], -np.sort(-p, axis=-1)[..., 1]
+            odds = second / (first + second) / options["second_threshold_train"]
+            if np.abs(uniform - odds).min() < MARGIN or (uniform >= odds).sum() < 4:
+                return None
+            if ((uniform < odds) & (uniform > odds / 1.5)).sum() < 3:
+                return None  # another threshold leaves out others
+        module = moe.MoE1D(num_experts=EXPERTS, loss_coef=1.0, hidden_size=d_ff, group_size=group_size,
+                           activation=["gelu", "linear"] if gated else "relu", switch_jitter=jitter, **options)
+        with tf.Graph().as_default():
+            call = MeshCall(moe, module, x, uniform)
+            over = dict(reduced_dim=call.capacity)
+            value = mtf.reduce_sum(call.y * mtf.import_tf_tensor(call.one, tf.constant(d_y), call.y.shape)) + call.loss
+            losses = {"balance_loss": call.loss} if top_2 else {  # with the z-loss, their loss is the sum
+                "balance_loss": call.summaries["aux_loss"], "z_loss": call.summaries["switch_gating/z_loss"]}
+            variables = [variable.value for variable in call.one.graph.trainable_variables]
+            made = mesh_values(mtf, call.one, weights.values(), [
+                call.y, mtf.reduce_sum(call.combine, **over), mtf.reduce_sum(call.dispatch, **over),
+                *mtf.gradients([value], [call.x, *variables]), *losses.values()])
+        as_rows = lambda value: value.reshape(groups * group_size, -1)  # noqa: E731
+        y, gates, dispatch, d_x = (as_rows(value) for value in made[:4])
+        taken = dispatch.sum(axis=-1)
+        if not (taken == 0).any() or (top_2 and not ((taken == 1) & (uniform.flatten() < odds.flatten())).any()):
+            return None
+        gradients = {name: turned(value) for name, value in zip(weights, made[4:])}
+        tensors = {"x": as_rows(x), "d_y": as_rows(d_y), "y": floats(y), "gates": floats(gates),
+                   "dispatch": whole(dispatch), "d_x": floats(d_x), **with_gradients(weights, gradients),
+                   "capacity": whole([call.capacity.size])}
+        tensors.update({name: loss(value) for name, value in zip(losses, made[-len(losses):])})
+        return {**tensors, "uniform" if top_2 else "jitter": as_rows(uniform)}
+
+    cases = {
+        "switch": dict(gated=False, groups=2, group_size=30, moe_gating="switch", capacity_factor_train=1.25,
+                       z_loss=1.0),
+        "random": dict(gated=True, groups=1, group_size=26, moe_gating="top_2", capacity_factor_train=1.25,
+                       second_policy_train="random", second_threshold_train=0.2),
+    }
+    for name, options in cases.items():
+        seed, tensors = first_seed(lambda seed: layer(seed, **options))
+        write(out, f"mesh_layer_{name}", "mesh", f"{moe.__name__}.MoE1D", seed,
+              {"framework": "tf", "d_ff": d_ff, **options}, tensors)
 
 
 # ---- NVIDIA/Megatron-LM: its routers, losses and token dropping, and Sinkhorn
@@ -875,16 +1161,14 @@ def capacities(sources, out):
     moe = importlib.import_module("vmoe.moe")
     gshard_layers, fast_dispatch = load_lingvo(sources), load_tutel(sources)
     megatron_utils = load(sources / "Megatron-LM", "megatron.core.transformer.moe.moe_utils")
-    prefix = "flaxformer.architectures.moe"
-    moe_layers = load(sources / "flaxformer", f"{prefix}.moe_layers", absent=("aqt",),
-                      real=(f"{prefix}.routing", f"{prefix}.scatter_utils", "flaxformer.components.dense",
-                            "flaxformer.activation_partitioning", "flaxformer.types"))
+    moe_layers, mesh_moe = load_flaxformer_layers(sources), load_mesh(sources)
+    routers = load(sources / "ColossalAI", "colossalai.moe.routers")
 
-    def of_flaxformer(tokens, experts, k, factor):
+    def of_flaxformer(tokens, experts, k, factor, minimum=4):
         seen = []
         layer = types.SimpleNamespace(
             num_experts=experts, num_expert_replicas=1, max_group_size=tokens, strict_group_size=True,
-            train_capacity_factor=factor, min_expert_capacity=4, input_hidden_dims_axes=("embed",),
+            train_capacity_factor=factor, min_expert_capacity=minimum, input_hidden_dims_axes=("embed",),
             output_hidden_dims_axes=("embed",), router=moe_layers.routing.TokensChooseMaskedRouter(
                 router_weights=None, jitter_noise=0.0, num_selected_experts=k, batch_prioritized_routing=False,
                 dtype=jnp.float32, ignore_padding_tokens=False),
@@ -901,9 +1185,22 @@ def capacities(sources, out):
     def of_tutel(tokens, experts, k, factor):
         return fast_dispatch.extract_critical(torch.zeros(tokens, experts), k, None, factor)[0][4]
 
+    def of_mesh(tokens, experts, k, factor):
+        module = mesh_moe.MoE1D(num_experts=experts, hidden_size=4, group_size=tokens, moe_gating="switch",
+                                capacity_factor_train=factor, switch_jitter=0.0)
+        with tf.Graph().as_default():
+            return MeshCall(mesh_moe, module, np.zeros((1, tokens, D_MODEL), np.float32)).capacity.size
+
+    def of_colossalai(tokens, experts, k, factor):
+        router = types.SimpleNamespace(training=True, k_value=k, capacity_factor_train=factor, min_capacity=4)
+        return routers.MoeRouter.get_capacity(router, (tokens, experts))
+
     rules = {
+        "colossalai": of_colossalai,
         "flaxformer": of_flaxformer,
+        "flaxformer_2": lambda *case: of_flaxformer(*case, minimum=2),
         "lingvo": of_lingvo,
+        "mesh": of_mesh,
         "megatron": lambda tokens, experts, k, factor: megatron_utils.get_capacity(tokens * k, experts, factor),
         "tutel": of_tutel,
         "vmoe": lambda tokens, experts, k, factor: moe.compute_capacity(tokens * k, experts, factor),
@@ -923,6 +1220,7 @@ def make(sources, out, chosen=()):
     transformers.logging.set_verbosity_error()
     absl.logging.set_verbosity(absl.logging.ERROR)
     tf.compat.v1.logging.set_verbosity(tf.compat.v1.logging.ERROR)
-    for maker in (flaxformer, vmoe, tensor2tensor, lingvo, mesh, megatron, remoe, dynamic_moe, parlai, tutel, capacities):
+    for maker in (flaxformer, flaxformer_layers, vmoe, tensor2tensor, tensor2tensor_layer, lingvo,
+                  lingvo_layer, mesh, megatron, remoe, dynamic_moe, parlai, tutel, capacities):
         if not chosen or maker.__name__ in chosen:
             maker(sources, out)

@@ -214,6 +214,62 @@ Routing<float> route_under_noise(const R& router, const moe::SeatingRule& rule,
   return routing;
 }
 
+// Training under the file's uniform numbers, which leave out some second choices.
+Routing<float> route_under_draws(const moe::TopKRouter<float>& router, const Comparison& file) {
+  const moe::TopKOptions& options = router.options();
+  const Matrix<float> x = file.matrix("x"), uniform = file.matrix("uniform");
+  const std::vector<double> draws(uniform.data(), uniform.data() + uniform.size());
+  Routing<float> routing;
+  router.route(x, {}, routing);  // for the logits
+  moe::begin_routing(x.rows(), kExperts, {}, routing, "test");
+  moe::route_by_logits(
+      {.gate = {.renormalise = options.renormalise, .epsilon = options.renormalise_epsilon},
+       .top_k = options.top_k,
+       .second_threshold = options.random_second_threshold,
+       .second_draws = draws.data(),
+       .capacity_factor = options.training_capacity,
+       .capacity_rule = options.capacity_rule},
+      {}, {}, routing, moe::DefaultExecutor{});
+  Index left_out = 0;
+  for (Index t = 0; t < x.rows(); ++t)
+    left_out += options.top_k - (routing.chosen.token_begin[t + 1] - routing.chosen.token_begin[t]);
+  EXPECT_GE(left_out, 4);
+  return routing;
+}
+
+// A layer of the model, of the file's size and with the file's weights.
+template <class M>
+auto make_layer_of(const M& model, const Comparison& file) {
+  const Index experts = file.golden.file.at("w_router").shape.at(0);
+  auto layer =
+      moe::make_empty_layer<float>(model.scaled_to(kModel, file.golden.number("d_ff"), experts));
+  using R = std::decay_t<decltype(layer.router())>;
+  R::visit([&](const moe::ParameterInfo& info,
+               auto& array) { array = file.matrix(std::string(info.name)); },
+           layer.router());
+  for (Index e = 0; e < experts; ++e) file.read_expert("", e, layer.experts()[std::size_t(e)]);
+  return layer;
+}
+
+// The model as it trains, but for the jitter, which the authors' code was called without.
+template <class M>
+M without_jitter(M model) {
+  model.router.jitter = 0;
+  return model;
+}
+
+// Outputs and gradients; the losses compared before are in these.
+template <class Layer>
+void expect_equal_layer(Comparison& file, const Layer& layer, const Routing<float>& routing) {
+  typename Layer::Cache cache;
+  file.expect_close(layer.forward(file.matrix("x"), routing, cache), file.matrix("y"), "y");
+  Layer grad = moe::zeros_like(layer);
+  file.expect_close(layer.backward(file.matrix("d_y"), cache, grad, file.gradient),
+                    file.matrix("d_x"), "d_x");
+  file.expect_equal_parameters(grad.router());
+  file.expect_equal_expert_gradients(grad.experts());
+}
+
 // ---- flaxformer
 
 void expect_equal_to_flaxformer(const std::string& name, const moe::TopKOptions& options) {
@@ -257,6 +313,42 @@ TEST(Authors, FlaxformerExpertChoice) {  // 3 seats by the model's rule, but for
   file.expect_equal_plan(routing);
   file.expect_equal_loss("z_loss", moe::router_z_loss(routing));
   file.expect_equal_gradients(router, routing);
+}
+
+// Layers in training, with the models' own rules of seats: for 11 tokens 3, and 6 in Expert Choice.
+template <class Unit>
+void expect_equal_to_flaxformer_layer(const std::string& name, const moe::Model<Unit>& model) {
+  Comparison file(name);
+  const auto layer = make_layer_of(without_jitter(model), file);
+  const Matrix<float> x = file.matrix("x");
+  const BatchInfo info = groups_of(file.golden.number("groups"), x.rows());
+  moe::Rng rng(1);
+  Routing<float> routing;
+  layer.router().route(x, rng, info, routing);
+  file.expect_equal_plan(routing);
+  file.gradient = {};
+  file.expect_equal_loss("balance_loss", moe::sequence_balance_loss(routing, info));
+  file.expect_equal_loss("z_loss", moe::router_z_loss(routing));
+  expect_equal_layer(file, layer, routing);
+}
+
+TEST(Authors, FlaxformerSwitchCLayer) {
+  expect_equal_to_flaxformer_layer("flaxformer_layer_switch_c", moe::switch_c);
+}
+TEST(Authors, FlaxformerSwitchXXLLayer) {
+  expect_equal_to_flaxformer_layer("flaxformer_layer_switch_xxl", moe::switch_xxl);
+}
+
+TEST(Authors, FlaxformerExpertChoiceLayer) {
+  Comparison file("flaxformer_layer_experts_choose");
+  const auto layer = make_layer_of(moe::expert_choice_8b_64e, file);
+  const Matrix<float> x = file.matrix("x");
+  Routing<float> routing;
+  layer.router().route(x, groups_of(file.golden.number("groups"), x.rows()), routing);
+  file.expect_equal_plan(routing);
+  file.gradient = {};
+  file.expect_equal_loss("z_loss", moe::router_z_loss(routing));
+  expect_equal_layer(file, layer, routing);
 }
 
 // ---- vmoe
@@ -358,6 +450,22 @@ TEST(Authors, Tensor2TensorInInference) {
   EXPECT_EQ(demand.cast<float>(), file.matrix("load"));
 }
 
+TEST(Authors, Tensor2TensorLayer) {  // their loss is the sum of both
+  Comparison file("tensor2tensor_layer");
+  const auto layer = make_layer_of(moe::shazeer_2017, file);
+  const auto routing = route_under_noise(
+      layer.router(), {.gate = {.renormalise = true}, .top_k = layer.router().options().top_k},
+      file);
+  file.expect_equal_plan(routing);
+  file.gradient = {};
+  moe::Loss<float> sum = moe::importance_loss(routing);
+  const moe::Loss<float> load = moe::load_loss(routing);
+  sum.value += load.value;
+  sum.gradient += load.gradient;
+  file.expect_equal_loss("sum_of_losses", sum);
+  expect_equal_layer(file, layer, routing);
+}
+
 // ---- lingvo
 
 // 3 seats. `divisor` is what their loss divides both means over tokens by, where ours divides by 1.
@@ -391,31 +499,28 @@ TEST(Authors,
       1 + 1e-6);
 }
 
-// GShard in training, under the uniform numbers that leave out some second choices.
+// GShard in training, with another threshold.
 TEST(Authors, LingvoRandomSecondExpert) {
   Comparison file("lingvo_random");
   moe::TopKOptions options = with_seats(moe::gshard_600b.router, 0.75);
+  options.training_capacity = options.capacity;
   options.random_second_threshold = file.golden.config.at("second_expert_threshold").get<double>();
   const auto router = make_router<moe::TopKRouter<float>>(file, options);
-  const Matrix<float> x = file.matrix("x"), uniform = file.matrix("uniform");
-  const std::vector<double> draws(uniform.data(), uniform.data() + uniform.size());
-  Routing<float> routing;
-  router.route(x, {}, routing);  // for the logits
-  moe::begin_routing(x.rows(), kExperts, {}, routing, "test");
-  moe::route_by_logits({.gate = {.renormalise = options.renormalise,
-                                 .epsilon = options.renormalise_epsilon},
-                        .top_k = options.top_k,
-                        .second_threshold = options.random_second_threshold,
-                        .second_draws = draws.data(),
-                        .capacity_factor = options.capacity},
-                       {}, {}, routing, moe::DefaultExecutor{});
-  Index left_out = 0;
-  for (Index t = 0; t < x.rows(); ++t)
-    left_out += options.top_k - (routing.chosen.token_begin[t + 1] - routing.chosen.token_begin[t]);
-  EXPECT_GE(left_out, 4);
+  const auto routing = route_under_draws(router, file);
   file.expect_equal_plan(routing);
   file.expect_equal_loss("balance_loss", loss_of_first_choices(routing));
   file.expect_equal_gradients(router, routing);
+}
+
+// The whole layer, with the model's threshold and rule of seats, which gives 4.
+TEST(Authors, LingvoLayer) {
+  Comparison file("lingvo_layer");
+  const auto layer = make_layer_of(moe::gshard_600b, file);
+  const auto routing = route_under_draws(layer.router(), file);
+  file.expect_equal_plan(routing);
+  file.gradient = {};
+  file.expect_equal_loss("balance_loss", loss_of_first_choices(routing));
+  expect_equal_layer(file, layer, routing);
 }
 
 // ---- mesh_tensorflow: second experts need a gate above the threshold; 3 seats
@@ -431,6 +536,50 @@ TEST(Authors, MeshThresholdOfSecondExpert) {
   file.expect_equal_plan(routing);
   file.expect_equal_loss("balance_loss", loss_of_first_choices(routing));
   file.expect_equal_gradients(router, routing);
+}
+
+// The seats that their layer gave are those of the models' rules: 4 of 30 and of 26 tokens.
+void expect_equal_capacity(const Comparison& file, const moe::TopKOptions& options, Index tokens) {
+  EXPECT_EQ(moe::expert_capacity(tokens, kExperts, options.top_k, *options.training_capacity,
+                                 options.capacity_rule),
+            file.golden.matrix<std::int64_t>("capacity")(0, 0));
+}
+
+// Switch in training, under the file's jitter of the router's inputs in place of the router's own.
+TEST(Authors, MeshSwitchLayer) {
+  Comparison file("mesh_layer_switch");
+  const auto layer = make_layer_of(moe::switch_base_8, file);
+  const moe::TopKOptions& options = layer.router().options();
+  expect_equal_capacity(file, options, file.golden.number("group_size"));
+  const Matrix<float> x = file.matrix("x"), jitter = file.matrix("jitter");
+  EXPECT_LE((jitter.array() - 1).abs().maxCoeff(), options.jitter);
+  const BatchInfo info = groups_of(file.golden.number("groups"), x.rows());
+  Routing<float> routing;
+  layer.router().route(x.cwiseProduct(jitter), info, routing);  // for the logits
+  moe::begin_routing(x.rows(), kExperts, info, routing, "test");
+  routing.has_input_factor = true;
+  routing.input_factor = jitter;
+  moe::route_by_logits({.top_k = options.top_k,
+                        .capacity_factor = options.training_capacity,
+                        .capacity_rule = options.capacity_rule},
+                       {}, info, routing, moe::DefaultExecutor{});
+  file.expect_equal_plan(routing);
+  file.gradient = {};
+  file.expect_equal_loss("balance_loss", moe::sequence_balance_loss(routing, info));
+  file.expect_equal_loss("z_loss", moe::router_z_loss(routing));
+  expect_equal_layer(file, layer, routing);
+}
+
+// ST-MoE in training: its second expert at random, its experts.
+TEST(Authors, MeshRandomSecondExpertLayer) {
+  Comparison file("mesh_layer_random");
+  const auto layer = make_layer_of(moe::st_moe_32b, file);
+  expect_equal_capacity(file, layer.router().options(), file.golden.number("group_size"));
+  const auto routing = route_under_draws(layer.router(), file);
+  file.expect_equal_plan(routing);
+  file.gradient = {};
+  file.expect_equal_loss("balance_loss", loss_of_first_choices(routing));
+  expect_equal_layer(file, layer, routing);
 }
 
 // ---- Megatron-LM
@@ -588,7 +737,13 @@ TEST(Authors, Capacities) {
                         Rule{"lingvo", moe::gshard_600b.router.capacity_rule, false},
                         Rule{"lingvo", moe::glam_64b_64e.router.capacity_rule, false},
                         Rule{"flaxformer", moe::st_moe_32b.router.capacity_rule, false},
-                        Rule{"flaxformer", moe::expert_choice_8b_64e.router.capacity_rule, false}}) {
+                        Rule{"flaxformer", moe::expert_choice_8b_64e.router.capacity_rule, false},
+                        Rule{"flaxformer_2", moe::switch_xxl.router.capacity_rule, false},
+                        Rule{"flaxformer_2", moe::switch_c.router.capacity_rule, false},
+                        Rule{"mesh", moe::switch_base_8.router.capacity_rule, false},
+                        Rule{"mesh", moe::switch_large_128.router.capacity_rule, false},
+                        Rule{"colossalai", moe::openmoe_8b_32e.router.capacity_rule, true},
+                        Rule{"colossalai", moe::openmoe_34b_32e.router.capacity_rule, true}}) {
     const auto seats = golden.matrix<std::int64_t>(r.name);
     for (Index i = 0; i < cases.rows(); ++i) {
       const Index tokens = cases(i, 0), k = cases(i, 2);
