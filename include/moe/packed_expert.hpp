@@ -10,11 +10,13 @@
 #include <new>
 #include <type_traits>
 #include <utility>
+#include <variant>
 
 #include <moe/activation.hpp>
-#include <moe/check.hpp>
+#include <moe/buffer.hpp>
 #include <moe/experts/feed_forward.hpp>
 #include <moe/experts/gated_feed_forward.hpp>
+#include <moe/experts/variant_expert.hpp>
 #include <moe/kernels/kernels.hpp>
 #include <moe/types.hpp>
 
@@ -80,6 +82,16 @@ ExpertParts expert_parts(const GatedFeedForward<float, U, Storage>& e)
           bias ? e.b_down.data() : nullptr};
 }
 
+template <class E>
+concept HasParts = requires(const E& expert) { expert_parts(expert); };
+
+template <class... Kinds>
+ExpertParts expert_parts(const VariantExpert<Kinds...>& e)
+  requires(HasParts<Kinds> && ...)
+{
+  return std::visit([](const auto& kind) { return expert_parts(kind); }, e.get());
+}
+
 inline void pack_weight(float value, float* to) { *to = value; }
 inline void pack_weight(float value, std::uint16_t* to) {
   const auto bits = std::bit_cast<std::uint32_t>(value);
@@ -102,7 +114,7 @@ inline void pack_panel(Index depth, Index columns, const float* const* row, std:
 }  // namespace detail
 
 /// An expert that has a packed form: FeedForward or GatedFeedForward of floats with an activation of the
-/// library.
+/// library, or a VariantExpert of such kinds.
 template <class E>
 concept PackableExpert = requires(const E& expert) { detail::expert_parts(expert); };
 

@@ -22,6 +22,15 @@ struct PackOptions {
   std::optional<InstructionSet> instruction_set{};
 };
 
+/// What a packed layer has beside its experts, as MoELayer's members of these names.
+template <Router R>
+struct PackedParts {
+  R router;
+  Index num_shared_experts = 0;
+  Matrix<float> w_shared_gate{};
+  Vector<float> b_output{};
+};
+
 /// Buffers of a packed layer's forward. Reused, they allocate nothing.
 struct PackedWorkspace : LayerWorkspace<float> {
   struct Task {
@@ -45,23 +54,31 @@ class PackedMoELayer {
   using Workspace = PackedWorkspace;
   static_assert(std::is_same_v<typename E::Scalar, float>, "only layers of float can be packed");
 
-  /// Throws std::invalid_argument where the processor does not have the named instruction set.
-  explicit PackedMoELayer(const MoELayer<E, R>& layer, const PackOptions& options = {})
+  /// Takes the experts, routed and then shared, from expert(0), expert(1), ... one at a time: each may be
+  /// freed before the next is made. Throws std::invalid_argument where the processor does not have the
+  /// named instruction set, or where shapes do not fit.
+  template <class Source>
+  PackedMoELayer(PackedParts<R> parts, Source&& expert, const PackOptions& options = {})
       : set_(options.instruction_set.value_or(best_instruction_set())),
-        kernels_(kernels::find(set_)), router_(layer.router()),
-        num_shared_(layer.num_shared_experts()), w_shared_gate_(layer.w_shared_gate),
-        b_output_(layer.b_output) {
-    require(kernels_ != nullptr, "pack: this processor does not have instruction set ", int(set_),
-            ", the best that it has is ", int(best_instruction_set()));
-    experts_.reserve(std::size_t(layer.num_experts() + num_shared_));
-    for (const E& expert : layer.experts()) add(expert);
-    for (const E& expert : layer.shared_experts()) add(expert);
+        kernels_(kernels::find(set_)), parts_(std::move(parts)) {
+    require(kernels_ != nullptr, "pack: this processor does not have ", name_of(set_),
+            ", the best that it has is ", name_of(best_instruction_set()));
+    require(parts_.num_shared_experts >= 0, "pack: num_shared_experts = ",
+            parts_.num_shared_experts, ", expected at least 0");
+    if (parts_.w_shared_gate.size() > 0)
+      require_shape(parts_.w_shared_gate, parts_.num_shared_experts, d_model(), "pack",
+                    "w_shared_gate");
+    require(parts_.b_output.size() == 0 || parts_.b_output.size() == d_model(), "pack: b_output has ",
+            parts_.b_output.size(), " entries, expected d_model = ", d_model());
+    const Index count = num_experts() + num_shared_experts();
+    experts_.reserve(std::size_t(count));
+    for (Index e = 0; e < count; ++e) add(e, expert(e));
   }
 
-  Index d_model() const { return router_.d_model(); }
-  Index num_experts() const { return Index(experts_.size()) - num_shared_; }
-  Index num_shared_experts() const { return num_shared_; }
-  const R& router() const { return router_; }
+  Index d_model() const { return parts_.router.d_model(); }
+  Index num_experts() const { return parts_.router.num_experts(); }
+  Index num_shared_experts() const { return parts_.num_shared_experts; }
+  const R& router() const { return parts_.router; }
   InstructionSet instruction_set() const { return set_; }
 
   /// What the packed experts take.
@@ -78,7 +95,7 @@ class PackedMoELayer {
                        const Ex& executor = {}) const {
     check_input(x);
     Routing<float> routing;
-    route_with(router_, x, info, routing, executor);
+    route_with(parts_.router, x, info, routing, executor);
     return routing;
   }
 
@@ -98,7 +115,7 @@ class PackedMoELayer {
     check_input(x);
     require(x.size() == 0 || x.data() != y.data(),
             "PackedMoELayer::forward: y is x, expected two matrices");
-    route_with(router_, x, info, workspace.routing, executor);
+    route_with(parts_.router, x, info, workspace.routing, executor);
     check_plan(workspace.routing.plan, x.rows(), num_experts(), "PackedMoELayer::forward");
     run(x, workspace.routing.plan, y, workspace, executor);
   }
@@ -118,7 +135,9 @@ class PackedMoELayer {
  private:
   using Held = std::conditional_t<PackableExpert<E>, PackedExpert<Format>, E>;
 
-  void add(const E& expert) {
+  void add(Index e, const E& expert) {
+    require(expert.d_model() == d_model(), "pack: expert ", e, " has d_model = ", expert.d_model(),
+            ", but the router has ", d_model());
     if constexpr (PackableExpert<E>) experts_.emplace_back(expert, *kernels_);
     else experts_.push_back(expert);
   }
@@ -132,8 +151,8 @@ class PackedMoELayer {
   void run(const ConstMatrixRef<float>& x, const DispatchPlan<float>& routed, Matrix<float>& y,
            Workspace& workspace, const Ex& executor) const {
     const DispatchPlan<float>& plan =
-        add_shared_experts(x, routed, num_shared_, w_shared_gate_, workspace.all_experts,
-                           workspace.shared_gate, executor);
+        add_shared_experts(x, routed, num_shared_experts(), parts_.w_shared_gate,
+                           workspace.all_experts, workspace.shared_gate, executor);
     y.resize(x.rows(), d_model());
     if constexpr (PackableExpert<E>) {
       if (plan.gate_side == GateSide::input) dispatch(x, plan, workspace.x_rows, executor);
@@ -148,8 +167,8 @@ class PackedMoELayer {
       run_experts(std::span<const E>(experts_), plan, workspace.x_rows, workspace.y_rows,
                   workspace.scratch, executor);
       moe::combine(workspace.y_rows, plan, x, y, executor);
-      for (Index t = 0; b_output_.size() > 0 && t < y.rows(); ++t)
-        if (plan.token_state[t] == TokenState::valid) y.row(t) += b_output_.transpose();
+      for (Index t = 0; parts_.b_output.size() > 0 && t < y.rows(); ++t)
+        if (plan.token_state[t] == TokenState::valid) y.row(t) += parts_.b_output.transpose();
     }
   }
 
@@ -263,10 +282,10 @@ class PackedMoELayer {
                               y.data() + panel * columns, y.outerStride());
           }
       }
-      for (Index t = token_begin; b_output_.size() > 0 && t < token_end; ++t)
+      for (Index t = token_begin; parts_.b_output.size() > 0 && t < token_end; ++t)
         if (plan.token_state[t] == TokenState::valid)
           for (Index j = panel_begin * columns; j < std::min(d_model(), panel_end * columns); ++j)
-            y(t, j) += b_output_[j];
+            y(t, j) += parts_.b_output[j];
     });
   }
 
@@ -288,18 +307,32 @@ class PackedMoELayer {
 
   InstructionSet set_;
   const kernels::Kernels* kernels_;
-  R router_;
+  PackedParts<R> parts_;
   std::vector<Held> experts_;  // routed, then shared
-  Index num_shared_;
-  Matrix<float> w_shared_gate_;
-  Vector<float> b_output_;
 };
 
-/// The inference form of a layer. O(parameters).
+/// The inference form of a layer. O(parameters). Throws std::invalid_argument where the processor does
+/// not have the instruction set that the options name.
 /// Example: auto fast = moe::pack<moe::BF16>(layer); y = fast.forward(x);
 template <class Format, Expert E, Router R>
 PackedMoELayer<Format, E, R> pack(const MoELayer<E, R>& layer, const PackOptions& options = {}) {
-  return PackedMoELayer<Format, E, R>(layer, options);
+  const auto expert = [&](Index e) -> const E& {
+    const Index routed = layer.num_experts();
+    return e < routed ? layer.experts()[std::size_t(e)]
+                      : layer.shared_experts()[std::size_t(e - routed)];
+  };
+  return {{layer.router(), layer.num_shared_experts(), layer.w_shared_gate, layer.b_output},
+          expert,
+          options};
+}
+
+/// The same from experts that are made one at a time: expert(0), ..., routed and then shared. At any
+/// time there is one of them beside the packed ones.
+/// Example: pack<BF16>(PackedParts{router}, [&](Index e) { return read_expert(file, e); })
+template <class Format, Router R, std::invocable<Index> Source>
+auto pack(PackedParts<R> parts, Source&& expert, const PackOptions& options = {}) {
+  using E = std::remove_cvref_t<std::invoke_result_t<Source, Index>>;
+  return PackedMoELayer<Format, E, R>(std::move(parts), std::forward<Source>(expert), options);
 }
 
 }  // namespace moe

@@ -47,7 +47,6 @@ inline constexpr Index kMaxRows = 192;
 /// The functions of one instruction set. Every element of a product is one chain of fused
 /// multiply-adds along the depth, whatever the rows beside it; hence the same bits for any batch.
 struct Kernels {
-  const char* name;
   Index columns;  ///< of a panel
 
   /// c [rows, columns] = x * panel, rows <= kMaxRows.

@@ -10,7 +10,16 @@
 // The choice of a set of kernels, made while the program runs.
 namespace moe {
 
+/// Sets of kernels that the library has. `portable` runs anywhere; avx512 means its parts F, BW, DQ, VL.
 enum class InstructionSet { portable, avx2, avx512 };
+
+inline const char* name_of(InstructionSet set) {
+  switch (set) {
+    case InstructionSet::avx2: return "AVX2 and FMA";
+    case InstructionSet::avx512: return "AVX-512";
+    default: return "portable kernels";
+  }
+}
 
 namespace kernels {
 
