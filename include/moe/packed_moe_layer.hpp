@@ -185,6 +185,8 @@ class PackedMoELayer {
     }
     w.hidden.reserve(plan.token.capacity() * widest);
     w.hidden.resize(hidden);
+    const Index blocks = plan.num_experts() + plan.token.capacity() / kernels::kMaxRows;
+    w.tasks.reserve(blocks * (widest / experts_[0].hidden_columns() + 1));
     const Index group = std::clamp<Index>(units / (16 * concurrency), 1, 8);
     w.tasks.clear();
     for (Index e = 0; e < plan.num_experts(); ++e) {
