@@ -28,14 +28,13 @@ inline Vec divided(Vec a, Vec b) { return a / b; }
 inline Vec fused(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
-inline Vec nearest_integer(Vec v) {  // |v| < 2^22
-  const Vec shift = broadcast(12582912.0f);
-  return (v + shift) - shift;
-}
+// Added to a number below 2^22, this leaves the nearest integer in the lower bits. Unlike a conversion, it
+// may be done to a NaN.
+inline constexpr float kShift = 12582912.0f;
+
+inline Vec nearest_integer(Vec v) { return (v + broadcast(kShift)) - broadcast(kShift); }
 inline Vec power_of_two(Vec n) {
-  Whole bits;
-  for (int i = 0; i < kLanes; ++i) bits[i] = (std::int32_t(n[i]) + 127) << 23;
-  return Vec(bits);
+  return Vec((Whole(n + broadcast(kShift)) - Whole(broadcast(kShift)) + 127) << 23);
 }
 
 struct Pair {
