@@ -28,14 +28,14 @@ inline Vec divided(Vec a, Vec b) { return a / b; }
 inline Vec fused(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
-// Added to a number below 2^22, this leaves the nearest integer in the lower bits. Unlike a conversion, it
-// may be done to a NaN.
-inline constexpr float kShift = 12582912.0f;
-
-inline Vec nearest_integer(Vec v) { return (v + broadcast(kShift)) - broadcast(kShift); }
-inline Vec power_of_two(Vec n) {
-  return Vec((Whole(n + broadcast(kShift)) - Whole(broadcast(kShift)) + 127) << 23);
+// The nearest integer of each number below 2^22. Added to a number, 1.5 * 2^23 leaves it in the lower
+// bits. Unlike a conversion, this may be done to a NaN, and -ffast-math does not see through it.
+inline Whole nearest_whole(Vec v) {
+  const Vec shift = broadcast(12582912.0f);
+  return Whole(v + shift) - Whole(shift);
 }
+inline Vec nearest_integer(Vec v) { return __builtin_convertvector(nearest_whole(v), Vec); }
+inline Vec power_of_two(Vec n) { return Vec((nearest_whole(n) + 127) << 23); }
 
 struct Pair {
   Whole bits;
