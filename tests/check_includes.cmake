@@ -13,12 +13,13 @@ set(layers
   "top_k scores group_limit selection_bias softmax activation parameters random init executor product storage"
   "router expert capacity dispatch loss load_loss metrics token_choice gradient_check"
   "routers/* experts/*"
-  "moe_layer soft_moe_layer"
-  "packed_moe_layer"
+  "shared_experts moe_layer soft_moe_layer"
+  "kernels/*"
+  "packed_expert packed_moe_layer"
   "models/*"
   "io/*"
   "moe")
-set(outside_the_umbrella "io/*" "distributed/*")
+set(outside_the_umbrella "kernels/*" "packed_expert" "packed_moe_layer" "io/*" "distributed/*")
 
 set(errors "")
 

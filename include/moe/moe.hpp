@@ -10,6 +10,7 @@
 //                                     SparseMixerRouter, HashRouter, HierarchicalRouter
 //   experts/*.hpp                     FeedForward, GatedFeedForward, VariantExpert, ThreeWayFeedForward,
 //                                     ZeroExpert, CopyExpert, ConstantExpert
+//   shared_experts.hpp                experts that every token uses, as experts of the plan
 //   router.hpp expert.hpp             the concepts, and what passes between the parts
 //   token_choice.hpp                  what routers in which tokens choose have in common
 //   capacity.hpp                      expert_capacity, apply_capacity: seats and overflow
@@ -22,6 +23,9 @@
 //   parameters.hpp random.hpp init.hpp executor.hpp                parameters, numbers, threads
 //   storage.hpp                       Owned and Mapped: where weights are
 //   types.hpp buffer.hpp check.hpp version.hpp                     the ground
+//
+// Not included here: packed_moe_layer.hpp (pack: a layer for inference, by kernels for the processor) and
+// io/*.hpp (checkpoint files).
 //
 // The way of the data: x -> router.route -> Routing -> dispatch -> run_experts -> combine -> y.
 
@@ -58,6 +62,7 @@
 #include <moe/routers/top_k_router.hpp>
 #include <moe/scores.hpp>
 #include <moe/selection_bias.hpp>
+#include <moe/shared_experts.hpp>
 #include <moe/soft_moe_layer.hpp>
 #include <moe/softmax.hpp>
 #include <moe/storage.hpp>

@@ -14,6 +14,7 @@
 #include <moe/expert.hpp>
 #include <moe/init.hpp>
 #include <moe/router.hpp>
+#include <moe/shared_experts.hpp>
 #include <moe/token_choice.hpp>
 
 // The layer that joins a router and experts. Read forward() first.
@@ -323,43 +324,11 @@ class MoELayer {
     check_routed(routing, x.rows());
   }
 
-  // The plan with the shared experts behind the routed ones: each takes every valid token.
   template <class Ex>
   const DispatchPlan<S>& all_experts(const ConstMatrixRef<S>& x, const DispatchPlan<S>& routed,
                                      Workspace& workspace, const Ex& executor) const {
-    if (num_shared_ == 0) return routed;
-    require(w_shared_gate.size() == 0 || routed.gate_side == GateSide::output,
-            "MoELayer: gated shared experts beside a router whose gates scale inputs");
-    Matrix<S>& gate = workspace.shared_gate;
-    if (w_shared_gate.size() > 0) {
-      gate.resize(x.rows(), num_shared_);
-      for_each_block(x.rows(), executor, [&](Index begin, Index end, Index) {
-        block_logits(x, w_shared_gate, begin, end, gate);
-      });
-    }
-    DispatchPlan<S>& plan = workspace.all_experts;
-    plan.num_tokens = routed.num_tokens;
-    plan.token_state = routed.token_state;
-    plan.gate_side = routed.gate_side;
-    plan.passed_through.reserve(routed.passed_through.capacity());
-    plan.passed_through = routed.passed_through;
-    const Index room = routed.token.capacity() + num_shared_ * routed.num_tokens;
-    plan.expert_begin.reserve(Index(experts_.size()) + 1);
-    plan.token.reserve(room);
-    plan.gate.reserve(room);
-    plan.expert_begin = routed.expert_begin;
-    plan.token = routed.token;
-    plan.gate = routed.gate;
-    for (Index s = 0; s < num_shared_; ++s) {
-      for (Index t = 0; t < plan.num_tokens; ++t) {
-        if (plan.token_state[t] != TokenState::valid) continue;
-        plan.token.push_back(t);
-        plan.gate.push_back(w_shared_gate.size() > 0 ? detail::logistic(gate(t, s)) : S(1));
-        if (plan.gate_side == GateSide::input) plan.gate[plan.gate.size() - 1] = S(1);
-      }
-      plan.expert_begin.push_back(plan.token.size());
-    }
-    return plan;
+    return add_shared_experts(x, routed, num_shared_, w_shared_gate, workspace.all_experts,
+                              workspace.shared_gate, executor);
   }
 
   template <class Ex>

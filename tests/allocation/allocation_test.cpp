@@ -10,6 +10,7 @@
 #include <vector>
 
 #include <moe/moe.hpp>
+#include <moe/packed_moe_layer.hpp>
 
 namespace {
 std::atomic<long> allocations{0};
@@ -130,6 +131,36 @@ TEST_P(Allocation, NoneOnceWarmWithMappedExperts) {
     const long before = allocations;
     layer.forward(x, y, workspace, {}, Sequential{});
     if (step > 0) { EXPECT_EQ(allocations - before, 0) << "step " << step; }
+  }
+}
+
+TEST_P(Allocation, NoneOnceWarmWhenPacked) {
+  using E = GatedFeedForward<float>;
+  Rng rng(1);
+  const Index d_model = GetParam();
+  const E::Options options{.d_model = d_model, .d_ff = 48};
+  for (const GateSide side : {GateSide::output, GateSide::input}) {
+    const MoELayer layer(make_experts<E>(8, options, rng),
+                         TopKRouter<float>({.d_model = d_model, .num_experts = 8, .top_k = 2, .gate_side = side}, rng),
+                         {make_experts<E>(1, options, rng), side == GateSide::output});
+    const auto f32 = pack<F32>(layer);
+    const auto bf16 = pack<BF16>(layer);
+    PackedWorkspace workspace;
+    Matrix<float> x(90, d_model), y;
+    const auto expect_none = [&](const auto& packed, const auto& executor) {
+      for (int step = 0; step < 6; ++step) {
+        fill_normal(x, 1.0, rng);
+        if (step % 3 == 1) x.rowwise() += x.row(0) * 3;
+        const long before = allocations;
+        packed.forward(x, y, workspace, {}, executor);
+        if (step > 0) { EXPECT_EQ(allocations - before, 0) << "step " << step; }
+      }
+    };
+    expect_none(f32, Sequential{});
+    expect_none(bf16, Sequential{});
+#ifdef _OPENMP
+    expect_none(f32, OpenMP{.num_threads = 2});
+#endif
   }
 }
 

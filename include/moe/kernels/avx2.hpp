@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <moe/kernels/kernels.hpp>
+
+// Kernels for x86 processors with AVX2 and FMA, whatever flags the user compiles with.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace moe::kernels::avx2 {
+
+using Vec = __m256;
+
+inline constexpr int kLanes = 8, kVecs = 4;
+inline constexpr int kNarrowRows = 2, kHighRows = 6, kHighVecs = 2;
+
+inline Vec load(const float* from) { return _mm256_loadu_ps(from); }
+inline void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
+inline Vec broadcast(float v) { return _mm256_set1_ps(v); }
+inline Vec plus(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec times(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec divided(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+inline Vec fused(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec nearest_integer(Vec v) {
+  return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline Vec power_of_two(Vec n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+}
+
+struct Pair {
+  __m256i bits;
+};
+inline Pair load_pair(const std::uint16_t* from) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))};
+}
+inline Vec first_of(Pair pair) { return _mm256_castsi256_ps(_mm256_slli_epi32(pair.bits, 16)); }
+inline Vec second_of(Pair pair) {
+  return _mm256_castsi256_ps(_mm256_and_si256(pair.bits, _mm256_set1_epi32(int(0xFFFF0000))));
+}
+
+#include <moe/kernels/body.inc>
+
+inline constexpr Kernels kTable = {kColumns, multiply, multiply_bf16, nullptr, activate, combine};
+
+}  // namespace moe::kernels::avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__

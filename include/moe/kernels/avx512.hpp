@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <moe/kernels/kernels.hpp>
+
+// Kernels for x86 processors with AVX-512, whatever flags the user compiles with.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#endif
+
+namespace moe::kernels::avx512 {
+
+using Vec = __m512;
+
+inline constexpr int kLanes = 16, kVecs = 4;
+inline constexpr int kNarrowRows = 6, kHighRows = 6, kHighVecs = 4;
+
+// Forms with a mask, all of it set: GCC 12 warns of its own headers' unmasked ones.
+inline constexpr __mmask16 kAll = 0xFFFF;
+
+inline Vec load(const float* from) { return _mm512_loadu_ps(from); }
+inline void store(float* to, Vec v) { _mm512_storeu_ps(to, v); }
+inline Vec broadcast(float v) { return _mm512_set1_ps(v); }
+inline Vec plus(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec times(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec divided(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+inline Vec fused(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec smaller(Vec a, Vec b) { return _mm512_maskz_min_ps(kAll, a, b); }
+inline Vec larger(Vec a, Vec b) { return _mm512_maskz_max_ps(kAll, a, b); }
+inline Vec nearest_integer(Vec v) {
+  return _mm512_maskz_roundscale_ps(kAll, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline Vec power_of_two(Vec n) {
+  const __m512i exponent = _mm512_add_epi32(_mm512_maskz_cvtps_epi32(kAll, n), _mm512_set1_epi32(127));
+  return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAll, exponent, 23));
+}
+
+struct Pair {
+  __m512i bits;
+};
+inline Pair load_pair(const std::uint16_t* from) {
+  return {_mm512_loadu_si512(reinterpret_cast<const __m512i*>(from))};
+}
+inline Vec first_of(Pair pair) { return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAll, pair.bits, 16)); }
+inline Vec second_of(Pair pair) {
+  return _mm512_castsi512_ps(_mm512_and_si512(pair.bits, _mm512_set1_epi32(int(0xFFFF0000))));
+}
+
+#include <moe/kernels/body.inc>
+
+inline constexpr Kernels kTable = {kColumns, multiply, multiply_bf16, nullptr, activate, combine};
+
+}  // namespace moe::kernels::avx512
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__

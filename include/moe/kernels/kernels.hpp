@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cstdint>
+
+#include <moe/types.hpp>
+
+// What a set of kernels offers. Each instruction set fills one Kernels with the functions of its own
+// namespace; all of them are made from the one text in body.inc.
+//
+// Weights lie in panels of `columns` columns: panel [depth, columns], contiguous, in the order in which
+// a product reads it. Weights of bfloat16 lie in pairs along the depth: [depth / 2, columns, 2], an odd
+// depth ends with a pair whose second half is zero.
+namespace moe::kernels {
+
+/// The built-in activations as the kernels know them.
+enum class Unit : std::uint8_t { relu, gelu, gelu_tanh, silu, clamped_swiglu };
+
+/// What stands between an expert's two products. Gated: the first half of a panel is the gate, the
+/// second the linear branch.
+struct Activation {
+  Unit unit = Unit::relu;
+  bool gated = false;
+  float alpha = 1, limit = 0, offset = 0;  ///< of clamped_swiglu
+
+  friend bool operator==(const Activation&, const Activation&) = default;
+};
+
+/// Rows of activations: row i begins at data + stride * (index ? index[i] : i).
+template <class T>
+struct Rows {
+  const T* data;
+  Index stride;
+  const Index* index;
+
+  Rows from(Index i) const {
+    return index ? Rows{data, stride, index + i} : Rows{data + i * stride, stride, nullptr};
+  }
+};
+
+/// Depth that a product takes at a time: what it reads of a panel then stays in the second cache.
+inline constexpr Index kDepth = 512;
+
+/// Rows that a caller may hand to a product at once.
+inline constexpr Index kMaxRows = 192;
+
+/// The functions of one instruction set. Every element of a product is one chain of fused
+/// multiply-adds along the depth, whatever the rows beside it; hence the same bits for any batch.
+struct Kernels {
+  Index columns;  ///< of a panel
+
+  /// c [rows, columns] = x * panel, rows <= kMaxRows.
+  void (*multiply)(Index rows, Index depth, Rows<float> x, const float* panel, float* c);
+  /// The same with weights in bfloat16, which are widened: products are those of floats.
+  /// `scratch` has kDepth * columns floats.
+  void (*multiply_bf16)(Index rows, Index depth, Rows<float> x, const std::uint16_t* panel, float* c,
+                        float* scratch);
+  /// The same with activations in bfloat16 too, by the dot-product instruction. Rows of x are padded
+  /// with zero to an even depth. Null where there is no such instruction.
+  void (*multiply_bf16_dot)(Index rows, Index depth, Rows<std::uint16_t> x,
+                            const std::uint16_t* panel, float* c);
+  /// out [rows, columns or, gated, columns / 2] = the activation of c + bias; bias may be null.
+  void (*activate)(const Activation& activation, Index rows, const float* c, const float* bias,
+                   float* out, Index out_stride);
+  /// y's row token[i], `count` columns of it, += gate[i] * (c's row i + bias). bias and gate may be
+  /// null: no bias, gates of 1.
+  void (*combine)(Index rows, Index count, const float* c, const float* bias, const Index* token,
+                  const float* gate, float* y, Index y_stride);
+};
+
+}  // namespace moe::kernels

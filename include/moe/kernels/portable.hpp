@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cstring>
+
+#include <moe/kernels/kernels.hpp>
+
+// Kernels for any processor: vectors of four floats that GCC and Clang turn into what it has. They run
+// in a fixed order; whether a multiply-add is fused is up to the processor and to the compiler's flags.
+namespace moe::kernels::portable {
+
+using Vec = float __attribute__((vector_size(16)));
+using Whole = std::int32_t __attribute__((vector_size(16)));
+
+inline constexpr int kLanes = 4, kVecs = 4;
+inline constexpr int kNarrowRows = 2, kHighRows = 4, kHighVecs = 2;
+
+inline Vec load(const float* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+inline Vec broadcast(float v) { return Vec{v, v, v, v}; }
+inline Vec plus(Vec a, Vec b) { return a + b; }
+inline Vec times(Vec a, Vec b) { return a * b; }
+inline Vec divided(Vec a, Vec b) { return a / b; }
+inline Vec fused(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+// The nearest integer of each number below 2^22. Added to a number, 1.5 * 2^23 leaves it in the lower
+// bits. Unlike a conversion, this may be done to a NaN, and -ffast-math does not see through it.
+inline Whole nearest_whole(Vec v) {
+  const Vec shift = broadcast(12582912.0f);
+  return Whole(v + shift) - Whole(shift);
+}
+inline Vec nearest_integer(Vec v) { return __builtin_convertvector(nearest_whole(v), Vec); }
+inline Vec power_of_two(Vec n) { return Vec((nearest_whole(n) + 127) << 23); }
+
+struct Pair {
+  Whole bits;
+};
+inline Pair load_pair(const std::uint16_t* from) {
+  Pair pair;
+  std::memcpy(&pair.bits, from, sizeof pair.bits);
+  return pair;
+}
+// Pairs lie in the order of the processor's bytes: the first is the lower half of 32 bits.
+inline Vec first_of(Pair pair) { return Vec(pair.bits << 16); }
+inline Vec second_of(Pair pair) { return Vec(pair.bits & std::int32_t(0xFFFF0000)); }
+
+#include <moe/kernels/body.inc>
+
+inline constexpr Kernels kTable = {kColumns, multiply, multiply_bf16, nullptr, activate, combine};
+
+}  // namespace moe::kernels::portable

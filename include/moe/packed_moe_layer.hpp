@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <limits>
+#include <optional>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <moe/kernels/select.hpp>
+#include <moe/moe_layer.hpp>
+#include <moe/packed_expert.hpp>
+
+// A layer for inference: the router and the plan of a MoELayer, with the experts' weights laid out for
+// kernels that are chosen for the processor while the program runs.
+namespace moe {
+
+struct PackOptions {
+  /// Whose kernels to use; the best that the processor has, where it is not named.
+  std::optional<InstructionSet> instruction_set{};
+};
+
+/// What a packed layer has beside its experts, as MoELayer's members of these names.
+template <Router R>
+struct PackedParts {
+  R router;
+  Index num_shared_experts = 0;
+  Matrix<float> w_shared_gate{};
+  Vector<float> b_output{};
+};
+
+/// Buffers of a packed layer's forward. Reused, they allocate nothing.
+struct PackedWorkspace : LayerWorkspace<float> {
+  struct Task {
+    Index expert, begin, rows, panel_begin, panel_end, cost;
+  };
+  Buffer<Task> tasks;
+  Buffer<Index> hidden_begin;  ///< first value of an expert's hidden rows [num_experts + 1]
+  Buffer<float> hidden;        ///< hidden rows, expert by expert
+  Buffer<float> products;      ///< a tile of results for each worker
+  Buffer<float> widened;       ///< a block of a panel for each worker
+};
+
+/// The inference form of a MoELayer<E, R>: same router, same plan, same semantics; weights in `Format`
+/// (F32 or BF16). Made by pack(). Experts without a packed form run as they are. The output of a token
+/// does not depend, by a bit, on the executor or, where nothing is dropped, on the tokens beside it.
+/// Beside the layer it was made from it differs in rounding alone.
+template <class Format, Expert E, Router R>
+class PackedMoELayer {
+ public:
+  using Scalar = float;
+  using Workspace = PackedWorkspace;
+  static_assert(std::is_same_v<typename E::Scalar, float>, "only layers of float can be packed");
+
+  /// Takes the experts, routed and then shared, from expert(0), expert(1), ... one at a time: each may be
+  /// freed before the next is made. Throws std::invalid_argument where the processor does not have the
+  /// named instruction set, or where shapes do not fit.
+  template <class Source>
+  PackedMoELayer(PackedParts<R> parts, Source&& expert, const PackOptions& options = {})
+      : set_(options.instruction_set.value_or(best_instruction_set())),
+        kernels_(kernels::find(set_)), parts_(std::move(parts)) {
+    require(kernels_ != nullptr, "pack: this processor does not have ", name_of(set_),
+            ", the best that it has is ", name_of(best_instruction_set()));
+    require(parts_.num_shared_experts >= 0, "pack: num_shared_experts = ",
+            parts_.num_shared_experts, ", expected at least 0");
+    if (parts_.w_shared_gate.size() > 0)
+      require_shape(parts_.w_shared_gate, parts_.num_shared_experts, d_model(), "pack",
+                    "w_shared_gate");
+    require(parts_.b_output.size() == 0 || parts_.b_output.size() == d_model(), "pack: b_output has ",
+            parts_.b_output.size(), " entries, expected d_model = ", d_model());
+    const Index count = num_experts() + num_shared_experts();
+    experts_.reserve(std::size_t(count));
+    for (Index e = 0; e < count; ++e) add(e, expert(e));
+  }
+
+  Index d_model() const { return parts_.router.d_model(); }
+  Index num_experts() const { return parts_.router.num_experts(); }
+  Index num_shared_experts() const { return parts_.num_shared_experts; }
+  const R& router() const { return parts_.router; }
+  InstructionSet instruction_set() const { return set_; }
+
+  /// What the packed experts take.
+  std::size_t memory_bytes() const
+    requires PackableExpert<E>
+  {
+    std::size_t bytes = 0;
+    for (const Held& expert : experts_) bytes += expert.memory_bytes();
+    return bytes;
+  }
+
+  template <Executor Ex = DefaultExecutor>
+  Routing<float> route(const ConstMatrixRef<float>& x, const BatchInfo& info = {},
+                       const Ex& executor = {}) const {
+    check_input(x);
+    Routing<float> routing;
+    route_with(parts_.router, x, info, routing, executor);
+    return routing;
+  }
+
+  template <Executor Ex = DefaultExecutor>
+  Matrix<float> forward(const ConstMatrixRef<float>& x, const BatchInfo& info = {},
+                        const Ex& executor = {}) const {
+    Workspace workspace;
+    Matrix<float> y(x.rows(), x.cols());
+    forward(x, y, workspace, info, executor);
+    return y;
+  }
+
+  /// Allocates nothing when y and the workspace were last used with a batch of this shape.
+  template <Executor Ex = DefaultExecutor>
+  void forward(const ConstMatrixRef<float>& x, Matrix<float>& y, Workspace& workspace,
+               const BatchInfo& info = {}, const Ex& executor = {}) const {
+    check_input(x);
+    require(x.size() == 0 || x.data() != y.data(),
+            "PackedMoELayer::forward: y is x, expected two matrices");
+    route_with(parts_.router, x, info, workspace.routing, executor);
+    check_plan(workspace.routing.plan, x.rows(), num_experts(), "PackedMoELayer::forward");
+    run(x, workspace.routing.plan, y, workspace, executor);
+  }
+
+  /// Output under a routing made before.
+  template <std::same_as<Routing<float>> Made, Executor Ex = DefaultExecutor>
+  Matrix<float> forward(const ConstMatrixRef<float>& x, const Made& routing,
+                        const Ex& executor = {}) const {
+    check_input(x);
+    check_plan(routing.plan, x.rows(), num_experts(), "PackedMoELayer::forward");
+    Workspace workspace;
+    Matrix<float> y;
+    run(x, routing.plan, y, workspace, executor);
+    return y;
+  }
+
+ private:
+  using Held = std::conditional_t<PackableExpert<E>, PackedExpert<Format>, E>;
+
+  void add(Index e, const E& expert) {
+    require(expert.d_model() == d_model(), "pack: expert ", e, " has d_model = ", expert.d_model(),
+            ", but the router has ", d_model());
+    if constexpr (PackableExpert<E>) experts_.emplace_back(expert, *kernels_);
+    else experts_.push_back(expert);
+  }
+
+  void check_input(const ConstMatrixRef<float>& x) const {
+    require(x.cols() == d_model(), "PackedMoELayer::forward: x has ", x.cols(),
+            " columns, expected d_model = ", d_model(), "; tokens are rows");
+  }
+
+  template <class Ex>
+  void run(const ConstMatrixRef<float>& x, const DispatchPlan<float>& routed, Matrix<float>& y,
+           Workspace& workspace, const Ex& executor) const {
+    const DispatchPlan<float>& plan =
+        add_shared_experts(x, routed, num_shared_experts(), parts_.w_shared_gate,
+                           workspace.all_experts, workspace.shared_gate, executor);
+    y.resize(x.rows(), d_model());
+    if constexpr (PackableExpert<E>) {
+      if (plan.gate_side == GateSide::input) dispatch(x, plan, workspace.x_rows, executor);
+      const Index workers = executor.concurrency(), columns = kernels_->columns;
+      workspace.products.resize(workers * kernels::kMaxRows * columns);
+      if constexpr (sizeof(typename Format::Weight) == 2)
+        workspace.widened.resize(workers * kernels::kDepth * columns);
+      first_products(x, plan, workspace, executor);
+      second_products(x, plan, y, workspace, executor);
+    } else {
+      dispatch(x, plan, workspace.x_rows, executor);
+      run_experts(std::span<const E>(experts_), plan, workspace.x_rows, workspace.y_rows,
+                  workspace.scratch, executor);
+      moe::combine(workspace.y_rows, plan, x, y, executor);
+      for (Index t = 0; parts_.b_output.size() > 0 && t < y.rows(); ++t)
+        if (plan.token_state[t] == TokenState::valid) y.row(t) += parts_.b_output.transpose();
+    }
+  }
+
+  // Lists the tasks (expert, block of its rows, some of its panels), the dearest first.
+  void list_tasks(const DispatchPlan<float>& plan, Index concurrency, Workspace& w) const {
+    Index units = 0, hidden = 0, widest = 0;
+    w.hidden_begin.resize(plan.num_experts());
+    for (Index e = 0; e < plan.num_experts(); ++e) {
+      const PackedExpert<Format>& expert = experts_[std::size_t(e)];
+      units += (plan.rows_of(e) + kernels::kMaxRows - 1) / kernels::kMaxRows * expert.up_panels();
+      w.hidden_begin[e] = hidden;
+      hidden += plan.rows_of(e) * hidden_stride(expert);
+      widest = std::max(widest, hidden_stride(expert));
+    }
+    w.hidden.reserve(plan.token.capacity() * widest);
+    w.hidden.resize(hidden);
+    const Index blocks = plan.num_experts() + plan.token.capacity() / kernels::kMaxRows;
+    w.tasks.reserve(blocks * (widest / experts_[0].hidden_columns() + 1));
+    const Index group = std::clamp<Index>(units / (16 * concurrency), 1, 8);
+    w.tasks.clear();
+    for (Index e = 0; e < plan.num_experts(); ++e) {
+      const PackedExpert<Format>& expert = experts_[std::size_t(e)];
+      for (Index begin = 0; begin < plan.rows_of(e); begin += kernels::kMaxRows) {
+        const Index rows = std::min(kernels::kMaxRows, plan.rows_of(e) - begin);
+        for (Index panel = 0; panel < expert.up_panels(); panel += group) {
+          const Index end = std::min(expert.up_panels(), panel + group);
+          w.tasks.push_back({e, begin, rows, panel, end, (end - panel) * std::max<Index>(rows, 8)});
+        }
+      }
+    }
+    std::sort(w.tasks.begin(), w.tasks.end(), [](const auto& a, const auto& b) {
+      if (a.cost != b.cost) return a.cost > b.cost;
+      if (a.expert != b.expert) return a.expert < b.expert;
+      if (a.begin != b.begin) return a.begin < b.begin;
+      return a.panel_begin < b.panel_begin;
+    });
+  }
+
+  static Index hidden_stride(const PackedExpert<Format>& expert) {
+    return expert.up_panels() * expert.hidden_columns();
+  }
+
+  void multiply(Index rows, Index depth, const kernels::Rows<float>& x, const float* panel,
+                float* c, Workspace&, Index) const {
+    kernels_->multiply(rows, depth, x, panel, c);
+  }
+  void multiply(Index rows, Index depth, const kernels::Rows<float>& x, const std::uint16_t* panel,
+                float* c, Workspace& w, Index worker) const {
+    kernels_->multiply_bf16(rows, depth, x, panel, c,
+                            w.widened.data() + worker * kernels::kDepth * kernels_->columns);
+  }
+
+  // hidden = activation(x * up + bias), rows of x read where they are.
+  template <class Ex>
+  void first_products(const ConstMatrixRef<float>& x, const DispatchPlan<float>& plan,
+                      Workspace& w, const Ex& executor) const {
+    list_tasks(plan, executor.concurrency(), w);
+    const bool scaled = plan.gate_side == GateSide::input;
+    executor.for_each(w.tasks.size(), [&](Index i, Index worker) {
+      const auto& task = w.tasks[i];
+      const PackedExpert<Format>& expert = experts_[std::size_t(task.expert)];
+      const Index first = plan.expert_begin[task.expert] + task.begin;
+      const kernels::Rows<float> rows =
+          scaled ? kernels::Rows<float>{w.x_rows.row(first), d_model(), nullptr}
+                 : kernels::Rows<float>{x.data(), x.outerStride(), plan.token.data() + first};
+      float* const c = w.products.data() + worker * kernels::kMaxRows * kernels_->columns;
+      const Index stride = hidden_stride(expert);
+      float* const hidden = w.hidden.data() + w.hidden_begin[task.expert] + task.begin * stride;
+      for (Index panel = task.panel_begin; panel < task.panel_end; ++panel) {
+        multiply(task.rows, d_model(), rows, expert.up_panel(panel), c, w, worker);
+        kernels_->activate(expert.activation(), task.rows, c, expert.up_bias(panel),
+                           hidden + panel * expert.hidden_columns(), stride);
+      }
+    });
+  }
+
+  // y = the sum over experts, ascending, of gate * (hidden * down + bias). A task owns some columns of
+  // the output for some tokens, so it adds without asking anybody.
+  template <class Ex>
+  void second_products(const ConstMatrixRef<float>& x, const DispatchPlan<float>& plan,
+                       Matrix<float>& y, Workspace& w, const Ex& executor) const {
+    const Index columns = kernels_->columns, panels = (d_model() + columns - 1) / columns;
+    const Index wanted = 8 * executor.concurrency();
+    const Index group = std::clamp<Index>(panels / wanted, 1, 4);
+    const Index groups = (panels + group - 1) / group;
+    const Index blocks = std::clamp<Index>(plan.num_tokens / 256, 1, std::max<Index>(1, wanted / groups));
+    const Index block = (plan.num_tokens + blocks - 1) / blocks;
+    executor.for_each(plan.num_tokens > 0 ? groups * blocks : 0, [&](Index task, Index worker) {
+      const Index token_begin = task / groups * block;
+      const Index token_end = std::min(plan.num_tokens, token_begin + block);
+      const Index panel_begin = task % groups * group;
+      const Index panel_end = std::min(panels, panel_begin + group);
+      begin_output(x, plan, token_begin, token_end, panel_begin * columns,
+                   std::min(d_model(), panel_end * columns), y);
+      float* const c = w.products.data() + worker * kernels::kMaxRows * columns;
+      const Index* const token = plan.token.data();
+      for (Index e = 0; e < plan.num_experts(); ++e) {
+        const Index expert_begin = plan.expert_begin[e], expert_end = plan.expert_begin[e + 1];
+        const Index begin = std::lower_bound(token + expert_begin, token + expert_end, token_begin) - token;
+        const Index end = std::lower_bound(token + begin, token + expert_end, token_end) - token;
+        const PackedExpert<Format>& expert = experts_[std::size_t(e)];
+        const Index stride = hidden_stride(expert);
+        for (Index panel = panel_begin; panel < panel_end; ++panel)
+          for (Index a = begin; a < end; a += kernels::kMaxRows) {
+            const Index rows = std::min(kernels::kMaxRows, end - a);
+            const float* const hidden =
+                w.hidden.data() + w.hidden_begin[e] + (a - expert_begin) * stride;
+            multiply(rows, expert.d_ff(), {hidden, stride, nullptr}, expert.down_panel(panel), c, w,
+                     worker);
+            kernels_->combine(rows, std::min(columns, d_model() - panel * columns), c,
+                              expert.down_bias(panel), token + a,
+                              plan.gate_side == GateSide::output ? plan.gate.data() + a : nullptr,
+                              y.data() + panel * columns, y.outerStride());
+          }
+      }
+      for (Index t = token_begin; parts_.b_output.size() > 0 && t < token_end; ++t)
+        if (plan.token_state[t] == TokenState::valid)
+          for (Index j = panel_begin * columns; j < std::min(d_model(), panel_end * columns); ++j)
+            y(t, j) += parts_.b_output[j];
+    });
+  }
+
+  // What stands in y before experts are added: x where a token is passed through, NaN where it is
+  // poisoned, else zero.
+  static void begin_output(const ConstMatrixRef<float>& x, const DispatchPlan<float>& plan,
+                           Index token_begin, Index token_end, Index column_begin,
+                           Index column_end, Matrix<float>& y) {
+    const Index columns = column_end - column_begin;
+    for (Index t = token_begin; t < token_end; ++t)
+      std::fill_n(&y(t, column_begin), columns,
+                  plan.token_state[t] == TokenState::poisoned
+                      ? std::numeric_limits<float>::quiet_NaN() : 0.0f);
+    const Index* const last = plan.passed_through.end();
+    for (const Index* t = std::lower_bound(plan.passed_through.begin(), last, token_begin);
+         t != last && *t < token_end; ++t)
+      std::copy_n(&x.coeffRef(*t, column_begin), columns, &y(*t, column_begin));
+  }
+
+  InstructionSet set_;
+  const kernels::Kernels* kernels_;
+  PackedParts<R> parts_;
+  std::vector<Held> experts_;  // routed, then shared
+};
+
+/// The inference form of a layer. O(parameters). Throws std::invalid_argument where the processor does
+/// not have the instruction set that the options name.
+/// Example: auto fast = moe::pack<moe::BF16>(layer); y = fast.forward(x);
+template <class Format, Expert E, Router R>
+PackedMoELayer<Format, E, R> pack(const MoELayer<E, R>& layer, const PackOptions& options = {}) {
+  const auto expert = [&](Index e) -> const E& {
+    const Index routed = layer.num_experts();
+    return e < routed ? layer.experts()[std::size_t(e)]
+                      : layer.shared_experts()[std::size_t(e - routed)];
+  };
+  return {{layer.router(), layer.num_shared_experts(), layer.w_shared_gate, layer.b_output},
+          expert,
+          options};
+}
+
+/// The same from experts that are made one at a time: expert(0), ..., routed and then shared. At any
+/// time there is one of them beside the packed ones.
+/// Example: pack<BF16>(PackedParts{router}, [&](Index e) { return read_expert(file, e); })
+template <class Format, Router R, std::invocable<Index> Source>
+auto pack(PackedParts<R> parts, Source&& expert, const PackOptions& options = {}) {
+  using E = std::remove_cvref_t<std::invoke_result_t<Source, Index>>;
+  return PackedMoELayer<Format, E, R>(std::move(parts), std::forward<Source>(expert), options);
+}
+
+}  // namespace moe

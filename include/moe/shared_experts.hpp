@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moe/activation.hpp>
+#include <moe/check.hpp>
+#include <moe/executor.hpp>
+#include <moe/router.hpp>
+#include <moe/scores.hpp>
+#include <moe/types.hpp>
+
+// Shared experts as experts of the plan: the rest of a layer does not tell them from routed ones.
+namespace moe {
+
+/// `plan` becomes the routed plan with `num_shared` experts behind the routed ones: each takes every
+/// valid token, with gate sigmoid(x w_shared_gate^T) [tokens, num_shared], or 1 where w_shared_gate is
+/// empty. Returns `routed` itself where there are none. O(tokens * num_shared * d_model); allocates
+/// only when shapes grow. Throws std::invalid_argument where w_shared_gate meets gates that scale inputs.
+template <class S, Executor Ex>
+const DispatchPlan<S>& add_shared_experts(const ConstMatrixRef<S>& x, const DispatchPlan<S>& routed,
+                                          Index num_shared, const Matrix<S>& w_shared_gate,
+                                          DispatchPlan<S>& plan, Matrix<S>& gate,
+                                          const Ex& executor) {
+  if (num_shared == 0) return routed;
+  require(w_shared_gate.size() == 0 || routed.gate_side == GateSide::output,
+          "MoELayer: gated shared experts beside a router whose gates scale inputs");
+  if (w_shared_gate.size() > 0) {
+    gate.resize(x.rows(), num_shared);
+    for_each_block(x.rows(), executor, [&](Index begin, Index end, Index) {
+      block_logits(x, w_shared_gate, begin, end, gate);
+    });
+  }
+  plan.num_tokens = routed.num_tokens;
+  plan.token_state = routed.token_state;
+  plan.gate_side = routed.gate_side;
+  plan.passed_through.reserve(routed.passed_through.capacity());
+  plan.passed_through = routed.passed_through;
+  const Index room = routed.token.capacity() + num_shared * routed.num_tokens;
+  plan.expert_begin.reserve(routed.num_experts() + num_shared + 1);
+  plan.token.reserve(room);
+  plan.gate.reserve(room);
+  plan.expert_begin = routed.expert_begin;
+  plan.token = routed.token;
+  plan.gate = routed.gate;
+  for (Index s = 0; s < num_shared; ++s) {
+    for (Index t = 0; t < plan.num_tokens; ++t) {
+      if (plan.token_state[t] != TokenState::valid) continue;
+      plan.token.push_back(t);
+      plan.gate.push_back(w_shared_gate.size() > 0 ? detail::logistic(gate(t, s)) : S(1));
+      if (plan.gate_side == GateSide::input) plan.gate[plan.gate.size() - 1] = S(1);
+    }
+    plan.expert_begin.push_back(plan.token.size());
+  }
+  return plan;
+}
+
+}  // namespace moe

@@ -1,0 +1,439 @@
+// SPDX-License-Identifier: MIT
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include <moe/moe.hpp>
+#include <moe/packed_moe_layer.hpp>
+
+#include "compare.hpp"
+#include "reference_moe.hpp"
+#include "sanitized.hpp"
+
+namespace moe {
+namespace {
+
+using Any = VariantExpert<FeedForward<float, ReLU>, FeedForward<float, GELU>,
+                          FeedForward<float, GELUTanh>, FeedForward<float, SiLU>,
+                          GatedFeedForward<float, SwiGLU>, GatedFeedForward<float, GEGLU>,
+                          GatedFeedForward<float, GEGLUTanh>, GatedFeedForward<float, ReGLU>,
+                          GatedFeedForward<float, ClampedSwiGLU>>;
+
+template <class E>
+Any make(Index d_model, Index d_ff, bool bias, Rng& rng) {
+  typename E::Options options{.d_model = d_model, .d_ff = d_ff, .bias = bias};
+  E expert(options, rng);
+  E::visit([&](const ParameterInfo&, auto& p) {
+    if (p.cols() == 1) fill_normal(p, 0.5, rng);
+  }, expert);
+  return expert;
+}
+
+Any draw_expert(Index d_model, Rng& rng) {
+  const Index d_ff = 1 + rng.index(70);
+  const bool bias = rng.uniform() < 0.5;
+  switch (rng.index(9)) {
+    case 0: return make<FeedForward<float, ReLU>>(d_model, d_ff, bias, rng);
+    case 1: return make<FeedForward<float, GELU>>(d_model, d_ff, bias, rng);
+    case 2: return make<FeedForward<float, GELUTanh>>(d_model, d_ff, bias, rng);
+    case 3: return make<FeedForward<float, SiLU>>(d_model, d_ff, bias, rng);
+    case 4: return make<GatedFeedForward<float, SwiGLU>>(d_model, d_ff, bias, rng);
+    case 5: return make<GatedFeedForward<float, GEGLU>>(d_model, d_ff, bias, rng);
+    case 6: return make<GatedFeedForward<float, GEGLUTanh>>(d_model, d_ff, bias, rng);
+    case 7: return make<GatedFeedForward<float, ReGLU>>(d_model, d_ff, bias, rng);
+    default: return make<GatedFeedForward<float, ClampedSwiGLU>>(d_model, d_ff, bias, rng);
+  }
+}
+
+// To nearest, ties to even: by Eigen, which the library does not use for this.
+double rounded(float w) { return double(float(Eigen::bfloat16(w))); }
+
+// The same expert in double; `round` is applied to its weights.
+template <template <class...> class Kind, class Unit, class... Rest, class Round>
+Kind<double, Unit> in_double(const Kind<float, Unit, Rest...>& e, const Round& round) {
+  Kind<double, Unit> wide = [&] {
+    if constexpr (requires { e.glu(); })
+      return Kind<double, Unit>({e.d_model(), e.d_ff(), e.has_bias(), e.glu()});
+    else
+      return Kind<double, Unit>({e.d_model(), e.d_ff(), e.has_bias(), e.activation()});
+  }();
+  if constexpr (requires { e.w_gate; }) {
+    wide.w_gate = e.w_gate.unaryExpr(round);
+    wide.b_gate = e.b_gate.template cast<double>();
+  }
+  wide.w_up = e.w_up.unaryExpr(round);
+  wide.w_down = e.w_down.unaryExpr(round);
+  wide.b_up = e.b_up.template cast<double>();
+  wide.b_down = e.b_down.template cast<double>();
+  return wide;
+}
+
+using AnyDouble =
+    VariantExpert<FeedForward<double, ReLU>, FeedForward<double, GELU>,
+                  FeedForward<double, GELUTanh>, FeedForward<double, SiLU>,
+                  GatedFeedForward<double, SwiGLU>, GatedFeedForward<double, GEGLU>,
+                  GatedFeedForward<double, GEGLUTanh>, GatedFeedForward<double, ReGLU>,
+                  GatedFeedForward<double, ClampedSwiGLU>>;
+
+DispatchPlan<double> in_double(const DispatchPlan<float>& plan) {
+  DispatchPlan<double> wide;
+  wide.num_tokens = plan.num_tokens;
+  wide.token_state = plan.token_state;
+  wide.expert_begin = plan.expert_begin;
+  wide.token = plan.token;
+  for (const float g : plan.gate) wide.gate.push_back(g);
+  wide.gate_side = plan.gate_side;
+  wide.passed_through = plan.passed_through;
+  return wide;
+}
+
+template <class Layer>
+Matrix<double> expected_output(const Layer& layer, const Matrix<float>& x,
+                               const Routing<float>& routing, bool round) {
+  const auto weight = [round](float w) { return round ? rounded(w) : double(w); };
+  const auto widen = [&](auto experts) {
+    std::vector<AnyDouble> wide;
+    for (const Any& e : experts)
+      wide.push_back(std::visit([&](const auto& kind) { return AnyDouble(in_double(kind, weight)); },
+                                e.get()));
+    return wide;
+  };
+  return reference::layer_output<double>(
+      x.cast<double>(), widen(layer.experts()), widen(layer.shared_experts()),
+      layer.w_shared_gate.template cast<double>(), layer.b_output.template cast<double>(),
+      in_double(routing.plan));
+}
+
+std::vector<InstructionSet> available_sets() {
+  std::vector<InstructionSet> sets;
+  for (const auto set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512})
+    if (is_available(set)) sets.push_back(set);
+  return sets;
+}
+
+bool same_bits(const Matrix<float>& a, const Matrix<float>& b) {
+  return a.rows() == b.rows() && a.cols() == b.cols() &&
+         (a.size() == 0 ||
+          std::memcmp(a.data(), b.data(), std::size_t(a.size()) * sizeof(float)) == 0);
+}
+
+// Rows that are NaN in both are taken out.
+double error_of(const Matrix<float>& y, const Matrix<double>& expected) {
+  Matrix<double> a = y.cast<double>(), b = expected;
+  for (Index t = 0; t < b.rows(); ++t)
+    if (b.row(t).hasNaN() && a.row(t).array().isNaN().all()) {
+      a.row(t).setZero();
+      b.row(t).setZero();
+    }
+  return relative_error(a, b, 1e-3);
+}
+
+// Any router options, capacities, masks and poison; experts of all kinds in one layer.
+TEST(PackedMoELayer, IsTheLayerInDouble) {
+  Rng rng(1);
+  const int count = kSanitized ? 60 : 1000;
+  double worst_f32 = 0, worst_bf16 = 0;
+  for (int i = 0; i < count; ++i) {
+    const Index tokens = rng.index(12), d_model = 1 + rng.index(75), experts = 1 + rng.index(6);
+    const Index shared = std::max<Index>(0, rng.index(5) - 2);
+    const bool scales_inputs = rng.uniform() < 0.15;
+    TopKRouter<float> router({.d_model = d_model,
+                              .num_experts = experts,
+                              .top_k = 1 + rng.index(experts),
+                              .renormalise = rng.uniform() < 0.5,
+                              .gate_side = scales_inputs ? GateSide::input : GateSide::output,
+                              .capacity = rng.uniform() < 0.5 ? std::optional(rng.uniform(0.3, 1.2))
+                                                              : std::nullopt,
+                              .overflow = Overflow(rng.index(3)),
+                              .allow_constant_gate = true},
+                             rng);
+    SharedExperts<Any> shared_experts{.gated = shared > 0 && !scales_inputs && rng.uniform() < 0.5};
+    std::vector<Any> routed;
+    for (Index e = 0; e < experts; ++e) routed.push_back(draw_expert(d_model, rng));
+    for (Index s = 0; s < shared; ++s) shared_experts.experts.push_back(draw_expert(d_model, rng));
+    MoELayer<Any, TopKRouter<float>> layer(std::move(routed), std::move(router),
+                                           std::move(shared_experts), rng.uniform() < 0.3);
+    if (layer.b_output.size() > 0) fill_normal(layer.b_output, 1.0, rng);
+    if (layer.w_shared_gate.size() > 0) fill_normal(layer.w_shared_gate, 1.0, rng);
+    Matrix<float> x(tokens, d_model);
+    fill_normal(x, 1.0, rng);
+    BatchInfo info;
+    info.mask.resize(tokens);
+    for (Index t = 0; t < tokens; ++t) info.mask[t] = rng.uniform() < 0.8;
+    if (tokens > 0 && rng.uniform() < 0.2)
+      x(rng.index(tokens), rng.index(d_model)) = std::numeric_limits<float>::quiet_NaN();
+    const Routing<float> routing = layer.route(x, info);
+    const Matrix<double> exact = expected_output(layer, x, routing, false);
+    const Matrix<double> rounded = expected_output(layer, x, routing, true);
+    for (const InstructionSet set : available_sets()) {
+      const auto f32 = pack<F32>(layer, {.instruction_set = set});
+      const auto bf16 = pack<BF16>(layer, {.instruction_set = set});
+      ASSERT_TRUE(routing.plan == f32.route(x, info).plan);
+      const double of_f32 = error_of(f32.forward(x, routing), exact);
+      const double of_bf16 = error_of(bf16.forward(x, routing), rounded);
+      ASSERT_LE(of_f32, 1e-5) << "configuration " << i << ", " << name_of(set);
+      ASSERT_LE(of_bf16, 1e-5) << "configuration " << i << ", " << name_of(set);
+      worst_f32 = std::max(worst_f32, of_f32);
+      worst_bf16 = std::max(worst_bf16, of_bf16);
+      Matrix<float> y;
+      PackedWorkspace workspace;
+      f32.forward(x, y, workspace, info);
+      ASSERT_TRUE(same_bits(y, f32.forward(x, routing)));
+    }
+  }
+  RecordProperty("worst_f32", std::to_string(worst_f32));
+  RecordProperty("worst_bf16", std::to_string(worst_bf16));
+}
+
+using Gated = GatedFeedForward<float>;
+using Layer = MoELayer<Gated, TopKRouter<float>>;
+
+Layer make_layer(Index d_model, Index d_ff, Index experts, Index top_k, bool shared = true) {
+  Rng rng(2);
+  SharedExperts<Gated> with;
+  if (shared) with = {make_experts<Gated>(1, {.d_model = d_model, .d_ff = 2 * d_ff}, rng), true};
+  Layer layer(make_experts<Gated>(experts, {.d_model = d_model, .d_ff = d_ff}, rng),
+              TopKRouter<float>({.d_model = d_model, .num_experts = experts, .top_k = top_k}, rng),
+              std::move(with));
+  if (shared) fill_normal(layer.w_shared_gate, 0.3, rng);
+  return layer;
+}
+
+Matrix<float> draw(Index rows, Index cols, Rng& rng) {
+  Matrix<float> m(rows, cols);
+  fill_normal(m, 1.0, rng);
+  return m;
+}
+
+// Runs tasks backwards, and says that it has more workers than it has.
+struct Backwards {
+  Index workers;
+  Index concurrency() const { return workers; }
+  template <class F>
+  void for_each(Index n, F&& f) const {
+    for (Index i = n; i-- > 0;) f(i, i % workers);
+  }
+};
+
+template <class Format>
+void expect_bits_of_a_row_alone() {
+  Rng rng(3);
+  const Layer layer = make_layer(83, 57, 6, 2);
+  const Matrix<float> x = draw(257, 83, rng);
+  for (const InstructionSet set : available_sets()) {
+    const auto fast = pack<Format>(layer, {.instruction_set = set});
+    const Routing<float> routing = fast.route(x);
+    const Matrix<float> y = fast.forward(x, BatchInfo{}, Sequential{});
+    for (const Index t : {0, 1, 100, 255, 256})
+      EXPECT_TRUE(same_bits(fast.forward(x.row(t), BatchInfo{}, Sequential{}), y.row(t)))
+          << name_of(set) << ", token " << t;
+    for (const Index workers : {1, 2, 3, 8, 64})
+      EXPECT_TRUE(same_bits(fast.forward(x, BatchInfo{}, Backwards{workers}), y))
+          << name_of(set) << ", " << workers << " workers";
+  }
+}
+
+TEST(PackedMoELayer, ARowDoesNotDependOnItsBatchOrOnTheExecutor) {
+  expect_bits_of_a_row_alone<F32>();
+  expect_bits_of_a_row_alone<BF16>();
+}
+
+// More rows than a product takes at once, and a depth of several blocks.
+TEST(PackedMoELayer, TakesManyRowsAndDeepProducts) {
+  Rng rng(4);
+  const Layer layer = make_layer(1100, 24, 1, 1, false);
+  const Matrix<float> x = draw(2 * kernels::kMaxRows + 31, 1100, rng);
+  const Matrix<float> expected = layer.forward(x);
+  for (const InstructionSet set : available_sets()) {
+    const auto fast = pack<F32>(layer, {.instruction_set = set});
+    const Matrix<float> y = fast.forward(x);
+    EXPECT_LE(relative_error(y, expected), 1e-5) << name_of(set);
+    EXPECT_TRUE(same_bits(fast.forward(x.row(400)), y.row(400))) << name_of(set);
+    const auto rounded = pack<BF16>(layer, {.instruction_set = set});
+    EXPECT_TRUE(same_bits(rounded.forward(x.row(400)), rounded.forward(x).row(400)))
+        << name_of(set);
+  }
+}
+
+TEST(PackedMoELayer, Avx2AndAvx512AreTheSameBits) {
+  if (!is_available(InstructionSet::avx512)) GTEST_SKIP() << "no AVX-512";
+  Rng rng(5);
+  for (int i = 0; i < 20; ++i) {
+    std::vector<Any> experts;
+    const Index d_model = 1 + rng.index(150);
+    for (int e = 0; e < 4; ++e) experts.push_back(draw_expert(d_model, rng));
+    const MoELayer layer(std::move(experts),
+                         TopKRouter<float>({.d_model = d_model, .num_experts = 4, .top_k = 2}, rng));
+    const Matrix<float> x = 4 * draw(60, d_model, rng);
+    const auto narrow = pack<F32>(layer, {.instruction_set = InstructionSet::avx2});
+    const auto wide = pack<F32>(layer, {.instruction_set = InstructionSet::avx512});
+    EXPECT_TRUE(same_bits(narrow.forward(x), wide.forward(x))) << "configuration " << i;
+    EXPECT_TRUE(same_bits(pack<BF16>(layer, {.instruction_set = InstructionSet::avx2}).forward(x),
+                          pack<BF16>(layer, {.instruction_set = InstructionSet::avx512}).forward(x)));
+  }
+}
+
+TEST(PackedMoELayer, APoisonedTokenChangesNoOtherRow) {
+  Rng rng(6);
+  const Layer layer = make_layer(40, 30, 4, 2);
+  for (const InstructionSet set : available_sets()) {
+    const auto fast = pack<F32>(layer, {.instruction_set = set});
+    Matrix<float> x = draw(20, 40, rng);
+    BatchInfo masked;
+    masked.mask = Mask::Constant(20, true);
+    masked.mask[7] = false;
+    const Matrix<float> expected = fast.forward(x, masked);
+    EXPECT_TRUE((expected.row(7).array() == 0).all());
+    for (const float poison : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+      x(7, 3) = poison;
+      Matrix<float> y = fast.forward(x);
+      EXPECT_TRUE(y.row(7).array().isNaN().all());
+      y.row(7).setZero();
+      EXPECT_TRUE(same_bits(y, expected)) << name_of(set);
+    }
+  }
+}
+
+// Large activations meet the ends of the exponential.
+TEST(PackedMoELayer, ActivationsHoldAtTheirEnds) {
+  for (const InstructionSet set : available_sets()) {
+    const kernels::Kernels& k = *kernels::find(set);
+    const auto check = [&](kernels::Unit unit, const auto& activation) {
+      std::vector<float> x(std::size_t(k.columns)), out(x.size());
+      for (float scale : {1e-30f, 1e-3f, 1.0f, 30.0f, 90.0f, 1e4f, 1e30f}) {
+        for (std::size_t j = 0; j < x.size(); ++j)
+          x[j] = scale * (float(j) / float(x.size() - 1) * 2 - 1);
+        k.activate({unit, false}, 1, x.data(), nullptr, out.data(), k.columns);
+        for (std::size_t j = 0; j < x.size(); ++j) {
+          const double expected = reference::activate(activation, double(x[j]));
+          EXPECT_NEAR(out[j], expected, 4e-7 * std::max(1e-30, std::abs(double(x[j]))))
+              << name_of(set) << ", unit " << int(unit) << " of " << x[j];
+        }
+      }
+      x[0] = std::numeric_limits<float>::quiet_NaN();
+      k.activate({unit, false}, 1, x.data(), nullptr, out.data(), k.columns);
+      EXPECT_TRUE(std::isnan(out[0])) << name_of(set) << ", unit " << int(unit);
+    };
+    check(kernels::Unit::relu, ReLU{});
+    check(kernels::Unit::gelu, GELU{});
+    check(kernels::Unit::gelu_tanh, GELUTanh{});
+    check(kernels::Unit::silu, SiLU{});
+  }
+}
+
+TEST(PackedExpert, RoundsToBfloat16AsEigenDoes) {
+  for (std::uint32_t high = 0; high < 0x10000; high += 7)
+    for (const std::uint32_t low : {0u, 1u, 0x7FFFu, 0x8000u, 0x8001u, 0xFFFFu}) {
+      const float value = std::bit_cast<float>((high << 16) | low);
+      std::uint16_t bits;
+      detail::pack_weight(value, &bits);
+      const float back = std::bit_cast<float>(std::uint32_t(bits) << 16);
+      const float expected = float(Eigen::bfloat16(value));
+      EXPECT_TRUE(back == expected || (std::isnan(back) && std::isnan(value))) << value;
+    }
+}
+
+// An activation that the kernels do not know: the expert runs as it is.
+struct Cube {
+  template <class T>
+  T forward(const T& x) const { return x * x * x; }
+  template <class T>
+  T derivative(const T& x) const { return T(3) * x * x; }
+};
+
+TEST(PackedMoELayer, ExpertsWithoutAPackedFormRunAsTheyAre) {
+  static_assert(!PackableExpert<FeedForward<float, Cube>>);
+  static_assert(PackableExpert<FeedForward<float, GELU>>);
+  Rng rng(7);
+  using Own = FeedForward<float, Cube>;
+  MoELayer<Own, TopKRouter<float>> layer(
+      make_experts<Own>(4, {.d_model = 12, .d_ff = 20}, rng),
+      TopKRouter<float>({.d_model = 12, .num_experts = 4, .top_k = 2}, rng),
+      {make_experts<Own>(1, {.d_model = 12, .d_ff = 20}, rng)}, true);
+  fill_normal(layer.b_output, 1.0, rng);
+  const auto fast = pack<BF16>(layer);
+  const Matrix<float> x = draw(30, 12, rng);
+  EXPECT_LE(relative_error(fast.forward(x), layer.forward(x)), 1e-6);
+}
+
+TEST(PackedMoELayer, TakesExpertsOneAtATime) {
+  const Layer layer = make_layer(48, 32, 5, 2);
+  const auto whole = pack<F32>(layer);
+  Index made = 0;
+  const auto fast = pack<F32>(
+      PackedParts<TopKRouter<float>>{layer.router(), 1, layer.w_shared_gate},
+      [&](Index e) {
+        EXPECT_EQ(e, made++);
+        return e < 5 ? layer.experts()[std::size_t(e)] : layer.shared_experts()[0];
+      });
+  EXPECT_EQ(made, 6);
+  Rng rng(8);
+  const Matrix<float> x = draw(9, 48, rng);
+  EXPECT_TRUE(same_bits(fast.forward(x), whole.forward(x)));
+  EXPECT_EQ(fast.memory_bytes(), whole.memory_bytes());
+  const auto copy = fast;  // shares the weights
+  EXPECT_TRUE(same_bits(copy.forward(x), whole.forward(x)));
+}
+
+TEST(PackedMoELayer, MemoryIsThatOfThePanels) {
+  const Layer layer = make_layer(64, 128, 4, 1, false);
+  EXPECT_EQ(pack<F32>(layer).memory_bytes(), 4u * 3 * 64 * 128 * 4);
+  EXPECT_EQ(pack<BF16>(layer).memory_bytes(), 4u * 3 * 64 * 128 * 2);
+}
+
+template <class F>
+std::string message_of(const F& f) {
+  try {
+    f();
+  } catch (const std::invalid_argument& e) {
+    return e.what();
+  }
+  return "nothing was thrown";
+}
+
+TEST(PackedMoELayer, RefusesWhatDoesNotFit) {
+  const Layer layer = make_layer(16, 24, 4, 2);
+  const auto fast = pack<F32>(layer);
+  EXPECT_EQ(message_of([&] { fast.forward(Matrix<float>::Zero(3, 15)); }),
+            "PackedMoELayer::forward: x has 15 columns, expected d_model = 16; tokens are rows");
+  const Routing<float> routing = fast.route(Matrix<float>::Zero(3, 16));
+  EXPECT_EQ(message_of([&] { fast.forward(Matrix<float>::Zero(2, 16), routing); }),
+            "PackedMoELayer::forward: the routing is of 3 tokens, expected 2");
+  Matrix<float> x = Matrix<float>::Zero(3, 16);
+  PackedWorkspace workspace;
+  EXPECT_EQ(message_of([&] { fast.forward(x, x, workspace); }),
+            "PackedMoELayer::forward: y is x, expected two matrices");
+  PackedParts<TopKRouter<float>> parts{layer.router()};
+  parts.b_output.resize(15);
+  const auto first = [&](Index) -> const Gated& { return layer.experts()[0]; };
+  EXPECT_EQ(message_of([&] { pack<F32>(parts, first); }),
+            "pack: b_output has 15 entries, expected d_model = 16");
+  parts.b_output.resize(0);
+  parts.num_shared_experts = -1;
+  EXPECT_EQ(message_of([&] { pack<F32>(parts, first); }),
+            "pack: num_shared_experts = -1, expected at least 0");
+  parts.num_shared_experts = 2;
+  parts.w_shared_gate.resize(1, 16);
+  EXPECT_EQ(message_of([&] { pack<F32>(parts, first); }),
+            "pack: w_shared_gate has shape [1, 16], expected [2, 16]");
+  const Layer narrow = make_layer(15, 24, 4, 2);
+  parts = {layer.router()};
+  EXPECT_EQ(message_of([&] {
+              pack<F32>(parts, [&](Index) -> const Gated& { return narrow.experts()[0]; });
+            }),
+            "pack: expert 0 has d_model = 15, but the router has 16");
+  for (const auto set : {InstructionSet::avx2, InstructionSet::avx512})
+    if (!is_available(set)) {
+      const std::string message = message_of([&] { pack<F32>(layer, {.instruction_set = set}); });
+      EXPECT_NE(message.find(name_of(set)), std::string::npos) << message;
+    }
+}
+
+}  // namespace
+}  // namespace moe
