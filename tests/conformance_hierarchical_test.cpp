@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstddef>
-#include <limits>
 #include <utility>
 #include <vector>
 
