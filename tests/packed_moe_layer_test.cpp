@@ -168,23 +168,23 @@ TEST(PackedMoELayer, IsTheLayerInDouble) {
     for (Index t = 0; t < tokens; ++t) info.mask[t] = rng.uniform() < 0.8;
     if (tokens > 0 && rng.uniform() < 0.2)
       x(rng.index(tokens), rng.index(d_model)) = std::numeric_limits<float>::quiet_NaN();
-    const Routing<float> routing = layer.route(x, info);
+    const Routing<float> routing = layer.route(x, info, Sequential{});
     const Matrix<double> exact = expected_output(layer, x, routing, false);
     const Matrix<double> rounded = expected_output(layer, x, routing, true);
     for (const InstructionSet set : available_sets()) {
       const auto f32 = pack<F32>(layer, {.instruction_set = set});
       const auto bf16 = pack<BF16>(layer, {.instruction_set = set});
-      ASSERT_TRUE(routing.plan == f32.route(x, info).plan);
-      const double of_f32 = error_of(f32.forward(x, routing), exact);
-      const double of_bf16 = error_of(bf16.forward(x, routing), rounded);
+      ASSERT_TRUE(routing.plan == f32.route(x, info, Sequential{}).plan);
+      const double of_f32 = error_of(f32.forward(x, routing, Sequential{}), exact);
+      const double of_bf16 = error_of(bf16.forward(x, routing, Sequential{}), rounded);
       ASSERT_LE(of_f32, 1e-5) << "configuration " << i << ", " << name_of(set);
       ASSERT_LE(of_bf16, 1e-5) << "configuration " << i << ", " << name_of(set);
       worst_f32 = std::max(worst_f32, of_f32);
       worst_bf16 = std::max(worst_bf16, of_bf16);
       Matrix<float> y;
       PackedWorkspace workspace;
-      f32.forward(x, y, workspace, info);
-      ASSERT_TRUE(same_bits(y, f32.forward(x, routing)));
+      f32.forward(x, y, workspace, info, Sequential{});
+      ASSERT_TRUE(same_bits(y, f32.forward(x, routing, Sequential{})));
     }
   }
   RecordProperty("worst_f32", std::to_string(worst_f32));
