@@ -37,10 +37,10 @@ struct PackedWorkspace : LayerWorkspace<float> {
     Index expert, begin, rows, panel_begin, panel_end, cost;
   };
   Buffer<Task> tasks;
+  Buffer<Index> touched;       ///< experts that have rows, ascending
   Buffer<Index> hidden_begin;  ///< first value of an expert's hidden rows [num_experts + 1]
   Buffer<float> hidden;        ///< hidden rows, expert by expert
   Buffer<float> products;      ///< a tile of results for each worker
-  Buffer<float> widened;       ///< a block of a panel for each worker
 };
 
 /// The inference form of a MoELayer<E, R>: same router, same plan, same semantics; weights in `Format`
@@ -158,8 +158,6 @@ class PackedMoELayer {
       if (plan.gate_side == GateSide::input) dispatch(x, plan, workspace.x_rows, executor);
       const Index workers = executor.concurrency(), columns = kernels_->columns;
       workspace.products.resize(workers * kernels::kMaxRows * columns);
-      if constexpr (sizeof(typename Format::Weight) == 2)
-        workspace.widened.resize(workers * kernels::kDepth * columns);
       first_products(x, plan, workspace, executor);
       second_products(x, plan, y, workspace, executor);
     } else {
@@ -174,22 +172,26 @@ class PackedMoELayer {
 
   // Lists the tasks (expert, block of its rows, some of its panels), the dearest first.
   void list_tasks(const DispatchPlan<float>& plan, Index concurrency, Workspace& w) const {
-    Index units = 0, hidden = 0, widest = 0;
+    Index units = 0, hidden = 0, widest = 0, panels = 0;
     w.hidden_begin.resize(plan.num_experts());
+    w.touched.reserve(plan.num_experts());
+    w.touched.clear();
     for (Index e = 0; e < plan.num_experts(); ++e) {
       const PackedExpert<Format>& expert = experts_[std::size_t(e)];
+      if (plan.rows_of(e) > 0) w.touched.push_back(e);
       units += (plan.rows_of(e) + kernels::kMaxRows - 1) / kernels::kMaxRows * expert.up_panels();
       w.hidden_begin[e] = hidden;
       hidden += plan.rows_of(e) * hidden_stride(expert);
       widest = std::max(widest, hidden_stride(expert));
+      panels = std::max(panels, expert.up_panels());
     }
     w.hidden.reserve(plan.token.capacity() * widest);
     w.hidden.resize(hidden);
     const Index blocks = plan.num_experts() + plan.token.capacity() / kernels::kMaxRows;
-    w.tasks.reserve(blocks * (widest / experts_[0].hidden_columns() + 1));
+    w.tasks.reserve(blocks * panels);
     const Index group = std::clamp<Index>(units / (16 * concurrency), 1, 8);
     w.tasks.clear();
-    for (Index e = 0; e < plan.num_experts(); ++e) {
+    for (const Index e : w.touched) {
       const PackedExpert<Format>& expert = experts_[std::size_t(e)];
       for (Index begin = 0; begin < plan.rows_of(e); begin += kernels::kMaxRows) {
         const Index rows = std::min(kernels::kMaxRows, plan.rows_of(e) - begin);
@@ -212,13 +214,12 @@ class PackedMoELayer {
   }
 
   void multiply(Index rows, Index depth, const kernels::Rows<float>& x, const float* panel,
-                float* c, Workspace&, Index) const {
-    kernels_->multiply(rows, depth, x, panel, c);
+                float* c, const float* next) const {
+    kernels_->multiply(rows, depth, x, panel, c, next);
   }
   void multiply(Index rows, Index depth, const kernels::Rows<float>& x, const std::uint16_t* panel,
-                float* c, Workspace& w, Index worker) const {
-    kernels_->multiply_bf16(rows, depth, x, panel, c,
-                            w.widened.data() + worker * kernels::kDepth * kernels_->columns);
+                float* c, const std::uint16_t* next) const {
+    kernels_->multiply_bf16(rows, depth, x, panel, c, next);
   }
 
   // hidden = activation(x * up + bias), rows of x read where they are.
@@ -237,8 +238,14 @@ class PackedMoELayer {
       float* const c = w.products.data() + worker * kernels::kMaxRows * kernels_->columns;
       const Index stride = hidden_stride(expert);
       float* const hidden = w.hidden.data() + w.hidden_begin[task.expert] + task.begin * stride;
+      // Workers take tasks in turn, so the one after next is probably this worker's.
+      const auto& after = w.tasks[std::min(i + executor.concurrency(), w.tasks.size() - 1)];
       for (Index panel = task.panel_begin; panel < task.panel_end; ++panel) {
-        multiply(task.rows, d_model(), rows, expert.up_panel(panel), c, w, worker);
+        const auto* const next =
+            panel + 1 < task.panel_end
+                ? expert.up_panel(panel + 1)
+                : experts_[std::size_t(after.expert)].up_panel(after.panel_begin);
+        multiply(task.rows, d_model(), rows, expert.up_panel(panel), c, next);
         kernels_->activate(expert.activation(), task.rows, c, expert.up_bias(panel),
                            hidden + panel * expert.hidden_columns(), stride);
       }
@@ -265,24 +272,29 @@ class PackedMoELayer {
                    std::min(d_model(), panel_end * columns), y);
       float* const c = w.products.data() + worker * kernels::kMaxRows * columns;
       const Index* const token = plan.token.data();
-      for (Index e = 0; e < plan.num_experts(); ++e) {
+      for (Index i = 0; i < w.touched.size(); ++i) {
+        const Index e = w.touched[i];
         const Index expert_begin = plan.expert_begin[e], expert_end = plan.expert_begin[e + 1];
         const Index begin = std::lower_bound(token + expert_begin, token + expert_end, token_begin) - token;
         const Index end = std::lower_bound(token + begin, token + expert_end, token_end) - token;
         const PackedExpert<Format>& expert = experts_[std::size_t(e)];
         const Index stride = hidden_stride(expert);
-        for (Index panel = panel_begin; panel < panel_end; ++panel)
+        const Index after = w.touched[i + 1 < w.touched.size() ? i + 1 : 0];
+        for (Index panel = panel_begin; panel < panel_end; ++panel) {
+          const auto* const next = panel + 1 < panel_end
+                                       ? expert.down_panel(panel + 1)
+                                       : experts_[std::size_t(after)].down_panel(panel_begin);
           for (Index a = begin; a < end; a += kernels::kMaxRows) {
             const Index rows = std::min(kernels::kMaxRows, end - a);
             const float* const hidden =
                 w.hidden.data() + w.hidden_begin[e] + (a - expert_begin) * stride;
-            multiply(rows, expert.d_ff(), {hidden, stride, nullptr}, expert.down_panel(panel), c, w,
-                     worker);
+            multiply(rows, expert.d_ff(), {hidden, stride, nullptr}, expert.down_panel(panel), c, next);
             kernels_->combine(rows, std::min(columns, d_model() - panel * columns), c,
                               expert.down_bias(panel), token + a,
                               plan.gate_side == GateSide::output ? plan.gate.data() + a : nullptr,
                               y.data() + panel * columns, y.outerStride());
           }
+        }
       }
       for (Index t = token_begin; parts_.b_output.size() > 0 && t < token_end; ++t)
         if (plan.token_state[t] == TokenState::valid)

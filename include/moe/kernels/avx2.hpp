@@ -52,7 +52,7 @@ inline Vec second_of(Pair pair) {
 
 #include <moe/kernels/body.inc>
 
-inline constexpr Kernels kTable = {kColumns, multiply, multiply_bf16, nullptr, activate, combine};
+inline constexpr Kernels kTable = {kColumns, multiply, multiply_bf16, activate, combine};
 
 }  // namespace moe::kernels::avx2
 

@@ -32,10 +32,6 @@ struct Rows {
   const T* data;
   Index stride;
   const Index* index;
-
-  Rows from(Index i) const {
-    return index ? Rows{data, stride, index + i} : Rows{data + i * stride, stride, nullptr};
-  }
 };
 
 /// Depth that a product takes at a time: what it reads of a panel then stays in the second cache.
@@ -49,16 +45,13 @@ inline constexpr Index kMaxRows = 192;
 struct Kernels {
   Index columns;  ///< of a panel
 
-  /// c [rows, columns] = x * panel, rows <= kMaxRows.
-  void (*multiply)(Index rows, Index depth, Rows<float> x, const float* panel, float* c);
+  /// c [rows, columns] = x * panel, rows <= kMaxRows. `next` is the panel that will be read after this
+  /// one: it is fetched into the caches meanwhile, or any pointer at all.
+  void (*multiply)(Index rows, Index depth, Rows<float> x, const float* panel, float* c,
+                   const float* next);
   /// The same with weights in bfloat16, which are widened: products are those of floats.
-  /// `scratch` has kDepth * columns floats.
   void (*multiply_bf16)(Index rows, Index depth, Rows<float> x, const std::uint16_t* panel, float* c,
-                        float* scratch);
-  /// The same with activations in bfloat16 too, by the dot-product instruction. Rows of x are padded
-  /// with zero to an even depth. Null where there is no such instruction.
-  void (*multiply_bf16_dot)(Index rows, Index depth, Rows<std::uint16_t> x,
-                            const std::uint16_t* panel, float* c);
+                        const std::uint16_t* next);
   /// out [rows, columns or, gated, columns / 2] = the activation of c + bias; bias may be null.
   void (*activate)(const Activation& activation, Index rows, const float* c, const float* bias,
                    float* out, Index out_stride);

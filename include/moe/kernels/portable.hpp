@@ -51,6 +51,6 @@ inline Vec second_of(Pair pair) { return Vec(pair.bits & std::int32_t(0xFFFF0000
 
 #include <moe/kernels/body.inc>
 
-inline constexpr Kernels kTable = {kColumns, multiply, multiply_bf16, nullptr, activate, combine};
+inline constexpr Kernels kTable = {kColumns, multiply, multiply_bf16, activate, combine};
 
 }  // namespace moe::kernels::portable
