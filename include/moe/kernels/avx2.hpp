@@ -50,9 +50,11 @@ inline Vec second_of(Pair pair) {
   return _mm256_castsi256_ps(_mm256_and_si256(pair.bits, _mm256_set1_epi32(int(0xFFFF0000))));
 }
 
-#include <moe/kernels/body.inc>
+#include <moe/kernels/product.inc>
+#include <moe/kernels/elementwise.inc>
 
-inline constexpr Kernels kTable = {kColumns, multiply, multiply_bf16, activate, combine};
+inline constexpr Kernels kTable = {kColumns, multiply_panel<float, float>,
+                                   multiply_panel<float, std::uint16_t>, activate, combine};
 
 }  // namespace moe::kernels::avx2
 

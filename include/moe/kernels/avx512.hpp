@@ -53,9 +53,11 @@ inline Vec second_of(Pair pair) {
   return _mm512_castsi512_ps(_mm512_and_si512(pair.bits, _mm512_set1_epi32(int(0xFFFF0000))));
 }
 
-#include <moe/kernels/body.inc>
+#include <moe/kernels/product.inc>
+#include <moe/kernels/elementwise.inc>
 
-inline constexpr Kernels kTable = {kColumns, multiply, multiply_bf16, activate, combine};
+inline constexpr Kernels kTable = {kColumns, multiply_panel<float, float>,
+                                   multiply_panel<float, std::uint16_t>, activate, combine};
 
 }  // namespace moe::kernels::avx512
 

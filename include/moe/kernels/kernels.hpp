@@ -6,7 +6,7 @@
 #include <moe/types.hpp>
 
 // What a set of kernels offers. Each instruction set fills one Kernels with the functions of its own
-// namespace; all of them are made from the one text in body.inc.
+// namespace; all of them are made from one text, product.inc and elementwise.inc.
 //
 // Weights lie in panels of `columns` columns: panel [depth, columns], contiguous, in the order in which
 // a product reads it. Weights of bfloat16 lie in pairs along the depth: [depth / 2, columns, 2], an odd
@@ -32,6 +32,11 @@ struct Rows {
   const T* data;
   Index stride;
   const Index* index;
+
+  /// The rows from row i on.
+  Rows from(Index i) const {
+    return index ? Rows{data, stride, index + i} : Rows{data + i * stride, stride, nullptr};
+  }
 };
 
 /// Depth that a product takes at a time: what it reads of a panel then stays in the second cache.
@@ -47,11 +52,11 @@ struct Kernels {
 
   /// c [rows, columns] = x * panel, rows <= kMaxRows. `next` is the panel that will be read after this
   /// one: it is fetched into the caches meanwhile, or any pointer at all.
-  void (*multiply)(Index rows, Index depth, Rows<float> x, const float* panel, float* c,
+  void (*multiply)(Index rows, Index depth, const Rows<float>& x, const float* panel, float* c,
                    const float* next);
   /// The same with weights in bfloat16, which are widened: products are those of floats.
-  void (*multiply_bf16)(Index rows, Index depth, Rows<float> x, const std::uint16_t* panel, float* c,
-                        const std::uint16_t* next);
+  void (*multiply_bf16)(Index rows, Index depth, const Rows<float>& x, const std::uint16_t* panel,
+                        float* c, const std::uint16_t* next);
   /// out [rows, columns or, gated, columns / 2] = the activation of c + bias; bias may be null.
   void (*activate)(const Activation& activation, Index rows, const float* c, const float* bias,
                    float* out, Index out_stride);
@@ -59,6 +64,16 @@ struct Kernels {
   /// null: no bias, gates of 1.
   void (*combine)(Index rows, Index count, const float* c, const float* bias, const Index* token,
                   const float* gate, float* y, Index y_stride);
+};
+
+/// Products with activations in bfloat16 too, by an instruction that multiplies pairs and adds both products
+/// to a float. It takes numbers below the normal ones as zero.
+struct DotKernels {
+  /// c [rows, columns] = x * panel, as Kernels::multiply. Rows of x are padded with a zero to an even depth.
+  void (*multiply)(Index rows, Index depth, const Rows<std::uint16_t>& x, const std::uint16_t* panel,
+                   float* c, const std::uint16_t* next);
+  /// to[i] = from[i] in bfloat16, to nearest, ties to even.
+  void (*round)(Index count, const float* from, std::uint16_t* to);
 };
 
 }  // namespace moe::kernels

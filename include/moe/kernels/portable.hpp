@@ -49,8 +49,10 @@ inline Pair load_pair(const std::uint16_t* from) {
 inline Vec first_of(Pair pair) { return Vec(pair.bits << 16); }
 inline Vec second_of(Pair pair) { return Vec(pair.bits & std::int32_t(0xFFFF0000)); }
 
-#include <moe/kernels/body.inc>
+#include <moe/kernels/product.inc>
+#include <moe/kernels/elementwise.inc>
 
-inline constexpr Kernels kTable = {kColumns, multiply, multiply_bf16, activate, combine};
+inline constexpr Kernels kTable = {kColumns, multiply_panel<float, float>,
+                                   multiply_panel<float, std::uint16_t>, activate, combine};
 
 }  // namespace moe::kernels::portable

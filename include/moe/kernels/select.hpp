@@ -4,6 +4,7 @@
 #include <moe/check.hpp>
 #include <moe/kernels/avx2.hpp>
 #include <moe/kernels/avx512.hpp>
+#include <moe/kernels/avx512_bf16.hpp>
 #include <moe/kernels/kernels.hpp>
 #include <moe/kernels/portable.hpp>
 
@@ -35,6 +36,15 @@ inline const Kernels* find(InstructionSet set) {
   }
 #endif
   return set == InstructionSet::portable ? &portable::kTable : nullptr;
+}
+
+/// Products of bfloat16 for the panels of an instruction set; null where there are none.
+inline const DotKernels* find_dot(InstructionSet set) {
+#if defined(__x86_64__)
+  if (set == InstructionSet::avx512 && find(set) != nullptr && __builtin_cpu_supports("avx512bf16"))
+    return &avx512_bf16::kTable;
+#endif
+  return nullptr;
 }
 
 }  // namespace kernels

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <moe/kernels/avx512.hpp>
+#include <moe/kernels/kernels.hpp>
+
+// The dot product of AVX-512 BF16 on the panels of AVX-512.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#endif
+
+namespace moe::kernels::avx512_bf16 {
+
+using avx512::broadcast, avx512::first_of, avx512::fused, avx512::kHighRows, avx512::kHighVecs,
+    avx512::kLanes, avx512::kNarrowRows, avx512::kVecs, avx512::load, avx512::load_pair, avx512::second_of,
+    avx512::store, avx512::Vec;
+
+// Steps [p, end) of a tile: sum [R, V] += pairs of x's columns * pairs of the panel's rows.
+template <int R, int V>
+inline __attribute__((always_inline)) void steps(const std::uint16_t* const (&row)[R], Index p,
+                                                 Index end, const std::uint16_t* panel,
+                                                 Vec (&sum)[R][V]) {
+  constexpr Index kColumns = kLanes * kVecs;
+  for (panel += p * kColumns; p < end; p += 2, panel += 2 * kColumns) {
+    __m512i right[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) right[j] = load_pair(panel + 2 * j * kLanes).bits;
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      std::int32_t pair;
+      __builtin_memcpy(&pair, row[i] + p, sizeof pair);
+      const __m512i left = _mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j)
+        sum[i][j] = _mm512_dpbf16_ps(sum[i][j], (__m512bh)left, (__m512bh)right[j]);
+    }
+  }
+}
+
+#include <moe/kernels/product.inc>
+
+inline void round(Index count, const float* from, std::uint16_t* to) {
+  for (Index i = 0; i < count; i += kLanes) {
+    const Index left = count - i;
+    const __mmask16 there = left < kLanes ? __mmask16((1u << left) - 1) : __mmask16(0xFFFF);
+    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, from + i));
+    _mm256_mask_storeu_epi16(to + i, there, (__m256i)rounded);
+  }
+}
+
+inline constexpr DotKernels kTable = {multiply_panel<std::uint16_t, std::uint16_t>, round};
+
+}  // namespace moe::kernels::avx512_bf16
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__
