@@ -151,21 +151,26 @@ inline double peak_dot_flops([[maybe_unused]] int threads) {
 }
 
 /// Bytes a second that threads read from memory, in the way that is the best here: one stream or
-/// several at once, or one stream that asks for the next block while it reads this one.
-inline double bandwidth(int threads) {
-  constexpr Index kCount = Index(1) << 27, kPart = Index(1) << 24;  // floats: 512 MB; 64 MB a thread
-  static const std::unique_ptr<float, detail::Free> buffer = [] {
-    auto* const memory = static_cast<float*>(std::aligned_alloc(1 << 21, kCount * sizeof(float)));
-    if (!memory) throw std::bad_alloc();
-    std::fill_n(memory, kCount, 1.0f);
-    return std::unique_ptr<float, detail::Free>(memory);
-  }();
+/// several at once, or one stream that asks for the next block while it reads this one. The buffer stays
+/// for the next time; one that fits into a cache measures the cache.
+inline double bandwidth(int threads, Index megabytes = 512) {
+  const Index count = megabytes << 18;  // floats
+  static std::unique_ptr<float, detail::Free> buffer;
+  static Index capacity = 0;
+  if (count > capacity) {
+    buffer.reset();
+    buffer.reset(static_cast<float*>(std::aligned_alloc(1 << 21, std::size_t(count) * sizeof(float))));
+    if (!buffer) throw std::bad_alloc();
+    std::fill_n(buffer.get(), count, 1.0f);
+    capacity = count;
+  }
   static Index position = 0;  // each way reads what was read longest ago
-  const Index part = std::min(kPart, kCount / (4 * threads)) / 65536 * 65536;
+  constexpr Index kPart = Index(1) << 24;  // floats a thread: 64 MB
+  const Index part = std::max<Index>(1, std::min(kPart, count / (4 * threads)) >> 15) << 15;
   const detail::Probes& probes = detail::probes(best_instruction_set());
   double best = 0;
   const auto measure = [&](const auto& read) {
-    if (position + threads * part > kCount) position = 0;
+    if (position + threads * part > capacity) position = 0;
     const float* const from = buffer.get() + position;
     position += threads * part;
     const double seconds =
