@@ -136,8 +136,6 @@ class OneDnnPeer : public Peer {
     const std::size_t scratch =
         std::max({gate.scratchpad_desc().get_size(), up.scratchpad_desc().get_size(),
                   down.scratchpad_desc().get_size()});
-    if (getenv("MOE_BENCH_VERBOSE"))
-      fprintf(stderr, "%d rows: %s, %s, %s\n", int(rows), gate.impl_info_str(), up.impl_info_str(), down.impl_info_str());
     return {dnnl::matmul(gate), dnnl::matmul(up), dnnl::matmul(down),
             plain(rows, d_model_, kType), hidden, plain(rows, d_model_, memory::data_type::f32),
             gate.scratchpad_desc(), up.scratchpad_desc(), down.scratchpad_desc(), Index(scratch)};
