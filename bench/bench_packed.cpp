@@ -404,7 +404,7 @@ void run_row(benchmark::State& state, const Shape& shape, Weights weights, Index
   double round = evict ? 0.05 * double(runners.size()) : 0.05;
   for (std::size_t i = 0; i < without_blas; ++i)
     if (!is_slow(i)) round += runners[i].seconds[0];
-  const int rounds = shape.tiny ? 1 : std::clamp(int(0.8 / round), 1, 9);
+  const int rounds = shape.tiny ? 1 : std::clamp(int(0.6 / round), 1, 9);
   const bool once = runners[0].seconds[0] > 0.4 || shape.tiny;
   const int block = once || (evict && rounds > 4) ? 1 : std::max(rounds > 4 ? 3 : 1, 5 / rounds);
   for (int i = 0; i < rounds; ++i) {
@@ -457,14 +457,16 @@ void run_router_row(benchmark::State& state, const Shape& shape, Weights weights
     fill(x[i], tokens, shape.d_model, std::uint32_t(i));
     x[i] *= std::sqrt(float(shape.d_model));
   }
-  std::vector<double> whole, overhead;
-  layer.forward(x[0], threads);
-  const double first = seconds_of([&] { layer.forward(x[1], threads); });
-  const int runs = shape.tiny ? 1 : std::clamp(int(0.15 / first), 2, 21);
+  const auto forward = [&](std::size_t i) {
+    return seconds_of([&] { layer.forward(x[i % x.size()], threads); });
+  };
+  double first = forward(0);
+  if (first < 0.4) first = forward(1);
+  std::vector<double> whole{first}, overhead;
+  const int runs = shape.tiny ? 1 : std::clamp(int(0.1 / first), 1, 21);
   for (int i = 0; i < runs; ++i) {
-    const Matrix<float>& batch = x[std::size_t(i) % x.size()];
-    whole.push_back(seconds_of([&] { layer.forward(batch, threads); }));
-    overhead.push_back(layer.overhead(batch, threads));
+    if (first < 0.4) whole.push_back(forward(std::size_t(i)));
+    overhead.push_back(layer.overhead(x[std::size_t(i) % x.size()], threads));
   }
   state.SetIterationTime(median(whole));
   state.counters["overhead"] = median(overhead);

@@ -3,10 +3,9 @@
 # Every program must print the same, and under one name every line of it must be the same: those are of
 # different instruction sets.
 
-set(first)
 foreach(program IN LISTS PROGRAMS)
   execute_process(COMMAND ${program} OUTPUT_VARIABLE output COMMAND_ERROR_IS_FATAL ANY)
-  if(program STREQUAL first_program OR NOT DEFINED first_program)
+  if(NOT DEFINED first_program)
     set(first_program ${program})
     set(first "${output}")
   elseif(NOT output STREQUAL first)
