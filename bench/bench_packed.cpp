@@ -398,9 +398,10 @@ void run_row(benchmark::State& state, const Shape& shape, Weights weights, Index
   const bool evict = layer.memory_bytes() < (std::size_t(1) << 29) && !shape.tiny;
   Machine machine(shape, layer.instruction_set(), threads);
   machine.probe();
-  for (std::size_t i = 0; i < (skewed ? 2 : 1); ++i) runners[i].time();
+  const std::size_t ours = skewed ? 2 : 1;
+  for (std::size_t i = 0; i < ours; ++i) runners[i].time();
   // What takes long is run less often, peers that take very long but once.
-  const auto is_slow = [&](std::size_t i) { return i > 0 && runners[i].seconds[0] > 0.4; };
+  const auto is_slow = [&](std::size_t i) { return i >= ours && runners[i].seconds[0] > 0.4; };
   double round = evict ? 0.05 * double(runners.size()) : 0.05;
   for (std::size_t i = 0; i < without_blas; ++i)
     if (!is_slow(i)) round += runners[i].seconds[0];
@@ -410,7 +411,7 @@ void run_row(benchmark::State& state, const Shape& shape, Weights weights, Index
   for (int i = 0; i < rounds; ++i) {
     for (std::size_t j = 0; j < without_blas; ++j) {
       if (is_slow(j)) continue;
-      for (int b = 0; b < (j == 0 || rounds > 4 ? block : 1); ++b) {  // ours more often
+      for (int b = 0; b < (j < ours || rounds > 4 ? block : 1); ++b) {  // ours more often
         if (evict && j + std::size_t(b) > 0) machine.probe();
         runners[j].time();
       }

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: MIT
 #include "peers.hpp"
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <map>
+#include <unordered_map>
 #include <utility>
+#include <vector>
 
 #include <dnnl.hpp>
 #include <omp.h>
