@@ -185,6 +185,9 @@ TEST(PackedMoELayer, IsTheLayerInDouble) {
       PackedWorkspace workspace;
       f32.forward(x, y, workspace, info, Sequential{});
       ASSERT_TRUE(same_bits(y, f32.forward(x, routing, Sequential{})));
+      y.setZero();
+      f32.forward(x, routing, y, workspace, Sequential{});
+      ASSERT_TRUE(same_bits(y, f32.forward(x, routing, Sequential{})));
     }
   }
   RecordProperty("worst_f32", std::to_string(worst_f32));
@@ -408,6 +411,8 @@ TEST(PackedMoELayer, RefusesWhatDoesNotFit) {
   Matrix<float> x = Matrix<float>::Zero(3, 16);
   PackedWorkspace workspace;
   EXPECT_EQ(message_of([&] { fast.forward(x, x, workspace); }),
+            "PackedMoELayer::forward: y is x, expected two matrices");
+  EXPECT_EQ(message_of([&] { fast.forward(x, routing, x, workspace); }),
             "PackedMoELayer::forward: y is x, expected two matrices");
   PackedParts<TopKRouter<float>> parts{layer.router()};
   parts.b_output.resize(15);

@@ -149,6 +149,17 @@ class PackedMoELayer {
     return y;
   }
 
+  /// The same. Allocates nothing when y and the workspace were last used with a batch of this shape.
+  template <std::same_as<Routing<float>> Made, Executor Ex = DefaultExecutor>
+  void forward(const ConstMatrixRef<float>& x, const Made& routing, Matrix<float>& y,
+               Workspace& workspace, const Ex& executor = {}) const {
+    check_input(x);
+    require(x.size() == 0 || x.data() != y.data(),
+            "PackedMoELayer::forward: y is x, expected two matrices");
+    check_plan(routing.plan, x.rows(), num_experts(), "PackedMoELayer::forward");
+    run(x, routing.plan, y, workspace, executor);
+  }
+
  private:
   static constexpr bool kHalf = std::is_same_v<Format, BF16>;
   using Held = std::conditional_t<PackableExpert<E>, PackedExpert<Format>, E>;

@@ -153,6 +153,7 @@ TEST_P(Allocation, NoneOnceWarmWhenPacked) {
         if (step % 3 == 1) x.rowwise() += x.row(0) * 3;
         const long before = allocations;
         packed.forward(x, y, workspace, {}, executor);
+        packed.forward(x, workspace.routing, y, workspace, executor);
         if (step > 0) { EXPECT_EQ(allocations - before, 0) << "step " << step; }
       }
     };
