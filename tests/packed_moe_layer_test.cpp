@@ -194,6 +194,83 @@ TEST(PackedMoELayer, IsTheLayerInDouble) {
   RecordProperty("worst_bf16", std::to_string(worst_bf16));
 }
 
+bool has_dot_product() {
+  return kernels::find_dot(best_instruction_set()) != nullptr;
+}
+constexpr PackOptions kDot = {.bf16_dot_product = true};
+
+// An expert's hidden values in double from x and weights that are rounded already.
+template <class S, class A>
+Vector<S> hidden_of(const FeedForward<S, A>& e, const Vector<S>& x) {
+  return reference::linear(x, e.w_up, e.b_up).unaryExpr([&](S v) {
+    return reference::activate(e.activation(), v);
+  });
+}
+template <class S, class U>
+Vector<S> hidden_of(const GatedFeedForward<S, U>& e, const Vector<S>& x) {
+  return reference::linear(x, e.w_gate, e.b_gate)
+      .binaryExpr(reference::linear(x, e.w_up, e.b_up), [&](S gate, S up) {
+        return reference::activate_gated(e.glu(), gate, up);
+      });
+}
+
+// The reference rounds x, the weights and hidden values. A hidden value between two bfloat16 may go either
+// way; rows that have such a value are left out, and they are not many.
+TEST(PackedMoELayer, TheDotProductIsTheLayerInDoubleWithRoundedActivations) {
+  if (!has_dot_product()) GTEST_SKIP() << "no AVX-512 BF16";
+  Rng rng(11);
+  const int count = kSanitized ? 60 : 1000;
+  Index compared = 0, rows = 0;
+  for (int i = 0; i < count; ++i) {
+    const Index tokens = 1 + rng.index(14), d_model = 1 + rng.index(75), experts = 1 + rng.index(4);
+    std::vector<Any> drawn;
+    for (Index e = 0; e < experts; ++e) drawn.push_back(draw_expert(d_model, rng));
+    const MoELayer<Any, TopKRouter<float>> layer(
+        std::move(drawn), TopKRouter<float>({.d_model = d_model,
+                                             .num_experts = experts,
+                                             .top_k = 1 + rng.index(experts),
+                                             .gate_side = rng.uniform() < 0.2 ? GateSide::input : GateSide::output,
+                                             .allow_constant_gate = true},
+                                            rng));
+    Matrix<float> x(tokens, d_model);
+    fill_normal(x, 1.0, rng);
+    const Routing<float> routing = layer.route(x, {}, Sequential{});
+    const DispatchPlan<float>& plan = routing.plan;
+    const Matrix<float> y = pack<BF16>(layer, kDot).forward(x, routing, Sequential{});
+    Matrix<double> expected = Matrix<double>::Zero(tokens, d_model);
+    std::vector<bool> sure(std::size_t(tokens), true);
+    for (Index e = 0; e < experts; ++e)
+      for (Index a = plan.expert_begin[e]; a < plan.expert_begin[e + 1]; ++a) {
+        const Index t = plan.token[a];
+        const bool scales_input = plan.gate_side == GateSide::input;
+        const Vector<double> row = x.row(t).transpose().unaryExpr(
+            [&](float v) { return rounded(scales_input ? plan.gate[a] * v : v); });
+        const Vector<double> output = std::visit(
+            [&](const auto& kind) -> Vector<double> {
+              const auto wide = in_double(kind, [](float w) { return rounded(w); });
+              Vector<double> hidden = hidden_of(wide, row);
+              const double largest = hidden.cwiseAbs().maxCoeff(), margin = 1e-6 * largest;
+              for (double& h : hidden) {
+                if (rounded(float(h + margin)) - rounded(float(h - margin)) > 1e-5 * largest)
+                  sure[std::size_t(t)] = false;
+                h = rounded(float(h));
+              }
+              return reference::linear(hidden, wide.w_down, wide.b_down);
+            },
+            layer.experts()[std::size_t(e)].get());
+        expected.row(t) += (scales_input ? 1.0 : double(plan.gate[a])) * output.transpose();
+      }
+    for (Index t = 0; t < tokens; ++t) {
+      ++rows;
+      if (!sure[std::size_t(t)]) continue;
+      ++compared;
+      ASSERT_LE(relative_error(y.row(t).cast<double>().eval(), expected.row(t).eval(), 1e-3), 1e-5)
+          << "configuration " << i << ", token " << t;
+    }
+  }
+  EXPECT_GT(2 * compared, rows);
+}
+
 using Gated = GatedFeedForward<float>;
 using Layer = MoELayer<Gated, TopKRouter<float>>;
 
@@ -225,12 +302,13 @@ struct Backwards {
 };
 
 template <class Format>
-void expect_bits_of_a_row_alone() {
+void expect_bits_of_a_row_alone(bool dot = false) {
   Rng rng(3);
   const Layer layer = make_layer(83, 57, 6, 2);
   const Matrix<float> x = draw(257, 83, rng);
   for (const InstructionSet set : available_sets()) {
-    const auto fast = pack<Format>(layer, {.instruction_set = set});
+    if (dot && kernels::find_dot(set) == nullptr) continue;
+    const auto fast = pack<Format>(layer, {.instruction_set = set, .bf16_dot_product = dot});
     const Routing<float> routing = fast.route(x);
     const Matrix<float> y = fast.forward(x, BatchInfo{}, Sequential{});
     for (const Index t : {0, 1, 100, 255, 256})
@@ -245,6 +323,7 @@ void expect_bits_of_a_row_alone() {
 TEST(PackedMoELayer, ARowDoesNotDependOnItsBatchOrOnTheExecutor) {
   expect_bits_of_a_row_alone<F32>();
   expect_bits_of_a_row_alone<BF16>();
+  expect_bits_of_a_row_alone<BF16>(true);
 }
 
 // More rows than a product takes at once, and a depth of several blocks.
@@ -438,6 +517,12 @@ TEST(PackedMoELayer, RefusesWhatDoesNotFit) {
       const std::string message = message_of([&] { pack<F32>(layer, {.instruction_set = set}); });
       EXPECT_NE(message.find(name_of(set)), std::string::npos) << message;
     }
+  EXPECT_EQ(message_of([&] { pack<F32>(layer, {.bf16_dot_product = true}); }),
+            "pack: bf16_dot_product = true, but the weights are not packed as BF16, expected false");
+  EXPECT_EQ(message_of([&] {
+              pack<BF16>(layer, {.instruction_set = InstructionSet::portable, .bf16_dot_product = true});
+            }),
+            "pack: bf16_dot_product = true, but this processor has none for portable kernels, expected false");
 }
 
 }  // namespace
