@@ -282,9 +282,8 @@ Held& held() {
 // ---- Measuring.
 
 double median(std::vector<double> values) {
-  const auto middle = values.begin() + std::ptrdiff_t((values.size() - 1) / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
+  std::sort(values.begin(), values.end());
+  return (values[(values.size() - 1) / 2] + values[values.size() / 2]) / 2;
 }
 double mean(const std::vector<double>& values) {
   double sum = 0;
@@ -407,7 +406,8 @@ void run_row(benchmark::State& state, const Shape& shape, Weights weights, Index
     if (!is_slow(i)) round += runners[i].seconds[0];
   const int rounds = shape.tiny ? 1 : std::clamp(int(0.6 / round), 1, 9);
   const bool once = runners[0].seconds[0] > 0.4 || shape.tiny;
-  const int block = once || (evict && rounds > 4) ? 1 : std::max(rounds > 4 ? 3 : 1, 5 / rounds);
+  const int block = once ? (runners[0].seconds[0] < 1 && !shape.tiny ? 2 : 1)
+                    : evict && rounds > 4 ? 1 : std::max(rounds > 4 ? 3 : 1, 5 / rounds);
   for (int i = 0; i < rounds; ++i) {
     for (std::size_t j = 0; j < without_blas; ++j) {
       if (is_slow(j)) continue;
