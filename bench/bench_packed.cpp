@@ -24,9 +24,9 @@ namespace moe::bench {
 namespace {
 
 enum class Routed { uniform, skewed, router };
-enum class Weights { f32, bf16 };
+enum class Weights { f32, bf16, bf16_dot };
 constexpr const char* kRouted[] = {"uniform", "skewed", "router"};
-constexpr const char* kWeights[] = {"f32", "bf16"};
+constexpr const char* kWeights[] = {"f32", "bf16", "bf16_dot"};
 constexpr int kMaxThreads = 2;
 
 struct Shape {
@@ -172,7 +172,7 @@ class AnyLayer {
 template <class Format, class E>
 class Layer : public AnyLayer {
  public:
-  explicit Layer(const Shape& shape) : layer_(make(shape)) {}
+  Layer(const Shape& shape, bool dot) : layer_(make(shape, dot)) {}
 
   std::size_t memory_bytes() const override { return layer_.memory_bytes(); }
   InstructionSet instruction_set() const override { return layer_.instruction_set(); }
@@ -197,13 +197,14 @@ class Layer : public AnyLayer {
   }
 
  private:
-  static PackedMoELayer<Format, E, TopKRouter<float>> make(const Shape& shape) {
+  static PackedMoELayer<Format, E, TopKRouter<float>> make(const Shape& shape, bool dot) {
     Rng rng(1);
     TopKRouter<float> router({.d_model = shape.d_model, .num_experts = shape.num_experts,
                               .top_k = shape.top_k, .renormalise = shape.top_k > 1}, rng);
     return pack<Format>(
         PackedParts<TopKRouter<float>>{.router = router, .num_shared_experts = shape.num_shared},
-        [&](Index e) { return make_expert<E>(shape, e); });
+        [&](Index e) { return make_expert<E>(shape, e); },
+        {.instruction_set = {}, .bf16_dot_product = dot});
   }
 
   PackedMoELayer<Format, E, TopKRouter<float>> layer_;
@@ -213,10 +214,12 @@ class Layer : public AnyLayer {
 std::unique_ptr<AnyLayer> make_layer(const Shape& shape, Weights weights) {
   using Gated = GatedFeedForward<float>;
   using Plain = FeedForward<float, ReLU>;
-  if (shape.gated && weights == Weights::f32) return std::make_unique<Layer<F32, Gated>>(shape);
-  if (shape.gated) return std::make_unique<Layer<BF16, Gated>>(shape);
-  if (weights == Weights::f32) return std::make_unique<Layer<F32, Plain>>(shape);
-  return std::make_unique<Layer<BF16, Plain>>(shape);
+  if (shape.gated && weights == Weights::f32)
+    return std::make_unique<Layer<F32, Gated>>(shape, false);
+  const bool dot = weights == Weights::bf16_dot;
+  if (shape.gated) return std::make_unique<Layer<BF16, Gated>>(shape, dot);
+  if (weights == Weights::f32) return std::make_unique<Layer<F32, Plain>>(shape, false);
+  return std::make_unique<Layer<BF16, Plain>>(shape, dot);
 }
 
 // The layer of the row before, and its peers.
@@ -294,17 +297,19 @@ double mean(const std::vector<double>& values) {
 // What the machine does around a row.
 class Machine {
  public:
-  Machine(const Shape& shape, InstructionSet set, int threads)
-      : set_(set), threads_(threads), megabytes_(shape.tiny ? 8 : 512) {}
+  Machine(const Shape& shape, InstructionSet set, bool dot, int threads)
+      : set_(set), dot_(dot), threads_(threads), megabytes_(shape.tiny ? 8 : 512) {}
   void probe() {
     bandwidth_.push_back(bench::bandwidth(threads_, megabytes_));
-    if (peak_.size() < 6) peak_.push_back(bench::peak_flops(set_, threads_));
+    if (peak_.size() < 6)
+      peak_.push_back(dot_ ? bench::peak_dot_flops(threads_) : bench::peak_flops(set_, threads_));
   }
   double bandwidth() const { return mean(bandwidth_); }
   double peak() const { return mean(peak_); }
 
  private:
   InstructionSet set_;
+  bool dot_;
   int threads_;
   Index megabytes_;
   std::vector<double> bandwidth_, peak_;
@@ -395,7 +400,7 @@ void run_row(benchmark::State& state, const Shape& shape, Weights weights, Index
 
   // A layer that a cache could hold is driven out of it by reading the probe's buffer.
   const bool evict = layer.memory_bytes() < (std::size_t(1) << 29) && !shape.tiny;
-  Machine machine(shape, layer.instruction_set(), threads);
+  Machine machine(shape, layer.instruction_set(), weights == Weights::bf16_dot, threads);
   machine.probe();
   const std::size_t ours = skewed ? 2 : 1;
   for (std::size_t i = 0; i < ours; ++i) runners[i].time();
@@ -555,8 +560,9 @@ void add_rows(const std::string& group, const Shape& shape, Weights weights,
   // The largest ones in bfloat16 alone, and not all of it on one thread.
   for (const Shape& shape : kShapes) {
     const bool is_large = double(shape.count()) * shape.expert_parameters() > 1e9;
-    for (const Weights weights : {Weights::f32, Weights::bf16}) {
-      if (is_large && weights == Weights::f32) continue;
+    for (const Weights weights : {Weights::f32, Weights::bf16, Weights::bf16_dot}) {
+      if (is_large && weights != Weights::bf16) continue;
+      if (weights == Weights::bf16_dot && peak_dot_flops(1) == 0) continue;
       add_rows("Packed", shape, weights, {1, 2, 8, 64, 512},
                is_large ? std::vector<Index>{1, 2, 8, 64} : std::vector<Index>{1, 2, 8, 64, 512});
     }
