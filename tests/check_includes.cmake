@@ -10,16 +10,16 @@ cmake_path(ABSOLUTE_PATH INCLUDE_DIR)
 # From low to high. A name is the path below moe/ without .hpp; dir/* is every header of dir.
 set(layers
   "version types check buffer"
+  "kernels/*"
   "top_k scores group_limit selection_bias softmax activation parameters random init executor product storage"
   "router expert capacity dispatch loss load_loss metrics token_choice gradient_check"
   "routers/* experts/*"
   "shared_experts moe_layer soft_moe_layer"
-  "kernels/*"
   "packed_expert packed_moe_layer"
   "models/*"
   "io/*"
   "moe")
-set(outside_the_umbrella "kernels/*" "packed_expert" "packed_moe_layer" "io/*" "distributed/*")
+set(outside_the_umbrella "packed_expert" "packed_moe_layer" "io/*" "distributed/*")
 
 set(errors "")
 

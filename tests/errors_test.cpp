@@ -265,10 +265,10 @@ TEST(Errors, OfProducts) {
 }
 
 TEST(Errors, OfScores) {
-  const auto block_logits = [](Index begin, Index end, Index w_cols, Index rows, Index cols) {
+  const auto router_linear = [](Index w_cols, Index rows, Index cols) {
     return [=] {
       Matrix<double> logits = ones(rows, cols);
-      moe::block_logits(ones(5, 4), ones(3, w_cols), begin, end, logits);
+      moe::router_linear(ones(5, 4), ones(3, w_cols), logits, moe::Sequential{});
     };
   };
   const auto backward = [](Index d_z_rows, Index d_z_cols, Index d_w_rows, Index d_w_cols,
@@ -280,12 +280,9 @@ TEST(Errors, OfScores) {
     };
   };
   expect_errors({
-      {"block_logits: begin", block_logits(-1, 2, 4, 5, 3), {"block_logits", "[-1, 2)", "5"}},
-      {"block_logits: end", block_logits(2, 6, 4, 5, 3), {"[2, 6)", "5"}},
-      {"block_logits: order", block_logits(3, 2, 4, 5, 3), {"[3, 2)", "5"}},
-      {"block_logits: logits' rows", block_logits(0, 5, 4, 6, 3), {"[6, 3]", "[5, 3]"}},
-      {"block_logits: logits' columns", block_logits(0, 5, 4, 5, 2), {"[5, 2]", "[5, 3]"}},
-      {"block_logits: width", block_logits(0, 5, 9, 5, 3), {"[3, 9]", "[3, 4]"}},
+      {"router_linear: logits' rows", router_linear(4, 6, 3), {"router_linear", "[6, 3]", "[5, 3]"}},
+      {"router_linear: logits' columns", router_linear(4, 5, 2), {"[5, 2]", "[5, 3]"}},
+      {"router_linear: width", router_linear(9, 5, 3), {"[3, 9]", "[3, 4]"}},
       {"backward: d_logits' rows", backward(6, 3, 3, 4, 5, 4), {"d_logits", "[6, 3]", "[5, 3]"}},
       {"backward: d_logits' columns", backward(5, 2, 3, 4, 5, 4), {"[5, 2]", "[5, 3]"}},
       {"backward: d_w's rows", backward(5, 3, 2, 4, 5, 4), {"d_w", "[2, 4]", "[3, 4]"}},

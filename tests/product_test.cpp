@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <moe/init.hpp>
+#include <moe/kernels/select.hpp>
 #include <moe/product.hpp>
 #include <moe/random.hpp>
 
@@ -289,6 +290,129 @@ TYPED_TEST(ProductOf, BiasIsAddedToEveryRowAndItsGradientIsTheSumOfRows) {
   moe::add_bias(b, none);
   moe::bias_backward(none, d_b);
   EXPECT_EQ(d_b[0], S(19));
+}
+
+// ---- Products of floats: every set of kernels.
+
+using moe::InstructionSet;
+
+std::vector<InstructionSet> available_sets() {
+  std::vector<InstructionSet> sets;
+  for (const auto set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512})
+    if (moe::is_available(set)) sets.push_back(set);
+  return sets;
+}
+
+struct Products {
+  Matrix<float> y, d_x, d_w;
+  bool operator==(const Products&) const = default;
+};
+
+// All three products of operands with strides of their own, added to or replacing `before`.
+Products multiply_with(InstructionSet set, const Matrix<float>& x, const Matrix<float>& w,
+                       const Matrix<float>& d_y, const Products& before, bool add) {
+  const moe::kernels::Kernels& table = *moe::kernels::find(set);
+  const Index rows = x.rows(), in = x.cols(), out = w.rows();
+  Strided<float> x_at(x), w_at(w), d_y_at(d_y), y_at(before.y), d_x_at(before.d_x), d_w_at(before.d_w);
+  auto x_view = x_at.view(), w_view = w_at.view(), d_y_view = d_y_at.view(), y_view = y_at.view(),
+       d_x_view = d_x_at.view(), d_w_view = d_w_at.view();
+  table.linear(rows, in, out, x_view.data(), in + 5, w_view.data(), in + 5, y_view.data(), out + 5, add);
+  table.linear_backward_input(rows, in, out, d_y_view.data(), out + 5, w_view.data(), in + 5,
+                              d_x_view.data(), in + 5, add);
+  table.linear_backward_weight(rows, in, out, d_y_view.data(), out + 5, x_view.data(), in + 5,
+                               d_w_view.data(), in + 5);
+  for (auto* at : {&y_at, &d_x_at, &d_w_at}) EXPECT_TRUE(at->margins_are_untouched());
+  return {y_view, d_x_view, d_w_view};
+}
+
+// a b and the sum of what it adds without their signs, in doubles.
+struct Reference {
+  Matrix<double> product, magnitude;
+  Index depth;
+  Reference(const Matrix<float>& a, const Matrix<float>& b)
+      : product(a.cast<double>() * b.cast<double>()),
+        magnitude(a.cwiseAbs().cast<double>() * b.cwiseAbs().cast<double>()), depth(a.cols()) {}
+
+  // |got - (before + product)| is within the rounding of a sum.
+  void expect(const Matrix<float>& got, const Matrix<float>& before, bool add) const {
+    const Matrix<double> first = (add ? 1.0 : 0.0) * before.cast<double>();
+    const double most = double(depth + 2) * double(std::numeric_limits<float>::epsilon());
+    EXPECT_TRUE(((got.cast<double>() - first - product).array().abs() <=
+                 most * (magnitude + first.cwiseAbs()).array())
+                    .all());
+  }
+};
+
+TEST(FloatProducts, EverySetOfKernelsEqualsDoublesOverManyOddShapes) {
+  moe::Rng rng(10);
+  const Index rows_of[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 17, 31, 47, 63, 64, 65, 129, 200};
+  const Index widths[] = {1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 48, 63, 64, 65, 80, 127, 128, 129, 191,
+                          200, 255, 256, 257, 300, 511, 512, 513, 600};
+  for (int i = 0; i < 40; ++i) {
+    const Index rows = rows_of[i % 20], in = widths[rng.index(30)], out = widths[rng.index(30)];
+    SCOPED_TRACE(testing::Message() << "rows " << rows << ", in " << in << ", out " << out);
+    const Matrix<float> x = random_matrix<float>(rows, in, rng), w = random_matrix<float>(out, in, rng),
+                        d_y = random_matrix<float>(rows, out, rng);
+    const Products before = {random_matrix<float>(rows, out, rng), random_matrix<float>(rows, in, rng),
+                             random_matrix<float>(out, in, rng)};
+    const Reference y(x, w.transpose()), d_x(d_y, w), d_w(d_y.transpose(), x);
+    for (const bool add : {false, true}) {
+      std::vector<Products> results;
+      for (const InstructionSet set : available_sets()) {
+        SCOPED_TRACE(moe::name_of(set));
+        results.push_back(multiply_with(set, x, w, d_y, before, add));
+        const Products& got = results.back();
+        y.expect(got.y, before.y, add);
+        d_x.expect(got.d_x, before.d_x, add);
+        d_w.expect(got.d_w, before.d_w, true);
+      }
+      if (results.size() == 3) {
+        EXPECT_TRUE(results[1] == results[2]) << "AVX2 and AVX-512";
+      }
+    }
+  }
+}
+
+TEST(FloatProducts, ARowsBitsDoNotDependOnTheRowsBesideItInAnySet) {
+  moe::Rng rng(11);
+  const Index most = 40, in = 150, out = 90;
+  const Matrix<float> x = random_matrix<float>(most, in, rng), w = random_matrix<float>(out, in, rng),
+                      d_y = random_matrix<float>(most, out, rng);
+  const Products before = {Matrix<float>::Ones(most, out), Matrix<float>::Ones(most, in),
+                           Matrix<float>::Ones(out, in)};
+  for (const InstructionSet set : available_sets()) {
+    SCOPED_TRACE(moe::name_of(set));
+    const Products all = multiply_with(set, x, w, d_y, before, true);
+    for (const Index rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 24, 31}) {
+      const Index first = rng.index(most - rows + 1);
+      const Products some = multiply_with(
+          set, x.middleRows(first, rows), w, d_y.middleRows(first, rows),
+          {before.y.topRows(rows), before.d_x.topRows(rows), before.d_w}, true);
+      EXPECT_TRUE((some.y.array() == all.y.middleRows(first, rows).array()).all()) << rows;
+      EXPECT_TRUE((some.d_x.array() == all.d_x.middleRows(first, rows).array()).all()) << rows;
+    }
+  }
+}
+
+TEST(FloatProducts, ANotANumberStaysInItsRow) {
+  moe::Rng rng(12);
+  for (const Index rows : {3, 7, 40}) {
+    Matrix<float> x = random_matrix<float>(rows, 70, rng), d_y = random_matrix<float>(rows, 90, rng);
+    const Matrix<float> w = random_matrix<float>(90, 70, rng);
+    const Products before = {Matrix<float>::Zero(rows, 90), Matrix<float>::Zero(rows, 70),
+                             Matrix<float>::Zero(90, 70)};
+    x.row(1).setConstant(std::numeric_limits<float>::quiet_NaN());
+    d_y.row(1).setConstant(std::numeric_limits<float>::quiet_NaN());
+    for (const InstructionSet set : available_sets()) {
+      const Products got = multiply_with(set, x, w, d_y, before, false);
+      for (Index i = 0; i < rows; ++i) {
+        EXPECT_EQ(got.y.row(i).array().isNaN().all(), i == 1);
+        EXPECT_EQ(got.y.row(i).array().isNaN().any(), i == 1);
+        EXPECT_EQ(got.d_x.row(i).array().isNaN().all(), i == 1);
+        EXPECT_EQ(got.d_x.row(i).array().isNaN().any(), i == 1);
+      }
+    }
+  }
 }
 
 }  // namespace

@@ -246,9 +246,7 @@ TEST(RouterLinear, EqualsTripleLoopsInEveryBlock) {
   Matrix<double> x(tokens, d_model), w(experts, d_model), d_z(tokens, experts);
   for (auto* m : {&x, &w, &d_z}) moe::fill_normal(*m, 1.0, rng);
   Matrix<double> z = Matrix<double>::Constant(tokens, experts, 99);
-  moe::for_each_block(tokens, moe::Sequential{}, [&](Index begin, Index end, Index) {
-    moe::block_logits(x, w, begin, end, z);
-  });
+  moe::router_linear(x, w, z, moe::Sequential{});
   Matrix<double> d_w = Matrix<double>::Ones(experts, d_model);
   Matrix<double> d_x = Matrix<double>::Constant(tokens, d_model, 2);
   moe::router_linear_backward(x, w, d_z, d_w, d_x, moe::Sequential{});
@@ -273,12 +271,34 @@ TEST(RouterLinear, EqualsTripleLoopsInEveryBlock) {
   }
 }
 
-TEST(RouterLinear, BlocksLeaveOtherRowsAlone) {
-  Matrix<float> x = Matrix<float>::Ones(5, 2), w = Matrix<float>::Ones(3, 2),
-                z = Matrix<float>::Constant(5, 3, -1);
-  moe::block_logits(x, w, 1, 3, z);
-  EXPECT_TRUE((z.middleRows(1, 2).array() == 2).all());
-  for (const Index t : {0, 3, 4}) EXPECT_TRUE((z.row(t).array() == -1).all());
+// Counts tasks.
+struct Counting {
+  mutable Index tasks = 0;
+  Index concurrency() const { return 1; }
+  template <class F>
+  void for_each(Index n, F&& f) const {
+    tasks += n;
+    moe::Sequential{}.for_each(n, f);
+  }
+};
+
+TEST(RouterLinear, FewTokensAreSplitByExpertsAndGiveTheBitsOfMany) {
+  moe::Rng rng(4);
+  const Index experts = 70, d_model = 2048;
+  Matrix<float> x(130, d_model), w(experts, d_model), many(130, experts);
+  for (auto* m : {&x, &w}) moe::fill_normal(*m, 1.0, rng);
+  const Counting blocks_of_tokens;
+  moe::router_linear(x, w, many, blocks_of_tokens);
+  EXPECT_EQ(blocks_of_tokens.tasks, 3);
+  for (const Index tokens : {1, 3, 8, 9, 64}) {
+    Matrix<float> few(tokens, experts);
+    const Counting blocks_of_experts;
+    moe::router_linear(x.topRows(tokens), w, few, blocks_of_experts);
+    EXPECT_EQ(blocks_of_experts.tasks, tokens <= 8 ? 5 : 2);
+    EXPECT_TRUE((few.array() == many.topRows(tokens).array()).all()) << tokens;
+  }
+  Matrix<float> none(0, experts);
+  moe::router_linear(x.topRows(0), w, none, Counting{});
 }
 
 }  // namespace

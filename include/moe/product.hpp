@@ -5,12 +5,15 @@
 #include <type_traits>
 
 #include <moe/check.hpp>
+#include <moe/kernels/select.hpp>
 #include <moe/types.hpp>
 
 // Every matrix product of the library. Each one runs on the calling thread whatever Eigen's OpenMP
 // settings are, allocates nothing, and adds in an order that the shapes alone decide: an element of
-// the result is one chain of multiply-adds over the contracted dimension, cut at multiples of 128.
-// Hence the bits of a result do not depend on threads, on alignment, or on the rows beside it.
+// the result is one chain of multiply-adds over the contracted dimension, in other scalars than float
+// cut at multiples of 128. Hence the bits of a result do not depend on threads, on alignment, or on the
+// rows beside it. Products of floats run on kernels chosen while the program runs, whatever flags it is
+// compiled with.
 namespace moe {
 
 namespace detail {
@@ -117,6 +120,15 @@ inline void pack_panel_transposed(Index depth, Index cols, const S* b, Index b_c
 }
 #pragma GCC diagnostic pop
 
+// The kernels for products of floats.
+inline const kernels::Kernels& float_kernels() {
+  static const kernels::Kernels& table = *kernels::find(best_instruction_set());
+  return table;
+}
+
+template <class S>
+inline constexpr bool kHasKernels = std::is_same_v<S, float>;
+
 enum class Right { normal, transposed };
 
 // c [rows, cols] (+)= a [rows, depth] * b, b being [depth, cols] or, transposed, [cols, depth].
@@ -173,6 +185,12 @@ Index row_stride(const M& m) {
   return M::IsRowMajor ? m.outerStride() : Index(1);
 }
 
+// What a product is where the contracted dimension is 0.
+template <class M>
+void contract_nothing(M&& m, bool add) {
+  if (!add) m.setZero();
+}
+
 }  // namespace detail
 
 /// Whether a product writes its result or adds to what is there.
@@ -187,9 +205,18 @@ void linear(const X& x, const W& w, Y&& y, Write write = Write::replace) {
                 detail::kRowsAreContiguous<Out>);
   require_shape(w, y.cols(), x.cols(), "linear", "w");
   require_shape(y, x.rows(), w.rows(), "linear", "y");
-  detail::multiply<detail::Right::transposed>(
-      x.rows(), w.rows(), x.cols(), x.data(), detail::row_stride(x), Index(1), w.data(),
-      detail::row_stride(w), y.data(), detail::row_stride(y), write == Write::add);
+  const bool add = write == Write::add;
+  if constexpr (detail::kHasKernels<typename X::Scalar>) {
+    if (y.size() == 0) return;
+    if (x.cols() == 0) return detail::contract_nothing(y, add);
+    detail::float_kernels().linear(x.rows(), x.cols(), w.rows(), x.data(), detail::row_stride(x),
+                                   w.data(), detail::row_stride(w), y.data(), detail::row_stride(y),
+                                   add);
+  } else {
+    detail::multiply<detail::Right::transposed>(
+        x.rows(), w.rows(), x.cols(), x.data(), detail::row_stride(x), Index(1), w.data(),
+        detail::row_stride(w), y.data(), detail::row_stride(y), add);
+  }
 }
 
 /// d_x [rows, in] = d_y [rows, out] * w, w [out, in]: the gradient of `linear` by its input.
@@ -200,9 +227,18 @@ void linear_backward_input(const Dy& d_y, const W& w, Dx&& d_x, Write write = Wr
                 detail::kRowsAreContiguous<Out>);
   require_shape(w, d_y.cols(), d_x.cols(), "linear_backward_input", "w");
   require_shape(d_x, d_y.rows(), w.cols(), "linear_backward_input", "d_x");
-  detail::multiply<detail::Right::normal>(
-      d_y.rows(), w.cols(), d_y.cols(), d_y.data(), detail::row_stride(d_y), Index(1), w.data(),
-      detail::row_stride(w), d_x.data(), detail::row_stride(d_x), write == Write::add);
+  const bool add = write == Write::add;
+  if constexpr (detail::kHasKernels<typename Dy::Scalar>) {
+    if (d_x.size() == 0) return;
+    if (d_y.cols() == 0) return detail::contract_nothing(d_x, add);
+    detail::float_kernels().linear_backward_input(
+        d_y.rows(), w.cols(), w.rows(), d_y.data(), detail::row_stride(d_y), w.data(),
+        detail::row_stride(w), d_x.data(), detail::row_stride(d_x), add);
+  } else {
+    detail::multiply<detail::Right::normal>(
+        d_y.rows(), w.cols(), d_y.cols(), d_y.data(), detail::row_stride(d_y), Index(1), w.data(),
+        detail::row_stride(w), d_x.data(), detail::row_stride(d_x), add);
+  }
 }
 
 /// d_w [out, in] += d_y^T [out, rows] * x [rows, in]: the gradient of `linear` by its weight.
@@ -213,9 +249,16 @@ void linear_backward_weight(const Dy& d_y, const X& x, Dw&& d_w) {
                 detail::kRowsAreContiguous<Out>);
   require_shape(x, d_y.rows(), d_w.cols(), "linear_backward_weight", "x");
   require_shape(d_w, d_y.cols(), x.cols(), "linear_backward_weight", "d_w");
-  detail::multiply<detail::Right::normal>(
-      d_y.cols(), x.cols(), d_y.rows(), d_y.data(), Index(1), detail::row_stride(d_y), x.data(),
-      detail::row_stride(x), d_w.data(), detail::row_stride(d_w), true);
+  if constexpr (detail::kHasKernels<typename Dy::Scalar>) {
+    if (d_w.size() == 0 || x.rows() == 0) return;
+    detail::float_kernels().linear_backward_weight(
+        x.rows(), x.cols(), d_w.rows(), d_y.data(), detail::row_stride(d_y), x.data(),
+        detail::row_stride(x), d_w.data(), detail::row_stride(d_w));
+  } else {
+    detail::multiply<detail::Right::normal>(
+        d_y.cols(), x.cols(), d_y.rows(), d_y.data(), Index(1), detail::row_stride(d_y), x.data(),
+        detail::row_stride(x), d_w.data(), detail::row_stride(d_w), true);
+  }
 }
 
 /// Sum of a[i] * b[i], in an order that n alone decides.

@@ -179,13 +179,26 @@ void compute_gates_backward(const GateRule& rule, const S* logits, const S* prob
   }
 }
 
-/// logits [tokens, experts] = x w^T for the tokens [begin, end) of x [tokens, d_model].
-template <class S, class X>
-void block_logits(const X& x, const Matrix<S>& w, Index begin, Index end, Matrix<S>& logits) {
-  require(begin >= 0 && begin <= end && end <= x.rows(), "block_logits: rows [", begin, ", ", end,
-          ") of x, which has ", x.rows());
-  require_shape(logits, x.rows(), w.rows(), "block_logits", "logits");
-  linear(x.middleRows(begin, end - begin), w, logits.middleRows(begin, end - begin));
+/// A router's linear layer: logits [tokens, experts] = x w^T, in blocks of tokens; where there is but one,
+/// in blocks of experts, so that one token uses every worker. O(tokens * experts * d_model).
+template <class S, class X, Executor E>
+void router_linear(const X& x, const Matrix<S>& w, Matrix<S>& logits, const E& executor) {
+  require_shape(w, w.rows(), x.cols(), "router_linear", "w");
+  require_shape(logits, x.rows(), w.rows(), "router_linear", "logits");
+  const Index tokens = x.rows(), experts = w.rows();
+  if (tokens > kTokenBlock) {
+    return for_each_block(tokens, executor, [&](Index begin, Index end, Index) {
+      linear(x.middleRows(begin, end - begin), w, logits.middleRows(begin, end - begin));
+    });
+  }
+  // Not less than a register of experts for a few tokens, or a panel for many; nor than 2^15 products.
+  const Index least = tokens <= 8 ? 16 : 64;
+  const Index products = std::max<Index>(1, tokens * x.cols());
+  const Index cols = least * std::max<Index>(1, (Index(1) << 15) / (products * least));
+  executor.for_each((experts + cols - 1) / cols, [&](Index block, Index) {
+    const Index begin = block * cols, count = std::min(cols, experts - begin);
+    linear(x, w.middleRows(begin, count), logits.middleCols(begin, count));
+  });
 }
 
 /// Backward of a router's linear layer logits = x w^T: d_w [experts, d_model] += d_logits^T x and

@@ -25,9 +25,7 @@ const DispatchPlan<S>& add_shared_experts(const ConstMatrixRef<S>& x, const Disp
           "MoELayer: gated shared experts beside a router whose gates scale inputs");
   if (w_shared_gate.size() > 0) {
     gate.resize(x.rows(), num_shared);
-    for_each_block(x.rows(), executor, [&](Index begin, Index end, Index) {
-      block_logits(x, w_shared_gate, begin, end, gate);
-    });
+    router_linear(x, w_shared_gate, gate, executor);
   }
   plan.num_tokens = routed.num_tokens;
   plan.token_state = routed.token_state;

@@ -20,7 +20,7 @@ namespace moe::kernels::avx2 {
 using Vec = __m256;
 
 inline constexpr int kLanes = 8, kVecs = 4;
-inline constexpr int kNarrowRows = 2, kHighRows = 6, kHighVecs = 2;
+inline constexpr int kNarrowRows = 2, kHighRows = 6, kHighVecs = 2, kDirectRows = 4;
 
 inline Vec load(const float* from) { return _mm256_loadu_ps(from); }
 inline void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
@@ -50,11 +50,29 @@ inline Vec second_of(Pair pair) {
   return _mm256_castsi256_ps(_mm256_and_si256(pair.bits, _mm256_set1_epi32(int(0xFFFF0000))));
 }
 
+inline void prefetch(const void* line) { __builtin_prefetch(line, 0, 3); }
+
+inline Vec load_quads(const float* from, Index stride) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)),
+                              _mm_loadu_ps(from + 4 * stride), 1);
+}
+inline Vec low_halves_mixed(Vec a, Vec b) { return _mm256_unpacklo_ps(a, b); }
+inline Vec high_halves_mixed(Vec a, Vec b) { return _mm256_unpackhi_ps(a, b); }
+inline Vec low_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0x44); }
+inline Vec high_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0xEE); }
+
 #include <moe/kernels/product.inc>
 #include <moe/kernels/elementwise.inc>
+#include <moe/kernels/dense.inc>
 
-inline constexpr Kernels kTable = {kColumns, multiply_panel<float, float>,
-                                   multiply_panel<float, std::uint16_t>, activate, combine};
+inline constexpr Kernels kTable = {kColumns,
+                                   multiply_panel<float, float>,
+                                   multiply_panel<float, std::uint16_t>,
+                                   activate,
+                                   combine,
+                                   linear,
+                                   linear_backward_input,
+                                   linear_backward_weight};
 
 }  // namespace moe::kernels::avx2
 

@@ -20,7 +20,7 @@ namespace moe::kernels::avx512 {
 using Vec = __m512;
 
 inline constexpr int kLanes = 16, kVecs = 4;
-inline constexpr int kNarrowRows = 6, kHighRows = 6, kHighVecs = 4;
+inline constexpr int kNarrowRows = 6, kHighRows = 6, kHighVecs = 4, kDirectRows = 8;
 
 // Forms with a mask, all of it set: GCC 12 warns of its own headers' unmasked ones.
 inline constexpr __mmask16 kAll = 0xFFFF;
@@ -53,11 +53,31 @@ inline Vec second_of(Pair pair) {
   return _mm512_castsi512_ps(_mm512_and_si512(pair.bits, _mm512_set1_epi32(int(0xFFFF0000))));
 }
 
+inline void prefetch(const void* line) { __builtin_prefetch(line, 0, 3); }
+
+inline Vec load_quads(const float* from, Index stride) {
+  const Vec a = _mm512_castps128_ps512(_mm_loadu_ps(from));
+  const Vec b = _mm512_maskz_insertf32x4(kAll, a, _mm_loadu_ps(from + 4 * stride), 1);
+  const Vec c = _mm512_maskz_insertf32x4(kAll, b, _mm_loadu_ps(from + 8 * stride), 2);
+  return _mm512_maskz_insertf32x4(kAll, c, _mm_loadu_ps(from + 12 * stride), 3);
+}
+inline Vec low_halves_mixed(Vec a, Vec b) { return _mm512_maskz_unpacklo_ps(kAll, a, b); }
+inline Vec high_halves_mixed(Vec a, Vec b) { return _mm512_maskz_unpackhi_ps(kAll, a, b); }
+inline Vec low_pairs(Vec a, Vec b) { return _mm512_maskz_shuffle_ps(kAll, a, b, 0x44); }
+inline Vec high_pairs(Vec a, Vec b) { return _mm512_maskz_shuffle_ps(kAll, a, b, 0xEE); }
+
 #include <moe/kernels/product.inc>
 #include <moe/kernels/elementwise.inc>
+#include <moe/kernels/dense.inc>
 
-inline constexpr Kernels kTable = {kColumns, multiply_panel<float, float>,
-                                   multiply_panel<float, std::uint16_t>, activate, combine};
+inline constexpr Kernels kTable = {kColumns,
+                                   multiply_panel<float, float>,
+                                   multiply_panel<float, std::uint16_t>,
+                                   activate,
+                                   combine,
+                                   linear,
+                                   linear_backward_input,
+                                   linear_backward_weight};
 
 }  // namespace moe::kernels::avx512
 

@@ -64,6 +64,20 @@ struct Kernels {
   /// null: no bias, gates of 1.
   void (*combine)(Index rows, Index count, const float* c, const float* bias, const Index* token,
                   const float* gate, float* y, Index y_stride);
+
+  // Products of matrices as they lie, rows `..._stride` apart, for layers that are trained: weights are packed
+  // on the way. `in` is contracted by linear, `out` by linear_backward_input, `rows` by
+  // linear_backward_weight; none is 0.
+
+  /// y [rows, out] = x [rows, in] * w^T, w [out, in]; or, where `add`, added to y.
+  void (*linear)(Index rows, Index in, Index out, const float* x, Index x_stride, const float* w,
+                 Index w_stride, float* y, Index y_stride, bool add);
+  /// d_x [rows, in] = d_y [rows, out] * w; or, where `add`, added to d_x.
+  void (*linear_backward_input)(Index rows, Index in, Index out, const float* d_y, Index d_y_stride,
+                                const float* w, Index w_stride, float* d_x, Index d_x_stride, bool add);
+  /// d_w [out, in] += d_y^T * x.
+  void (*linear_backward_weight)(Index rows, Index in, Index out, const float* d_y, Index d_y_stride,
+                                 const float* x, Index x_stride, float* d_w, Index d_w_stride);
 };
 
 /// Products with activations in bfloat16 too, by an instruction that multiplies pairs and adds both products

@@ -13,7 +13,7 @@ using Vec = float __attribute__((vector_size(16)));
 using Whole = std::int32_t __attribute__((vector_size(16)));
 
 inline constexpr int kLanes = 4, kVecs = 4;
-inline constexpr int kNarrowRows = 2, kHighRows = 4, kHighVecs = 2;
+inline constexpr int kNarrowRows = 2, kHighRows = 4, kHighVecs = 2, kDirectRows = 4;
 
 inline Vec load(const float* from) {
   Vec v;
@@ -49,10 +49,25 @@ inline Pair load_pair(const std::uint16_t* from) {
 inline Vec first_of(Pair pair) { return Vec(pair.bits << 16); }
 inline Vec second_of(Pair pair) { return Vec(pair.bits & std::int32_t(0xFFFF0000)); }
 
+inline void prefetch(const void* line) { __builtin_prefetch(line, 0, 3); }
+
+inline Vec load_quads(const float* from, Index) { return load(from); }
+inline Vec low_halves_mixed(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }
+inline Vec high_halves_mixed(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]}; }
+inline Vec low_pairs(Vec a, Vec b) { return Vec{a[0], a[1], b[0], b[1]}; }
+inline Vec high_pairs(Vec a, Vec b) { return Vec{a[2], a[3], b[2], b[3]}; }
+
 #include <moe/kernels/product.inc>
 #include <moe/kernels/elementwise.inc>
+#include <moe/kernels/dense.inc>
 
-inline constexpr Kernels kTable = {kColumns, multiply_panel<float, float>,
-                                   multiply_panel<float, std::uint16_t>, activate, combine};
+inline constexpr Kernels kTable = {kColumns,
+                                   multiply_panel<float, float>,
+                                   multiply_panel<float, std::uint16_t>,
+                                   activate,
+                                   combine,
+                                   linear,
+                                   linear_backward_input,
+                                   linear_backward_weight};
 
 }  // namespace moe::kernels::portable

@@ -65,8 +65,8 @@ class ExpertChoiceRouter {
     Matrix<S>&z = routing.router_logits, &p = routing.router_probs;
     z.resize(tokens, experts);
     p.resize(tokens, experts);
+    router_linear(x, w_router, z, executor);
     for_each_block(tokens, executor, [&](Index begin, Index end, Index) {
-      block_logits(x, w_router, begin, end, z);
       for (Index t = begin; t < end; ++t) {
         TokenState& state = routing.plan.token_state[t];
         if (state == TokenState::valid) detail::check_logits(&z(t, 0), experts, state);

@@ -173,8 +173,7 @@ class NoisyTopKRouter {
   void logits(const ConstMatrixRef<S>& x, const Matrix<S>& w, Matrix<S>& z,
               const E& executor) const {
     z.resize(x.rows(), w.rows());
-    for_each_block(x.rows(), executor,
-                   [&](Index begin, Index end, Index) { block_logits(x, w, begin, end, z); });
+    router_linear(x, w, z, executor);
   }
 
   Options options_;

@@ -195,9 +195,7 @@ class SinkhornRouter {
     require_shape(x, x.rows(), d_model(), "SinkhornRouter::route", "x");
     begin_routing(x.rows(), num_experts(), info, routing, "SinkhornRouter::route");
     routing.router_logits.resize(x.rows(), num_experts());
-    for_each_block(x.rows(), executor, [&](Index first, Index last, Index) {
-      block_logits(x, w_router, first, last, routing.router_logits);
-    });
+    router_linear(x, w_router, routing.router_logits, executor);
   }
 
   Options options_;

@@ -184,9 +184,7 @@ class SparseMixerRouter {
     begin_routing(x.rows(), num_experts(), info, routing, "SparseMixerRouter::route");
     routing.router_logits.resize(x.rows(), num_experts());
     routing.router_probs.resize(x.rows(), num_experts());
-    for_each_block(x.rows(), executor, [&](Index first, Index last, Index) {
-      block_logits(x, w_router, first, last, routing.router_logits);
-    });
+    router_linear(x, w_router, routing.router_logits, executor);
   }
 
   // Draws the picks of training.

@@ -281,10 +281,8 @@ class TopKRouter {
   template <class X, class E>
   void logits(const X& x, Matrix<S>& z, const E& executor) const {
     z.resize(x.rows(), num_experts());
-    for_each_block(x.rows(), executor, [&](Index begin, Index end, Index) {
-      block_logits(x, w_router, begin, end, z);
-      if (b_router.size() > 0) add_bias(b_router, z.middleRows(begin, end - begin));
-    });
+    router_linear(x, w_router, z, executor);
+    if (b_router.size() > 0) add_bias(b_router, z);
   }
 
   Options options_;
