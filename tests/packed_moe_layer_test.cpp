@@ -326,6 +326,36 @@ TEST(PackedMoELayer, ARowDoesNotDependOnItsBatchOrOnTheExecutor) {
   expect_bits_of_a_row_alone<BF16>(true);
 }
 
+// Each expert alone gives what it adds; those are added up here, one fused multiply-add after the other.
+TEST(PackedMoELayer, AddsExpertsInAscendingOrder) {
+  Rng rng(13);
+  constexpr Index kExperts = 5;
+  const Layer layer = make_layer(70, 33, kExperts, kExperts, false);
+  const Matrix<float> x = draw(40, 70, rng);
+  for (const InstructionSet set : available_sets()) {
+    if (set == InstructionSet::portable) continue;  // whether it fuses is up to the compiler
+    const auto fast = pack<F32>(layer, {.instruction_set = set});
+    const Routing<float> routing = fast.route(x);
+    const Matrix<float> y = fast.forward(x, routing);
+    Matrix<float> ascending = Matrix<float>::Zero(40, 70), descending = ascending;
+    const auto add = [&](Index e, Matrix<float>& sum) {
+      const Layer alone(std::vector<Gated>{layer.experts()[std::size_t(e)]},
+                        TopKRouter<float>({.d_model = 70, .num_experts = 1, .top_k = 1}, rng));
+      const Matrix<float> output = pack<F32>(alone, {.instruction_set = set}).forward(x);
+      const DispatchPlan<float>& plan = routing.plan;
+      for (Index a = plan.expert_begin[e]; a < plan.expert_begin[e + 1]; ++a)
+        for (Index j = 0; j < 70; ++j) {
+          float& to = sum(plan.token[a], j);
+          to = std::fma(plan.gate[a], output(plan.token[a], j), to);
+        }
+    };
+    for (Index e = 0; e < kExperts; ++e) add(e, ascending);
+    for (Index e = kExperts; e-- > 0;) add(e, descending);
+    EXPECT_TRUE(same_bits(y, ascending)) << name_of(set);
+    EXPECT_FALSE(same_bits(y, descending)) << name_of(set);
+  }
+}
+
 // More rows than a product takes at once, and a depth of several blocks.
 TEST(PackedMoELayer, TakesManyRowsAndDeepProducts) {
   Rng rng(4);
