@@ -311,7 +311,7 @@ struct Products {
 // All three products of operands with strides of their own, added to or replacing `before`.
 Products multiply_with(InstructionSet set, const Matrix<float>& x, const Matrix<float>& w,
                        const Matrix<float>& d_y, const Products& before, bool add) {
-  const moe::kernels::Kernels& table = *moe::kernels::find(set);
+  const moe::kernels::DenseKernels& table = *moe::kernels::find_dense(set);
   const Index rows = x.rows(), in = x.cols(), out = w.rows();
   Strided<float> x_at(x), w_at(w), d_y_at(d_y), y_at(before.y), d_x_at(before.d_x), d_w_at(before.d_w);
   auto x_view = x_at.view(), w_view = w_at.view(), d_y_view = d_y_at.view(), y_view = y_at.view(),

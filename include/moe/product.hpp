@@ -121,8 +121,8 @@ inline void pack_panel_transposed(Index depth, Index cols, const S* b, Index b_c
 #pragma GCC diagnostic pop
 
 // The kernels for products of floats.
-inline const kernels::Kernels& float_kernels() {
-  static const kernels::Kernels& table = *kernels::find(best_instruction_set());
+inline const kernels::DenseKernels& float_kernels() {
+  static const kernels::DenseKernels& table = *kernels::find_dense(best_instruction_set());
   return table;
 }
 

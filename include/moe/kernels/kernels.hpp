@@ -64,11 +64,12 @@ struct Kernels {
   /// null: no bias, gates of 1.
   void (*combine)(Index rows, Index count, const float* c, const float* bias, const Index* token,
                   const float* gate, float* y, Index y_stride);
+};
 
-  // Products of matrices as they lie, rows `..._stride` apart, for layers that are trained: weights are packed
-  // on the way. `in` is contracted by linear, `out` by linear_backward_input, `rows` by
-  // linear_backward_weight; none is 0.
-
+/// Products of matrices as they lie, rows `..._stride` apart, for layers that are not packed: weights are packed
+/// on the way. `in` is contracted by linear, `out` by linear_backward_input, `rows` by linear_backward_weight;
+/// none is 0. In a table of their own, so that who packs no layer compiles nothing else.
+struct DenseKernels {
   /// y [rows, out] = x [rows, in] * w^T, w [out, in]; or, where `add`, added to y.
   void (*linear)(Index rows, Index in, Index out, const float* x, Index x_stride, const float* w,
                  Index w_stride, float* y, Index y_stride, bool add);
