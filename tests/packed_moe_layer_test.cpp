@@ -99,9 +99,9 @@ Matrix<double> expected_output(const Layer& layer, const Matrix<float>& x,
   const auto weight = [round](float w) { return round ? rounded(w) : double(w); };
   const auto widen = [&](auto experts) {
     std::vector<AnyDouble> wide;
-    for (const Any& e : experts)
+    for (const auto& e : experts)
       wide.push_back(std::visit([&](const auto& kind) { return AnyDouble(in_double(kind, weight)); },
-                                e.get()));
+                                Any(e).get()));
     return wide;
   };
   return reference::layer_output<double>(
@@ -112,7 +112,8 @@ Matrix<double> expected_output(const Layer& layer, const Matrix<float>& x,
 
 std::vector<InstructionSet> available_sets() {
   std::vector<InstructionSet> sets;
-  for (const auto set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512})
+  for (const auto set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512,
+                         InstructionSet::amx})
     if (is_available(set)) sets.push_back(set);
   return sets;
 }
@@ -194,10 +195,12 @@ TEST(PackedMoELayer, IsTheLayerInDouble) {
   RecordProperty("worst_bf16", std::to_string(worst_bf16));
 }
 
-bool has_dot_product() {
-  return kernels::find_dot(best_instruction_set()) != nullptr;
+// Sets that have products with rounded activations.
+std::vector<InstructionSet> sets_with_dot_products() {
+  std::vector<InstructionSet> sets = available_sets();
+  std::erase_if(sets, [](InstructionSet set) { return kernels::find_dot(set, true) == nullptr; });
+  return sets;
 }
-constexpr PackOptions kDot = {.bf16_dot_product = true};
 
 // An expert's hidden values in double from x and weights that are rounded already.
 template <class S, class A>
@@ -217,7 +220,7 @@ Vector<S> hidden_of(const GatedFeedForward<S, U>& e, const Vector<S>& x) {
 // The reference rounds x, the weights and hidden values. A hidden value between two bfloat16 may go either
 // way; rows that have such a value are left out, and they are not many.
 TEST(PackedMoELayer, TheDotProductIsTheLayerInDoubleWithRoundedActivations) {
-  if (!has_dot_product()) GTEST_SKIP() << "no AVX-512 BF16";
+  if (sets_with_dot_products().empty()) GTEST_SKIP() << "no AVX-512 BF16";
   Rng rng(11);
   const int count = kSanitized ? 60 : 1000;
   Index compared = 0, rows = 0;
@@ -236,7 +239,6 @@ TEST(PackedMoELayer, TheDotProductIsTheLayerInDoubleWithRoundedActivations) {
     fill_normal(x, 1.0, rng);
     const Routing<float> routing = layer.route(x, {}, Sequential{});
     const DispatchPlan<float>& plan = routing.plan;
-    const Matrix<float> y = pack<BF16>(layer, kDot).forward(x, routing, Sequential{});
     Matrix<double> expected = Matrix<double>::Zero(tokens, d_model);
     std::vector<bool> sure(std::size_t(tokens), true);
     for (Index e = 0; e < experts; ++e)
@@ -264,8 +266,15 @@ TEST(PackedMoELayer, TheDotProductIsTheLayerInDoubleWithRoundedActivations) {
       ++rows;
       if (!sure[std::size_t(t)]) continue;
       ++compared;
-      ASSERT_LE(relative_error(y.row(t).cast<double>().eval(), expected.row(t).eval(), 1e-3), 1e-5)
-          << "configuration " << i << ", token " << t;
+    }
+    for (const InstructionSet set : sets_with_dot_products()) {
+      const auto fast = pack<BF16>(layer, {.instruction_set = set, .bf16_dot_product = true});
+      const Matrix<double> y = fast.forward(x, routing, Sequential{}).cast<double>();
+      for (Index t = 0; t < tokens; ++t) {
+        if (!sure[std::size_t(t)]) continue;
+        ASSERT_LE(relative_error(y.row(t).eval(), expected.row(t).eval(), 1e-3), 1e-5)
+            << "configuration " << i << ", token " << t << ", " << name_of(set);
+      }
     }
   }
   EXPECT_GT(2 * compared, rows);
@@ -307,7 +316,7 @@ void expect_bits_of_a_row_alone(bool dot = false) {
   const Layer layer = make_layer(83, 57, 6, 2);
   const Matrix<float> x = draw(257, 83, rng);
   for (const InstructionSet set : available_sets()) {
-    if (dot && kernels::find_dot(set) == nullptr) continue;
+    if (dot && kernels::find_dot(set, true) == nullptr) continue;
     const auto fast = pack<Format>(layer, {.instruction_set = set, .bf16_dot_product = dot});
     const Routing<float> routing = fast.route(x);
     const Matrix<float> y = fast.forward(x, BatchInfo{}, Sequential{});
@@ -356,20 +365,57 @@ TEST(PackedMoELayer, AddsExpertsInAscendingOrder) {
   }
 }
 
-// More rows than a product takes at once, and a depth of several blocks.
+// More rows than a product takes at once, and a depth of several blocks and a rest.
 TEST(PackedMoELayer, TakesManyRowsAndDeepProducts) {
   Rng rng(4);
-  const Layer layer = make_layer(1100, 24, 1, 1, false);
-  const Matrix<float> x = draw(2 * kernels::kMaxRows + 31, 1100, rng);
-  const Matrix<float> expected = layer.forward(x);
-  for (const InstructionSet set : available_sets()) {
-    const auto fast = pack<F32>(layer, {.instruction_set = set});
-    const Matrix<float> y = fast.forward(x);
-    EXPECT_LE(relative_error(y, expected), 1e-5) << name_of(set);
-    EXPECT_TRUE(same_bits(fast.forward(x.row(400)), y.row(400))) << name_of(set);
-    const auto rounded = pack<BF16>(layer, {.instruction_set = set});
-    EXPECT_TRUE(same_bits(rounded.forward(x.row(400)), rounded.forward(x).row(400)))
-        << name_of(set);
+  for (const Index d_model : {1100, 2127}) {
+    const Layer layer = make_layer(d_model, 24, 1, 1, false);
+    const Matrix<float> x = draw(2 * kernels::kMaxRows + 31, d_model, rng);
+    const Matrix<double> exact = expected_output(layer, x, layer.route(x), false);
+    const Matrix<double> rounded = expected_output(layer, x, layer.route(x), true);
+    const auto check = [&](const auto& fast, const Matrix<double>& expected, double tolerance) {
+      const Matrix<float> y = fast.forward(x);
+      EXPECT_LE(relative_error(y.cast<double>().eval(), expected), tolerance)
+          << name_of(fast.instruction_set());
+      for (const Index t : {0, 95, 400})
+        EXPECT_TRUE(same_bits(fast.forward(x.row(t)), y.row(t)))
+            << name_of(fast.instruction_set()) << ", token " << t;
+    };
+    for (const InstructionSet set : available_sets()) {
+      check(pack<F32>(layer, {.instruction_set = set}), exact, 1e-5);
+      check(pack<BF16>(layer, {.instruction_set = set}), rounded, 1e-5);
+    }
+    for (const InstructionSet set : sets_with_dot_products())
+      check(pack<BF16>(layer, {.instruction_set = set, .bf16_dot_product = true}), rounded, 1e-2);
+  }
+}
+
+// Exact products of weights in bfloat16 take every bit of an activation, and what is not finite stays so.
+TEST(PackedMoELayer, AmxTakesFloatsWhole) {
+  const kernels::DotKernels* const amx = kernels::find_dot(InstructionSet::amx, false);
+  if (amx == nullptr) GTEST_SKIP() << "no AMX";
+  ASSERT_EQ(amx->parts, 3);
+  constexpr Index kCount = 21, kWidth = 32;
+  Rng rng(14);
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (int i = 0; i < 1000; ++i) {
+    float from[kCount];
+    for (float& v : from) v = std::ldexp(float(rng.uniform(-2, 2)), int(rng.index(200)) - 90);
+    from[3] = std::numeric_limits<float>::max();
+    from[5] = -infinity;
+    from[7] = std::bit_cast<float>(0x7F800001u);  // a NaN whose first half alone is infinity
+    from[11] = -0.0f;
+    std::uint16_t to[3 * kWidth];
+    std::memset(to, 0xFF, sizeof to);
+    amx->split(kCount, from, to, kWidth);
+    for (Index j = 0; j < kWidth; ++j) {
+      const auto part = [&](Index p) {
+        return double(std::bit_cast<float>(std::uint32_t(to[p * kWidth + j]) << 16));
+      };
+      const double expected = j < kCount ? double(from[j]) : 0.0;
+      EXPECT_TRUE(part(0) + part(1) + part(2) == expected || (j == 7 && std::isnan(part(0)))) << j;
+      EXPECT_TRUE((j != 5 && j != 7) || (part(1) == 0 && part(2) == 0)) << j;
+    }
   }
 }
 

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cassert>
+#include <cstddef>
 #include <initializer_list>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -12,6 +14,26 @@
 
 // Storage that is reused from call to call.
 namespace moe {
+
+namespace detail {
+
+// Memory that begins with a cache line, whatever flags Eigen's alignment follows.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kAlign{std::max<std::size_t>(64, alignof(T))};
+
+  LineAllocator() = default;
+  template <class U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(std::size_t n) {
+    return static_cast<T*>(::operator new(n * sizeof(T), kAlign));
+  }
+  void deallocate(T* p, std::size_t) { ::operator delete(p, kAlign); }
+  friend bool operator==(const LineAllocator&, const LineAllocator&) { return true; }
+};
+
+}  // namespace detail
 
 /// A contiguous array whose memory only grows: resizing within capacity() never allocates, and keeps
 /// what the memory held. New elements of a larger capacity are value-initialised. A copy holds the
@@ -86,7 +108,7 @@ class Buffer {
   }
 
  private:
-  std::vector<T, Eigen::aligned_allocator<T>> storage_;
+  std::vector<T, detail::LineAllocator<T>> storage_;
   Index size_ = 0;
 };
 

@@ -21,9 +21,9 @@ namespace moe {
 struct PackOptions {
   /// Whose kernels to use; the best that the processor has, where it is not named.
   std::optional<InstructionSet> instruction_set{};
-  /// Rounds activations to bfloat16 too, x and what stands between an expert's products, and multiplies by the
-  /// dot product of AVX-512 BF16. Less exact. Of the peak of floats it has twice on AMD Zen 4 and 5, half on
-  /// Intel Sapphire Rapids: measure. For weights in BF16 and experts with a packed form.
+  /// Rounds activations to bfloat16 too, x and what stands between an expert's products, and multiplies by AMX
+  /// or the dot product of AVX-512 BF16. Less exact. Of the peak of floats the latter has twice on AMD Zen 4
+  /// and 5, half on Intel Sapphire Rapids: measure. For weights in BF16 and experts with a packed form.
   bool bf16_dot_product = false;
 };
 
@@ -45,8 +45,8 @@ struct PackedWorkspace : LayerWorkspace<float> {
   Buffer<Index> touched;       ///< experts that have rows, ascending
   Buffer<Index> hidden_begin;  ///< first value of an expert's hidden rows [num_experts + 1]
   Buffer<float> hidden;        ///< hidden rows, expert by expert
-  Buffer<float> products;      ///< a tile of results for each worker
-  Buffer<std::uint16_t> rounded_x, rounded_hidden;  ///< in bfloat16, for the dot product
+  Buffer<float> products;      ///< what a worker multiplies now
+  Buffer<std::uint16_t> parts;  ///< the rows for that, where they are in bfloat16
 };
 
 /// The inference form of a MoELayer<E, R>: same router, same plan, same semantics; weights in `Format`
@@ -74,10 +74,11 @@ class PackedMoELayer {
     if (options.bf16_dot_product) {
       require(kHalf && PackableExpert<E>,
               "pack: bf16_dot_product = true, but the weights are not packed as BF16, expected false");
-      dot_ = kernels::find_dot(set_);
-      require(dot_ != nullptr, "pack: bf16_dot_product = true, but this processor has none for ",
-              name_of(set_), ", expected false");
+      require(kernels::find_dot(set_, true) != nullptr,
+              "pack: bf16_dot_product = true, but this processor has none for ", name_of(set_),
+              ", expected false");
     }
+    if constexpr (kHalf) dot_ = kernels::find_dot(set_, options.bf16_dot_product);
     require(parts_.num_shared_experts >= 0, "pack: num_shared_experts = ",
             parts_.num_shared_experts, ", expected at least 0");
     if (parts_.w_shared_gate.size() > 0)
@@ -162,6 +163,8 @@ class PackedMoELayer {
 
  private:
   static constexpr bool kHalf = std::is_same_v<Format, BF16>;
+  static constexpr Index kMostPanels = 8;  // that a task takes
+  using Rows = kernels::Rows<float>;
   using Held = std::conditional_t<PackableExpert<E>, PackedExpert<Format>, E>;
 
   void add(Index e, const E& expert) {
@@ -185,22 +188,12 @@ class PackedMoELayer {
     y.resize(x.rows(), d_model());
     if constexpr (PackableExpert<E>) {
       if (plan.gate_side == GateSide::input) dispatch(x, plan, workspace.x_rows, executor);
-      workspace.products.resize(executor.concurrency() * kernels::kMaxRows * kernels_->columns);
       list_tasks(plan, executor.concurrency(), workspace);
-      const bool scaled = plan.gate_side == GateSide::input;
-      const kernels::Rows<float> rows =
-          scaled ? kernels::Rows<float>{workspace.x_rows.row(0), d_model(), nullptr}
-                 : kernels::Rows<float>{x.data(), x.outerStride(), plan.token.data()};
-      if constexpr (kHalf) {
-        if (dot_ != nullptr) {
-          const Index count = scaled ? plan.num_assignments() : plan.num_tokens;
-          first_products(round_rows(rows, count, workspace.rounded_x, executor), plan, workspace,
-                         workspace.rounded_hidden, executor);
-          return second_products(x, plan, y, workspace, workspace.rounded_hidden, executor);
-        }
-      }
-      first_products(rows, plan, workspace, workspace.hidden, executor);
-      second_products(x, plan, y, workspace, workspace.hidden, executor);
+      first_products(plan.gate_side == GateSide::input
+                         ? Rows{workspace.x_rows.row(0), d_model(), nullptr}
+                         : Rows{x.data(), x.outerStride(), plan.token.data()},
+                     plan, workspace, executor);
+      second_products(x, plan, y, workspace, executor);
     } else {
       dispatch(x, plan, workspace.x_rows, executor);
       run_experts(std::span<const E>(experts_), plan, workspace.x_rows, workspace.y_rows,
@@ -211,23 +204,23 @@ class PackedMoELayer {
     }
   }
 
-  // `count` rows of d_model in bfloat16, padded to an even width; the index stays.
-  template <class Ex>
-  kernels::Rows<std::uint16_t> round_rows(const kernels::Rows<float>& x, Index count,
-                                          Buffer<std::uint16_t>& rounded, const Ex& executor) const {
-    const Index stride = d_model() + d_model() % 2;
-    rounded.resize(count * stride);
-    for_each_block(count, executor, [&](Index begin, Index end, Index) {
-      for (Index i = begin; i < end; ++i) {
-        dot_->round(d_model(), x.data + i * x.stride, rounded.data() + i * stride);
-        if (stride > d_model()) rounded[i * stride + d_model()] = 0;
-      }
-    });
-    return {rounded.data(), stride, x.index};
+  // Rows that a task takes at most. A token is with an expert once, as a rule.
+  Index most_rows(const DispatchPlan<float>& plan) const {
+    return std::clamp<Index>(plan.num_tokens, 1, dot_ ? kernels::kMaxDotRows : kernels::kMaxRows);
+  }
+  // Panels of the second product that a task takes.
+  Index down_group(Index concurrency) const {
+    const Index panels = (d_model() + kernels_->columns - 1) / kernels_->columns;
+    // A task brings its rows into bfloat16 for itself.
+    return dot_ ? std::clamp<Index>(panels / (4 * concurrency), 1, kMostPanels)
+                : std::clamp<Index>(panels / (8 * concurrency), 1, kMostPanels / 2);
   }
 
-  // Lists the tasks (expert, block of its rows, some of its panels), the dearest first.
+  // Lists the tasks of the first product (expert, block of its rows, some of its panels), the dearest first,
+  // and makes room for all that they need.
   void list_tasks(const DispatchPlan<float>& plan, Index concurrency, Workspace& w) const {
+    const Index most = most_rows(plan);
+    const auto blocks_of = [&](Index e) { return (plan.rows_of(e) + most - 1) / most; };
     Index units = 0, hidden = 0, widest = 0, panels = 0;
     w.hidden_begin.resize(plan.num_experts());
     w.touched.reserve(plan.num_experts());
@@ -235,103 +228,123 @@ class PackedMoELayer {
     for (Index e = 0; e < plan.num_experts(); ++e) {
       const PackedExpert<Format>& expert = experts_[std::size_t(e)];
       if (plan.rows_of(e) > 0) w.touched.push_back(e);
-      units += (plan.rows_of(e) + kernels::kMaxRows - 1) / kernels::kMaxRows * expert.up_panels();
+      units += blocks_of(e) * expert.up_panels();
       w.hidden_begin[e] = hidden;
       hidden += plan.rows_of(e) * hidden_stride(expert);
       widest = std::max(widest, hidden_stride(expert));
       panels = std::max(panels, expert.up_panels());
     }
-    const auto make_room = [&](auto& rows) {
-      rows.reserve(plan.token.capacity() * widest);
-      rows.resize(hidden);
-    };
-    if (dot_ != nullptr) make_room(w.rounded_hidden);
-    else make_room(w.hidden);
-    const Index blocks = plan.num_experts() + plan.token.capacity() / kernels::kMaxRows;
-    w.tasks.reserve(blocks * panels);
-    const Index group = std::clamp<Index>(units / (16 * concurrency), 1, 8);
+    w.hidden.reserve(plan.token.capacity() * widest);
+    w.hidden.resize(hidden);
+    w.products.resize(concurrency * products_size(most));
+    if (dot_) w.parts.resize(concurrency * most * parts_stride(std::max(d_model(), widest)));
+    w.tasks.reserve((plan.num_experts() + plan.token.capacity() / most) * panels);
+    const Index group = std::clamp<Index>(units / (16 * concurrency), 1, kMostPanels);
     w.tasks.clear();
     for (const Index e : w.touched) {
       const PackedExpert<Format>& expert = experts_[std::size_t(e)];
-      for (Index begin = 0; begin < plan.rows_of(e); begin += kernels::kMaxRows) {
-        const Index rows = std::min(kernels::kMaxRows, plan.rows_of(e) - begin);
-        for (Index panel = 0; panel < expert.up_panels(); panel += group) {
+      const Index blocks = blocks_of(e);
+      for (Index panel = 0; panel < expert.up_panels(); panel += group)
+        for (Index block = 0; block < blocks; ++block) {
+          const Index begin = block * plan.rows_of(e) / blocks;
+          const Index rows = (block + 1) * plan.rows_of(e) / blocks - begin;
           const Index end = std::min(expert.up_panels(), panel + group);
           w.tasks.push_back({e, begin, rows, panel, end, (end - panel) * std::max<Index>(rows, 8)});
         }
-      }
     }
+    // Blocks of the same panels one after the other.
     std::sort(w.tasks.begin(), w.tasks.end(), [](const auto& a, const auto& b) {
       if (a.cost != b.cost) return a.cost > b.cost;
       if (a.expert != b.expert) return a.expert < b.expert;
-      if (a.begin != b.begin) return a.begin < b.begin;
-      return a.panel_begin < b.panel_begin;
+      if (a.panel_begin != b.panel_begin) return a.panel_begin < b.panel_begin;
+      return a.begin < b.begin;
     });
   }
 
   static Index hidden_stride(const PackedExpert<Format>& expert) {
     return expert.up_panels() * expert.hidden_columns();
   }
-
-  void multiply(Index rows, Index depth, const kernels::Rows<float>& x, const float* panel,
-                float* c, const float* next) const {
-    kernels_->multiply(rows, depth, x, panel, c, next);
+  // Floats of a worker's products.
+  Index products_size(Index rows) const {
+    return (dot_ ? kMostPanels : 1) * rows * kernels_->columns;
   }
-  void multiply(Index rows, Index depth, const kernels::Rows<float>& x, const std::uint16_t* panel,
-                float* c, const std::uint16_t* next) const {
-    kernels_->multiply_bf16(rows, depth, x, panel, c, next);
-  }
-  void multiply(Index rows, Index depth, const kernels::Rows<std::uint16_t>& x,
-                const std::uint16_t* panel, float* c, const std::uint16_t* next) const {
-    dot_->multiply(rows, depth, x, panel, c, next);
+  // From one row in bfloat16 to the next: an odd number of cache lines, which spreads rows over the cache.
+  Index parts_stride(Index depth) const {
+    const Index lines = dot_->parts * ((std::min(depth, kernels::kDotDepth) + 31) / 32);
+    return 32 * (lines + 1 - lines % 2);
   }
 
-  // A tile of products becomes hidden values.
-  void activate(const PackedExpert<Format>& expert, Index panel, Index rows, float* c, float* hidden) const {
-    kernels_->activate(expert.activation(), rows, c, expert.up_bias(panel),
-                       hidden + panel * expert.hidden_columns(), hidden_stride(expert));
+  // Multiplies rows of x by the panels [begin, end), panel(i) each, and calls use(i, c) with every product c
+  // [rows, columns]. `next` is the panel that this worker will read after these.
+  template <class Panel, class Use>
+  void multiply(Index rows, Index depth, const Rows& x, Index begin, Index end, const Panel& panel,
+                const typename Format::Weight* next, float* c, [[maybe_unused]] std::uint16_t* parts,
+                const Use& use) const {
+    if constexpr (kHalf) {
+      if (dot_ != nullptr) {
+        const Index columns = kernels_->columns, size = rows * columns;
+        for (Index p = 0; p < depth; p += kernels::kDotDepth) {
+          const Index deep = std::min(kernels::kDotDepth, depth - p), after = p + deep;
+          const kernels::Parts of{parts, parts_stride(deep), (deep + 31) / 32 * 32};
+          for (Index i = 0; i < rows; ++i)
+            dot_->split(deep, x.row(i) + p, parts + i * of.stride, of.width);
+          for (Index i = begin; i < end; ++i)
+            dot_->multiply(rows, deep, of, panel(i) + p * columns, c + (i - begin) * size, p > 0,
+                           i + 1 < end     ? panel(i + 1) + p * columns
+                           : after < depth ? panel(begin) + after * columns
+                                           : next);
+        }
+        for (Index i = begin; i < end; ++i) use(i, c + (i - begin) * size);
+        return;
+      }
+    }
+    for (Index i = begin; i < end; ++i) {
+      const auto* const after = i + 1 < end ? panel(i + 1) : next;
+      if constexpr (kHalf) kernels_->multiply_bf16(rows, depth, x, panel(i), c, after);
+      else kernels_->multiply(rows, depth, x, panel(i), c, after);
+      use(i, c);
+    }
   }
-  void activate(const PackedExpert<Format>& expert, Index panel, Index rows, float* c,
-                std::uint16_t* hidden) const {
-    kernels_->activate(expert.activation(), rows, c, expert.up_bias(panel), c, kernels_->columns);
-    for (Index i = 0; i < rows; ++i)
-      dot_->round(expert.hidden_columns(), c + i * kernels_->columns,
-                  hidden + panel * expert.hidden_columns() + i * hidden_stride(expert));
+  float* products_of(Index worker, const DispatchPlan<float>& plan, Workspace& w) const {
+    return w.products.data() + worker * products_size(most_rows(plan));
+  }
+  std::uint16_t* parts_of(Index worker, Index concurrency, Workspace& w) const {
+    return w.parts.data() + worker * (w.parts.size() / concurrency);
   }
 
   // hidden = activation(x * up + bias); x holds a row for every assignment.
-  template <class T, class Ex>
-  void first_products(const kernels::Rows<T>& x, const DispatchPlan<float>& plan, Workspace& w,
-                      Buffer<T>& hidden, const Ex& executor) const {
+  template <class Ex>
+  void first_products(const Rows& x, const DispatchPlan<float>& plan, Workspace& w,
+                      const Ex& executor) const {
+    const Index workers = executor.concurrency();
     executor.for_each(w.tasks.size(), [&](Index i, Index worker) {
       const auto& task = w.tasks[i];
       const PackedExpert<Format>& expert = experts_[std::size_t(task.expert)];
-      const kernels::Rows<T> rows = x.from(plan.expert_begin[task.expert] + task.begin);
-      float* const c = w.products.data() + worker * kernels::kMaxRows * kernels_->columns;
-      T* const to = hidden.data() + w.hidden_begin[task.expert] + task.begin * hidden_stride(expert);
+      const Index stride = hidden_stride(expert), columns = expert.hidden_columns();
+      float* const hidden = w.hidden.data() + w.hidden_begin[task.expert] + task.begin * stride;
       // Workers take tasks in turn, so the one after next is probably this worker's.
-      const auto& after = w.tasks[std::min(i + executor.concurrency(), w.tasks.size() - 1)];
-      for (Index panel = task.panel_begin; panel < task.panel_end; ++panel) {
-        const auto* const next = panel + 1 < task.panel_end
-                                     ? expert.up_panel(panel + 1)
-                                     : experts_[std::size_t(after.expert)].up_panel(after.panel_begin);
-        multiply(task.rows, d_model(), rows, expert.up_panel(panel), c, next);
-        activate(expert, panel, task.rows, c, to);
-      }
+      const auto& after = w.tasks[std::min(i + workers, w.tasks.size() - 1)];
+      multiply(
+          task.rows, d_model(), x.from(plan.expert_begin[task.expert] + task.begin), task.panel_begin,
+          task.panel_end, [&](Index panel) { return expert.up_panel(panel); },
+          experts_[std::size_t(after.expert)].up_panel(after.panel_begin),
+          products_of(worker, plan, w), parts_of(worker, workers, w), [&](Index panel, const float* c) {
+            kernels_->activate(expert.activation(), task.rows, c, expert.up_bias(panel),
+                               hidden + panel * columns, stride);
+          });
     });
   }
 
   // y = the sum over experts, ascending, of gate * (hidden * down + bias). A task owns some columns of
   // the output for some tokens, so it adds without asking anybody.
-  template <class T, class Ex>
+  template <class Ex>
   void second_products(const ConstMatrixRef<float>& x, const DispatchPlan<float>& plan,
-                       Matrix<float>& y, Workspace& w, const Buffer<T>& hidden,
-                       const Ex& executor) const {
+                       Matrix<float>& y, Workspace& w, const Ex& executor) const {
+    const Index workers = executor.concurrency(), most = most_rows(plan);
     const Index columns = kernels_->columns, panels = (d_model() + columns - 1) / columns;
-    const Index wanted = 8 * executor.concurrency();
-    const Index group = std::clamp<Index>(panels / wanted, 1, 4);
-    const Index groups = (panels + group - 1) / group;
-    const Index blocks = std::clamp<Index>(plan.num_tokens / 256, 1, std::max<Index>(1, wanted / groups));
+    const Index group = down_group(workers), groups = (panels + group - 1) / group;
+    const Index blocks = std::clamp<Index>(plan.num_tokens / 256, 1,
+                                           std::max<Index>(1, (dot_ ? 4 : 8) * workers / groups));
     const Index block = (plan.num_tokens + blocks - 1) / blocks;
     executor.for_each(plan.num_tokens > 0 ? groups * blocks : 0, [&](Index task, Index worker) {
       const Index token_begin = task / groups * block;
@@ -340,7 +353,6 @@ class PackedMoELayer {
       const Index panel_end = std::min(panels, panel_begin + group);
       begin_output(x, plan, token_begin, token_end, panel_begin * columns,
                    std::min(d_model(), panel_end * columns), y);
-      float* const c = w.products.data() + worker * kernels::kMaxRows * columns;
       const Index* const token = plan.token.data();
       for (Index i = 0; i < w.touched.size(); ++i) {
         const Index e = w.touched[i];
@@ -350,20 +362,20 @@ class PackedMoELayer {
         const PackedExpert<Format>& expert = experts_[std::size_t(e)];
         const Index stride = hidden_stride(expert);
         const Index after = w.touched[i + 1 < w.touched.size() ? i + 1 : 0];
-        for (Index panel = panel_begin; panel < panel_end; ++panel) {
-          const auto* const next = panel + 1 < panel_end
-                                       ? expert.down_panel(panel + 1)
-                                       : experts_[std::size_t(after)].down_panel(panel_begin);
-          for (Index a = begin; a < end; a += kernels::kMaxRows) {
-            const Index rows = std::min(kernels::kMaxRows, end - a);
-            const T* const from = hidden.data() + w.hidden_begin[e] + (a - expert_begin) * stride;
-            multiply(rows, expert.d_ff(), kernels::Rows<T>{from, stride, nullptr},
-                     expert.down_panel(panel), c, next);
-            kernels_->combine(rows, std::min(columns, d_model() - panel * columns), c,
-                              expert.down_bias(panel), token + a,
-                              plan.gate_side == GateSide::output ? plan.gate.data() + a : nullptr,
-                              y.data() + panel * columns, y.outerStride());
-          }
+        for (Index a = begin; a < end; a += most) {
+          const Index rows = std::min(most, end - a);
+          const PackedExpert<Format>& then = a + most < end ? expert : experts_[std::size_t(after)];
+          multiply(
+              rows, expert.d_ff(),
+              Rows{w.hidden.data() + w.hidden_begin[e] + (a - expert_begin) * stride, stride, nullptr},
+              panel_begin, panel_end, [&](Index panel) { return expert.down_panel(panel); },
+              then.down_panel(panel_begin), products_of(worker, plan, w), parts_of(worker, workers, w),
+              [&](Index panel, const float* c) {
+                kernels_->combine(rows, std::min(columns, d_model() - panel * columns), c,
+                                  expert.down_bias(panel), token + a,
+                                  plan.gate_side == GateSide::output ? plan.gate.data() + a : nullptr,
+                                  y.data() + panel * columns, y.outerStride());
+              });
         }
       }
       for (Index t = token_begin; parts_.b_output.size() > 0 && t < token_end; ++t)
@@ -391,7 +403,7 @@ class PackedMoELayer {
 
   InstructionSet set_;
   const kernels::Kernels* kernels_;
-  const kernels::DotKernels* dot_ = nullptr;  // where activations are rounded
+  const kernels::DotKernels* dot_ = nullptr;  // multiplies, where it is there, in place of kernels_
   PackedParts<R> parts_;
   std::vector<Held> experts_;  // routed, then shared
 };

@@ -46,16 +46,24 @@ inline __attribute__((always_inline)) void steps(const std::uint16_t* const (&ro
 
 #include <moe/kernels/product.inc>
 
-inline void round(Index count, const float* from, std::uint16_t* to) {
-  for (Index i = 0; i < count; i += kLanes) {
+inline void multiply(Index rows, Index depth, const Parts& x, const std::uint16_t* panel, float* c,
+                     bool add, const std::uint16_t* next) {
+  multiply_panel(rows, depth, Rows<std::uint16_t>{x.data, x.stride, nullptr}, panel, c, next, add);
+}
+
+// To nearest, ties to even.
+inline void round(Index count, const float* from, std::uint16_t* to, Index width) {
+  for (Index i = 0; i < width; i += kLanes) {
     const Index left = count - i;
-    const __mmask16 there = left < kLanes ? __mmask16((1u << left) - 1) : __mmask16(0xFFFF);
+    const __mmask16 there = left >= kLanes ? avx512::kAll
+                            : left > 0     ? __mmask16((1u << left) - 1)
+                                           : __mmask16(0);
     const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, from + i));
-    _mm256_mask_storeu_epi16(to + i, there, (__m256i)rounded);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)rounded);
   }
 }
 
-inline constexpr DotKernels kTable = {multiply_panel<std::uint16_t, std::uint16_t>, round};
+inline constexpr DotKernels kTable = {1, round, multiply};
 
 }  // namespace moe::kernels::avx512_bf16
 

@@ -33,6 +33,7 @@ struct Rows {
   Index stride;
   const Index* index;
 
+  const T* row(Index i) const { return data + stride * (index ? index[i] : i); }
   /// The rows from row i on.
   Rows from(Index i) const {
     return index ? Rows{data, stride, index + i} : Rows{data + i * stride, stride, nullptr};
@@ -81,14 +82,24 @@ struct DenseKernels {
                                  const float* x, Index x_stride, float* d_w, Index d_w_stride);
 };
 
-/// Products with activations in bfloat16 too, by an instruction that multiplies pairs and adds both products
+/// Rows of activations in bfloat16: row i begins at data + i * stride, its parts are `width` apart.
+struct Parts {
+  const std::uint16_t* data;
+  Index stride, width;
+};
+
+/// Rows and depth that such a product takes at a time: what it reads of them then stays in the second cache.
+inline constexpr Index kMaxDotRows = 96, kDotDepth = 2048;
+
+/// Products of weights in bfloat16 by an instruction that multiplies pairs of bfloat16 and adds both products
 /// to a float. It takes numbers below the normal ones as zero.
 struct DotKernels {
-  /// c [rows, columns] = x * panel, as Kernels::multiply. Rows of x are padded with a zero to an even depth.
-  void (*multiply)(Index rows, Index depth, const Rows<std::uint16_t>& x, const std::uint16_t* panel,
-                   float* c, const std::uint16_t* next);
-  /// to[i] = from[i] in bfloat16, to nearest, ties to even.
-  void (*round)(Index count, const float* from, std::uint16_t* to);
+  Index parts;  ///< bfloat16 numbers whose sum stands for a float: one is rounded, three are exact
+  /// to [parts, width] = the parts of from [count] and zeros behind them; width is a multiple of 32.
+  void (*split)(Index count, const float* from, std::uint16_t* to, Index width);
+  /// c [rows, columns] = x * panel or, where `add`, added to c; `next` as in Kernels::multiply.
+  void (*multiply)(Index rows, Index depth, const Parts& x, const std::uint16_t* panel, float* c,
+                   bool add, const std::uint16_t* next);
 };
 
 }  // namespace moe::kernels
