@@ -50,8 +50,6 @@ inline Vec second_of(Pair pair) {
   return _mm256_castsi256_ps(_mm256_and_si256(pair.bits, _mm256_set1_epi32(int(0xFFFF0000))));
 }
 
-inline void prefetch(const void* line) { __builtin_prefetch(line, 0, 3); }
-
 inline Vec load_quads(const float* from, Index stride) {
   return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)),
                               _mm_loadu_ps(from + 4 * stride), 1);

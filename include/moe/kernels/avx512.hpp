@@ -53,8 +53,6 @@ inline Vec second_of(Pair pair) {
   return _mm512_castsi512_ps(_mm512_and_si512(pair.bits, _mm512_set1_epi32(int(0xFFFF0000))));
 }
 
-inline void prefetch(const void* line) { __builtin_prefetch(line, 0, 3); }
-
 inline Vec load_quads(const float* from, Index stride) {
   const Vec a = _mm512_castps128_ps512(_mm_loadu_ps(from));
   const Vec b = _mm512_maskz_insertf32x4(kAll, a, _mm_loadu_ps(from + 4 * stride), 1);

@@ -49,8 +49,6 @@ inline Pair load_pair(const std::uint16_t* from) {
 inline Vec first_of(Pair pair) { return Vec(pair.bits << 16); }
 inline Vec second_of(Pair pair) { return Vec(pair.bits & std::int32_t(0xFFFF0000)); }
 
-inline void prefetch(const void* line) { __builtin_prefetch(line, 0, 3); }
-
 inline Vec load_quads(const float* from, Index) { return load(from); }
 inline Vec low_halves_mixed(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }
 inline Vec high_halves_mixed(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]}; }
