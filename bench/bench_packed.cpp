@@ -297,19 +297,21 @@ double mean(const std::vector<double>& values) {
 // What the machine does around a row.
 class Machine {
  public:
-  Machine(const Shape& shape, InstructionSet set, bool dot, int threads)
-      : set_(set), dot_(dot), threads_(threads), megabytes_(shape.tiny ? 8 : 512) {}
+  Machine(const Shape& shape, InstructionSet set, Weights weights, int threads)
+      : set_(set), weights_(weights), threads_(threads), megabytes_(shape.tiny ? 8 : 512) {}
   void probe() {
     bandwidth_.push_back(bench::bandwidth(threads_, megabytes_));
     if (peak_.size() < 6)
-      peak_.push_back(dot_ ? bench::peak_dot_flops(threads_) : bench::peak_flops(set_, threads_));
+      peak_.push_back(weights_ == Weights::f32
+                          ? bench::peak_flops(set_, threads_)
+                          : bench::peak_bf16_flops(set_, weights_ == Weights::bf16_dot, threads_));
   }
   double bandwidth() const { return mean(bandwidth_); }
   double peak() const { return mean(peak_); }
 
  private:
   InstructionSet set_;
-  bool dot_;
+  Weights weights_;
   int threads_;
   Index megabytes_;
   std::vector<double> bandwidth_, peak_;
@@ -400,7 +402,7 @@ void run_row(benchmark::State& state, const Shape& shape, Weights weights, Index
 
   // A layer that a cache could hold is driven out of it by reading the probe's buffer.
   const bool evict = layer.memory_bytes() < (std::size_t(1) << 29) && !shape.tiny;
-  Machine machine(shape, layer.instruction_set(), weights == Weights::bf16_dot, threads);
+  Machine machine(shape, layer.instruction_set(), weights, threads);
   machine.probe();
   const std::size_t ours = skewed ? 2 : 1;
   for (std::size_t i = 0; i < ours; ++i) runners[i].time();
@@ -562,7 +564,7 @@ void add_rows(const std::string& group, const Shape& shape, Weights weights,
     const bool is_large = double(shape.count()) * shape.expert_parameters() > 1e9;
     for (const Weights weights : {Weights::f32, Weights::bf16, Weights::bf16_dot}) {
       if (is_large && weights != Weights::bf16) continue;
-      if (weights == Weights::bf16_dot && peak_dot_flops(1) == 0) continue;
+      if (weights == Weights::bf16_dot && !kernels::find_dot(best_instruction_set(), true)) continue;
       add_rows("Packed", shape, weights, {1, 2, 8, 64, 512},
                is_large ? std::vector<Index>{1, 2, 8, 64} : std::vector<Index>{1, 2, 8, 64, 512});
     }

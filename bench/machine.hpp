@@ -84,11 +84,27 @@ __attribute__((target("avx512f,avx512bf16"))) inline float multiply_pairs(Index 
   _mm512_storeu_ps(lanes, sum[0]);
   return lanes[0];
 }
+
+// As multiply_adds, of tiles of bfloat16.
+inline constexpr Index kTileMultiplyAdds = 4 * 16 * 16 * 32;
+__attribute__((target("amx-tile,amx-bf16"))) inline float multiply_tiles(Index rounds) {
+  kernels::amx::TileShapes shapes;
+  for (int t = 0; t < 8; ++t) shapes.set(t, 16, 64);
+  shapes.load();
+  for (Index round = 0; round < rounds; ++round) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_release();
+  return 0;
+}
 #endif  // __x86_64__
 
 inline const Probes& probes(InstructionSet set) {
 #if defined(__x86_64__)
-  if (set == InstructionSet::avx512) return avx512::kProbes;
+  if (set == InstructionSet::avx512 || set == InstructionSet::amx) return avx512::kProbes;
   if (set == InstructionSet::avx2) return avx2::kProbes;
 #endif
   return portable::kProbes;
@@ -141,13 +157,17 @@ inline double peak_flops(InstructionSet set, int threads) {
   return detail::best_rate(threads, probes.per_round, probes.multiply_adds);
 }
 
-/// The same of the dot product of pairs of bfloat16; 0 where the processor has none.
-inline double peak_dot_flops([[maybe_unused]] int threads) {
+/// The same of products with weights in bfloat16, by what the kernels of a set multiply those with. A float that
+/// goes in as several numbers takes as many operations.
+inline double peak_bf16_flops(InstructionSet set, bool rounded, int threads) {
+  [[maybe_unused]] const kernels::DotKernels* const dot = kernels::find_dot(set, rounded);
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512bf16"))
-    return detail::best_rate(threads, detail::kDotsPerRound, detail::multiply_pairs);
+  if (dot && set == InstructionSet::amx)
+    return detail::best_rate(threads, detail::kTileMultiplyAdds, detail::multiply_tiles) /
+           double(dot->parts);
+  if (dot) return detail::best_rate(threads, detail::kDotsPerRound, detail::multiply_pairs);
 #endif
-  return 0;
+  return peak_flops(set, threads);
 }
 
 /// Bytes a second that threads read from memory, in the way that is the best here: one stream or

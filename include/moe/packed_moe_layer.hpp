@@ -208,14 +208,6 @@ class PackedMoELayer {
   Index most_rows(const DispatchPlan<float>& plan) const {
     return std::clamp<Index>(plan.num_tokens, 1, dot_ ? kernels::kMaxDotRows : kernels::kMaxRows);
   }
-  // Panels of the second product that a task takes.
-  Index down_group(Index concurrency) const {
-    const Index panels = (d_model() + kernels_->columns - 1) / kernels_->columns;
-    // A task brings its rows into bfloat16 for itself.
-    return dot_ ? std::clamp<Index>(panels / (4 * concurrency), 1, kMostPanels)
-                : std::clamp<Index>(panels / (8 * concurrency), 1, kMostPanels / 2);
-  }
-
   // Lists the tasks of the first product (expert, block of its rows, some of its panels), the dearest first,
   // and makes room for all that they need.
   void list_tasks(const DispatchPlan<float>& plan, Index concurrency, Workspace& w) const {
@@ -342,9 +334,11 @@ class PackedMoELayer {
                        Matrix<float>& y, Workspace& w, const Ex& executor) const {
     const Index workers = executor.concurrency(), most = most_rows(plan);
     const Index columns = kernels_->columns, panels = (d_model() + columns - 1) / columns;
-    const Index group = down_group(workers), groups = (panels + group - 1) / group;
-    const Index blocks = std::clamp<Index>(plan.num_tokens / 256, 1,
-                                           std::max<Index>(1, (dot_ ? 4 : 8) * workers / groups));
+    // Every task brings all of its rows into bfloat16, so there are not many where there are many rows.
+    const Index wanted = (dot_ && plan.num_tokens > kernels::kMaxDotRows ? 2 : 8) * workers;
+    const Index group = std::clamp<Index>(panels / wanted, 1, kMostPanels);
+    const Index groups = (panels + group - 1) / group;
+    const Index blocks = std::clamp<Index>(plan.num_tokens / 256, 1, std::max<Index>(1, wanted / groups));
     const Index block = (plan.num_tokens + blocks - 1) / blocks;
     executor.for_each(plan.num_tokens > 0 ? groups * blocks : 0, [&](Index task, Index worker) {
       const Index token_begin = task / groups * block;

@@ -35,122 +35,66 @@ struct alignas(64) TileShapes {
     rows[tile] = std::uint8_t(count);
     row_bytes[tile] = std::uint16_t(bytes);
   }
+  // All tiles are zero after it.
+  void load() const {
+    __asm__ volatile("" : : "r"(this) : "memory");  // GCC 12 thinks that eight bytes are read
+    _tile_loadconfig(this);
+  }
 };
 
-// What is fetched meanwhile, so much a step.
+// What is fetched while tiles are multiplied: lines from four places of a block in turn, spread evenly. Several
+// at once would keep the loads of tiles waiting.
 struct Fetch {
-  avx512::Ahead ahead;
-  Index fetches, steps, due = 0;
+  const char* at;
+  Index stride, lines, steps, due = 0, place = 0;
 
   void step() {
-    for (due += fetches; due >= steps; due -= steps) avx512::fetch(ahead);
+    for (due += lines; due >= steps; due -= steps) {
+      __builtin_prefetch(at + place * stride, 0, 2);
+      if (++place < 4) continue;
+      place = 0;
+      at += 64;
+    }
   }
 };
 
-// c [rows <= 16, 64] += x * panel, `steps` steps of `deep` <= 32. Tiles 0 to 3 sum, 4 to 6 are parts of x.
+// c [rows <= 16, 64] (+)= x * panel, `steps` steps of `deep` <= 32. Tiles 0 and 1 sum; more than five in use are
+// slower: where another thread of the core uses AMX too, there are not enough of them to load one ahead.
 template <int kParts>
-inline void low_tile(Index rows, Index steps, Index deep, const Parts& x, const std::uint16_t* panel,
-                     float* c, bool add, Fetch& fetch) {
+inline void multiply_tile(Index rows, Index steps, Index deep, const Parts& x, const std::uint16_t* panel, float* c,
+                 bool add, Fetch& fetch) {
   TileShapes shapes;
-  for (int t = 0; t < 4; ++t) shapes.set(t, rows, 64);
-  for (int t = 4; t < 7; ++t) shapes.set(t, rows, 2 * deep);
-  shapes.set(7, deep / 2, 64);
-  _tile_loadconfig(&shapes);  // makes all tiles zero
+  shapes.set(0, rows, 64);
+  shapes.set(1, rows, 64);
+  shapes.set(2, rows, 2 * deep);
+  shapes.set(3, deep / 2, 64);
+  shapes.set(4, deep / 2, 64);
+  shapes.load();
   constexpr Index kStride = kColumns * Index(sizeof(float));
-  const Index stride = x.stride * 2;
-  if (add) {
-    _tile_loadd(0, c, kStride);
-    _tile_loadd(1, c + 16, kStride);
-    _tile_loadd(2, c + 32, kStride);
-    _tile_loadd(3, c + 48, kStride);
-  }
-  const std::uint16_t* row = x.data;
-  for (Index s = 0; s < steps; ++s, row += kTileDepth, panel += kTileDepth * kColumns) {
-    fetch.step();
-    _tile_loadd(4, row, stride);
-    if constexpr (kParts == 3) {
-      _tile_loadd(5, row + x.width, stride);
-      _tile_loadd(6, row + 2 * x.width, stride);
-    }
-    _tile_loadd(7, panel, kStride);
-    _tile_dpbf16ps(0, 4, 7);
-    if constexpr (kParts == 3) {
-      _tile_dpbf16ps(0, 5, 7);
-      _tile_dpbf16ps(0, 6, 7);
-    }
-    _tile_loadd(7, panel + 32, kStride);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (kParts == 3) {
-      _tile_dpbf16ps(1, 5, 7);
-      _tile_dpbf16ps(1, 6, 7);
-    }
-    _tile_loadd(7, panel + 64, kStride);
-    _tile_dpbf16ps(2, 4, 7);
-    if constexpr (kParts == 3) {
-      _tile_dpbf16ps(2, 5, 7);
-      _tile_dpbf16ps(2, 6, 7);
-    }
-    _tile_loadd(7, panel + 96, kStride);
-    _tile_dpbf16ps(3, 4, 7);
-    if constexpr (kParts == 3) {
-      _tile_dpbf16ps(3, 5, 7);
-      _tile_dpbf16ps(3, 6, 7);
-    }
-  }
-  _tile_stored(0, c, kStride);
-  _tile_stored(1, c + 16, kStride);
-  _tile_stored(2, c + 32, kStride);
-  _tile_stored(3, c + 48, kStride);
-}
-
-// The same for 17 to 32 rows. Tiles 0 to 3 sum, 4 and 5 are parts of rows of x, 6 and 7 are of the panel.
-template <int kParts>
-inline void high_tile(Index rows, Index steps, Index deep, const Parts& x, const std::uint16_t* panel,
-                      float* c, bool add, Fetch& fetch) {
-  TileShapes shapes;
-  shapes.set(0, kTileRows, 64);
-  shapes.set(1, kTileRows, 64);
-  shapes.set(2, rows - kTileRows, 64);
-  shapes.set(3, rows - kTileRows, 64);
-  shapes.set(4, kTileRows, 2 * deep);
-  shapes.set(5, rows - kTileRows, 2 * deep);
-  shapes.set(6, deep / 2, 64);
-  shapes.set(7, deep / 2, 64);
-  _tile_loadconfig(&shapes);
-  constexpr Index kStride = kColumns * Index(sizeof(float));
-  const Index stride = x.stride * 2;
-  for (Index j = 0; j < kColumns; j += 32) {
-    float *const top = c + j, *const bottom = top + kTileRows * kColumns;
+  for (Index j = 0; j < kColumns; j += 2 * kLanes) {
     if (add) {
-      _tile_loadd(0, top, kStride);
-      _tile_loadd(1, top + 16, kStride);
-      _tile_loadd(2, bottom, kStride);
-      _tile_loadd(3, bottom + 16, kStride);
+      _tile_loadd(0, c + j, kStride);
+      _tile_loadd(1, c + j + kLanes, kStride);
     } else {
       _tile_zero(0);
       _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
     }
     const std::uint16_t* row = x.data;
     const std::uint16_t* weight = panel + 2 * j;
     for (Index s = 0; s < steps; ++s, row += kTileDepth, weight += kTileDepth * kColumns) {
-      fetch.step();
-      _tile_loadd(6, weight, kStride);
-      _tile_loadd(7, weight + 32, kStride);
+      _tile_loadd(3, weight, kStride);
+      _tile_loadd(4, weight + 2 * kLanes, kStride);
+#pragma GCC unroll 3
       for (int part = 0; part < kParts; ++part) {
-        _tile_loadd(4, row + part * x.width, stride);
-        _tile_loadd(5, row + part * x.width + kTileRows * x.stride, stride);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        _tile_loadd(2, row + part * x.width, 2 * x.stride);
+        fetch.step();
+        _tile_dpbf16ps(0, 2, 3);
+        fetch.step();
+        _tile_dpbf16ps(1, 2, 4);
       }
     }
-    _tile_stored(0, top, kStride);
-    _tile_stored(1, top + 16, kStride);
-    _tile_stored(2, bottom, kStride);
-    _tile_stored(3, bottom + 16, kStride);
+    _tile_stored(0, c + j, kStride);
+    _tile_stored(1, c + j + kLanes, kStride);
   }
 }
 
@@ -158,24 +102,23 @@ template <int kParts>
 inline void multiply(Index rows, Index depth, const Parts& x, const std::uint16_t* panel, float* c,
                      bool add, const std::uint16_t* next) {
   __asm__ volatile("" ::: "memory");  // GCC does not know that tile loads read what was written before
-  constexpr Index kHigh = 2 * kTileRows;
   const Index whole = depth / kTileDepth, rest = depth % kTileDepth;
-  const Index fetches = (depth * kColumns * 2 + 511) / 512;
-  const Index low = rows % kHigh > 0 && rows % kHigh <= kTileRows ? 1 : 0;
-  const Index passes = 2 * (rows / kHigh + (rows % kHigh > kTileRows ? 1 : 0)) + low;
-  Fetch fetch{avx512::fetch_ahead(next, fetches * 512, 1), fetches, passes * (whole + (rest > 0 ? 1 : 0))};
-  const auto take = [&](Index begin, Index steps, Index deep, bool onto) {
-    for (Index i = 0; i < rows; i += kHigh) {
-      const Index high = rows - i < kHigh ? rows - i : kHigh;
-      const Parts from{x.data + i * x.stride + begin, x.stride, x.width};
-      const auto tile = high > kTileRows ? high_tile<kParts> : low_tile<kParts>;
-      tile(high, steps, deep, from, panel + begin * kColumns, c + i * kColumns, onto, fetch);
+  const Index products = (rows + kTileRows - 1) / kTileRows * (kColumns / kLanes) * kParts;
+  const Index place_lines = (depth * kColumns * 2 + 255) / 256;
+  Fetch fetch{reinterpret_cast<const char*>(next), place_lines * 64, place_lines * 4,
+              products * (whole + (rest > 0 ? 1 : 0))};
+  for (Index i = 0; i < rows; i += kTileRows) {
+    const Index high = rows - i < kTileRows ? rows - i : kTileRows;
+    const Parts from{x.data + i * x.stride, x.stride, x.width};
+    float* const to = c + i * kColumns;
+    if (whole > 0) multiply_tile<kParts>(high, whole, kTileDepth, from, panel, to, add, fetch);
+    if (rest > 0) {
+      const Index begin = whole * kTileDepth;
+      multiply_tile<kParts>(high, 1, rest + rest % 2, Parts{from.data + begin, x.stride, x.width},
+                   panel + begin * kColumns, to, add || whole > 0, fetch);
     }
-  };
-  if (whole > 0) take(0, whole, kTileDepth, add);
-  if (rest > 0) take(whole * kTileDepth, 1, rest + rest % 2, add || whole > 0);
+  }
   _tile_release();
-  __asm__ volatile("" ::: "memory");
 }
 
 // Bits 1 to 8, 9 to 16 and 17 to 24 of each number. What is not finite goes into the first part alone.
