@@ -437,11 +437,12 @@ TEST(PackedMoELayer, Avx2AndAvx512AreTheSameBits) {
   }
 }
 
-TEST(PackedMoELayer, APoisonedTokenChangesNoOtherRow) {
+template <class Format>
+void expect_poison_to_stay_in_its_row() {
   Rng rng(6);
   const Layer layer = make_layer(40, 30, 4, 2);
   for (const InstructionSet set : available_sets()) {
-    const auto fast = pack<F32>(layer, {.instruction_set = set});
+    const auto fast = pack<Format>(layer, {.instruction_set = set});
     Matrix<float> x = draw(20, 40, rng);
     BatchInfo masked;
     masked.mask = Mask::Constant(20, true);
@@ -456,6 +457,11 @@ TEST(PackedMoELayer, APoisonedTokenChangesNoOtherRow) {
       EXPECT_TRUE(same_bits(y, expected)) << name_of(set);
     }
   }
+}
+
+TEST(PackedMoELayer, APoisonedTokenChangesNoOtherRow) {
+  expect_poison_to_stay_in_its_row<F32>();
+  expect_poison_to_stay_in_its_row<BF16>();
 }
 
 // Large activations meet the ends of the exponential.

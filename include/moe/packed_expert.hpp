@@ -27,7 +27,8 @@ namespace moe {
 struct F32 {
   using Weight = float;
 };
-/// Weights rounded to bfloat16, to nearest, ties to even; products and sums are those of floats.
+/// Weights rounded to bfloat16, to nearest, ties to even; activations and sums are floats. On AMX numbers
+/// below the normal ones count as zero.
 struct BF16 {
   using Weight = std::uint16_t;
 };

@@ -58,11 +58,11 @@ struct Fetch {
   }
 };
 
-// c [rows <= 16, 64] (+)= x * panel, `steps` steps of `deep` <= 32. Tiles 0 and 1 sum; more than five in use are
-// slower: where another thread of the core uses AMX too, there are not enough of them to load one ahead.
+// c [rows <= 16, 64] (+)= x * panel, `steps` steps of `deep` <= 32. Tiles 0 and 1 sum. With all eight
+// in use a product takes up to twice as long where the core is shared, and is no faster where it is not.
 template <int kParts>
-inline void multiply_tile(Index rows, Index steps, Index deep, const Parts& x, const std::uint16_t* panel, float* c,
-                 bool add, Fetch& fetch) {
+inline void multiply_tile(Index rows, Index steps, Index deep, const Parts& x,
+                          const std::uint16_t* panel, float* c, bool add, Fetch& fetch) {
   TileShapes shapes;
   shapes.set(0, rows, 64);
   shapes.set(1, rows, 64);
@@ -115,7 +115,7 @@ inline void multiply(Index rows, Index depth, const Parts& x, const std::uint16_
     if (rest > 0) {
       const Index begin = whole * kTileDepth;
       multiply_tile<kParts>(high, 1, rest + rest % 2, Parts{from.data + begin, x.stride, x.width},
-                   panel + begin * kColumns, to, add || whole > 0, fetch);
+                            panel + begin * kColumns, to, add || whole > 0, fetch);
     }
   }
   _tile_release();
