@@ -545,6 +545,32 @@ TEST(PackedMoELayer, TakesExpertsOneAtATime) {
   EXPECT_TRUE(same_bits(copy.forward(x), whole.forward(x)));
 }
 
+TEST(PackedMoELayer, AFewTokensAfterManyNeedNoMoreRoom) {
+  const Layer layer = make_layer(8, 512, 4, 2);
+  Rng rng(15);
+  const auto check = [&](const auto& fast) {
+    PackedWorkspace workspace;
+    Matrix<float> y;
+    fast.forward(draw(2000, 8, rng), y, workspace);
+    const Index tasks = workspace.tasks.capacity();
+    for (const Index tokens : {1, 3, 0}) {
+      fast.forward(draw(tokens, 8, rng), y, workspace);
+      EXPECT_EQ(workspace.tasks.capacity(), tasks) << tokens << " tokens";
+    }
+  };
+  check(pack<F32>(layer));
+  check(pack<BF16>(layer));
+}
+
+TEST(PackedMoELayer, WeightsAsFloatsDoNotAskForAmx) {
+  const Layer layer = make_layer(8, 8, 2, 1);
+  EXPECT_NE(pack<F32>(layer).instruction_set(), InstructionSet::amx);
+  EXPECT_NE(best_instruction_set(), InstructionSet::amx);
+  EXPECT_EQ(pack<BF16>(layer).instruction_set(), is_available(InstructionSet::amx)
+                                                     ? InstructionSet::amx
+                                                     : best_instruction_set());
+}
+
 TEST(PackedMoELayer, MemoryIsThatOfThePanels) {
   const Layer layer = make_layer(64, 128, 4, 1, false);
   EXPECT_EQ(pack<F32>(layer).memory_bytes(), 4u * 3 * 64 * 128 * 4);

@@ -67,7 +67,7 @@ class PackedMoELayer {
   /// options ask for, or where shapes do not fit.
   template <class Source>
   PackedMoELayer(PackedParts<R> parts, Source&& expert, const PackOptions& options = {})
-      : set_(options.instruction_set.value_or(best_instruction_set())),
+      : set_(options.instruction_set.value_or(best_set())),
         kernels_(kernels::find(set_)), parts_(std::move(parts)) {
     require(kernels_ != nullptr, "pack: this processor does not have ", name_of(set_),
             ", the best that it has is ", name_of(best_instruction_set()));
@@ -167,6 +167,12 @@ class PackedMoELayer {
   using Rows = kernels::Rows<float>;
   using Held = std::conditional_t<PackableExpert<E>, PackedExpert<Format>, E>;
 
+  // AMX is asked for only where it is used: leave to use its tiles changes what signal stacks Linux accepts.
+  static InstructionSet best_set() {
+    const bool amx = kHalf && PackableExpert<E> && is_available(InstructionSet::amx);
+    return amx ? InstructionSet::amx : best_instruction_set();
+  }
+
   void add(Index e, const E& expert) {
     require(expert.d_model() == d_model(), "pack: expert ", e, " has d_model = ", expert.d_model(),
             ", but the router has ", d_model());
@@ -204,9 +210,10 @@ class PackedMoELayer {
     }
   }
 
-  // Rows that a task takes at most. A token is with an expert once, as a rule.
+  // Rows that a product takes at most, and those that a task does. A token is with an expert once, as a rule.
+  Index product_rows() const { return dot_ ? kernels::kMaxDotRows : kernels::kMaxRows; }
   Index most_rows(const DispatchPlan<float>& plan) const {
-    return std::clamp<Index>(plan.num_tokens, 1, dot_ ? kernels::kMaxDotRows : kernels::kMaxRows);
+    return std::clamp<Index>(plan.num_tokens, 1, product_rows());
   }
   // Lists the tasks of the first product (expert, block of its rows, some of its panels), the dearest first,
   // and makes room for all that they need.
@@ -230,7 +237,7 @@ class PackedMoELayer {
     w.hidden.resize(hidden);
     w.products.resize(concurrency * products_size(most));
     if (dot_) w.parts.resize(concurrency * most * parts_stride(std::max(d_model(), widest)));
-    w.tasks.reserve((plan.num_experts() + plan.token.capacity() / most) * panels);
+    w.tasks.reserve((plan.num_experts() + plan.token.capacity() / product_rows()) * panels);
     const Index group = std::clamp<Index>(units / (16 * concurrency), 1, kMostPanels);
     w.tasks.clear();
     for (const Index e : w.touched) {

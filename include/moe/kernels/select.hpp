@@ -97,12 +97,13 @@ inline const DotKernels* find_dot([[maybe_unused]] InstructionSet set, [[maybe_u
 
 }  // namespace kernels
 
-/// Whether this processor has an instruction set that the library has kernels for.
+/// Whether this processor has an instruction set that the library has kernels for. The question for AMX asks
+/// Linux for leave to use it, once; from then on the process cannot install signal stacks too small for it.
 inline bool is_available(InstructionSet set) { return kernels::has(set); }
 
-/// The best instruction set of this processor that the library has kernels for.
+/// The best instruction set of this processor for products of floats.
 inline InstructionSet best_instruction_set() {
-  for (const InstructionSet set : {InstructionSet::amx, InstructionSet::avx512, InstructionSet::avx2})
+  for (const InstructionSet set : {InstructionSet::avx512, InstructionSet::avx2})
     if (is_available(set)) return set;
   return InstructionSet::portable;
 }
