@@ -215,6 +215,7 @@ class PackedMoELayer {
   Index most_rows(const DispatchPlan<float>& plan) const {
     return std::clamp<Index>(plan.num_tokens, 1, product_rows());
   }
+
   // Lists the tasks of the first product (expert, block of its rows, some of its panels), the dearest first,
   // and makes room for all that they need.
   void list_tasks(const DispatchPlan<float>& plan, Index concurrency, Workspace& w) const {

@@ -59,7 +59,7 @@ struct Fetch {
 };
 
 // c [rows <= 16, 64] (+)= x * panel, `steps` steps of `deep` <= 32. Tiles 0 and 1 sum. With all eight
-// in use a product takes up to twice as long where the core is shared, and is no faster where it is not.
+// in use a product takes up to twice as long where the core is shared.
 template <int kParts>
 inline void multiply_tile(Index rows, Index steps, Index deep, const Parts& x,
                           const std::uint16_t* panel, float* c, bool add, Fetch& fetch) {
