@@ -160,7 +160,7 @@ inline double peak_flops(InstructionSet set, int threads) {
 /// The same of products with weights in bfloat16, by what the kernels of a set multiply those with. A float that
 /// goes in as several numbers takes as many operations.
 inline double peak_bf16_flops(InstructionSet set, bool rounded, int threads) {
-  [[maybe_unused]] const kernels::DotKernels* const dot = kernels::find_dot(set, rounded);
+  [[maybe_unused]] const kernels::DotProduct* const dot = kernels::find_dot(set, rounded);
 #if defined(__x86_64__)
   if (dot && set == InstructionSet::amx)
     return detail::best_rate(threads, detail::kTileMultiplyAdds, detail::multiply_tiles) /

@@ -46,7 +46,8 @@ struct PackedWorkspace : LayerWorkspace<float> {
   Buffer<Index> hidden_begin;  ///< first value of an expert's hidden rows [num_experts + 1]
   Buffer<float> hidden;        ///< hidden rows, expert by expert
   Buffer<float> products;      ///< what a worker multiplies now
-  Buffer<std::uint16_t> parts;  ///< the rows for that, where they are in bfloat16
+  Buffer<float> rows;          ///< the rows for that, side by side
+  Buffer<std::uint16_t> parts;  ///< the same, where they are in bfloat16
 };
 
 /// The inference form of a MoELayer<E, R>: same router, same plan, same semantics; weights in `Format`
@@ -164,7 +165,7 @@ class PackedMoELayer {
  private:
   static constexpr bool kHalf = std::is_same_v<Format, BF16>;
   static constexpr Index kMostPanels = 8;  // that a task takes
-  using Rows = kernels::Rows<float>;
+  using Weight = typename Format::Weight;
   using Held = std::conditional_t<PackableExpert<E>, PackedExpert<Format>, E>;
 
   // AMX is asked for only where it is used: leave to use its tiles changes what signal stacks Linux accepts.
@@ -210,8 +211,25 @@ class PackedMoELayer {
     }
   }
 
+  // Rows of activations: row i begins at data + stride * (index ? index[i] : i).
+  struct Rows {
+    const float* data;
+    Index stride;
+    const Index* index;
+
+    const float* row(Index i) const { return data + stride * (index ? index[i] : i); }
+    Rows from(Index i) const { return index ? Rows{data, stride, index + i} : Rows{row(i), stride, nullptr}; }
+  };
+
+  // Calls f with the product that this layer multiplies by and the buffer for its rows.
+  template <class F>
+  auto with_product(Workspace& w, const F& f) const {
+    if constexpr (kHalf) return dot_ ? f(*dot_, w.parts) : f(kernels_->halves, w.rows);
+    else return f(kernels_->floats, w.rows);
+  }
+
   // Rows that a product takes at most, and those that a task does. A token is with an expert once, as a rule.
-  Index product_rows() const { return dot_ ? kernels::kMaxDotRows : kernels::kMaxRows; }
+  Index product_rows() const { return dot_ ? dot_->rows : kernels_->floats.rows; }
   Index most_rows(const DispatchPlan<float>& plan) const {
     return std::clamp<Index>(plan.num_tokens, 1, product_rows());
   }
@@ -230,14 +248,16 @@ class PackedMoELayer {
       if (plan.rows_of(e) > 0) w.touched.push_back(e);
       units += blocks_of(e) * expert.up_panels();
       w.hidden_begin[e] = hidden;
-      hidden += plan.rows_of(e) * hidden_stride(expert);
-      widest = std::max(widest, hidden_stride(expert));
+      hidden += plan.rows_of(e) * hidden_size(expert);
+      widest = std::max(widest, hidden_size(expert));
       panels = std::max(panels, expert.up_panels());
     }
     w.hidden.reserve(plan.token.capacity() * widest);
     w.hidden.resize(hidden);
     w.products.resize(concurrency * products_size(most));
-    if (dot_) w.parts.resize(concurrency * most * parts_stride(std::max(d_model(), widest)));
+    with_product(w, [&](const auto& product, auto& buffer) {
+      buffer.resize(concurrency * most * row_stride(product, std::max(d_model(), widest)));
+    });
     w.tasks.reserve((plan.num_experts() + plan.token.capacity() / product_rows()) * panels);
     const Index group = std::clamp<Index>(units / (16 * concurrency), 1, kMostPanels);
     w.tasks.clear();
@@ -261,55 +281,70 @@ class PackedMoELayer {
     });
   }
 
-  static Index hidden_stride(const PackedExpert<Format>& expert) {
+  // An expert's hidden rows lie as products of floats read them: [depth / kDepth, rows, stride]. Dot products, which
+  // bring them into bfloat16, take them whole.
+  static Index hidden_columns(const PackedExpert<Format>& expert) {
     return expert.up_panels() * expert.hidden_columns();
   }
+  Index hidden_depth(const PackedExpert<Format>& expert) const {
+    return dot_ ? hidden_columns(expert) : kernels::block_depth(expert.d_ff(), kernels::kDepth);
+  }
+  Index hidden_stride(const PackedExpert<Format>& expert) const {
+    return dot_ ? hidden_columns(expert) : kernels::kRowStride<float>;
+  }
+  Index hidden_size(const PackedExpert<Format>& expert) const {  // of a row
+    return (hidden_columns(expert) - 1) / hidden_depth(expert) * hidden_stride(expert) + hidden_stride(expert);
+  }
+  float* hidden_at(Index e, Index row, Index column, const DispatchPlan<float>& plan, Workspace& w) const {
+    const PackedExpert<Format>& expert = experts_[std::size_t(e)];
+    const Index block = column / hidden_depth(expert) * plan.rows_of(e);
+    return w.hidden.data() + w.hidden_begin[e] + (block + row) * hidden_stride(expert) +
+           column % hidden_depth(expert);
+  }
   // Floats of a worker's products.
-  Index products_size(Index rows) const {
-    return (dot_ ? kMostPanels : 1) * rows * kernels_->columns;
+  Index products_size(Index rows) const { return kMostPanels * rows * kernels_->columns; }
+  // From one row of a product to the next.
+  template <class X>
+  static Index row_stride(const kernels::Product<X, Weight>& product, Index depth) {
+    if (product.parts == 1) return kernels::kRowStride<X>;
+    constexpr Index kLine = 64 / sizeof(X);
+    const Index lines = product.parts * part_width(std::min(depth, product.depth)) / kLine;
+    return kLine * (lines + 1 - lines % 2);
   }
-  // From one row in bfloat16 to the next: an odd number of cache lines, which spreads rows over the cache.
-  Index parts_stride(Index depth) const {
-    const Index lines = dot_->parts * ((std::min(depth, kernels::kDotDepth) + 31) / 32);
-    return 32 * (lines + 1 - lines % 2);
-  }
+  static Index part_width(Index depth) { return (depth + 31) / 32 * 32; }
 
-  // Multiplies rows of x by the panels [begin, end), panel(i) each, and calls use(i, c) with every product c
-  // [rows, columns]. `next` is the panel that this worker will read after these.
-  template <class Panel, class Use>
-  void multiply(Index rows, Index depth, const Rows& x, Index begin, Index end, const Panel& panel,
-                const typename Format::Weight* next, float* c, [[maybe_unused]] std::uint16_t* parts,
-                const Use& use) const {
-    if constexpr (kHalf) {
-      if (dot_ != nullptr) {
-        const Index columns = kernels_->columns, size = rows * columns;
-        for (Index p = 0; p < depth; p += kernels::kDotDepth) {
-          const Index deep = std::min(kernels::kDotDepth, depth - p), after = p + deep;
-          const kernels::Parts of{parts, parts_stride(deep), (deep + 31) / 32 * 32};
-          for (Index i = 0; i < rows; ++i)
-            dot_->split(deep, x.row(i) + p, parts + i * of.stride, of.width);
-          for (Index i = begin; i < end; ++i)
-            dot_->multiply(rows, deep, of, panel(i) + p * columns, c + (i - begin) * size, p > 0,
+  // Multiplies rows by the panels [begin, end), panel(i) each, and calls use(i, c) with every product c
+  // [rows, columns]. bring(product, p, deep, own) gives columns [p, p + deep) of the rows as Parts, for
+  // which it may use `own`. `next` is the panel that this worker will read after these.
+  template <class Bring, class Panel, class Use>
+  void multiply(Index rows, Index depth, const Bring& bring, Index begin, Index end, const Panel& panel,
+                const Weight* next, Index worker, Index concurrency, Workspace& w, const Use& use) const {
+    const Index columns = kernels_->columns;
+    float* const products = w.products.data() + worker * (w.products.size() / concurrency);
+    with_product(w, [&]<class X>(const kernels::Product<X, Weight>& product, Buffer<X>& buffer) {
+      X* const own = buffer.data() + worker * (buffer.size() / concurrency);
+      const Index block = kernels::block_depth(depth, product.depth);
+      for (Index p = 0; p < depth; p += block) {
+        const Index deep = std::min(block, depth - p), after = p + deep;
+        const kernels::Parts<X> parts = bring(product, p, deep, own);
+        for (Index i = begin; i < end; ++i) {
+          float* const c = products + (i - begin) * rows * columns;
+          product.multiply(rows, deep, parts, panel(i) + p * columns, c, p > 0,
                            i + 1 < end     ? panel(i + 1) + p * columns
                            : after < depth ? panel(begin) + after * columns
                                            : next);
+          if (after == depth) use(i, c);
         }
-        for (Index i = begin; i < end; ++i) use(i, c + (i - begin) * size);
-        return;
       }
-    }
-    for (Index i = begin; i < end; ++i) {
-      const auto* const after = i + 1 < end ? panel(i + 1) : next;
-      if constexpr (kHalf) kernels_->multiply_bf16(rows, depth, x, panel(i), c, after);
-      else kernels_->multiply(rows, depth, x, panel(i), c, after);
-      use(i, c);
-    }
+    });
   }
-  float* products_of(Index worker, const DispatchPlan<float>& plan, Workspace& w) const {
-    return w.products.data() + worker * products_size(most_rows(plan));
-  }
-  std::uint16_t* parts_of(Index worker, Index concurrency, Workspace& w) const {
-    return w.parts.data() + worker * (w.parts.size() / concurrency);
+  // Columns [p, p + deep) of rows, brought side by side: row(i) is where row i begins.
+  template <class X, class Row>
+  static kernels::Parts<X> split(const kernels::Product<X, Weight>& product, Index rows, Index p, Index deep,
+                                 const Row& row, X* to) {
+    const kernels::Parts<X> parts{to, row_stride(product, deep), part_width(deep)};
+    for (Index i = 0; i < rows; ++i) product.split(deep, row(i) + p, to + i * parts.stride, parts.width);
+    return parts;
   }
 
   // hidden = activation(x * up + bias); x holds a row for every assignment.
@@ -320,17 +355,20 @@ class PackedMoELayer {
     executor.for_each(w.tasks.size(), [&](Index i, Index worker) {
       const auto& task = w.tasks[i];
       const PackedExpert<Format>& expert = experts_[std::size_t(task.expert)];
-      const Index stride = hidden_stride(expert), columns = expert.hidden_columns();
-      float* const hidden = w.hidden.data() + w.hidden_begin[task.expert] + task.begin * stride;
+      const Rows from = x.from(plan.expert_begin[task.expert] + task.begin);
       // Workers take tasks in turn, so the one after next is probably this worker's.
       const auto& after = w.tasks[std::min(i + workers, w.tasks.size() - 1)];
       multiply(
-          task.rows, d_model(), x.from(plan.expert_begin[task.expert] + task.begin), task.panel_begin,
-          task.panel_end, [&](Index panel) { return expert.up_panel(panel); },
-          experts_[std::size_t(after.expert)].up_panel(after.panel_begin),
-          products_of(worker, plan, w), parts_of(worker, workers, w), [&](Index panel, const float* c) {
+          task.rows, d_model(),
+          [&](const auto& product, Index p, Index deep, auto* own) {
+            return split(product, task.rows, p, deep, [&](Index row) { return from.row(row); }, own);
+          },
+          task.panel_begin, task.panel_end, [&](Index panel) { return expert.up_panel(panel); },
+          experts_[std::size_t(after.expert)].up_panel(after.panel_begin), worker, workers, w,
+          [&](Index panel, const float* c) {
             kernels_->activate(expert.activation(), task.rows, c, expert.up_bias(panel),
-                               hidden + panel * columns, stride);
+                               hidden_at(task.expert, task.begin, panel * expert.hidden_columns(), plan, w),
+                               hidden_stride(expert));
           });
     });
   }
@@ -362,16 +400,23 @@ class PackedMoELayer {
         const Index begin = std::lower_bound(token + expert_begin, token + expert_end, token_begin) - token;
         const Index end = std::lower_bound(token + begin, token + expert_end, token_end) - token;
         const PackedExpert<Format>& expert = experts_[std::size_t(e)];
-        const Index stride = hidden_stride(expert);
         const Index after = w.touched[i + 1 < w.touched.size() ? i + 1 : 0];
         for (Index a = begin; a < end; a += most) {
           const Index rows = std::min(most, end - a);
           const PackedExpert<Format>& then = a + most < end ? expert : experts_[std::size_t(after)];
           multiply(
               rows, expert.d_ff(),
-              Rows{w.hidden.data() + w.hidden_begin[e] + (a - expert_begin) * stride, stride, nullptr},
+              [&]<class X>(const kernels::Product<X, Weight>& product, Index p, Index deep, X* own) {
+                const auto hidden = [&](Index row, Index column) {
+                  return hidden_at(e, a - expert_begin + row, column, plan, w);
+                };
+                if constexpr (std::is_same_v<X, float>)
+                  return kernels::Parts<X>{hidden(0, p), kernels::kRowStride<X>, deep};
+                else
+                  return split(product, rows, p, deep, [&](Index row) { return hidden(row, 0); }, own);
+              },
               panel_begin, panel_end, [&](Index panel) { return expert.down_panel(panel); },
-              then.down_panel(panel_begin), products_of(worker, plan, w), parts_of(worker, workers, w),
+              then.down_panel(panel_begin), worker, workers, w,
               [&](Index panel, const float* c) {
                 kernels_->combine(rows, std::min(columns, d_model() - panel * columns), c,
                                   expert.down_bias(panel), token + a,
@@ -405,7 +450,7 @@ class PackedMoELayer {
 
   InstructionSet set_;
   const kernels::Kernels* kernels_;
-  const kernels::DotKernels* dot_ = nullptr;  // multiplies, where it is there, in place of kernels_
+  const kernels::DotProduct* dot_ = nullptr;  // multiplies, where it is there, in place of kernels_
   PackedParts<R> parts_;
   std::vector<Held> experts_;  // routed, then shared
 };

@@ -61,7 +61,7 @@ struct Fetch {
 // c [rows <= 16, 64] (+)= x * panel, `steps` steps of `deep` <= 32. Tiles 0 and 1 sum. With all eight
 // in use a product takes up to twice as long where the core is shared.
 template <int kParts>
-inline void multiply_tile(Index rows, Index steps, Index deep, const Parts& x,
+inline void multiply_tile(Index rows, Index steps, Index deep, const Parts<std::uint16_t>& x,
                           const std::uint16_t* panel, float* c, bool add, Fetch& fetch) {
   TileShapes shapes;
   shapes.set(0, rows, 64);
@@ -99,7 +99,7 @@ inline void multiply_tile(Index rows, Index steps, Index deep, const Parts& x,
 }
 
 template <int kParts>
-inline void multiply(Index rows, Index depth, const Parts& x, const std::uint16_t* panel, float* c,
+inline void multiply(Index rows, Index depth, const Parts<std::uint16_t>& x, const std::uint16_t* panel, float* c,
                      bool add, const std::uint16_t* next) {
   __asm__ volatile("" ::: "memory");  // GCC does not know that tile loads read what was written before
   const Index whole = depth / kTileDepth, rest = depth % kTileDepth;
@@ -109,12 +109,12 @@ inline void multiply(Index rows, Index depth, const Parts& x, const std::uint16_
               products * (whole + (rest > 0 ? 1 : 0))};
   for (Index i = 0; i < rows; i += kTileRows) {
     const Index high = rows - i < kTileRows ? rows - i : kTileRows;
-    const Parts from{x.data + i * x.stride, x.stride, x.width};
+    const Parts<std::uint16_t> from{x.data + i * x.stride, x.stride, x.width};
     float* const to = c + i * kColumns;
     if (whole > 0) multiply_tile<kParts>(high, whole, kTileDepth, from, panel, to, add, fetch);
     if (rest > 0) {
       const Index begin = whole * kTileDepth;
-      multiply_tile<kParts>(high, 1, rest + rest % 2, Parts{from.data + begin, x.stride, x.width},
+      multiply_tile<kParts>(high, 1, rest + rest % 2, Parts<std::uint16_t>{from.data + begin, x.stride, x.width},
                             panel + begin * kColumns, to, add || whole > 0, fetch);
     }
   }
@@ -145,8 +145,8 @@ inline void split_in_three(Index count, const float* from, std::uint16_t* to, In
   }
 }
 
-inline constexpr DotKernels kExactTable = {3, split_in_three, multiply<3>};
-inline constexpr DotKernels kTable = {1, avx512_bf16::round, multiply<1>};
+inline constexpr DotProduct kExactTable = {kMaxDotRows, kDotDepth, 3, split_in_three, multiply<3>};
+inline constexpr DotProduct kTable = {kMaxDotRows, kDotDepth, 1, avx512_bf16::round, multiply<1>};
 
 }  // namespace moe::kernels::amx
 

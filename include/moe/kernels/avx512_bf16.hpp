@@ -19,23 +19,21 @@
 namespace moe::kernels::avx512_bf16 {
 
 using avx512::broadcast, avx512::first_of, avx512::fused, avx512::kHighRows, avx512::kHighVecs,
-    avx512::kLanes, avx512::kNarrowRows, avx512::kVecs, avx512::load, avx512::load_pair, avx512::second_of,
+    avx512::kLanes, avx512::kNarrowRows, avx512::kVecs, avx512::load, avx512::load_pair, avx512::Pair, avx512::second_of,
     avx512::store, avx512::Vec;
 
-// Steps [p, end) of a tile: sum [R, V] += pairs of x's columns * pairs of the panel's rows.
+// Some steps of a tile: sum [R, V] += pairs of x's columns * pairs of the panel's rows.
 template <int R, int V>
-inline __attribute__((always_inline)) void steps(const std::uint16_t* const (&row)[R], Index p,
-                                                 Index end, const std::uint16_t* panel,
-                                                 Vec (&sum)[R][V]) {
-  constexpr Index kColumns = kLanes * kVecs;
-  for (panel += p * kColumns; p < end; p += 2, panel += 2 * kColumns) {
+inline __attribute__((always_inline)) void steps(Index count, const std::uint16_t* x,
+                                                 const std::uint16_t* panel, Vec (&sum)[R][V]) {
+  for (; count > 0; count -= 2, x += 2, panel += 2 * kLanes * kVecs) {
     __m512i right[V];
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) right[j] = load_pair(panel + 2 * j * kLanes).bits;
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       std::int32_t pair;
-      __builtin_memcpy(&pair, row[i] + p, sizeof pair);
+      __builtin_memcpy(&pair, x + i * kRowStride<std::uint16_t>, sizeof pair);
       const __m512i left = _mm512_set1_epi32(pair);
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j)
@@ -45,11 +43,6 @@ inline __attribute__((always_inline)) void steps(const std::uint16_t* const (&ro
 }
 
 #include <moe/kernels/product.inc>
-
-inline void multiply(Index rows, Index depth, const Parts& x, const std::uint16_t* panel, float* c,
-                     bool add, const std::uint16_t* next) {
-  multiply_panel(rows, depth, Rows<std::uint16_t>{x.data, x.stride, nullptr}, panel, c, next, add);
-}
 
 // To nearest, ties to even.
 inline void round(Index count, const float* from, std::uint16_t* to, Index width) {
@@ -63,7 +56,8 @@ inline void round(Index count, const float* from, std::uint16_t* to, Index width
   }
 }
 
-inline constexpr DotKernels kTable = {1, round, multiply};
+inline constexpr DotProduct kTable = {kMaxDotRows, kDotDepth, 1, round,
+                                      multiply_panel<std::uint16_t, std::uint16_t>};
 
 }  // namespace moe::kernels::avx512_bf16
 

@@ -26,38 +26,49 @@ struct Activation {
   friend bool operator==(const Activation&, const Activation&) = default;
 };
 
-/// Rows of activations: row i begins at data + stride * (index ? index[i] : i).
-template <class T>
-struct Rows {
-  const T* data;
-  Index stride;
-  const Index* index;
-
-  const T* row(Index i) const { return data + stride * (index ? index[i] : i); }
-  /// The rows from row i on.
-  Rows from(Index i) const {
-    return index ? Rows{data, stride, index + i} : Rows{data + i * stride, stride, nullptr};
-  }
+/// Rows of activations as a product reads them: row i begins at data + i * stride, its parts are `width` apart.
+template <class X>
+struct Parts {
+  const X* data;
+  Index stride, width;
 };
 
-/// Depth that a product takes at a time: what it reads of a panel then stays in the second cache.
-inline constexpr Index kDepth = 512;
+/// Products of rows and panels. Every element is one chain of fused multiply-adds along the depth, whatever the
+/// rows beside it; hence the same bits for any batch.
+template <class X, class Weight>
+struct Product {
+  Index rows, depth;  ///< that it takes at most: what it reads of them then stays in the second cache
+  Index parts;        ///< numbers that stand for a float of an activation
+  /// to [parts, width] = the parts of from [count] and, where there are several or they are not floats, zeros
+  /// behind them; width is a multiple of 32.
+  void (*split)(Index count, const float* from, X* to, Index width);
+  /// c [rows, columns] = x * panel or, where `add`, added to c. `next` is what will be read of a panel after
+  /// this: it is fetched into the caches meanwhile, or any pointer at all.
+  void (*multiply)(Index rows, Index depth, const Parts<X>& x, const Weight* panel, float* c, bool add,
+                   const Weight* next);
+};
 
-/// Rows that a caller may hand to a product at once.
-inline constexpr Index kMaxRows = 192;
+/// Products of weights in bfloat16 by an instruction that multiplies pairs of bfloat16 and adds both products
+/// to a float. It takes numbers below the normal ones as zero. Of the parts one is rounded, three are exact.
+using DotProduct = Product<std::uint16_t, std::uint16_t>;
 
-/// The functions of one instruction set. Every element of a product is one chain of fused
-/// multiply-adds along the depth, whatever the rows beside it; hence the same bits for any batch.
+inline constexpr Index kMaxRows = 96, kDepth = 512;        // of products of floats
+inline constexpr Index kMaxDotRows = 96, kDotDepth = 2048;  // of dot products
+
+// From one row of x to the next in products with one part: a constant, which makes addresses short, and an odd
+// number of cache lines, which spreads rows over the first cache.
+template <class X>
+inline constexpr Index kRowStride = 0;
+template <>
+inline constexpr Index kRowStride<float> = kDepth + 16;
+template <>
+inline constexpr Index kRowStride<std::uint16_t> = kDotDepth + 32;
+
+/// The functions of one instruction set.
 struct Kernels {
   Index columns;  ///< of a panel
-
-  /// c [rows, columns] = x * panel, rows <= kMaxRows. `next` is the panel that will be read after this
-  /// one: it is fetched into the caches meanwhile, or any pointer at all.
-  void (*multiply)(Index rows, Index depth, const Rows<float>& x, const float* panel, float* c,
-                   const float* next);
-  /// The same with weights in bfloat16, which are widened: products are those of floats.
-  void (*multiply_bf16)(Index rows, Index depth, const Rows<float>& x, const std::uint16_t* panel,
-                        float* c, const std::uint16_t* next);
+  Product<float, float> floats;
+  Product<float, std::uint16_t> halves;  ///< weights in bfloat16, which are widened: products are those of floats
   /// out [rows, columns or, gated, columns / 2] = the activation of c + bias; bias may be null.
   void (*activate)(const Activation& activation, Index rows, const float* c, const float* bias,
                    float* out, Index out_stride);
@@ -82,24 +93,10 @@ struct DenseKernels {
                                  const float* x, Index x_stride, float* d_w, Index d_w_stride);
 };
 
-/// Rows of activations in bfloat16: row i begins at data + i * stride, its parts are `width` apart.
-struct Parts {
-  const std::uint16_t* data;
-  Index stride, width;
-};
-
-/// Rows and depth that such a product takes at a time: what it reads of them then stays in the second cache.
-inline constexpr Index kMaxDotRows = 96, kDotDepth = 2048;
-
-/// Products of weights in bfloat16 by an instruction that multiplies pairs of bfloat16 and adds both products
-/// to a float. It takes numbers below the normal ones as zero.
-struct DotKernels {
-  Index parts;  ///< bfloat16 numbers whose sum stands for a float: one is rounded, three are exact
-  /// to [parts, width] = the parts of from [count] and zeros behind them; width is a multiple of 32.
-  void (*split)(Index count, const float* from, std::uint16_t* to, Index width);
-  /// c [rows, columns] = x * panel or, where `add`, added to c; `next` as in Kernels::multiply.
-  void (*multiply)(Index rows, Index depth, const Parts& x, const std::uint16_t* panel, float* c,
-                   bool add, const std::uint16_t* next);
-};
+/// The depth of the blocks that a product of so much depth is cut into: even, in whole panels.
+inline Index block_depth(Index depth, Index most) {
+  const Index blocks = (depth + most - 1) / most;
+  return ((depth + blocks - 1) / blocks + 63) / 64 * 64;
+}
 
 }  // namespace moe::kernels

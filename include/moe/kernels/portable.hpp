@@ -59,8 +59,11 @@ inline Vec high_pairs(Vec a, Vec b) { return Vec{a[2], a[3], b[2], b[3]}; }
 #include <moe/kernels/elementwise.inc>
 #include <moe/kernels/dense.inc>
 
-inline constexpr Kernels kTable = {kColumns, multiply_floats<float>, multiply_floats<std::uint16_t>,
-                                   activate, combine};
+inline constexpr Kernels kTable = {kColumns,
+                                   {kMaxRows, kDepth, 1, copy, multiply_panel<float, float>},
+                                   {kMaxRows, kDepth, 1, copy, multiply_panel<float, std::uint16_t>},
+                                   activate,
+                                   combine};
 inline constexpr DenseKernels kDenseTable = {linear, linear_backward_input, linear_backward_weight};
 
 }  // namespace moe::kernels::portable

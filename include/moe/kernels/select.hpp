@@ -85,7 +85,7 @@ inline const DenseKernels* find_dense(InstructionSet set) {
 
 /// Products of bfloat16 for the panels of an instruction set, with activations rounded or exact; null where
 /// there are none.
-inline const DotKernels* find_dot([[maybe_unused]] InstructionSet set, [[maybe_unused]] bool rounded) {
+inline const DotProduct* find_dot([[maybe_unused]] InstructionSet set, [[maybe_unused]] bool rounded) {
 #if defined(__x86_64__)
   if (!has(set)) return nullptr;
   if (set == InstructionSet::amx) return rounded ? &amx::kTable : &amx::kExactTable;
