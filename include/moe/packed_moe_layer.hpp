@@ -404,25 +404,28 @@ class PackedMoELayer {
         for (Index a = begin; a < end; a += most) {
           const Index rows = std::min(most, end - a);
           const PackedExpert<Format>& then = a + most < end ? expert : experts_[std::size_t(after)];
-          multiply(
-              rows, expert.d_ff(),
-              [&]<class X>(const kernels::Product<X, Weight>& product, Index p, Index deep, X* own) {
-                const auto hidden = [&](Index row, Index column) {
-                  return hidden_at(e, a - expert_begin + row, column, plan, w);
-                };
-                if constexpr (std::is_same_v<X, float>)
-                  return kernels::Parts<X>{hidden(0, p), kernels::kRowStride<X>, deep};
-                else
-                  return split(product, rows, p, deep, [&](Index row) { return hidden(row, 0); }, own);
-              },
-              panel_begin, panel_end, [&](Index panel) { return expert.down_panel(panel); },
-              then.down_panel(panel_begin), worker, workers, w,
-              [&](Index panel, const float* c) {
-                kernels_->combine(rows, std::min(columns, d_model() - panel * columns), c,
-                                  expert.down_bias(panel), token + a,
-                                  plan.gate_side == GateSide::output ? plan.gate.data() + a : nullptr,
-                                  y.data() + panel * columns, y.outerStride());
-              });
+          const auto bring = [&]<class X>(const kernels::Product<X, Weight>& product, Index p, Index deep, X* own) {
+            const auto hidden = [&](Index row, Index column) {
+              return hidden_at(e, a - expert_begin + row, column, plan, w);
+            };
+            if constexpr (std::is_same_v<X, float>)
+              return kernels::Parts<X>{hidden(0, p), kernels::kRowStride<X>, deep};
+            else
+              return split(product, rows, p, deep, [&](Index row) { return hidden(row, 0); }, own);
+          };
+          const auto panel_of = [&](Index panel) { return expert.down_panel(panel); };
+          const auto use = [&](Index panel, const float* c) {
+            kernels_->combine(rows, std::min(columns, d_model() - panel * columns), c, expert.down_bias(panel),
+                              token + a, plan.gate_side == GateSide::output ? plan.gate.data() + a : nullptr,
+                              y.data() + panel * columns, y.outerStride());
+          };
+          // Rows that need not be brought are taken anew for every panel.
+          const Index group_here = dot_ ? panel_end - panel_begin : 1;
+          for (Index panel = panel_begin; panel < panel_end; panel += group_here) {
+            const Index next = panel + group_here;
+            multiply(rows, expert.d_ff(), bring, panel, next, panel_of,
+                     next < panel_end ? panel_of(next) : then.down_panel(panel_begin), worker, workers, w, use);
+          }
         }
       }
       for (Index t = token_begin; parts_.b_output.size() > 0 && t < token_end; ++t)

@@ -23,9 +23,9 @@ using avx512::broadcast, avx512::first_of, avx512::fused, avx512::kHighRows, avx
     avx512::store, avx512::Vec;
 
 // Some steps of a tile: sum [R, V] += pairs of x's columns * pairs of the panel's rows.
-template <int R, int V>
+template <Index kStride, int R, int V>
 inline __attribute__((always_inline)) void steps(Index count, const std::uint16_t* x,
-                                                 const std::uint16_t* panel, Vec (&sum)[R][V]) {
+                                                 const std::uint16_t* panel, Index, Vec (&sum)[R][V]) {
   for (; count > 0; count -= 2, x += 2, panel += 2 * kLanes * kVecs) {
     __m512i right[V];
 #pragma GCC unroll 4
@@ -33,7 +33,7 @@ inline __attribute__((always_inline)) void steps(Index count, const std::uint16_
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       std::int32_t pair;
-      __builtin_memcpy(&pair, x + i * kRowStride<std::uint16_t>, sizeof pair);
+      __builtin_memcpy(&pair, x + i * kStride, sizeof pair);
       const __m512i left = _mm512_set1_epi32(pair);
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j)
