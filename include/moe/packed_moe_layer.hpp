@@ -177,8 +177,13 @@ class PackedMoELayer {
   void add(Index e, const E& expert) {
     require(expert.d_model() == d_model(), "pack: expert ", e, " has d_model = ", expert.d_model(),
             ", but the router has ", d_model());
-    if constexpr (PackableExpert<E>) experts_.emplace_back(expert, *kernels_);
-    else experts_.push_back(expert);
+    if constexpr (PackableExpert<E>) {
+      experts_.emplace_back(expert, *kernels_);
+      widest_ = std::max(widest_, hidden_size(experts_.back()));
+      most_panels_ = std::max(most_panels_, experts_.back().up_panels());
+    } else {
+      experts_.push_back(expert);
+    }
   }
 
   void check_input(const ConstMatrixRef<float>& x) const {
@@ -239,26 +244,25 @@ class PackedMoELayer {
   void list_tasks(const DispatchPlan<float>& plan, Index concurrency, Workspace& w) const {
     const Index most = most_rows(plan);
     const auto blocks_of = [&](Index e) { return (plan.rows_of(e) + most - 1) / most; };
-    Index units = 0, hidden = 0, widest = 0, panels = 0;
+    Index units = 0, hidden = 0;
     w.hidden_begin.resize(plan.num_experts());
     w.touched.reserve(plan.num_experts());
     w.touched.clear();
     for (Index e = 0; e < plan.num_experts(); ++e) {
+      if (plan.rows_of(e) == 0) continue;
       const PackedExpert<Format>& expert = experts_[std::size_t(e)];
-      if (plan.rows_of(e) > 0) w.touched.push_back(e);
+      w.touched.push_back(e);
       units += blocks_of(e) * expert.up_panels();
       w.hidden_begin[e] = hidden;
       hidden += plan.rows_of(e) * hidden_size(expert);
-      widest = std::max(widest, hidden_size(expert));
-      panels = std::max(panels, expert.up_panels());
     }
-    w.hidden.reserve(plan.token.capacity() * widest);
+    w.hidden.reserve(plan.token.capacity() * widest_);
     w.hidden.resize(hidden);
     w.products.resize(concurrency * products_size(most));
     with_product(w, [&](const auto& product, auto& buffer) {
-      buffer.resize(concurrency * most * row_stride(product, std::max(d_model(), widest)));
+      buffer.resize(concurrency * most * row_stride(product, std::max(d_model(), widest_)));
     });
-    w.tasks.reserve((plan.num_experts() + plan.token.capacity() / product_rows()) * panels);
+    w.tasks.reserve((plan.num_experts() + plan.token.capacity() / product_rows()) * most_panels_);
     const Index group = std::clamp<Index>(units / (16 * concurrency), 1, kMostPanels);
     w.tasks.clear();
     for (const Index e : w.touched) {
@@ -456,6 +460,7 @@ class PackedMoELayer {
   const kernels::DotProduct* dot_ = nullptr;  // multiplies, where it is there, in place of kernels_
   PackedParts<R> parts_;
   std::vector<Held> experts_;  // routed, then shared
+  Index widest_ = 0, most_panels_ = 0;  // hidden_size and up_panels of the largest expert
 };
 
 /// The inference form of a layer. O(parameters). Throws std::invalid_argument where the processor does

@@ -191,10 +191,11 @@ void router_linear(const X& x, const Matrix<S>& w, Matrix<S>& logits, const E& e
       linear(x.middleRows(begin, end - begin), w, logits.middleRows(begin, end - begin));
     });
   }
-  // Not less than a register of experts for a few tokens, or a panel for many; nor than 2^15 products.
+  // A block for each worker, but not less than a register of experts for a few tokens, or a panel for many;
+  // nor than 2^15 products.
   const Index least = tokens <= 8 ? 16 : 64;
-  const Index products = std::max<Index>(1, tokens * x.cols());
-  const Index cols = least * std::max<Index>(1, (Index(1) << 15) / (products * least));
+  const Index products = std::max<Index>(1, tokens * x.cols()), share = least * executor.concurrency();
+  const Index cols = least * std::max((experts + share - 1) / share, (Index(1) << 15) / (products * least));
   executor.for_each((experts + cols - 1) / cols, [&](Index block, Index) {
     const Index begin = block * cols, count = std::min(cols, experts - begin);
     linear(x, w.middleRows(begin, count), logits.middleCols(begin, count));
