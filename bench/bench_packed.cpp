@@ -559,11 +559,11 @@ void add_rows(const std::string& group, const Shape& shape, Weights weights,
 [[maybe_unused]] const bool kRegistered = [] {
   for (const Weights weights : {Weights::f32, Weights::bf16})
     add_rows("PackedTiny", kTiny, weights, {1, 40}, {1, 40});
-  // The largest ones in bfloat16 alone, and not all of it on one thread.
+  // The largest ones not as floats, and not all of it on one thread.
   for (const Shape& shape : kShapes) {
     const bool is_large = double(shape.count()) * shape.expert_parameters() > 1e9;
     for (const Weights weights : {Weights::f32, Weights::bf16, Weights::bf16_dot}) {
-      if (is_large && weights != Weights::bf16) continue;
+      if (is_large && weights == Weights::f32) continue;
       if (weights == Weights::bf16_dot && !kernels::find_dot(best_instruction_set(), true)) continue;
       add_rows("Packed", shape, weights, {1, 2, 8, 64, 512},
                is_large ? std::vector<Index>{1, 2, 8, 64} : std::vector<Index>{1, 2, 8, 64, 512});

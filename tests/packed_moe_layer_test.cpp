@@ -390,6 +390,33 @@ TEST(PackedMoELayer, TakesManyRowsAndDeepProducts) {
   }
 }
 
+// Hidden rows of several blocks, for experts of several sizes beside each other, with gates on either side.
+TEST(PackedMoELayer, TakesExpertsOfSeveralBlocksAndSizes) {
+  Rng rng(15);
+  const Matrix<float> x = draw(2 * kernels::kMaxRows + 31, 40, rng);
+  for (const GateSide side : {GateSide::output, GateSide::input}) {
+    std::vector<Any> experts;
+    for (const Index d_ff : {513, 24, 1301})
+      experts.push_back(Any(Gated({.d_model = 40, .d_ff = d_ff}, rng)));
+    SharedExperts<Any> shared;
+    if (side == GateSide::output) shared.experts.push_back(Any(Gated({.d_model = 40, .d_ff = 700}, rng)));
+    const MoELayer layer(std::move(experts),
+                         TopKRouter<float>({.d_model = 40, .num_experts = 3, .top_k = 2, .gate_side = side}, rng),
+                         std::move(shared));
+    const Matrix<double> exact = expected_output(layer, x, layer.route(x), false);
+    const Matrix<double> rounded = expected_output(layer, x, layer.route(x), true);
+    for (const InstructionSet set : available_sets()) {
+      const Matrix<float> y = pack<F32>(layer, {.instruction_set = set}).forward(x);
+      EXPECT_LE(error_of(y, exact), 1e-5) << name_of(set);
+      EXPECT_LE(error_of(pack<BF16>(layer, {.instruction_set = set}).forward(x), rounded), 1e-5) << name_of(set);
+    }
+    for (const InstructionSet set : sets_with_dot_products()) {
+      const auto fast = pack<BF16>(layer, {.instruction_set = set, .bf16_dot_product = true});
+      EXPECT_LE(error_of(fast.forward(x), rounded), 1e-2) << name_of(set);
+    }
+  }
+}
+
 // Exact products of weights in bfloat16 take every bit of an activation, and what is not finite stays so.
 TEST(PackedMoELayer, AmxTakesFloatsWhole) {
   const kernels::DotProduct* const amx = kernels::find_dot(InstructionSet::amx, false);

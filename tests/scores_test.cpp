@@ -273,8 +273,9 @@ TEST(RouterLinear, EqualsTripleLoopsInEveryBlock) {
 
 // Counts tasks.
 struct Counting {
+  Index workers = 1;
   mutable Index tasks = 0;
-  Index concurrency() const { return 1; }
+  Index concurrency() const { return workers; }
   template <class F>
   void for_each(Index n, F&& f) const {
     tasks += n;
@@ -290,15 +291,20 @@ TEST(RouterLinear, FewTokensAreSplitByExpertsAndGiveTheBitsOfMany) {
   const Counting blocks_of_tokens;
   moe::router_linear(x, w, many, blocks_of_tokens);
   EXPECT_EQ(blocks_of_tokens.tasks, 3);
-  for (const Index tokens : {1, 3, 8, 9, 64}) {
-    Matrix<float> few(tokens, experts);
-    const Counting blocks_of_experts;
-    moe::router_linear(x.topRows(tokens), w, few, blocks_of_experts);
-    EXPECT_EQ(blocks_of_experts.tasks, tokens <= 8 ? 5 : 2);
-    EXPECT_TRUE((few.array() == many.topRows(tokens).array()).all()) << tokens;
-  }
+  for (const Index workers : {1, 2, 3, 5, 64})
+    for (const Index tokens : {1, 3, 8, 9, 64}) {
+      Matrix<float> few(tokens, experts);
+      const Counting blocks_of_experts{workers};
+      moe::router_linear(x.topRows(tokens), w, few, blocks_of_experts);
+      // Experts go in registers of 16 or, for more than 8 tokens, in panels of 64.
+      const Index blocks = tokens <= 8 ? (workers < 3 ? workers : workers == 3 ? 3 : 5) : std::min<Index>(workers, 2);
+      EXPECT_EQ(blocks_of_experts.tasks, blocks) << workers << " workers, " << tokens << " tokens";
+      EXPECT_TRUE((few.array() == many.topRows(tokens).array()).all()) << tokens;
+    }
   Matrix<float> none(0, experts);
   moe::router_linear(x.topRows(0), w, none, Counting{});
+  Matrix<float> no_experts(130, 0);
+  moe::router_linear(x, Matrix<float>(0, d_model), no_experts, Counting{});
 }
 
 }  // namespace

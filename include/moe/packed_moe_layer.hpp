@@ -43,7 +43,7 @@ struct PackedWorkspace : LayerWorkspace<float> {
   };
   Buffer<Task> tasks;
   Buffer<Index> touched;       ///< experts that have rows, ascending
-  Buffer<Index> hidden_begin;  ///< first value of an expert's hidden rows [num_experts + 1]
+  Buffer<Index> hidden_begin;  ///< first value of the hidden rows of an expert that has any [num_experts]
   Buffer<float> hidden;        ///< hidden rows, expert by expert
   Buffer<float> products;      ///< what a worker multiplies now
   Buffer<float> rows;          ///< the rows for that, side by side
@@ -228,9 +228,9 @@ class PackedMoELayer {
 
   // Calls f with the product that this layer multiplies by and the buffer for its rows.
   template <class F>
-  auto with_product(Workspace& w, const F& f) const {
-    if constexpr (kHalf) return dot_ ? f(*dot_, w.parts) : f(kernels_->halves, w.rows);
-    else return f(kernels_->floats, w.rows);
+  void with_product(Workspace& w, const F& f) const {
+    if constexpr (kHalf) dot_ ? f(*dot_, w.parts) : f(kernels_->halves, w.rows);
+    else f(kernels_->floats, w.rows);
   }
 
   // Rows that a product takes at most, and those that a task does. A token is with an expert once, as a rule.
@@ -285,8 +285,8 @@ class PackedMoELayer {
     });
   }
 
-  // An expert's hidden rows lie as products of floats read them: [depth / kDepth, rows, stride]. Dot products, which
-  // bring them into bfloat16, take them whole.
+  // An expert's hidden rows lie as products of floats read them: in blocks of their columns, [blocks, rows, stride].
+  // Dot products, which bring them into bfloat16, take them whole.
   static Index hidden_columns(const PackedExpert<Format>& expert) {
     return expert.up_panels() * expert.hidden_columns();
   }

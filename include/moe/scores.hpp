@@ -186,6 +186,7 @@ void router_linear(const X& x, const Matrix<S>& w, Matrix<S>& logits, const E& e
   require_shape(w, w.rows(), x.cols(), "router_linear", "w");
   require_shape(logits, x.rows(), w.rows(), "router_linear", "logits");
   const Index tokens = x.rows(), experts = w.rows();
+  if (experts == 0) return;
   if (tokens > kTokenBlock) {
     return for_each_block(tokens, executor, [&](Index begin, Index end, Index) {
       linear(x.middleRows(begin, end - begin), w, logits.middleRows(begin, end - begin));

@@ -19,7 +19,7 @@
 namespace moe::kernels::avx512_bf16 {
 
 using avx512::broadcast, avx512::first_of, avx512::fused, avx512::kHighRows, avx512::kHighVecs,
-    avx512::kLanes, avx512::kNarrowRows, avx512::kVecs, avx512::load, avx512::load_pair, avx512::Pair, avx512::second_of,
+    avx512::kLanes, avx512::kNarrowRows, avx512::kVecs, avx512::load, avx512::load_pair, avx512::second_of,
     avx512::store, avx512::Vec;
 
 // Some steps of a tile: sum [R, V] += pairs of x's columns * pairs of the panel's rows.

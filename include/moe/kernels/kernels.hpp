@@ -6,7 +6,7 @@
 #include <moe/types.hpp>
 
 // What a set of kernels offers. Each instruction set fills one Kernels with the functions of its own
-// namespace; all of them are made from one text, product.inc and elementwise.inc.
+// namespace; all of them are made from one text: product.inc, elementwise.inc and dense.inc.
 //
 // Weights lie in panels of `columns` columns: panel [depth, columns], contiguous, in the order in which
 // a product reads it. Weights of bfloat16 lie in pairs along the depth: [depth / 2, columns, 2], an odd
@@ -58,11 +58,7 @@ inline constexpr Index kMaxDotRows = 96, kDotDepth = 2048;  // of dot products
 // From one row of x to the next in products with one part: a constant, which makes addresses short, and an odd
 // number of cache lines, which spreads rows over the first cache.
 template <class X>
-inline constexpr Index kRowStride = 0;
-template <>
-inline constexpr Index kRowStride<float> = kDepth + 16;
-template <>
-inline constexpr Index kRowStride<std::uint16_t> = kDotDepth + 32;
+inline constexpr Index kRowStride = sizeof(X) == sizeof(float) ? kDepth + 16 : kDotDepth + 32;
 
 /// The functions of one instruction set.
 struct Kernels {
