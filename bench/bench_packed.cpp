@@ -13,6 +13,10 @@
 #include <thread>
 #include <vector>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include <moe/moe.hpp>
 #include <moe/packed_moe_layer.hpp>
 
@@ -498,6 +502,9 @@ double status_bytes(const std::string& name) {
 void run_pack_row(benchmark::State& state, const Shape& shape, Weights weights) {
   held().layer.reset();
   held().drop_peers();
+#ifdef __GLIBC__
+  malloc_trim(0);  // what was freed does not count as there
+#endif
   std::ofstream("/proc/self/clear_refs") << 5;  // the peak begins anew
   const double before = status_bytes("VmRSS");
   const double seconds = seconds_of([&] { held().layer_of(shape, weights); });
