@@ -100,16 +100,22 @@ inline void pack_weight(float value, std::uint16_t* to) {
   else *to = std::uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-// One panel from its columns; row[j] is the weight's row of column j, [depth], or null for zeros.
-inline void pack_panel(Index depth, Index columns, const float* const* row, float* panel) {
+// A stream of a panel from its columns; row[j] is the weight's row of column j, [depth], or null for zeros.
+inline void pack_stream(Index depth, Index columns, const float* const* row, float* panel) {
   for (Index p = 0; p < depth; ++p)
     for (Index j = 0; j < columns; ++j) panel[p * columns + j] = row[j] ? row[j][p] : 0.0f;
 }
-inline void pack_panel(Index depth, Index columns, const float* const* row, std::uint16_t* panel) {
+inline void pack_stream(Index depth, Index columns, const float* const* row, std::uint16_t* panel) {
   for (Index p = 0; p < depth + depth % 2; ++p)
     for (Index j = 0; j < columns; ++j)
       pack_weight(row[j] && p < depth ? row[j][p] : 0.0f,
                   panel + (p / 2 * columns + j) * 2 + p % 2);
+}
+
+// Numbers along a depth, as they are packed.
+template <class Weight>
+Index packed_depth(Index depth) {
+  return depth + (sizeof(Weight) == 2 ? depth % 2 : 0);
 }
 
 }  // namespace detail
@@ -138,13 +144,18 @@ class PackedExpert {
     hidden_ = activation_.gated ? columns / 2 : columns;
     up_panels_ = (d_ff_ + hidden_ - 1) / hidden_;
     down_panels_ = (d_model_ + columns - 1) / columns;
-    up_size_ = (d_model_ + (sizeof(Weight) == 2 ? d_model_ % 2 : 0)) * columns;
-    down_size_ = (d_ff_ + (sizeof(Weight) == 2 ? d_ff_ % 2 : 0)) * columns;
+    up_size_ = detail::packed_depth<Weight>(d_model_) * columns;
+    down_size_ = detail::packed_depth<Weight>(d_ff_) * columns;
     columns_ = columns;
     has_bias_ = parts.b_up != nullptr;
     allocate();
     Buffer<const float*> row;
     row.resize(columns);
+    const auto pack = [&](Index depth, Weight* panel) {
+      const Index wide = columns / kernels.streams;
+      for (Index j = 0; j < columns; j += wide)
+        detail::pack_stream(depth, wide, row.data() + j, panel + j * detail::packed_depth<Weight>(depth));
+    };
     for (Index panel = 0; panel < up_panels_; ++panel) {
       float* const bias = biases() + panel * columns;
       for (Index j = 0; j < columns; ++j) {
@@ -155,7 +166,7 @@ class PackedExpert {
         row[j] = out < d_ff_ ? w + out * d_model_ : nullptr;
         if (has_bias_) bias[j] = out < d_ff_ ? b[out] : 0.0f;
       }
-      detail::pack_panel(d_model_, columns, row.data(), weights() + panel * up_size_);
+      pack(d_model_, weights() + panel * up_size_);
     }
     for (Index panel = 0; panel < down_panels_; ++panel) {
       float* const bias = biases() + (up_panels_ + panel) * columns;
@@ -164,8 +175,7 @@ class PackedExpert {
         row[j] = out < d_model_ ? parts.down + out * d_ff_ : nullptr;
         if (has_bias_) bias[j] = out < d_model_ ? parts.b_down[out] : 0.0f;
       }
-      detail::pack_panel(d_ff_, columns, row.data(),
-                         weights() + up_panels_ * up_size_ + panel * down_size_);
+      pack(d_ff_, weights() + up_panels_ * up_size_ + panel * down_size_);
     }
   }
 

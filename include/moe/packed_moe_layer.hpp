@@ -165,6 +165,7 @@ class PackedMoELayer {
  private:
   static constexpr bool kHalf = std::is_same_v<Format, BF16>;
   static constexpr Index kMostPanels = 8;  // that a task takes
+  static constexpr Index kFewRows = 3;     // for which all of the depth is brought at once
   using Weight = typename Format::Weight;
   using Held = std::conditional_t<PackableExpert<E>, PackedExpert<Format>, E>;
 
@@ -260,7 +261,9 @@ class PackedMoELayer {
     w.hidden.resize(hidden);
     w.products.resize(concurrency * products_size(most));
     with_product(w, [&](const auto& product, auto& buffer) {
-      buffer.resize(concurrency * most * row_stride(product, std::max(d_model(), widest_)));
+      const Index blocks = (d_model() + product.depth - 1) / product.depth;
+      buffer.resize(concurrency * std::max(most, kFewRows * blocks) *
+                    row_stride(product, std::max(d_model(), widest_)));
     });
     w.tasks.reserve((plan.num_experts() + plan.token.capacity() / product_rows()) * most_panels_);
     const Index group = std::clamp<Index>(units / (16 * concurrency), 1, kMostPanels);
@@ -317,31 +320,36 @@ class PackedMoELayer {
   }
   static Index part_width(Index depth) { return (depth + 31) / 32 * 32; }
 
-  // Multiplies rows by the panels [begin, end), panel(i) each, and calls use(i, c) with every product c
-  // [rows, columns]. bring(product, p, deep, own) gives columns [p, p + deep) of the rows as Parts, for
-  // which it may use `own`. `next` is the panel that this worker will read after these.
-  template <class Bring, class Panel, class Use>
-  void multiply(Index rows, Index depth, const Bring& bring, Index begin, Index end, const Panel& panel,
+  // Multiplies rows by panels that lie one behind the other, `at_once` of them at a time, and calls use(i, c) with
+  // every product c [rows, columns]. bring(product, p, deep, own, first) gives columns [p, p + deep) of the rows as
+  // Parts, for which it may use `own`; `first` says that it has not yet. `next` is the panel that this worker will
+  // read after these.
+  template <class Bring, class Use>
+  void multiply(Index rows, Index depth, const Bring& bring, const Weight* panel, Index panels, Index at_once,
                 const Weight* next, Index worker, Index concurrency, Workspace& w, const Use& use) const {
-    const Index columns = kernels_->columns;
+    const Index columns = kernels_->columns, wide = columns / kernels_->streams;
+    const Index packed_depth = detail::packed_depth<Weight>(depth);
     float* const products = w.products.data() + worker * (w.products.size() / concurrency);
     with_product(w, [&]<class X>(const kernels::Product<X, Weight>& product, Buffer<X>& buffer) {
       X* const own = buffer.data() + worker * (buffer.size() / concurrency);
       const Index block = kernels::block_depth(depth, product.depth);
-      for (Index p = 0; p < depth; p += block) {
-        const Index deep = std::min(block, depth - p), after = p + deep;
-        const kernels::Parts<X> parts = bring(product, p, deep, own);
-        for (Index i = begin; i < end; ++i) {
-          float* const c = products + (i - begin) * rows * columns;
-          product.multiply(rows, deep, parts, panel(i) + p * columns, c, p > 0,
-                           i + 1 < end     ? panel(i + 1) + p * columns
-                           : after < depth ? panel(begin) + after * columns
-                                           : next);
-          if (after == depth) use(i, c);
+      for (Index i = 0; i < panels; i += at_once) {
+        const Index count = std::min(at_once, panels - i);
+        const Weight* const first = panel + i * packed_depth * columns;
+        for (Index p = 0; p < depth; p += block) {
+          const Index deep = std::min(block, depth - p), after = p + deep;
+          product.multiply(rows, deep, bring(product, p, deep, own, i == 0), first + p * wide, packed_depth * wide,
+                           count, products, p > 0,
+                           after < depth        ? first + after * wide
+                           : i + count < panels ? first + count * packed_depth * columns
+                                                : next);
         }
+        for (Index j = 0; j < count; ++j) use(i + j, products + j * rows * columns);
       }
     });
   }
+  // Panels that are taken together: all, where their rows must be brought; else as many as a product takes.
+  static Index panels_at_once(Index rows, bool there) { return !there ? kMostPanels : rows == 1 ? 2 : 1; }
   // Columns [p, p + deep) of rows, brought side by side: row(i) is where row i begins.
   template <class X, class Row>
   static kernels::Parts<X> split(const kernels::Product<X, Weight>& product, Index rows, Index p, Index deep,
@@ -362,14 +370,19 @@ class PackedMoELayer {
       const Rows from = x.from(plan.expert_begin[task.expert] + task.begin);
       // Workers take tasks in turn, so the one after next is probably this worker's.
       const auto& after = w.tasks[std::min(i + workers, w.tasks.size() - 1)];
+      const bool few = !dot_ && task.rows <= kFewRows;
       multiply(
           task.rows, d_model(),
-          [&](const auto& product, Index p, Index deep, auto* own) {
-            return split(product, task.rows, p, deep, [&](Index row) { return from.row(row); }, own);
+          [&]<class X>(const kernels::Product<X, Weight>& product, Index p, Index deep, X* own, bool first) {
+            // Few rows are brought once, all blocks of them.
+            const Index block = few ? p / kernels::block_depth(d_model(), product.depth) : 0;
+            return split(product, first || !few ? task.rows : 0, p, deep, [&](Index row) { return from.row(row); },
+                         own + block * task.rows * row_stride(product, deep));
           },
-          task.panel_begin, task.panel_end, [&](Index panel) { return expert.up_panel(panel); },
+          expert.up_panel(task.panel_begin), task.panel_end - task.panel_begin, panels_at_once(task.rows, few),
           experts_[std::size_t(after.expert)].up_panel(after.panel_begin), worker, workers, w,
-          [&](Index panel, const float* c) {
+          [&](Index i, const float* c) {
+            const Index panel = task.panel_begin + i;
             kernels_->activate(expert.activation(), task.rows, c, expert.up_bias(panel),
                                hidden_at(task.expert, task.begin, panel * expert.hidden_columns(), plan, w),
                                hidden_stride(expert));
@@ -408,28 +421,24 @@ class PackedMoELayer {
         for (Index a = begin; a < end; a += most) {
           const Index rows = std::min(most, end - a);
           const PackedExpert<Format>& then = a + most < end ? expert : experts_[std::size_t(after)];
-          const auto bring = [&]<class X>(const kernels::Product<X, Weight>& product, Index p, Index deep, X* own) {
-            const auto hidden = [&](Index row, Index column) {
-              return hidden_at(e, a - expert_begin + row, column, plan, w);
-            };
-            if constexpr (std::is_same_v<X, float>)
-              return kernels::Parts<X>{hidden(0, p), kernels::kRowStride<X>, deep};
-            else
-              return split(product, rows, p, deep, [&](Index row) { return hidden(row, 0); }, own);
-          };
-          const auto panel_of = [&](Index panel) { return expert.down_panel(panel); };
-          const auto use = [&](Index panel, const float* c) {
-            kernels_->combine(rows, std::min(columns, d_model() - panel * columns), c, expert.down_bias(panel),
-                              token + a, plan.gate_side == GateSide::output ? plan.gate.data() + a : nullptr,
-                              y.data() + panel * columns, y.outerStride());
-          };
-          // Rows that need not be brought are taken anew for every panel.
-          const Index group_here = dot_ ? panel_end - panel_begin : 1;
-          for (Index panel = panel_begin; panel < panel_end; panel += group_here) {
-            const Index next = panel + group_here;
-            multiply(rows, expert.d_ff(), bring, panel, next, panel_of,
-                     next < panel_end ? panel_of(next) : then.down_panel(panel_begin), worker, workers, w, use);
-          }
+          multiply(
+              rows, expert.d_ff(),
+              [&]<class X>(const kernels::Product<X, Weight>& product, Index p, Index deep, X* own, bool) {
+                const auto hidden = [&](Index row, Index column) {
+                  return hidden_at(e, a - expert_begin + row, column, plan, w);
+                };
+                if constexpr (std::is_same_v<X, float>)
+                  return kernels::Parts<X>{hidden(0, p), kernels::kRowStride<X>, deep};
+                else
+                  return split(product, rows, p, deep, [&](Index row) { return hidden(row, 0); }, own);
+              },
+              expert.down_panel(panel_begin), panel_end - panel_begin, panels_at_once(rows, !dot_),
+              then.down_panel(panel_begin), worker, workers, w, [&](Index i, const float* c) {
+                const Index panel = panel_begin + i;
+                kernels_->combine(rows, std::min(columns, d_model() - panel * columns), c, expert.down_bias(panel),
+                                  token + a, plan.gate_side == GateSide::output ? plan.gate.data() + a : nullptr,
+                                  y.data() + panel * columns, y.outerStride());
+              });
         }
       }
       for (Index t = token_begin; parts_.b_output.size() > 0 && t < token_end; ++t)

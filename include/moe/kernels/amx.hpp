@@ -99,9 +99,8 @@ inline void multiply_tile(Index rows, Index steps, Index deep, const Parts<std::
 }
 
 template <int kParts>
-inline void multiply(Index rows, Index depth, const Parts<std::uint16_t>& x, const std::uint16_t* panel, float* c,
-                     bool add, const std::uint16_t* next) {
-  __asm__ volatile("" ::: "memory");  // GCC does not know that tile loads read what was written before
+inline void multiply_panel(Index rows, Index depth, const Parts<std::uint16_t>& x, const std::uint16_t* panel,
+                           float* c, bool add, const std::uint16_t* next) {
   const Index whole = depth / kTileDepth, rest = depth % kTileDepth;
   const Index products = (rows + kTileRows - 1) / kTileRows * (kColumns / kLanes) * kParts;
   const Index place_lines = (depth * kColumns * 2 + 255) / 256;
@@ -118,6 +117,14 @@ inline void multiply(Index rows, Index depth, const Parts<std::uint16_t>& x, con
                             panel + begin * kColumns, to, add || whole > 0, fetch);
     }
   }
+}
+
+template <int kParts>
+inline void multiply(Index rows, Index depth, const Parts<std::uint16_t>& x, const std::uint16_t* panel, Index apart,
+                     Index panels, float* c, bool add, const std::uint16_t* next) {
+  __asm__ volatile("" ::: "memory");  // GCC does not know that tile loads read what was written before
+  for (; panels > 0; --panels, panel += apart, c += rows * kColumns)
+    multiply_panel<kParts>(rows, depth, x, panel, c, add, panels > 1 ? panel + apart : next);
   _tile_release();
 }
 

@@ -19,8 +19,8 @@ namespace moe::kernels::avx2 {
 
 using Vec = __m256;
 
-inline constexpr int kLanes = 8, kVecs = 4;
-inline constexpr int kNarrowRows = 2, kHighRows = 6, kHighVecs = 2, kDirectRows = 4;
+inline constexpr int kLanes = 8, kVecs = 4, kStreams = 4;
+inline constexpr int kNarrowRows = 3, kNarrowPairRows = 2, kHighRows = 6, kHighVecs = 2, kDirectRows = 4;
 
 inline Vec load(const float* from) { return _mm256_loadu_ps(from); }
 inline void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
@@ -64,8 +64,9 @@ inline Vec high_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0xEE); }
 #include <moe/kernels/dense.inc>
 
 inline constexpr Kernels kTable = {kColumns,
-                                   {kMaxRows, kDepth, 1, copy, multiply_panel<float, float>},
-                                   {kMaxRows, kDepth, 1, copy, multiply_panel<float, std::uint16_t>},
+                                   kStreams,
+                                   {kMaxRows, kDepth, 1, copy, multiply_panels<float, float>},
+                                   {kMaxRows, kDepth, 1, copy, multiply_panels<float, std::uint16_t>},
                                    activate,
                                    combine};
 inline constexpr DenseKernels kDenseTable = {linear, linear_backward_input, linear_backward_weight};

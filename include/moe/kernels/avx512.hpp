@@ -19,8 +19,8 @@ namespace moe::kernels::avx512 {
 
 using Vec = __m512;
 
-inline constexpr int kLanes = 16, kVecs = 4;
-inline constexpr int kNarrowRows = 6, kHighRows = 6, kHighVecs = 4, kDirectRows = 8;
+inline constexpr int kLanes = 16, kVecs = 4, kStreams = 1;
+inline constexpr int kNarrowRows = 6, kNarrowPairRows = 6, kHighRows = 6, kHighVecs = 4, kDirectRows = 8;
 
 // Forms with a mask, all of it set: GCC 12 warns of its own headers' unmasked ones.
 inline constexpr __mmask16 kAll = 0xFFFF;
@@ -69,8 +69,9 @@ inline Vec high_pairs(Vec a, Vec b) { return _mm512_maskz_shuffle_ps(kAll, a, b,
 #include <moe/kernels/dense.inc>
 
 inline constexpr Kernels kTable = {kColumns,
-                                   {kMaxRows, kDepth, 1, copy, multiply_panel<float, float>},
-                                   {kMaxRows, kDepth, 1, copy, multiply_panel<float, std::uint16_t>},
+                                   kStreams,
+                                   {kMaxRows, kDepth, 1, copy, multiply_panels<float, float>},
+                                   {kMaxRows, kDepth, 1, copy, multiply_panels<float, std::uint16_t>},
                                    activate,
                                    combine};
 inline constexpr DenseKernels kDenseTable = {linear, linear_backward_input, linear_backward_weight};

@@ -19,13 +19,13 @@
 namespace moe::kernels::avx512_bf16 {
 
 using avx512::broadcast, avx512::first_of, avx512::fused, avx512::kHighRows, avx512::kHighVecs,
-    avx512::kLanes, avx512::kNarrowRows, avx512::kVecs, avx512::load, avx512::load_pair, avx512::second_of,
+    avx512::kLanes, avx512::kNarrowPairRows, avx512::kNarrowRows, avx512::kStreams, avx512::kVecs, avx512::load, avx512::load_pair, avx512::second_of,
     avx512::store, avx512::Vec;
 
 // Some steps of a tile: sum [R, V] += pairs of x's columns * pairs of the panel's rows.
-template <Index kStride, int R, int V>
+template <Index kStride, int R, int V, class Layout>
 inline __attribute__((always_inline)) void steps(Index count, const std::uint16_t* x,
-                                                 const std::uint16_t* panel, Index, Vec (&sum)[R][V]) {
+                                                 const std::uint16_t* panel, Layout, Vec (&sum)[R][V]) {
   for (; count > 0; count -= 2, x += 2, panel += 2 * kLanes * kVecs) {
     __m512i right[V];
 #pragma GCC unroll 4
@@ -57,7 +57,7 @@ inline void round(Index count, const float* from, std::uint16_t* to, Index width
 }
 
 inline constexpr DotProduct kTable = {kMaxDotRows, kDotDepth, 1, round,
-                                      multiply_panel<std::uint16_t, std::uint16_t>};
+                                      multiply_panels<std::uint16_t, std::uint16_t>};
 
 }  // namespace moe::kernels::avx512_bf16
 

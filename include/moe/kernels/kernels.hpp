@@ -8,9 +8,10 @@
 // What a set of kernels offers. Each instruction set fills one Kernels with the functions of its own
 // namespace; all of them are made from one text: product.inc, elementwise.inc and dense.inc.
 //
-// Weights lie in panels of `columns` columns: panel [depth, columns], contiguous, in the order in which
-// a product reads it. Weights of bfloat16 lie in pairs along the depth: [depth / 2, columns, 2], an odd
-// depth ends with a pair whose second half is zero.
+// Weights lie in panels of `columns` columns, each contiguous: [streams, depth, columns / streams]. A product reads
+// the streams of a panel side by side: some processors fetch several faster than one. Weights of bfloat16 lie in
+// pairs along the depth: [streams, depth / 2, columns / streams, 2]; an odd depth ends with a pair whose second
+// half is zero.
 namespace moe::kernels {
 
 /// The built-in activations as the kernels know them.
@@ -42,10 +43,11 @@ struct Product {
   /// to [parts, width] = the parts of from [count] and, where there are several or they are not floats, zeros
   /// behind them; width is a multiple of 32.
   void (*split)(Index count, const float* from, X* to, Index width);
-  /// c [rows, columns] = x * panel or, where `add`, added to c. `next` is what will be read of a panel after
-  /// this: it is fetched into the caches meanwhile, or any pointer at all.
-  void (*multiply)(Index rows, Index depth, const Parts<X>& x, const Weight* panel, float* c, bool add,
-                   const Weight* next);
+  /// c [panels, rows, columns] = x * panels or, where `add`, added to c. All streams of the panels are `apart`
+  /// from each other. `next` is what will be read of a panel after this: it is fetched into the caches meanwhile,
+  /// or any pointer at all.
+  void (*multiply)(Index rows, Index depth, const Parts<X>& x, const Weight* panel, Index apart, Index panels,
+                   float* c, bool add, const Weight* next);
 };
 
 /// Products of weights in bfloat16 by an instruction that multiplies pairs of bfloat16 and adds both products
@@ -62,7 +64,7 @@ inline constexpr Index kRowStride = sizeof(X) == sizeof(float) ? kDepth + 16 : k
 
 /// The functions of one instruction set.
 struct Kernels {
-  Index columns;  ///< of a panel
+  Index columns, streams;  ///< of a panel
   Product<float, float> floats;
   Product<float, std::uint16_t> halves;  ///< weights in bfloat16, which are widened: products are those of floats
   /// out [rows, columns or, gated, columns / 2] = the activation of c + bias; bias may be null.

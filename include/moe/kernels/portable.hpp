@@ -12,8 +12,8 @@ namespace moe::kernels::portable {
 using Vec = float __attribute__((vector_size(16)));
 using Whole = std::int32_t __attribute__((vector_size(16)));
 
-inline constexpr int kLanes = 4, kVecs = 4;
-inline constexpr int kNarrowRows = 2, kHighRows = 4, kHighVecs = 2, kDirectRows = 4;
+inline constexpr int kLanes = 4, kVecs = 4, kStreams = 1;
+inline constexpr int kNarrowRows = 2, kNarrowPairRows = 2, kHighRows = 4, kHighVecs = 2, kDirectRows = 4;
 
 inline Vec load(const float* from) {
   Vec v;
@@ -60,8 +60,9 @@ inline Vec high_pairs(Vec a, Vec b) { return Vec{a[2], a[3], b[2], b[3]}; }
 #include <moe/kernels/dense.inc>
 
 inline constexpr Kernels kTable = {kColumns,
-                                   {kMaxRows, kDepth, 1, copy, multiply_panel<float, float>},
-                                   {kMaxRows, kDepth, 1, copy, multiply_panel<float, std::uint16_t>},
+                                   kStreams,
+                                   {kMaxRows, kDepth, 1, copy, multiply_panels<float, float>},
+                                   {kMaxRows, kDepth, 1, copy, multiply_panels<float, std::uint16_t>},
                                    activate,
                                    combine};
 inline constexpr DenseKernels kDenseTable = {linear, linear_backward_input, linear_backward_weight};
