@@ -266,7 +266,7 @@ class PackedMoELayer {
                     row_stride(product, std::max(d_model(), widest_)));
     });
     w.tasks.reserve((plan.num_experts() + plan.token.capacity() / product_rows()) * most_panels_);
-    const Index group = std::clamp<Index>(units / (16 * concurrency), 1, kMostPanels);
+    const Index group = panels_of_task(units, 16 * concurrency);
     w.tasks.clear();
     for (const Index e : w.touched) {
       const PackedExpert<Format>& expert = experts_[std::size_t(e)];
@@ -279,13 +279,14 @@ class PackedMoELayer {
           w.tasks.push_back({e, begin, rows, panel, end, (end - panel) * std::max<Index>(rows, 8)});
         }
     }
-    // Blocks of the same panels one after the other.
-    std::sort(w.tasks.begin(), w.tasks.end(), [](const auto& a, const auto& b) {
+    // Blocks of the same panels one after the other. With few tokens all cost the same, and are in order.
+    const auto before = [](const auto& a, const auto& b) {
       if (a.cost != b.cost) return a.cost > b.cost;
       if (a.expert != b.expert) return a.expert < b.expert;
       if (a.panel_begin != b.panel_begin) return a.panel_begin < b.panel_begin;
       return a.begin < b.begin;
-    });
+    };
+    if (!std::is_sorted(w.tasks.begin(), w.tasks.end(), before)) std::sort(w.tasks.begin(), w.tasks.end(), before);
   }
 
   // An expert's hidden rows lie as products of floats read them: in blocks of their columns, [blocks, rows, stride].
@@ -348,6 +349,11 @@ class PackedMoELayer {
       }
     });
   }
+  // Panels of a task, for that many tasks or some fewer: even where there are enough, because one row takes two.
+  static Index panels_of_task(Index panels, Index tasks) {
+    const Index share = panels / tasks;
+    return std::clamp<Index>(share + share % 2, 1, kMostPanels);
+  }
   // Panels that are taken together: all, where their rows must be brought; else as many as a product takes.
   static Index panels_at_once(Index rows, bool there) { return !there ? kMostPanels : rows == 1 ? 2 : 1; }
   // Columns [p, p + deep) of rows, brought side by side: row(i) is where row i begins.
@@ -399,7 +405,7 @@ class PackedMoELayer {
     const Index columns = kernels_->columns, panels = (d_model() + columns - 1) / columns;
     // Every task brings all of its rows into bfloat16, so there are not many where there are many rows.
     const Index wanted = (dot_ && plan.num_tokens > kernels::kMaxDotRows ? 2 : 8) * workers;
-    const Index group = std::clamp<Index>(panels / wanted, 1, kMostPanels);
+    const Index group = panels_of_task(panels, wanted);
     const Index groups = (panels + group - 1) / group;
     const Index blocks = std::clamp<Index>(plan.num_tokens / 256, 1, std::max<Index>(1, wanted / groups));
     const Index block = (plan.num_tokens + blocks - 1) / blocks;
