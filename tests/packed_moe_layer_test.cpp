@@ -390,6 +390,28 @@ TEST(PackedMoELayer, TakesManyRowsAndDeepProducts) {
   }
 }
 
+// Few rows go through several panels from end to end, one row through two at a time, more rows block by block.
+TEST(PackedMoELayer, FewRowsThroughDeepPanelsAreRowsOfABatch) {
+  Rng rng(16);
+  const Layer layer = make_layer(1101, 1301, 1, 1, false);
+  const Matrix<float> x = draw(7, 1101, rng);
+  const Matrix<double> exact = expected_output(layer, x, layer.route(x), false);
+  const Matrix<double> rounded = expected_output(layer, x, layer.route(x), true);
+  const auto check = [&](const auto& fast, const Matrix<double>& expected, double tolerance) {
+    const Matrix<float> y = fast.forward(x);
+    EXPECT_LE(relative_error(y.cast<double>().eval(), expected), tolerance) << name_of(fast.instruction_set());
+    for (Index rows = 1; rows < 7; ++rows)
+      EXPECT_TRUE(same_bits(fast.forward(x.topRows(rows)), y.topRows(rows)))
+          << name_of(fast.instruction_set()) << ", " << rows << " rows";
+  };
+  for (const InstructionSet set : available_sets()) {
+    check(pack<F32>(layer, {.instruction_set = set}), exact, 1e-5);
+    check(pack<BF16>(layer, {.instruction_set = set}), rounded, 1e-5);
+  }
+  for (const InstructionSet set : sets_with_dot_products())
+    check(pack<BF16>(layer, {.instruction_set = set, .bf16_dot_product = true}), rounded, 1e-2);
+}
+
 // Hidden rows of several blocks, for experts of several sizes beside each other, with gates on either side.
 TEST(PackedMoELayer, TakesExpertsOfSeveralBlocksAndSizes) {
   Rng rng(15);

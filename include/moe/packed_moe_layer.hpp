@@ -321,7 +321,7 @@ class PackedMoELayer {
   }
   static Index part_width(Index depth) { return (depth + 31) / 32 * 32; }
 
-  // Multiplies rows by panels that lie one behind the other, `at_once` of them at a time, and calls use(i, c) with
+  // Multiplies rows by panels that lie one behind the other, `at_once` of them at a time, and calls use(nth, c) with
   // every product c [rows, columns]. bring(product, p, deep, own, first) gives columns [p, p + deep) of the rows as
   // Parts, for which it may use `own`; `first` says that it has not yet. `next` is the panel that this worker will
   // read after these.
@@ -387,8 +387,8 @@ class PackedMoELayer {
           },
           expert.up_panel(task.panel_begin), task.panel_end - task.panel_begin, panels_at_once(task.rows, few),
           experts_[std::size_t(after.expert)].up_panel(after.panel_begin), worker, workers, w,
-          [&](Index i, const float* c) {
-            const Index panel = task.panel_begin + i;
+          [&](Index nth, const float* c) {
+            const Index panel = task.panel_begin + nth;
             kernels_->activate(expert.activation(), task.rows, c, expert.up_bias(panel),
                                hidden_at(task.expert, task.begin, panel * expert.hidden_columns(), plan, w),
                                hidden_stride(expert));
@@ -439,8 +439,8 @@ class PackedMoELayer {
                   return split(product, rows, p, deep, [&](Index row) { return hidden(row, 0); }, own);
               },
               expert.down_panel(panel_begin), panel_end - panel_begin, panels_at_once(rows, !dot_),
-              then.down_panel(panel_begin), worker, workers, w, [&](Index i, const float* c) {
-                const Index panel = panel_begin + i;
+              then.down_panel(panel_begin), worker, workers, w, [&](Index nth, const float* c) {
+                const Index panel = panel_begin + nth;
                 kernels_->combine(rows, std::min(columns, d_model() - panel * columns), c, expert.down_bias(panel),
                                   token + a, plan.gate_side == GateSide::output ? plan.gate.data() + a : nullptr,
                                   y.data() + panel * columns, y.outerStride());
