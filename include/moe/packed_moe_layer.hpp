@@ -261,7 +261,7 @@ class PackedMoELayer {
     w.hidden.resize(hidden);
     w.products.resize(concurrency * products_size(most));
     with_product(w, [&](const auto& product, auto& buffer) {
-      const Index blocks = (d_model() + product.depth - 1) / product.depth;
+      const Index blocks = (d_model() + product.depth - 1) / product.depth;  // of few rows all are kept
       buffer.resize(concurrency * std::max(most, kFewRows * blocks) *
                     row_stride(product, std::max(d_model(), widest_)));
     });
@@ -279,7 +279,7 @@ class PackedMoELayer {
           w.tasks.push_back({e, begin, rows, panel, end, (end - panel) * std::max<Index>(rows, 8)});
         }
     }
-    // Blocks of the same panels one after the other. With few tokens all cost the same, and are in order.
+    // Blocks of the same panels one after the other. With few tokens they are mostly in order.
     const auto before = [](const auto& a, const auto& b) {
       if (a.cost != b.cost) return a.cost > b.cost;
       if (a.expert != b.expert) return a.expert < b.expert;
@@ -349,13 +349,15 @@ class PackedMoELayer {
       }
     });
   }
-  // Panels of a task, for that many tasks or some fewer: even where there are enough, because one row takes two.
-  static Index panels_of_task(Index panels, Index tasks) {
+  // Panels of a task, for that many tasks or some fewer: even where there are enough and one row may take two.
+  Index panels_of_task(Index panels, Index tasks) const {
     const Index share = panels / tasks;
-    return std::clamp<Index>(share + share % 2, 1, kMostPanels);
+    return std::clamp<Index>(kernels_->streams > 1 ? share + share % 2 : share, 1, kMostPanels);
   }
   // Panels that are taken together: all, where their rows must be brought; else as many as a product takes.
-  static Index panels_at_once(Index rows, bool there) { return !there ? kMostPanels : rows == 1 ? 2 : 1; }
+  Index panels_at_once(Index rows, bool there) const {
+    return !there ? kMostPanels : rows == 1 && kernels_->streams > 1 ? 2 : 1;
+  }
   // Columns [p, p + deep) of rows, brought side by side: row(i) is where row i begins.
   template <class X, class Row>
   static kernels::Parts<X> split(const kernels::Product<X, Weight>& product, Index rows, Index p, Index deep,
