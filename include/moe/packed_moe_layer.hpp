@@ -165,7 +165,7 @@ class PackedMoELayer {
  private:
   static constexpr bool kHalf = std::is_same_v<Format, BF16>;
   static constexpr Index kMostPanels = 8;  // that a task takes
-  static constexpr Index kFewRows = 3;     // for which all of the depth is brought at once
+  static constexpr Index kFewRows = 3;     // for which, with streams, all of the depth is brought at once
   using Weight = typename Format::Weight;
   using Held = std::conditional_t<PackableExpert<E>, PackedExpert<Format>, E>;
 
@@ -378,7 +378,7 @@ class PackedMoELayer {
       const Rows from = x.from(plan.expert_begin[task.expert] + task.begin);
       // Workers take tasks in turn, so the one after next is probably this worker's.
       const auto& after = w.tasks[std::min(i + workers, w.tasks.size() - 1)];
-      const bool few = !dot_ && task.rows <= kFewRows;
+      const bool few = kernels_->streams > 1 && task.rows <= kFewRows;
       multiply(
           task.rows, d_model(),
           [&]<class X>(const kernels::Product<X, Weight>& product, Index p, Index deep, X* own, bool first) {

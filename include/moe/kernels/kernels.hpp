@@ -44,8 +44,8 @@ struct Product {
   /// behind them; width is a multiple of 32.
   void (*split)(Index count, const float* from, X* to, Index width);
   /// c [panels, rows, columns] = x * panels or, where `add`, added to c. Each stream begins `apart` numbers after the
-  /// one before it, also from one panel to the next. `next` is what will be read of a panel after this: it is fetched into the caches meanwhile,
-  /// or any pointer at all.
+  /// one before it, also from one panel to the next. `next` is what will be read of a panel after this: it is
+  /// fetched into the caches meanwhile, or any pointer at all.
   void (*multiply)(Index rows, Index depth, const Parts<X>& x, const Weight* panel, Index apart, Index panels,
                    float* c, bool add, const Weight* next);
 };
