@@ -20,7 +20,7 @@ namespace moe::kernels::avx2 {
 using Vec = __m256;
 
 inline constexpr int kLanes = 8, kVecs = 4, kStreams = 4;
-inline constexpr int kNarrowRows = 3, kNarrowPairRows = 2, kHighRows = 6, kHighVecs = 2, kDirectRows = 4;
+inline constexpr int kNarrowRows = 3, kNarrowPairRows = 2, kHighRows = 6, kHighVecs = 2, kDirectRows = 8;
 
 inline Vec load(const float* from) { return _mm256_loadu_ps(from); }
 inline void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
