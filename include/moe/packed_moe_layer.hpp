@@ -180,7 +180,7 @@ class PackedMoELayer {
             ", but the router has ", d_model());
     if constexpr (PackableExpert<E>) {
       experts_.emplace_back(expert, *kernels_);
-      widest_ = std::max(widest_, hidden_size(experts_.back()));
+      widest_ = std::max(widest_, hidden_rows(experts_.back()).size());
       most_panels_ = std::max(most_panels_, experts_.back().up_panels());
     } else {
       experts_.push_back(expert);
@@ -255,7 +255,7 @@ class PackedMoELayer {
       w.touched.push_back(e);
       units += blocks_of(e) * expert.up_panels();
       w.hidden_begin[e] = hidden;
-      hidden += plan.rows_of(e) * hidden_size(expert);
+      hidden += plan.rows_of(e) * hidden_rows(expert).size();
     }
     w.hidden.reserve(plan.token.capacity() * widest_);
     w.hidden.resize(hidden);
@@ -289,25 +289,15 @@ class PackedMoELayer {
     if (!std::is_sorted(w.tasks.begin(), w.tasks.end(), before)) std::sort(w.tasks.begin(), w.tasks.end(), before);
   }
 
-  // An expert's hidden rows lie as products of floats read them: in blocks of their columns, [blocks, rows, stride].
-  // Dot products, which bring them into bfloat16, take them whole.
-  static Index hidden_columns(const PackedExpert<Format>& expert) {
-    return expert.up_panels() * expert.hidden_columns();
-  }
-  Index hidden_depth(const PackedExpert<Format>& expert) const {
-    return dot_ ? hidden_columns(expert) : kernels::block_depth(expert.d_ff(), kernels::kDepth);
-  }
-  Index hidden_stride(const PackedExpert<Format>& expert) const {
-    return dot_ ? hidden_columns(expert) : kernels::kRowStride<float>;
-  }
-  Index hidden_size(const PackedExpert<Format>& expert) const {  // of a row
-    return (hidden_columns(expert) - 1) / hidden_depth(expert) * hidden_stride(expert) + hidden_stride(expert);
+  // How an expert's hidden rows lie. Dot products, which bring them into bfloat16, take them whole.
+  kernels::RowBlocks hidden_rows(const PackedExpert<Format>& expert) const {
+    const Index columns = expert.up_panels() * expert.hidden_columns();
+    if (dot_) return {columns, columns, columns};
+    return {columns, kernels::block_depth(expert.d_ff(), kernels::kDepth), kernels::kRowStride<float>};
   }
   float* hidden_at(Index e, Index row, Index column, const DispatchPlan<float>& plan, Workspace& w) const {
-    const PackedExpert<Format>& expert = experts_[std::size_t(e)];
-    const Index block = column / hidden_depth(expert) * plan.rows_of(e);
-    return w.hidden.data() + w.hidden_begin[e] + (block + row) * hidden_stride(expert) +
-           column % hidden_depth(expert);
+    const kernels::RowBlocks rows = hidden_rows(experts_[std::size_t(e)]);
+    return w.hidden.data() + w.hidden_begin[e] + rows.at(plan.rows_of(e), row, column);
   }
   // Floats of a worker's products.
   Index products_size(Index rows) const { return kMostPanels * rows * kernels_->columns; }
@@ -393,7 +383,7 @@ class PackedMoELayer {
             const Index panel = task.panel_begin + nth;
             kernels_->activate(expert.activation(), task.rows, c, expert.up_bias(panel),
                                hidden_at(task.expert, task.begin, panel * expert.hidden_columns(), plan, w),
-                               hidden_stride(expert));
+                               hidden_rows(expert).stride);
           });
     });
   }
@@ -477,7 +467,7 @@ class PackedMoELayer {
   const kernels::DotProduct* dot_ = nullptr;  // multiplies, where it is there, in place of kernels_
   PackedParts<R> parts_;
   std::vector<Held> experts_;  // routed, then shared
-  Index widest_ = 0, most_panels_ = 0;  // hidden_size and up_panels of the largest expert
+  Index widest_ = 0, most_panels_ = 0;  // of the largest expert: a hidden row, up_panels
 };
 
 /// The inference form of a layer. O(parameters). Throws std::invalid_argument where the processor does

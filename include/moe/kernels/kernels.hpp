@@ -97,4 +97,15 @@ inline Index block_depth(Index depth, Index most) {
   return ((depth + blocks - 1) / blocks + 63) / 64 * 64;
 }
 
+/// Rows of activations in blocks of their columns, [blocks, rows, stride], each of them what a product reads at a time.
+struct RowBlocks {
+  Index columns, depth;  ///< of a row, of a block
+  Index stride;          ///< from a row of a block to the next
+
+  Index size() const { return ((columns - 1) / depth + 1) * stride; }  ///< of a row
+  Index at(Index rows, Index row, Index column) const {
+    return (column / depth * rows + row) * stride + column % depth;
+  }
+};
+
 }  // namespace moe::kernels
