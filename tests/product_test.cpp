@@ -129,7 +129,7 @@ TYPED_TEST(ProductOf, EqualsTripleLoopsWhereADimensionIsZeroOrOne) {
 
 TYPED_TEST(ProductOf, EqualsTripleLoopsAroundTheDepthAtWhichSumsAreCut) {
   moe::Rng rng(3);
-  for (const Index deep : {255, 256, 257, 511, 512, 513, 700}) {
+  for (const Index deep : {255, 256, 257, 511, 512, 513, 700, 2047, 2050, 4099}) {
     check_products<TypeParam>(5, deep, 7, rng);   // deep in linear
     check_products<TypeParam>(3, 9, deep, rng);   // deep in the gradient by the input
     check_products<TypeParam>(deep, 5, 11, rng);  // deep in the gradient by the weight

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT
+// The portable kernels give a row the same bits whatever rows are beside it, also where the compiler may fuse
+// multiplications with additions. Prints what differs.
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include <moe/kernels/select.hpp>
+
+namespace {
+
+using moe::Index;
+
+std::vector<float> random(Index count, std::uint32_t seed) {
+  std::vector<float> values;
+  for (Index i = 0; i < count; ++i) {
+    seed = seed * 1664525u + 1013904223u;
+    values.push_back(float(std::int32_t(seed) >> 8) / 8388608.0f);
+  }
+  return values;
+}
+
+// How many numbers of rows there are for which multiply(rows, to) does not give the first rows of a batch of 33.
+template <class F>
+int differences(const char* name, Index columns, const F& multiply) {
+  constexpr Index kBatch = 33;
+  std::vector<float> all(std::size_t(kBatch * columns)), some(all.size());
+  multiply(kBatch, all.data());
+  int count = 0;
+  for (Index rows = 1; rows < kBatch; ++rows) {
+    multiply(rows, some.data());
+    if (std::memcmp(all.data(), some.data(), std::size_t(rows * columns) * sizeof(float)) == 0) continue;
+    std::printf("%s: %d rows are not those of a batch\n", name, int(rows));
+    ++count;
+  }
+  return count;
+}
+
+}  // namespace
+
+int main() {
+  constexpr auto kSet = moe::InstructionSet::portable;
+  const moe::kernels::DenseKernels& dense = *moe::kernels::find_dense(kSet);
+  const moe::kernels::Kernels& packed = *moe::kernels::find(kSet);
+  constexpr Index kIn = 77, kOut = 53, kBatch = 33, kStride = moe::kernels::kRowStride<float>;
+  const std::vector<float> x = random(kBatch * kStride, 1), w = random(kIn * kOut, 2);
+  const std::vector<float> panel = random(kIn * packed.columns, 3);
+  const std::vector<std::uint16_t> half(std::size_t((kIn + 1) * packed.columns), 0x3E45);
+  int count = differences("linear", kOut, [&](Index rows, float* to) {
+    dense.linear(rows, kIn, kOut, x.data(), kStride, w.data(), kIn, to, kOut, false);
+  });
+  count += differences("linear_backward_input", kIn, [&](Index rows, float* to) {
+    dense.linear_backward_input(rows, kIn, kOut, x.data(), kStride, w.data(), kIn, to, kIn, false);
+  });
+  const moe::kernels::Parts<float> from{x.data(), kStride, kIn};
+  count += differences("floats", packed.columns, [&](Index rows, float* to) {
+    packed.floats.multiply(rows, kIn, from, panel.data(), kIn * packed.columns, 1, to, false, panel.data());
+  });
+  count += differences("halves", packed.columns, [&](Index rows, float* to) {
+    packed.halves.multiply(rows, kIn, from, half.data(), (kIn + 1) * packed.columns, 1, to, false, half.data());
+  });
+  return count;
+}
