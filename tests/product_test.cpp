@@ -136,6 +136,18 @@ TYPED_TEST(ProductOf, EqualsTripleLoopsAroundTheDepthAtWhichSumsAreCut) {
   }
 }
 
+// Rows of a weight of at least 2^16 numbers are multiplied far from each other: in widths of whole pages and others,
+// with columns left over and without.
+TYPED_TEST(ProductOf, EqualsTripleLoopsWhereTheWeightIsLarge) {
+  moe::Rng rng(4);
+  for (const Index rows : {1, 2, 3, 5, 8}) {
+    check_products<TypeParam>(rows, 1024, 64, rng);
+    check_products<TypeParam>(rows, 1024, 77, rng);
+    check_products<TypeParam>(rows, 520, 144, rng);
+    check_products<TypeParam>(rows, 515, 135, rng);
+  }
+}
+
 TYPED_TEST(ProductOf, TakesMapsAndRefs) {
   using S = TypeParam;
   moe::Rng rng(4);
