@@ -141,6 +141,34 @@ void pack_form_equals_scalar_form(const A& act) {
   }
 }
 
+// However large a finite argument is, its value and slope are their limits, not 0 times infinity.
+template <class S, class A>
+void expect_limits(const A& activation) {
+  for (const S size : {S(1e5), S(1e15), S(2e19), S(1e30), std::numeric_limits<S>::max()})
+    for (const S x : {size, -size}) {
+      std::vector<S> in(16, x), y(16), d(16, S(1));
+      moe::activate(activation, Index(16), in.data(), y.data());
+      moe::activate_backward(activation, Index(16), in.data(), d.data());
+      // Packs have the smallest normal number for exp of minus infinity.
+      const S limit = x > S(0) ? S(1) : S(0), rest = 100 * std::numeric_limits<S>::min();
+      for (const S value : {activation.forward(x), y[3]}) EXPECT_EQ(value, limit * x) << x;
+      for (const S slope : {activation.derivative(x), d[3]}) EXPECT_NEAR(slope, limit, rest) << x;
+    }
+}
+TYPED_TEST(UnaryActivation, OfTheLargestNumbersHasItsLimits) {
+  expect_limits<float>(TypeParam{});
+  expect_limits<double>(TypeParam{});
+}
+
+TYPED_TEST(GatedActivation, OfTheLargestNumbersIsANumber) {
+  const TypeParam glu;
+  for (const float size : {1e15f, 2e19f, std::numeric_limits<float>::max()})
+    for (const float g : {size, -size}) {
+      const auto slope = glu.derivative(g, 0.5f);
+      for (const float v : {glu.forward(g, 0.5f), slope.by_gate, slope.by_up}) EXPECT_FALSE(std::isnan(v)) << g;
+    }
+}
+
 TYPED_TEST(UnaryActivation, PackFormEqualsScalarForm) {
   pack_form_equals_scalar_form<TypeParam, float>({});
   pack_form_equals_scalar_form<TypeParam, double>({});

@@ -9,7 +9,7 @@ cmake_path(ABSOLUTE_PATH INCLUDE_DIR)
 
 # From low to high. A name is the path below moe/ without .hpp; dir/* is every header of dir.
 set(layers
-  "version types check buffer"
+  "version types check numbers buffer"
   "kernels/*"
   "top_k scores group_limit selection_bias softmax activation parameters random init executor product storage"
   "router expert capacity dispatch loss load_loss metrics token_choice gradient_check"

@@ -6,6 +6,7 @@
 #include <limits>
 #include <numbers>
 
+#include <moe/numbers.hpp>
 #include <moe/types.hpp>
 
 // Activations as small value types. A unary one has forward(x) and derivative(x); a gated unit has
@@ -32,6 +33,14 @@ struct GluDerivative {
 
 namespace detail {
 
+// `value`, but x where that is NaN: comparisons, and under -ffast-math more, would make a number of one.
+template <class S>
+S or_nan(S value, S x) { return is_nan(x) ? x : value; }
+template <class S>
+Pack<S> or_nan(const Pack<S>& value, const Pack<S>& x) {
+  return value.binaryExpr(x, [](S v, S from) { return or_nan(v, from); });
+}
+
 template <class S>
 S exponential(S x) { return std::exp(x); }
 template <class S>
@@ -40,7 +49,7 @@ Pack<S> exponential(const Pack<S>& x) { return x.exp(); }
 template <class S>
 S hyperbolic_tangent(S x) { return std::tanh(x); }
 template <class S>
-Pack<S> hyperbolic_tangent(const Pack<S>& x) { return x.tanh(); }
+Pack<S> hyperbolic_tangent(const Pack<S>& x) { return or_nan(Pack<S>(x.tanh()), x); }
 
 template <class S>
 S error_function(S x) { return std::erf(x); }
@@ -50,26 +59,43 @@ Pack<S> error_function(const Pack<S>& x) {
 }
 
 template <class S>
-S positive_part(S x) { return x > S(0) ? x : S(0); }
+S positive_part(S x) {
+  if constexpr (kHasBits<S>)  // positive, or a NaN of either sign: above minus infinity as integers are
+    return bits_of(x) > bits_of(-std::numeric_limits<S>::infinity()) ? x : S(0);
+  else
+    return x < S(0) ? S(0) : x;
+}
 template <class S>
-Pack<S> positive_part(const Pack<S>& x) { return (x > S(0)).select(x, Pack<S>::Zero()); }
+Pack<S> positive_part(const Pack<S>& x) {
+  return x.unaryExpr([](S v) { return positive_part(v); });
+}
 
 template <class S>
-S step(S x) { return x > S(0) ? S(1) : S(0); }
+S step(S x) {
+  return or_nan(x > S(0) ? S(1) : S(0), x);
+}
 template <class S>
-Pack<S> step(const Pack<S>& x) { return (x > S(0)).select(Pack<S>::Ones(), Pack<S>::Zero()); }
+Pack<S> step(const Pack<S>& x) {
+  return x.unaryExpr([](S v) { return step(v); });
+}
 
 template <class S>
-S clamp(S x, S low, S high) { return std::min(std::max(x, low), high); }
+S clamp(S x, S low, S high) {
+  return or_nan(std::min(std::max(x, low), high), x);
+}
 template <class S>
-Pack<S> clamp(const Pack<S>& x, S low, S high) { return x.max(low).min(high); }
+Pack<S> clamp(const Pack<S>& x, S low, S high) {
+  return x.unaryExpr([low, high](S v) { return clamp(v, low, high); });
+}
 
 // 1 inside [low, high], 0 outside: the derivative of clamp, as torch.clamp takes it at its ends.
 template <class S>
-S inside(S x, S low, S high) { return x >= low && x <= high ? S(1) : S(0); }
+S inside(S x, S low, S high) {
+  return or_nan(x >= low && x <= high ? S(1) : S(0), x);
+}
 template <class S>
 Pack<S> inside(const Pack<S>& x, S low, S high) {
-  return (x >= low && x <= high).select(Pack<S>::Ones(), Pack<S>::Zero());
+  return x.unaryExpr([low, high](S v) { return inside(v, low, high); });
 }
 
 template <class T>
@@ -78,6 +104,10 @@ template <class S>
 struct ScalarOf<Pack<S>> { using Type = S; };
 template <class T>
 using Scalar = typename ScalarOf<T>::Type;
+
+// Where the slope of a GELU has reached its limits, 0 and 1, and squares do not overflow.
+template <class T>
+T within_100(const T& x) { return clamp(x, Scalar<T>(-100), Scalar<T>(100)); }
 
 // 1 / (1 + exp(-x)).
 template <class T>
@@ -88,7 +118,7 @@ T logistic(const T& x) {
 
 }  // namespace detail
 
-/// max(x, 0); the derivative at 0 is 0.
+/// max(x, 0); the derivative at 0 is 0. NaN stays NaN, as in every activation here.
 struct ReLU {
   static constexpr bool takes_packs = true;
   template <class T>
@@ -106,8 +136,9 @@ struct GELU {
     return S(0.5) * x * (S(1) + detail::error_function(T(x * S(1 / std::numbers::sqrt2))));
   }
   template <class T>
-  T derivative(const T& x) const {
+  T derivative(const T& far) const {
     using S = detail::Scalar<T>;
+    const T x = detail::within_100(far);
     constexpr S kDensity = S(std::numbers::inv_sqrtpi / std::numbers::sqrt2);
     return S(0.5) * (S(1) + detail::error_function(T(x * S(1 / std::numbers::sqrt2)))) +
            x * kDensity * detail::exponential(T(x * x * S(-0.5)));
@@ -124,8 +155,9 @@ struct GELUTanh {
     return S(0.5) * x * (S(1) + detail::hyperbolic_tangent(inner(x)));
   }
   template <class T>
-  T derivative(const T& x) const {
+  T derivative(const T& far) const {
     using S = detail::Scalar<T>;
+    const T x = detail::within_100(far);
     const T t = detail::hyperbolic_tangent(inner(x));
     return S(0.5) * (S(1) + t) +
            S(0.5) * x * (S(1) - t * t) * (scale<S> * (S(1) + S(3 * 0.044715) * x * x));
@@ -185,7 +217,7 @@ struct ClampedSwiGLU {
     using S = detail::Scalar<T>;
     const T gate = detail::clamp(g, std::numeric_limits<S>::lowest(), S(limit));
     const T up = detail::clamp(u, S(-limit), S(limit));
-    return (up + S(offset)) * gate * detail::logistic(T(gate * S(alpha)));
+    return (up + S(offset)) * (gate * detail::logistic(T(gate * S(alpha))));
   }
   template <class T>
   GluDerivative<T> derivative(const T& g, const T& u) const {
@@ -193,7 +225,7 @@ struct ClampedSwiGLU {
     const T gate = detail::clamp(g, std::numeric_limits<S>::lowest(), S(limit));
     const T up = detail::clamp(u, S(-limit), S(limit));
     const T s = detail::logistic(T(gate * S(alpha)));
-    return {T((up + S(offset)) * (s + S(alpha) * gate * s * (S(1) - s)) *
+    return {T((up + S(offset)) * (s + S(alpha) * (gate * s) * (S(1) - s)) *
               detail::inside(g, std::numeric_limits<S>::lowest(), S(limit))),
             T(gate * s * detail::inside(u, S(-limit), S(limit)))};
   }

@@ -19,7 +19,7 @@
 //   metrics.hpp                       numbers about a routing
 //   gradient_check.hpp                check_gradients: backward against central differences
 //   scores.hpp group_limit.hpp selection_bias.hpp                  logits, scores, selection, gates
-//   softmax.hpp top_k.hpp activation.hpp product.hpp               the mathematics
+//   numbers.hpp softmax.hpp top_k.hpp activation.hpp product.hpp   the mathematics
 //   parameters.hpp random.hpp init.hpp executor.hpp                parameters, numbers, threads
 //   storage.hpp                       Owned and Mapped: where weights are
 //   types.hpp buffer.hpp check.hpp version.hpp                     the ground
@@ -49,6 +49,7 @@
 #include <moe/metrics.hpp>
 #include <moe/models/all.hpp>
 #include <moe/moe_layer.hpp>
+#include <moe/numbers.hpp>
 #include <moe/parameters.hpp>
 #include <moe/product.hpp>
 #include <moe/random.hpp>

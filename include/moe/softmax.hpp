@@ -2,42 +2,14 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <cstdint>
 #include <limits>
-#include <type_traits>
 
+#include <moe/numbers.hpp>
 #include <moe/types.hpp>
 
-// Softmax and its companions on one row of logits, and the test for finite numbers that they share.
+// Softmax and its companions on one row of logits.
 namespace moe {
-
-/// What kind of number a value is, read from its exponent bits, hence also under -ffast-math.
-enum class NumberKind { finite, infinite, nan };
-
-/// Kind of `value`; O(1). Types without a known bit pattern use the <cmath> functions.
-template <class S>
-NumberKind number_kind(S value) {
-  if constexpr (std::is_same_v<S, float> || std::is_same_v<S, double>) {
-    using Bits = std::conditional_t<sizeof(S) == 4, std::uint32_t, std::uint64_t>;
-    constexpr int kMantissa = std::numeric_limits<S>::digits - 1;
-    constexpr Bits kSign = Bits(1) << (8 * sizeof(S) - 1);
-    constexpr Bits kInfinity = (~Bits(0) >> (kMantissa + 1)) << kMantissa;
-    const Bits magnitude = std::bit_cast<Bits>(value) & ~kSign;
-    if (magnitude < kInfinity) return NumberKind::finite;
-    return magnitude == kInfinity ? NumberKind::infinite : NumberKind::nan;
-  } else {
-    if (std::isnan(value)) return NumberKind::nan;
-    return std::isinf(value) ? NumberKind::infinite : NumberKind::finite;
-  }
-}
-
-/// Whether `value` is minus infinity: the logit of an expert that a token can not use.
-template <class S>
-bool is_unavailable(S value) {
-  return number_kind(value) == NumberKind::infinite && std::signbit(value);
-}
 
 /// Largest finite logit of a row; the row must have one. O(n).
 template <class S>
@@ -82,12 +54,15 @@ Matrix<S> softmax(const Matrix<S>& logits) {
   return probs;
 }
 
-/// d_logits[i] += probs[i] * (d_probs[i] - sum of probs[j] * d_probs[j]): backward of softmax. O(n).
+/// d_logits[i] += probs[i] * (d_probs[i] - sum of probs[j] * d_probs[j]): backward of softmax. Both terms are
+/// taken from the d_probs of the largest probability, so that nothing cancels however near to 1 that is. O(n).
 template <class S>
 void softmax_backward(Index n, const S* probs, const S* d_probs, S* d_logits) {
+  if (n == 0) return;
+  const S origin = d_probs[std::max_element(probs, probs + n) - probs];
   S mean = 0;
-  for (Index i = 0; i < n; ++i) mean += probs[i] * d_probs[i];
-  for (Index i = 0; i < n; ++i) d_logits[i] += probs[i] * (d_probs[i] - mean);
+  for (Index i = 0; i < n; ++i) mean += probs[i] * (d_probs[i] - origin);
+  for (Index i = 0; i < n; ++i) d_logits[i] += probs[i] * ((d_probs[i] - origin) - mean);
 }
 
 }  // namespace moe

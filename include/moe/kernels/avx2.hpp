@@ -31,6 +31,10 @@ inline Vec divided(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 inline Vec fused(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec or_nan(Vec a, Vec b) {
+  const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(b), _mm256_set1_epi32(0x7FFFFFFF));
+  return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x7F800000))));
+}
 inline Vec nearest_integer(Vec v) {
   return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }

@@ -34,6 +34,10 @@ inline Vec divided(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 inline Vec fused(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec smaller(Vec a, Vec b) { return _mm512_maskz_min_ps(kAll, a, b); }
 inline Vec larger(Vec a, Vec b) { return _mm512_maskz_max_ps(kAll, a, b); }
+inline Vec or_nan(Vec a, Vec b) {
+  const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(b), _mm512_set1_epi32(0x7FFFFFFF));
+  return _mm512_mask_mov_ps(a, _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(0x7F800000)), b);
+}
 inline Vec nearest_integer(Vec v) {
   return _mm512_maskz_roundscale_ps(kAll, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }

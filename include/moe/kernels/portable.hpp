@@ -43,6 +43,7 @@ inline Vec fused(Vec a, Vec b, Vec c) {
 }
 inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec or_nan(Vec a, Vec b) { return (Whole(b) & 0x7FFFFFFF) > 0x7F800000 ? b : a; }
 // The nearest integer of each number below 2^22. Added to a number, 1.5 * 2^23 leaves it in the lower
 // bits. Unlike a conversion, this may be done to a NaN, and -ffast-math does not see through it.
 inline Whole nearest_whole(Vec v) {
