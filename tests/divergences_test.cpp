@@ -106,6 +106,32 @@ TEST(Divergences, AnEpsilonMattersWhereAllScoresAreTiny) {
   EXPECT_NEAR(route(identity_router(options, 2), x).chosen.gate[0], s / (2 * s + 1e-20), 1e-19);
 }
 
+// ERNIE divides by at least 1e-12: here the bias chooses an expert of probability exp(-40), 4.2e-18.
+TEST(Divergences, AMinimumOfTheSumMattersWhereTheBiasChoosesSmallProbabilities) {
+  TopK::Options options{.top_k = 1, .renormalise = true, .selection_bias = true, .allow_constant_gate = true};
+  TopK router = identity_router(options, 2);
+  router.selection_bias << 0, 2;
+  const Matrix<double> x{{0, -40}};
+  EXPECT_EQ(route(router, x).chosen.gate[0], 1);
+  options.renormalise_minimum = moe::ernie_4_5_21b_a3b.router.renormalise_minimum;
+  EXPECT_EQ(options.renormalise_minimum, 1e-12);
+  router = identity_router(options, 2);
+  router.selection_bias << 0, 2;
+  const double p = std::exp(-40.0) / (1 + std::exp(-40.0));
+  const Routing<double> routing = route(router, x);
+  EXPECT_NEAR(routing.chosen.gate[0], p / 1e-12, 1e-20);
+  // The minimum is a constant: the gate's derivative is that of the probability.
+  moe::RoutingGradient<double> gradient;
+  gradient.d_chosen_gate.assign(1, 1.0);
+  TopK grad = moe::zeros_like(router);
+  Matrix<double> d_x = Matrix<double>::Zero(1, 2);
+  router.backward(x, routing, gradient, d_x, grad);
+  EXPECT_NEAR(d_x(0, 1), p * (1 - p) / 1e-12, 1e-20);
+  EXPECT_NEAR(d_x(0, 0), -p * (1 - p) / 1e-12, 1e-20);
+  // Where the sum is larger it is what gates are divided by.
+  EXPECT_EQ(route(router, Matrix<double>{{0, -20}}).chosen.gate[0], 1);
+}
+
 // In bfloat16 both logits are 1, and the tie goes to some expert.
 TEST(Divergences, LogitsThatBfloat16MakesEqualAreNot) {
   moe::TopKRouter<float> router({.d_model = 2, .num_experts = 2, .top_k = 1});

@@ -33,7 +33,7 @@ template <class S>
 struct LayerWorkspace {
   Routing<S> routing;           ///< what the router decided
   DispatchPlan<S> all_experts;  ///< its plan with the shared experts after the routed ones
-  Matrix<S> shared_gate;        ///< [tokens, shared experts]
+  Matrix<S> shared_gate;        ///< logits of the shared experts' gates [tokens, shared experts]
   RowBuffer<S> x_rows, y_rows;  ///< [assignments, d_model]
   ExpertScratch<S> scratch;
 };
@@ -229,9 +229,8 @@ class MoELayer {
     dispatch_backward(cache.d_x_rows, plan, cache.x, d_y, d_x, cache.d_gate, executor);
     backward_router(cache, grad, routing_gradient, d_x, executor);
     backward_shared_gate(cache, grad, d_x, executor);
-    for (Index t = 0; b_output.size() > 0 && t < d_y.rows(); ++t)
-      if (routed.token_state[t] == TokenState::valid)
-        add_scaled(d_model(), S(1), &d_y.coeffRef(t, 0), grad.b_output.data());
+    if (b_output.size() > 0)
+      bias_backward(d_y, grad.b_output, [&](Index t) { return cache.routing.is_valid(t); });
   }
 
   // ---- Experts come and go.
@@ -428,7 +427,7 @@ class MoELayer {
       const Index e = num_experts() + s;
       for (Index a = plan.expert_begin[e]; a < plan.expert_begin[e + 1]; ++a)
         cache.d_shared_gate(plan.token[a], s) =
-            cache.d_gate[a] * plan.gate[a] * (S(1) - plan.gate[a]);
+            cache.d_gate[a] * detail::sigmoid_slope(cache.shared_gate(plan.token[a], s));
     }
     router_linear_backward(cache.x, w_shared_gate, cache.d_shared_gate, grad.w_shared_gate, d_x,
                            executor);

@@ -23,19 +23,17 @@ enum class Score {
 };
 
 /// How the gates of the experts that a token uses follow from its scores s:
-///   gate_e = scale * s_e                                            (Switch, Grok-1, OLMoE, ...)
-///   gate_e = scale * s_e / (sum over the experts in use of s + epsilon)   where renormalised
-/// A renormalised softmax without epsilon is computed as the softmax over the logits of the experts in
-/// use: equal in value and gradient (Mixtral is published in both forms), but nothing underflows.
+///   gate_e = scale * s_e                                                          (Switch, Grok-1, OLMoE, ...)
+///   gate_e = scale * s_e / max(sum over the experts in use of s + epsilon, minimum)   where renormalised
+/// A renormalised softmax with neither epsilon nor minimum is computed as the softmax over the logits of the
+/// experts in use: equal in value and gradient (Mixtral is published in both forms), but nothing underflows. So
+/// are renormalised sigmoid and sqrt_softplus where all logits are so low that these are exp(z) and exp(z / 2).
 struct GateRule {
   Score score = Score::softmax;
   bool renormalise = false;
   double epsilon = 0;
+  double minimum = 0;
   double scale = 1;
-
-  bool is_softmax_of_chosen() const {
-    return score == Score::softmax && renormalise && epsilon == 0;
-  }
 };
 
 namespace detail {
@@ -51,6 +49,16 @@ S sigmoid(S z) {
   return (z < S(0) ? e : S(1)) / (S(1) + e);
 }
 
+// The derivative of sigmoid: s (1 - s) without the difference, which is 0 where s rounds to 1.
+template <class S>
+S sigmoid_slope(S z) {
+  const S e = std::exp(-std::abs(z));
+  return e / ((S(1) + e) * (S(1) + e));
+}
+
+// Below this logit 1 + exp(z) is 1, in double too.
+inline constexpr double kFarBelow = -40;
+
 // The score of one expert, for scores that look at its logit alone; 0 for an unavailable one.
 template <class S>
 S score_of(Score score, S z) {
@@ -59,7 +67,7 @@ S score_of(Score score, S z) {
     case Score::sigmoid:
       return sigmoid(z);
     case Score::sqrt_softplus:
-      return std::sqrt(softplus(z));
+      return z < S(kFarBelow) ? std::exp(z / S(2)) : std::sqrt(softplus(z));
     default:
       return std::max(z, S(0));
   }
@@ -71,21 +79,78 @@ S score_slope(Score score, S z, S s) {
   if (!(s > S(0))) return S(0);
   switch (score) {
     case Score::sigmoid:
-      return s * (S(1) - s);
+      return sigmoid_slope(z);
     case Score::sqrt_softplus:
-      return sigmoid(z) / (S(2) * s);
+      return z < S(kFarBelow) ? s / S(2) : sigmoid(z) / (S(2) * s);
     default:
       return S(1);
   }
 }
 
-// What scores are divided by: never zero, so that scores that all underflow give gates of zero.
+// What scores are divided by: never zero, so that scores that all underflow give quotients of zero.
 template <class S>
-S score_sum(S sum, double epsilon) {
-  return std::max(sum + S(epsilon), std::numeric_limits<S>::min());
+struct Divisor {
+  S value;
+  bool varies;  // with the scores, rather than being the least that there may be
+};
+template <class S>
+Divisor<S> divisor_of(S sum, double epsilon, double minimum) {
+  const S least = std::max(S(minimum), std::numeric_limits<S>::min());
+  sum += S(epsilon);
+  return sum < least ? Divisor<S>{least, false} : Divisor<S>{sum, true};
 }
 
 inline constexpr double kProbsEpsilon = 1e-20;  // as Megatron-LM
+
+// The backward of quotients q_i = s_i / (sum of s + epsilon): calls f(i, divisor * the gradient by s_i) for all i < n.
+// d_i - sum of q_j d_j is taken from the d of the largest quotient, as in softmax_backward. `scaled` are the q_i times
+// `scale`, d the gradients by these.
+template <class S, class F>
+void quotients_backward(Index n, const S* scaled, const S* d, double scale, double epsilon, const Divisor<S>& divisor,
+                        const F& f) {
+  if (n == 0) return;
+  if (!divisor.varies) {
+    for (Index i = 0; i < n; ++i) f(i, S(scale) * d[i]);
+    return;
+  }
+  const S origin = d[std::max_element(scaled, scaled + n) - scaled];
+  const S rest = S(scale) * origin * (S(epsilon) / divisor.value);  // the quotients sum to less than 1
+  S mean = 0;
+  for (Index i = 0; i < n; ++i) mean += scaled[i] * (d[i] - origin);
+  for (Index i = 0; i < n; ++i) f(i, (S(scale) * (d[i] - origin) - mean) + rest);
+}
+
+// What the logits of these experts are multiplied by where their gates are a softmax of them; 0 where gates are
+// quotients of scores.
+template <class S>
+S softmax_factor(const GateRule& rule, const S* logits, Index n, const Index* experts) {
+  if (!rule.renormalise || rule.epsilon > 0 || rule.minimum > 0 || rule.score == Score::relu) return S(0);
+  if (rule.score == Score::softmax) return S(1);
+  for (Index i = 0; i < n; ++i)
+    if (!(logits[experts[i]] < S(kFarBelow))) return S(0);
+  return rule.score == Score::sigmoid ? S(1) : S(0.5);
+}
+
+// The sum of the scores of some experts, and what it makes of a renormalised gate; 1 for one that is not.
+template <class S, class ScoreOf>
+Divisor<S> gate_divisor(const GateRule& rule, Index n, const ScoreOf& score) {
+  if (!rule.renormalise) return {S(1), false};
+  S sum = 0;
+  for (Index i = 0; i < n; ++i) sum += score(i);
+  return divisor_of(sum, rule.epsilon, rule.minimum);
+}
+
+// Calls f(e) for every e < num_experts that is none of the n experts. O(num_experts + n^2).
+template <class F>
+void for_each_other(Index num_experts, Index n, const Index* experts, const F& f) {
+  for (Index begin = 0; begin < num_experts;) {
+    Index end = num_experts;  // the next of the experts
+    for (Index i = 0; i < n; ++i)
+      if (experts[i] >= begin) end = std::min(end, experts[i]);
+    for (Index e = begin; e < end; ++e) f(e);
+    begin = end + 1;
+  }
+}
 
 }  // namespace detail
 
@@ -96,7 +161,8 @@ void normalised_scores(Score score, Index n, const S* logits, S* probs) {
   if (score == Score::softmax) return softmax(n, logits, probs);
   S sum = 0;
   for (Index e = 0; e < n; ++e) sum += probs[e] = detail::score_of(score, logits[e]);
-  for (Index e = 0; e < n; ++e) probs[e] /= detail::score_sum(sum, detail::kProbsEpsilon);
+  const S divisor = detail::divisor_of(sum, detail::kProbsEpsilon, 0).value;
+  for (Index e = 0; e < n; ++e) probs[e] /= divisor;
 }
 
 /// Adds to d_logits [n] what the gradient d_probs [n] by normalised_scores makes of it. O(n).
@@ -104,16 +170,13 @@ template <class S>
 void normalised_scores_backward(Score score, Index n, const S* logits, const S* probs,
                                 const S* d_probs, S* d_logits) {
   if (score == Score::softmax) return softmax_backward(n, probs, d_probs, d_logits);
-  S sum = 0, mean = 0;
-  for (Index e = 0; e < n; ++e) {
-    sum += detail::score_of(score, logits[e]);
-    mean += probs[e] * d_probs[e];
-  }
-  for (Index e = 0; e < n; ++e) {
+  S sum = 0;
+  for (Index e = 0; e < n; ++e) sum += detail::score_of(score, logits[e]);
+  const detail::Divisor<S> divisor = detail::divisor_of(sum, detail::kProbsEpsilon, 0);
+  detail::quotients_backward(n, probs, d_probs, 1, detail::kProbsEpsilon, divisor, [&](Index e, S d) {
     const S s = detail::score_of(score, logits[e]);
-    d_logits[e] += (d_probs[e] - mean) / detail::score_sum(sum, detail::kProbsEpsilon) *
-                   detail::score_slope(score, logits[e], s);
-  }
+    d_logits[e] += d / divisor.value * detail::score_slope(score, logits[e], s);
+  });
 }
 
 /// gates[i] of the experts[i], i < n, of one token. logits and probs (normalised_scores) are the
@@ -122,61 +185,58 @@ template <class S>
 void compute_gates(const GateRule& rule, const S* logits, const S* probs, Index n,
                    const Index* experts, S* gates) {
   if (n == 0) return;
-  S sum = 1;
-  if (rule.is_softmax_of_chosen()) {
-    for (Index i = 0; i < n; ++i) gates[i] = logits[experts[i]];
+  S divisor = 1;
+  if (const S factor = detail::softmax_factor(rule, logits, n, experts); factor > S(0)) {
+    for (Index i = 0; i < n; ++i) gates[i] = factor * logits[experts[i]];
     softmax(n, gates, gates);
   } else {
     for (Index i = 0; i < n; ++i)
       gates[i] = rule.score == Score::softmax ? probs[experts[i]]
                                               : detail::score_of(rule.score, logits[experts[i]]);
-    if (rule.renormalise) {
-      sum = 0;
-      for (Index i = 0; i < n; ++i) sum += gates[i];
-      sum = detail::score_sum(sum, rule.epsilon);
-    }
+    divisor = detail::gate_divisor<S>(rule, n, [&](Index i) { return gates[i]; }).value;
   }
-  if (sum == S(1) && rule.scale == 1) return;
-  for (Index i = 0; i < n; ++i) gates[i] = S(rule.scale) * (gates[i] / sum);
+  if (divisor == S(1) && rule.scale == 1) return;
+  for (Index i = 0; i < n; ++i) gates[i] = S(rule.scale) * (gates[i] / divisor);
 }
 
 /// Adds to d_logits [num_experts] what the gradient d_gates[i] by the gates[i] of the experts[i]
-/// makes of it. O(n), and O(num_experts) for a softmax that is not one of the chosen alone.
+/// makes of it. No difference of numbers near 1 is taken: errors are a few units in the last place of the largest
+/// term of a sum, however far apart the logits are. O(n), and O(num_experts + n^2) for a softmax that is not one of
+/// the chosen alone.
 template <class S>
 void compute_gates_backward(const GateRule& rule, const S* logits, const S* probs,
                             Index num_experts, Index n, const Index* experts, const S* gates,
                             const S* d_gates, S* d_logits) {
-  S mean = 0, sum = 0;
-  for (Index i = 0; i < n; ++i) mean += gates[i] * d_gates[i];
-  if (rule.is_softmax_of_chosen()) {
-    for (Index i = 0; i < n; ++i)
-      d_logits[experts[i]] += gates[i] * (d_gates[i] - mean / S(rule.scale));
+  const auto score = [&](Index i) {
+    return rule.score == Score::softmax ? probs[experts[i]]
+                                        : detail::score_of(rule.score, logits[experts[i]]);
+  };
+  if (const S factor = detail::softmax_factor(rule, logits, n, experts); factor > S(0)) {
+    detail::quotients_backward(n, gates, d_gates, rule.scale, 0, {S(1), true}, [&](Index i, S d) {
+      d_logits[experts[i]] += factor * (gates[i] / S(rule.scale)) * d;
+    });
     return;
   }
-  const auto score = [&](Index e) {
-    return rule.score == Score::softmax ? probs[e] : detail::score_of(rule.score, logits[e]);
+  const detail::Divisor<S> divisor = detail::gate_divisor<S>(rule, n, score);
+  const auto for_each_score = [&](const auto& f) {  // f(i, the gradient by its score)
+    detail::quotients_backward(n, gates, d_gates, rule.scale, rule.epsilon, divisor,
+                               [&](Index i, S d) { f(i, d / divisor.value); });
   };
-  if (rule.renormalise) {
-    for (Index i = 0; i < n; ++i) sum += score(experts[i]);
-    sum = detail::score_sum(sum, rule.epsilon);
+  if (rule.score != Score::softmax) {
+    for_each_score([&](Index i, S d) {
+      d_logits[experts[i]] += d * detail::score_slope(rule.score, logits[experts[i]], score(i));
+    });
+    return;
   }
-  const auto d_score = [&](Index i) {
-    return rule.renormalise ? (S(rule.scale) * d_gates[i] - mean) / sum : S(rule.scale) * d_gates[i];
-  };
-  if (rule.score == Score::softmax) {
-    S all = 0;
-    for (Index i = 0; i < n; ++i) {
-      const S d = probs[experts[i]] * d_score(i);
-      d_logits[experts[i]] += d;
-      all += d;
-    }
-    for (Index e = 0; e < num_experts; ++e) d_logits[e] -= probs[e] * all;
-  } else {
-    for (Index i = 0; i < n; ++i) {
-      const Index e = experts[i];
-      d_logits[e] += d_score(i) * detail::score_slope(rule.score, logits[e], score(e));
-    }
-  }
+  // softmax_backward, in which the gradients by the scores of the other experts are zero.
+  const Index best = std::max_element(probs, probs + num_experts) - probs;
+  S origin = 0, mean = 0;
+  for_each_score([&](Index i, S d) { origin = experts[i] == best ? d : origin; });
+  detail::for_each_other(num_experts, n, experts, [&](Index e) { mean -= probs[e] * origin; });
+  for_each_score([&](Index i, S d) { mean += probs[experts[i]] * (d - origin); });
+  detail::for_each_other(num_experts, n, experts,
+                         [&](Index e) { d_logits[e] += probs[e] * (-origin - mean); });
+  for_each_score([&](Index i, S d) { d_logits[experts[i]] += probs[experts[i]] * ((d - origin) - mean); });
 }
 
 /// A router's linear layer: logits [tokens, experts] = x w^T, in blocks of tokens; where there is but one,

@@ -102,6 +102,18 @@ TEST(GradientsOfScores, OfASoftmaxWithEpsilonScaleAndGroups) {
   });
 }
 
+// Some tokens' sums are below the minimum, others' above.
+TEST(GradientsOfScores, OfASoftmaxWithAMinimumOfTheSum) {
+  check_all_seatings<ReLUExpert>(18, [](const Seating& seating, Rng& rng) {
+    return Router(seated<Router::Options>({.top_k = 2,
+                                           .renormalise = true,
+                                           .renormalise_minimum = 0.6,
+                                           .gate_scale = 1.3},
+                                          seating),
+                  rng);
+  });
+}
+
 TEST(GradientsOfScores, OfASoftmaxOfTheChosenWithScaleAndSelectionBias) {
   check_all_seatings<ReLUExpert>(9, [](const Seating& seating, Rng& rng) {
     return Router(seated<Router::Options>({.top_k = 2,

@@ -73,6 +73,7 @@ std::string describe_options(const Options& o) {
   if constexpr (requires { o.softmax_before_selection; }) add("softmax_before_selection", o.softmax_before_selection);
   if constexpr (requires { o.renormalise; }) add("renormalise", o.renormalise);
   if constexpr (requires { o.renormalise_epsilon; }) add("renormalise_epsilon", o.renormalise_epsilon);
+  if constexpr (requires { o.renormalise_minimum; }) add("renormalise_minimum", o.renormalise_minimum);
   if constexpr (requires { o.gate_scale; }) add("gate_scale", o.gate_scale);
   if constexpr (requires { o.gate_side; }) add("gate_side", o.gate_side);
   if constexpr (requires { o.noise_stddev; }) add("noise_stddev", o.noise_stddev);

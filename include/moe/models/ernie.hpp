@@ -14,6 +14,7 @@ inline constexpr Model<SwiGLU> ernie_4_5_21b_a3b = {
                .num_experts = 64,
                .top_k = 6,
                .renormalise = true,
+               .renormalise_minimum = 1e-12,
                .selection_bias = true},
     .d_ff = 1536,
     .shared_experts = 1,

@@ -112,8 +112,13 @@ class SparseMixerRouter {
         const Index expert = routing.chosen.expert[c];
         find_shares(z, c == begin ? Index(-1) : routing.chosen.expert[begin], shares);
         const S d = d_gate[c] * shares[expert];
-        for (Index e = 0; e < num_experts(); ++e) d_logits(t, e) -= shares[e] * d;
-        d_logits(t, expert) += d;
+        S others = 0;  // 1 - shares[expert], where that rounds to 1 too
+        for (Index e = 0; e < num_experts(); ++e) {
+          if (e == expert) continue;
+          others += shares[e];
+          d_logits(t, e) -= shares[e] * d;
+        }
+        d_logits(t, expert) += others * d;
       }
       if (gradient.d_router_probs.size() > 0)
         softmax_backward(num_experts(), &routing.router_probs(t, 0), &gradient.d_router_probs(t, 0),

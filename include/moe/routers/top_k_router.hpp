@@ -35,6 +35,8 @@ struct TopKOptions {
   /// Added to that sum. The authors' value where they publish one (DeepSeek-V3: 1e-20); it matters
   /// where all scores of a token underflow.
   double renormalise_epsilon = 0;
+  /// The least that renormalised gates are divided by (ERNIE-4.5: 1e-12).
+  double renormalise_minimum = 0;
   /// Every gate is multiplied by this, after renormalising (DeepSeek-V3: 2.5).
   double gate_scale = 1;
   /// What gates multiply: outputs, or inputs (Llama-4).
@@ -103,6 +105,7 @@ class TopKRouter {
               value, ", expected a finite number of at least 0");
     };
     at_least_0(options.renormalise_epsilon, "renormalise_epsilon");
+    at_least_0(options.renormalise_minimum, "renormalise_minimum");
     const auto check_threshold = [&](double threshold, const char* what) {
       at_least_0(threshold, what);
       require(threshold == 0 || (!options.selection_bias && !options.group_limit.applies() &&
@@ -265,6 +268,7 @@ class TopKRouter {
     return {.gate = {.score = options_.score,
                      .renormalise = options_.renormalise || !options_.softmax_before_selection,
                      .epsilon = options_.renormalise_epsilon,
+                     .minimum = options_.renormalise_minimum,
                      .scale = options_.gate_scale},
             .gate_side = options_.gate_side,
             .top_k = options_.top_k,
