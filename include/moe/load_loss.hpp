@@ -50,19 +50,19 @@ class EstimatedLoad {
       if (!routing.is_valid(t)) continue;
       if (is_estimated(t)) {
         estimate(t, [&](Index e, Index, S u) {
-          values[e] += S(0.5) * (S(1) + std::erf(u * S(1 / std::numbers::sqrt2)));
+          values[e] += double(S(0.5) * (S(1) + std::erf(u * S(1 / std::numbers::sqrt2))));
         });
       } else {
         const Choices<S>& chosen = routing.chosen;
         for (Index c = chosen.token_begin[t]; c < chosen.token_begin[t + 1]; ++c)
-          values[chosen.expert[c]] += S(1);
+          values[chosen.expert[c]] += 1;
       }
     }
   }
 
-  Vector<S> values;  // [num_experts]
+  Vector<double> values;  // [num_experts]
 
-  RoutingGradient<S> backward(const Vector<S>& d_values) {
+  RoutingGradient<S> backward(const Vector<double>& d_values) {
     const Index tokens = routing_.num_tokens(), experts = routing_.num_experts();
     const RoutingNoise<S>& noise = routing_.noise;
     RoutingGradient<S> gradient;
@@ -74,7 +74,7 @@ class EstimatedLoad {
       if (!routing_.is_valid(t) || !is_estimated(t)) continue;
       estimate(t, [&](Index e, Index limit, S u) {
         constexpr S kDensity = S(std::numbers::inv_sqrtpi / std::numbers::sqrt2);
-        const S d_u = d_values[e] * kDensity * std::exp(S(-0.5) * u * u);
+        const S d_u = S(d_values[e]) * kDensity * std::exp(S(-0.5) * u * u);
         const S d = d_u / noise.stddev(t, e);
         d_logits(t, e) += d;
         d_stddev(t, e) -= u * d;
@@ -141,7 +141,7 @@ Loss<S> load_loss(const Routing<S>& routing, LoadThreshold threshold = LoadThres
   detail::require_no_noise_in_levels(routing);
   detail::EstimatedLoad<S> load(routing, threshold, "load_loss");
   Loss<S> loss;
-  loss.value = detail::squared_variation(load.values);
+  loss.value = S(detail::squared_variation(load.values));
   loss.gradient = load.backward(load.values);
   return loss;
 }
@@ -182,15 +182,15 @@ LevelsLoss<S> hierarchical_load_loss(const Routing<S>& routing,
   }
   const auto share = [&](Index i) {  // 1 / tokens of group i
     const Index tokens = routing.levels[std::size_t(i) + 1].plan.num_valid_tokens();
-    return tokens > 0 ? S(1) / S(tokens) : S(0);
+    return tokens > 0 ? 1 / double(tokens) : 0.0;
   };
-  Vector<S> all(groups * leaves);
+  Vector<double> all(groups * leaves);
   for (Index i = 0; i < groups; ++i)
     all.segment(i * leaves, leaves) =
         load[0].values[i] * share(i) * load[std::size_t(i) + 1].values;
   LevelsLoss<S> loss;
-  loss.value = detail::squared_variation(all);
-  Vector<S> d_parent(groups);
+  loss.value = S(detail::squared_variation(all));
+  Vector<double> d_parent(groups);
   loss.gradients.resize(routing.levels.size());
   for (Index i = 0; i < groups; ++i) {
     detail::EstimatedLoad<S>& child = load[std::size_t(i) + 1];

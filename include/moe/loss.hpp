@@ -13,7 +13,8 @@
 // The auxiliary losses of routing. Each returns its value and its gradient by what the routing
 // shows; the router turns that into gradients of its parameters. Coefficients stand in the user's
 // line: layer.backward(d_y, cache, grad, 0.01f * load_balancing_loss(cache.routing).gradient).
-// Counts and selections are constants to every gradient. Only valid tokens count.
+// Counts and selections are constants to every gradient. Only valid tokens count. Sums over tokens are made in
+// double, in the order of tokens.
 namespace moe {
 
 template <class S>
@@ -26,20 +27,35 @@ namespace detail {
 
 // Squared coefficient of variation, population variance / (mean^2 + 1e-10), and, in `x`, its
 // gradient in place of the values.
-template <class S>
-S squared_variation(Vector<S>& x) {
-  constexpr S kEpsilon = S(1e-10);
+inline double squared_variation(Vector<double>& x) {
+  constexpr double kEpsilon = 1e-10;
   const Index n = x.size();
   if (n == 0) return 0;
-  S mean = 0, variance = 0;
+  double mean = 0, variance = 0;
   for (Index i = 0; i < n; ++i) mean += x[i];
-  mean /= S(n);
+  mean /= double(n);
   for (Index i = 0; i < n; ++i) variance += (x[i] - mean) * (x[i] - mean);
-  variance /= S(n);
-  const S scale = mean * mean + kEpsilon;
+  variance /= double(n);
+  const double scale = mean * mean + kEpsilon;
   for (Index i = 0; i < n; ++i)
-    x[i] = S(2) / S(n) * ((x[i] - mean) / scale - mean * variance / (scale * scale));
+    x[i] = 2 / double(n) * ((x[i] - mean) / scale - mean * variance / (scale * scale));
   return variance / scale;
+}
+
+// The sum over the valid tokens [begin, end) and all experts of slope[e] * router_probs(t, e). Rows of its gradient
+// are written to d_probs.
+template <class S>
+double linear_loss(const Routing<S>& routing, Index begin, Index end, const Vector<double>& slope,
+                   Matrix<S>& d_probs) {
+  Vector<double> sum = Vector<double>::Zero(slope.size());  // of every expert's probabilities
+  for (Index t = begin; t < end; ++t) {
+    if (!routing.is_valid(t)) continue;
+    sum += routing.router_probs.row(t).transpose().template cast<double>();
+    d_probs.row(t) = slope.transpose().template cast<S>();
+  }
+  double value = 0;
+  for (Index e = 0; e < slope.size(); ++e) value += slope[e] * sum[e];
+  return value;
 }
 
 }  // namespace detail
@@ -70,14 +86,10 @@ Loss<S> load_balancing_loss(const Routing<S>& routing, const IndexVector& demand
   const Index total = demand.sum();
   loss.gradient.d_router_probs.setZero(tokens, experts);
   if (total == 0 || num_tokens == 0) return loss;
-  Vector<S> slope(experts);  // of the loss by p_te, the same for every valid token t
+  Vector<double> slope(experts);  // of the loss by p_te, the same for every valid token t
   for (Index e = 0; e < experts; ++e)
-    slope[e] = S(double(experts) * double(demand[e]) / (double(total) * double(num_tokens)));
-  for (Index t = 0; t < tokens; ++t) {
-    if (!routing.is_valid(t)) continue;
-    for (Index e = 0; e < experts; ++e) loss.value += slope[e] * p(t, e);
-    loss.gradient.d_router_probs.row(t) = slope.transpose();
-  }
+    slope[e] = double(experts) * double(demand[e]) / (double(total) * double(num_tokens));
+  loss.value = S(detail::linear_loss(routing, 0, tokens, slope, loss.gradient.d_router_probs));
   return loss;
 }
 
@@ -138,7 +150,8 @@ Loss<S> sequence_balance_loss(const Routing<S>& routing, const BatchInfo& info,
   };
   Index groups = 0;
   for (Index g = 0; g < info.num_groups(); ++g) groups += valid_in(g) > 0;
-  Vector<S> slope(experts);  // of the loss by p_te, the same for every valid token t of a group
+  double value = 0;
+  Vector<double> slope(experts);  // of the loss by p_te, the same for every valid token t of a group
   for (Index g = 0; g < info.num_groups(); ++g) {
     const Index valid = valid_in(g), begin = info.begin_of(g), end = info.end_of(g, tokens);
     const Index first = demand.token_begin[begin], last = demand.token_begin[end];
@@ -146,14 +159,11 @@ Loss<S> sequence_balance_loss(const Routing<S>& routing, const BatchInfo& info,
     IndexVector count = IndexVector::Zero(experts);
     for (Index c = first; c < last; ++c) ++count[demand.expert[c]];
     for (Index e = 0; e < experts; ++e)
-      slope[e] = S(double(experts) * double(count[e]) /
-                   (double(last - first) * double(valid) * double(groups)));
-    for (Index t = begin; t < end; ++t) {
-      if (!routing.is_valid(t)) continue;
-      for (Index e = 0; e < experts; ++e) loss.value += slope[e] * p(t, e);
-      loss.gradient.d_router_probs.row(t) = slope.transpose();
-    }
+      slope[e] = double(experts) * double(count[e]) /
+                 (double(last - first) * double(valid) * double(groups));
+    value += detail::linear_loss(routing, begin, end, slope, loss.gradient.d_router_probs);
   }
+  loss.value = S(value);
   return loss;
 }
 
@@ -183,7 +193,7 @@ Loss<S> device_balance_loss(const Routing<S>& routing, const IndexVector& expert
   const Index total = demand.sum(), valid = routing.plan.num_valid_tokens();
   loss.value = 0;
   if (total == 0 || valid == 0) return loss;
-  Vector<S> slope(experts);
+  Vector<double> slope(experts);
   for (Index e = 0; e < experts; ++e) {
     Index size = 0, group_demand = 0;
     for (Index other = 0; other < experts; ++other) {
@@ -191,14 +201,10 @@ Loss<S> device_balance_loss(const Routing<S>& routing, const IndexVector& expert
       ++size;
       group_demand += demand[other];
     }
-    slope[e] = S(double(experts) * double(group_demand) /
-                 (double(size) * double(total) * double(valid)));
+    slope[e] = double(experts) * double(group_demand) /
+               (double(size) * double(total) * double(valid));
   }
-  for (Index t = 0; t < routing.num_tokens(); ++t) {
-    if (!routing.is_valid(t)) continue;
-    for (Index e = 0; e < experts; ++e) loss.value += slope[e] * routing.router_probs(t, e);
-    loss.gradient.d_router_probs.row(t) = slope.transpose();
-  }
+  loss.value = S(detail::linear_loss(routing, 0, routing.num_tokens(), slope, loss.gradient.d_router_probs));
   return loss;
 }
 
@@ -218,12 +224,14 @@ Loss<S> relu_balance_loss(const Routing<S>& routing, Index top_k) {
   const IndexVector demand = demand_per_expert(routing);
   Loss<S> loss;
   loss.gradient.d_chosen_gate.resize(chosen.size());
+  double value = 0;
   for (Index c = 0; c < chosen.size(); ++c) {
-    const S slope = S(double(experts) * double(demand[chosen.expert[c]]) /
-                      (double(top_k) * double(valid) * double(valid)));
-    loss.value += slope * chosen.gate[c];
-    loss.gradient.d_chosen_gate[c] = slope;
+    const double slope = double(experts) * double(demand[chosen.expert[c]]) /
+                         (double(top_k) * double(valid) * double(valid));
+    value += slope * double(chosen.gate[c]);
+    loss.gradient.d_chosen_gate[c] = S(slope);
   }
+  loss.value = S(value);
   return loss;
 }
 
@@ -283,27 +291,28 @@ Loss<S> importance_loss(const Routing<S>& routing, Importance recipe = Importanc
   if (recipe == Importance::probs)
     require_shape(routing.router_logits, tokens, experts, "importance_loss", "router_logits");
   Loss<S> loss;
-  Vector<S> importance = Vector<S>::Zero(experts);
+  Vector<double> importance = Vector<double>::Zero(experts);
   if (recipe == Importance::gates) {
     const Choices<S>& chosen = routing.chosen;
-    for (Index c = 0; c < chosen.size(); ++c) importance[chosen.expert[c]] += chosen.gate[c];
-    loss.value = detail::squared_variation(importance);
+    for (Index c = 0; c < chosen.size(); ++c) importance[chosen.expert[c]] += double(chosen.gate[c]);
+    loss.value = S(detail::squared_variation(importance));
     loss.gradient.d_chosen_gate.resize(chosen.size());
     for (Index c = 0; c < chosen.size(); ++c)
-      loss.gradient.d_chosen_gate[c] = importance[chosen.expert[c]];
+      loss.gradient.d_chosen_gate[c] = S(importance[chosen.expert[c]]);
     return loss;
   }
   Matrix<S> p = Matrix<S>::Zero(tokens, experts);
   for (Index t = 0; t < tokens; ++t) {
     if (!routing.is_valid(t)) continue;
     softmax(experts, &routing.router_logits(t, 0), &p(t, 0));
-    importance += p.row(t).transpose();
+    importance += p.row(t).transpose().template cast<double>();
   }
-  loss.value = detail::squared_variation(importance);
+  loss.value = S(detail::squared_variation(importance));
+  const Vector<S> d_importance = importance.template cast<S>();
   Matrix<S>& d = loss.gradient.d_router_logits;
   d.setZero(tokens, experts);
   for (Index t = 0; t < tokens; ++t)
-    if (routing.is_valid(t)) softmax_backward(experts, &p(t, 0), importance.data(), &d(t, 0));
+    if (routing.is_valid(t)) softmax_backward(experts, &p(t, 0), d_importance.data(), &d(t, 0));
   return loss;
 }
 
@@ -318,14 +327,16 @@ Loss<S> router_z_loss(const Routing<S>& routing) {
   Matrix<S>& d = loss.gradient.d_router_logits;
   d.setZero(tokens, experts);
   const Index valid = routing.plan.num_valid_tokens();
+  double sum = 0;
   for (Index t = 0; t < tokens; ++t) {
     if (!routing.is_valid(t)) continue;
     const S* const z = &routing.router_logits(t, 0);
     const S lse = log_sum_exp(experts, z);
-    loss.value += lse * lse / S(valid);
+    sum += double(lse) * double(lse);
     softmax(experts, z, &d(t, 0));
     d.row(t) *= S(2) * lse / S(valid);
   }
+  if (valid > 0) loss.value = S(sum / double(valid));
   return loss;
 }
 

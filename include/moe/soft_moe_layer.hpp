@@ -280,6 +280,8 @@ class SoftMoELayer {
   Vector<S> scale;    ///< of the logits [1], empty unless normalised
 
  private:
+  using Sum = std::common_type_t<S, double>;  // of terms over tokens or slots
+
   // Slots and columns that one task takes.
   static constexpr Index kSlotBlock = 64, kColBlock = 128;
 
@@ -440,18 +442,19 @@ class SoftMoELayer {
   template <class Ex>
   void softmax_over_tokens(Workspace& w, const Ex& executor) const {
     for_each_columns(w, executor, [&](Index first, Index last, Index s, Index count) {
-      std::array<S, kSlotBlock> largest, sum;
+      std::array<S, kSlotBlock> largest;
+      std::array<Sum, kSlotBlock> sum;
       largest.fill(std::numeric_limits<S>::lowest());
-      sum.fill(S(0));
+      sum.fill(0);
       const auto for_each_share = [&](const auto& g) {
         for (Index t = first; t < last; ++t)
           for (Index i = 0; w.is_valid(t) && i < count; ++i)
             g(w.logits(t, s + i), w.dispatch(t, s + i), largest[std::size_t(i)],
               sum[std::size_t(i)]);
       };
-      for_each_share([](S z, S&, S& most, S&) { most = std::max(most, z); });
-      for_each_share([](S z, S& share, S& most, S& all) { all += share = std::exp(z - most); });
-      for_each_share([](S, S& share, S&, S& all) { share /= all; });
+      for_each_share([](S z, S&, S& most, Sum&) { most = std::max(most, z); });
+      for_each_share([](S z, S& share, S& most, Sum& all) { all += Sum(share = std::exp(z - most)); });
+      for_each_share([](S, S& share, S&, Sum& all) { share /= S(all); });
     });
   }
 
@@ -459,15 +462,21 @@ class SoftMoELayer {
   template <class Ex>
   void softmax_over_tokens_backward(Cache& c, const Ex& executor) const {
     for_each_columns(c, executor, [&](Index first, Index last, Index s, Index count) {
-      std::array<S, kSlotBlock> mean;
-      mean.fill(S(0));
-      for (Index t = first; t < last; ++t)
-        for (Index i = 0; i < count; ++i)
-          mean[std::size_t(i)] += c.dispatch(t, s + i) * c.d_logits(t, s + i);
-      for (Index t = first; t < last; ++t)
-        for (Index i = 0; i < count; ++i)
-          c.d_logits(t, s + i) =
-              c.dispatch(t, s + i) * (c.d_logits(t, s + i) - mean[std::size_t(i)]);
+      std::array<S, kSlotBlock> most, origin;  // as in softmax_backward
+      std::array<Sum, kSlotBlock> mean;
+      most.fill(S(-1));
+      mean.fill(0);
+      const auto for_each_share = [&](const auto& g) {
+        for (Index t = first; t < last; ++t)
+          for (Index i = 0; i < count; ++i) g(c.dispatch(t, s + i), c.d_logits(t, s + i), std::size_t(i));
+      };
+      for_each_share([&](S share, S d, std::size_t i) {
+        if (!(share > most[i])) return;
+        most[i] = share;
+        origin[i] = d;
+      });
+      for_each_share([&](S share, S d, std::size_t i) { mean[i] += Sum(share * (d - origin[i])); });
+      for_each_share([&](S share, S& d, std::size_t i) { d = share * ((d - origin[i]) - S(mean[i])); });
     });
   }
 
@@ -611,7 +620,9 @@ class SoftMoELayer {
                                    scale[0], &grad.w_slots(s, 0));
       }
     });
-    for (const S part : c.d_scale) grad.scale[0] += part;  // one after the other, from slot 0 on
+    Sum d_scale = 0;
+    for (const S part : c.d_scale) d_scale += Sum(part);
+    grad.scale[0] += S(d_scale);
   }
 
   Options options_;

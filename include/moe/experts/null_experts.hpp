@@ -180,19 +180,27 @@ class ConstantExpert {
     require_shape(d_x, x.rows(), d_model(), "ConstantExpert::backward", "d_x");
     visit([](const ParameterInfo&, const auto&...) {}, *this, grad);  // throws if shapes differ
     const Index n = d_model();
-    for (Index i = 0; i < x.rows(); ++i) {
-      const S* const in = &x.coeffRef(i, 0);
-      const S* const d_out = &d_y.coeffRef(i, 0);
-      S a[2], d_z[2] = {S(0), S(0)};
-      shares(in, a);
-      const S d_a[2] = {dot(n, d_out, in), dot(n, d_out, v.data())};
-      softmax_backward(Index(2), a, d_a, d_z);
-      d_x.row(i) = a[0] * d_y.row(i);
-      for (const Index k : {0, 1}) {
-        add_scaled(n, d_z[k], &w_c(k, 0), &d_x.coeffRef(i, 0));
-        add_scaled(n, d_z[k], in, &grad.w_c(k, 0));
+    constexpr Index kRows = 128;  // that are summed up at a time
+    Eigen::Matrix<S, kRows, 2, Eigen::RowMajor> d_z;
+    Eigen::Matrix<S, kRows, 1> share_of_v;
+    for (Index begin = 0; begin < x.rows(); begin += kRows) {
+      const Index count = std::min(kRows, x.rows() - begin);
+      d_z.setZero();
+      for (Index i = 0; i < count; ++i) {
+        const S* const in = &x.coeffRef(begin + i, 0);
+        const S* const d_out = &d_y.coeffRef(begin + i, 0);
+        S* const d_in = &d_x.coeffRef(begin + i, 0);
+        S a[2];
+        shares(in, a);
+        const S d_a[2] = {dot(n, d_out, in), dot(n, d_out, v.data())};
+        softmax_backward(Index(2), a, d_a, &d_z(i, 0));
+        d_x.row(begin + i) = a[0] * d_y.row(begin + i);
+        for (const Index k : {0, 1}) add_scaled(n, d_z(i, k), &w_c(k, 0), d_in);
+        share_of_v[i] = a[1];
       }
-      add_scaled(n, a[1], d_out, grad.v.data());
+      linear_backward_weight(d_z.topRows(count), x.middleRows(begin, count), grad.w_c);
+      linear_backward_weight(share_of_v.head(count), d_y.middleRows(begin, count),
+                             Eigen::Map<Matrix<S>>(grad.v.data(), 1, n));
     }
   }
 

@@ -34,6 +34,10 @@ struct Parts {
   Index stride, width;
 };
 
+/// How a tile's sums begin and end: from zero, in place of what stands in c; from what stands in c, with which they
+/// are one chain; or from zero, and then added to what stands in c.
+enum class Sums : std::uint8_t { begin, go_on, add };
+
 /// Products of rows and panels. Every element is one chain of fused multiply-adds along the depth, whatever the
 /// rows beside it; hence the same bits for any batch.
 template <class X, class Weight>
