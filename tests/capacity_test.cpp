@@ -54,6 +54,34 @@ TEST(Capacity, IsRoundedUp) {
   EXPECT_EQ(expert_capacity(1000, 7, 1, 0.001), 1);
 }
 
+// A factor of n / 20 as people write it, in exact arithmetic: n top_k tokens / (20 num_experts).
+TEST(Capacity, OfADecimalFactorIsThatOfExactArithmetic) {
+  EXPECT_EQ(expert_capacity(80, 8, 6, 1.05), 63);  // 63.00000000000001 in double
+  const auto expect_exact = [](Index n, Index k, Index tokens, Index experts) {
+    const double factor = double(n) / 20;
+    const Index top = n * k * tokens, bottom = 20 * experts;
+    const Index down = std::min(tokens, top / bottom), up = std::min(tokens, (top + bottom - 1) / bottom);
+    const Index twice = 2 * (top % bottom);
+    const Index even = twice == bottom ? top / bottom + top / bottom % 2 : top / bottom + (twice > bottom);
+    const auto seats = [&](moe::Rounding rounding) {
+      return expert_capacity(tokens, experts, k, factor, {.rounding = rounding});
+    };
+    const auto where = [&] {
+      return std::to_string(factor) + " * " + std::to_string(k) + " * " + std::to_string(tokens) + " / " +
+             std::to_string(experts);
+    };
+    ASSERT_EQ(seats(moe::Rounding::up), up) << where();
+    ASSERT_EQ(seats(moe::Rounding::down), down) << where();
+    ASSERT_EQ(seats(moe::Rounding::nearest_even), std::min(tokens, even)) << where();
+  };
+  for (Index n = 1; n <= 40; ++n)
+    for (const Index experts : {6, 8, 12, 60, 64, 128, 160, 256})
+      for (Index k = 1; k <= 6; ++k) {
+        for (Index tokens = 1; tokens <= 240; ++tokens) expect_exact(n, k, tokens, experts);
+        for (const Index tokens : {4096, 65536, 1000000, 123456789}) expect_exact(n, k, tokens, experts);
+      }
+}
+
 // Seats as the authors' own lines give them, for 100 tokens, 8 experts, two of them a token and a factor
 // of 1.25 (the Python is theirs). mesh, lingvo, flaxformer and lucidrains do not multiply by top_k: their
 // factor of 1.25 is ours of 0.625. Tutel's, 2 * int(1.25 * ceil(100 / 8)), rounds twice and is no rule here.

@@ -51,11 +51,12 @@ inline void check_capacity_rule(const CapacityRule& rule, const char* where) {
 }
 
 /// Seats that each expert has for `tokens` valid tokens: capacity_factor * top_k * tokens /
-/// num_experts, computed in double in that order, then made whole as `rule` says, and at most
-/// `tokens`: nobody could take more, because a token sits at most once at an expert. With the default
-/// rule a factor of 1 never drops from a balanced batch. O(1). Throws std::invalid_argument for a
-/// negative or not finite factor, and for counts and rules out of range. Authors who do not multiply by
-/// top_k (mesh, lingvo, flaxformer) have capacity_factor * top_k as their factor.
+/// num_experts, then made whole as `rule` says, and at most `tokens`: nobody could take more, because a
+/// token sits at most once at an expert. The product is made in double, which errs by up to 2^-51 of it; so within
+/// 2^-50 of a whole number, or of a half, it is that number: 1.05 * 6 * 80 / 8 is 63 seats, not the 64 of
+/// 63.00000000000001 rounded up. With the default rule a factor of 1 never drops from a balanced batch. O(1).
+/// Throws std::invalid_argument for a negative or not finite factor, and for counts and rules out of range.
+/// Authors who do not multiply by top_k (mesh, lingvo, flaxformer) have capacity_factor * top_k as their factor.
 /// Example: expert_capacity(100, 8, 2, 1.25) is 32.
 inline Index expert_capacity(Index tokens, Index num_experts, Index top_k, double capacity_factor,
                              const CapacityRule& rule = {}) {
@@ -69,7 +70,9 @@ inline Index expert_capacity(Index tokens, Index num_experts, Index top_k, doubl
           ", expected a finite number of at least 0");
   check_capacity_rule(rule, "expert_capacity");
   if (tokens == 0) return 0;
-  const double share = capacity_factor * double(top_k) * double(tokens) / double(num_experts);
+  double share = capacity_factor * double(top_k) * double(tokens) / double(num_experts);
+  const double nearest_half = std::round(2 * share) / 2;
+  if (std::abs(share - nearest_half) <= 0x1p-50 * nearest_half) share = nearest_half;
   double whole = std::floor(share);
   const double rest = share - whole;
   if (rule.rounding == Rounding::up) whole = std::ceil(share);
