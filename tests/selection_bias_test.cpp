@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
 
 #include <gtest/gtest.h>
 
@@ -91,6 +94,37 @@ TEST(SelectionBias, IsABufferWithoutAGradient) {
       },
       router);
   EXPECT_TRUE(seen);
+}
+
+// What cannot be ranked is refused before anything is routed by it; minus infinity keeps every token away.
+TEST(SelectionBias, ThatIsNotANumberIsRefused) {
+  Router router({.d_model = 3, .num_experts = 3, .top_k = 2, .score = moe::Score::sigmoid, .selection_bias = true});
+  router.w_router.setIdentity();
+  const Matrix<double> x{{1, 2, 3}, {-1, 0.5, 2}};
+  moe::Routing<double> routing;
+  for (const double bad : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+    router.selection_bias << 0, bad, 0.5;
+    try {
+      router.route(x, {}, routing);
+      FAIL() << bad;
+    } catch (const std::invalid_argument& error) {
+      EXPECT_NE(std::string(error.what()).find("selection_bias[1] = "), std::string::npos) << error.what();
+    }
+  }
+  router.selection_bias << 0, 0, -std::numeric_limits<double>::infinity();
+  router.route(x, {}, routing);
+  EXPECT_EQ(routing.chosen.expert, (moe::Buffer<Index>{1, 0, 1, 0}));
+}
+
+// The same of a ranking that a router of one's own gives: its token is poisoned, the others are not.
+TEST(SelectionBias, ARankingThatIsNotANumberPoisonsItsToken) {
+  moe::Routing<double> routing;
+  moe::begin_routing(Index(3), Index(2), {}, routing, "test");
+  routing.router_logits = Matrix<double>{{1, 2}, {1, 2}, {1, 2}};
+  Matrix<double> ranking{{2, 1}, {std::numeric_limits<double>::quiet_NaN(), 1}, {1, 2}};
+  moe::route_by_logits(moe::SeatingRule{}, {}, {}, routing, moe::Sequential{}, &ranking);
+  EXPECT_EQ(routing.plan.token_state[1], moe::TokenState::poisoned);
+  EXPECT_EQ(routing.chosen.expert, (moe::Buffer<Index>{0, 1}));
 }
 
 TEST(SelectionBias, ComesAndGoesWithExperts) {

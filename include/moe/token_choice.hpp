@@ -125,11 +125,12 @@ void for_each_final_set(const Routing<S>& routing, const F& f) {
 /// run and the logits be there. Selection is by the routing's selection logits; by scores where there
 /// is a bias [num_experts] to add to them for selection alone, a group limit that sums scores, or ReLU, under
 /// which an expert without a positive logit is never used; or by
-/// `given_ranking` [tokens, num_experts], where minus infinity marks an unavailable expert. A
+/// `given_ranking` [tokens, num_experts], where minus infinity marks an unavailable expert, and what is NaN or
+/// plus infinity poisons the token. A bias of minus infinity keeps every token from an expert. A
 /// token takes fewer experts where fewer are available, or where the rule is dynamic; the seats of an
 /// expert then follow from the choices: capacity_factor * choices of the group / num_experts.
 /// O(tokens * num_experts * top_k). Throws std::invalid_argument when the logits do not fit the plan,
-/// and for a rule out of range.
+/// for a bias of NaN or plus infinity, and for a rule out of range.
 template <class S, Executor E>
 void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
                      const BatchInfo& info, Routing<S>& routing, const E& executor,
@@ -147,6 +148,10 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
   require(selection_bias.size() == 0 || selection_bias.size() == experts,
           "route_by_logits: selection_bias has ", selection_bias.size(), " entries, expected ",
           experts, " experts");
+  for (Index e = 0; e < selection_bias.size(); ++e)
+    require(number_kind(selection_bias[e]) == NumberKind::finite || is_unavailable(selection_bias[e]),
+            "route_by_logits: selection_bias[", e, "] = ", selection_bias[e],
+            ", expected a finite number or minus infinity");
   check_group_limit(rule.group_limit, experts, k, "route_by_logits");
   require(rule.second_threshold == 0 ||
               (selection_bias.size() == 0 && !rule.group_limit.applies() && !rule.is_dynamic() &&
@@ -184,6 +189,8 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
       if (state == TokenState::valid) detail::check_logits(&logits(t, 0), experts, state);
       if (state == TokenState::valid && !routing.noise.empty())
         detail::check_logits(&routing.router_logits(t, 0), experts, state);
+      if (state == TokenState::valid && given_ranking != nullptr)
+        detail::check_logits(&ranking(t, 0), experts, state);
       if (state != TokenState::valid) {
         routing.router_probs.row(t).setZero();
         if (by_scores || limited)
