@@ -693,6 +693,41 @@ TYPED_TEST(HierarchicalRouter, ARoutingCanBeReplayed) {
   expect_same_parameters(grad, other);
 }
 
+// A rule that couples tokens couples those of a group, below the parent too: a group is routed as if alone.
+TEST(HierarchicalRouterGroups, AreRoutedAsIfAlone) {
+  using Sinkhorn = moe::SinkhornRouter<double>;
+  Rng rng(31);
+  const auto level = [&](Index experts) {
+    return Sinkhorn({.d_model = kDModel, .num_experts = experts, .top_k = 1}, rng);
+  };
+  const TopK plain({.d_model = kDModel, .num_experts = 2, .top_k = 2}, rng);
+  const std::vector<Sinkhorn> children{level(3), level(3)};
+  const Matrix<double> x = normal_matrix<double>(24, kDModel, rng);
+  const BatchInfo info{.group_begin = moe::IndexVector{{0, 5, 24}}};
+  const auto check = [&](const auto& router) {
+    moe::Routing<double> whole, alone, one_group;
+    Rng draws(1);
+    router.route(x, draws, info, whole, Sequential{});
+    router.route(x, draws, {}, one_group, Sequential{});
+    for (Index g = 0; g < 2; ++g) {
+      const Index begin = info.group_begin[g], count = info.group_begin[g + 1] - begin;
+      router.route(x.middleRows(begin, count), draws, {}, alone, Sequential{});
+      for (Index t = 0; t < count; ++t) {
+        const Index from = whole.chosen.token_begin[begin + t], to = whole.chosen.token_begin[begin + t + 1];
+        const Index first = alone.chosen.token_begin[t];
+        ASSERT_EQ(to - from, alone.chosen.token_begin[t + 1] - first);
+        for (Index c = from; c < to; ++c) {
+          EXPECT_EQ(whole.chosen.expert[c], alone.chosen.expert[first + c - from]) << "group " << g << ", token " << t;
+          EXPECT_EQ(whole.chosen.gate[c], alone.chosen.gate[first + c - from]) << "group " << g << ", token " << t;
+        }
+      }
+    }
+    EXPECT_NE(whole.chosen.expert, one_group.chosen.expert);  // or the test shows nothing
+  };
+  check(Hierarchy<TopK, Sinkhorn>(plain, children));
+  check(Hierarchy<Sinkhorn>(level(2), children));
+}
+
 TYPED_TEST(HierarchicalRouter, ARoutingAndACacheCanBeReused) {
   Rng rng(15);
   typename LayerOf<TypeParam>::Workspace workspace;

@@ -667,6 +667,7 @@ TEST(ReluBalanceLoss, EqualsItsFormula) {
   }
   EXPECT_DOUBLE_EQ(moe::update_relu_coefficient(1e-8, 2.5, 2), 1.2e-8);
   EXPECT_DOUBLE_EQ(moe::update_relu_coefficient(1.2e-8, 1.5, 2), 1e-8);
+  EXPECT_DOUBLE_EQ(moe::update_relu_coefficient(1.2e-8, 2.0, 2), 1e-8);  // not more than top_k
 }
 
 // The normalisations of other libraries, on a batch whose values they gave.

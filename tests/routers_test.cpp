@@ -371,6 +371,16 @@ TEST(TopKRouter, ASecondExpertBelowTheThresholdIsLeftOut) {
   }
 }
 
+// mesh takes the second expert where its gate is greater than the threshold.
+TEST(TopKRouter, ASecondGateOfExactlyTheThresholdIsLeftOut) {
+  const Matrix<double> x = Matrix<double>::Zero(1, 2);  // gates of exactly one half
+  for (const bool above : {false, true}) {
+    const double threshold = above ? std::nextafter(.5, 0.0) : .5;
+    const auto router = identity_router<TopK>({.top_k = 2, .second_threshold = threshold, .renormalise = true}, 2);
+    EXPECT_EQ(chosen_by(route(router, x), 0), above ? (std::vector<Index>{0, 1}) : (std::vector<Index>{0}));
+  }
+}
+
 // Lepikhin et al. 2021, algorithm 1, and mesh's policy "random": after the gates are normalised, the second
 // expert is taken where a uniform draw is below gate / threshold.
 TEST(TopKRouter, ARandomSecondExpertIsTakenWhereItsDrawIsBelowItsShareOfTheThreshold) {
@@ -541,6 +551,19 @@ TEST(ReLURouting, ARouterOfItsOptionsUsesLogitsAsGates) {
   EXPECT_EQ(chosen_by(routing, 0), (std::vector<Index>{2, 0}));
   EXPECT_EQ(routing.chosen.gate, (moe::Buffer<double>{2, .5}));
   EXPECT_TRUE(chosen_by(routing, 1).empty());
+}
+
+// Probabilities of exactly 0.5, 0.25 and 0.25: a mass of 0.5 does not exceed 0.5.
+TEST(TopPRouting, AMassOfExactlyTopPIsNotEnough) {
+  TopK router(moe::top_p_options(3, 3, .5));
+  router.w_router.setIdentity();
+  const Matrix<double> x{{std::log(2.0), 0, 0}};
+  const auto routing = route(router, x);
+  ASSERT_EQ(routing.router_probs(0, 0), 0.5);
+  EXPECT_EQ(chosen_by(routing, 0), (std::vector<Index>{0, 1}));
+  TopK less(moe::top_p_options(3, 3, std::nextafter(.5, 0.0)));
+  less.w_router.setIdentity();
+  EXPECT_EQ(chosen_by(route(less, x), 0), (std::vector<Index>{0}));
 }
 
 // Probabilities of 0.5, 0.3 and 0.2: the first is enough for the usual 0.4, two are for 0.6.

@@ -53,6 +53,29 @@ TEST(SinkhornRouter, ThePlanHasEvenRowsAndColumns) {
   for (Index t = 0; t < 40; ++t) EXPECT_NEAR(plan.row(t).sum(), t == 7 ? 0 : 1.0 / 39, 1e-5);
 }
 
+// Two tokens and two experts with exp(z) = (2, 1), (1, 1), by hand. Experts' factors are 6/7 and 6/5 after one
+// iteration, which changes them by 6/35 on average; 1224/1435 and 1224/1015 after two, by about 0.005.
+TEST(SinkhornRouter, BalancingEndsByItsToleranceOrItsNumberOfIterations) {
+  const Matrix<double> z{{std::log(2.0), 0}, {0, 0}};
+  const Matrix<double> one{{2.0 / 7, 1.0 / 5}, {3.0 / 14, 3.0 / 10}}, two{{12.0 / 41, 6.0 / 29}, {17.0 / 82, 17.0 / 58}};
+  const Matrix<double> balanced{{std::sqrt(2.0) / (2 + 2 * std::sqrt(2.0)), 1 / (2 + 2 * std::sqrt(2.0))},
+                                {1 / (2 + 2 * std::sqrt(2.0)), std::sqrt(2.0) / (2 + 2 * std::sqrt(2.0))}};
+  moe::Buffer<moe::TokenState> state;
+  state.assign(2, moe::TokenState::valid);
+  const auto plan_of = [&](double tolerance, Index max_iterations) {
+    moe::Buffer<double> factors;
+    Matrix<double> plan(2, 2);
+    moe::detail::balance_by_sinkhorn(z, state, Index(0), Index(2), tolerance, max_iterations, plan, factors);
+    return plan;
+  };
+  EXPECT_TRUE(plan_of(0, 1).isApprox(one, 1e-7));
+  EXPECT_TRUE(plan_of(0, 2).isApprox(two, 1e-7));
+  EXPECT_TRUE(plan_of(0, 200).isApprox(balanced, 1e-7));
+  EXPECT_TRUE(plan_of(6.0 / 35 + 1e-6, 200).isApprox(one, 1e-7));
+  EXPECT_TRUE(plan_of(6.0 / 35 - 1e-6, 200).isApprox(two, 1e-7));
+  EXPECT_FALSE(plan_of(0.005, 200).isApprox(two, 1e-4));
+}
+
 TEST(SinkhornRouter, FarLogitsAreOrdinary) {
   const Router router = identity_router({.top_k = 2});
   Rng rng(3);
