@@ -325,6 +325,38 @@ TEST(ReadBlockScaledFp8, MultipliesEveryBlockByItsScale) {
   }
 }
 
+// 3 x 2 blocks of [257, 130], each with a scale of its own.
+TEST(ReadBlockScaledFp8, TakesScalesOfOtherTypes) {
+  constexpr Index kRows = 257, kCols = 130;
+  std::vector<std::uint8_t> weights(std::size_t(kRows * kCols));
+  for (std::size_t i = 0; i < weights.size(); ++i) weights[i] = std::uint8_t(i % 127);  // positive, no NaN
+  const Tensor weight(DType::F8_E4M3, {kRows, kCols}, weights);
+  const auto expect_scales = [&](const Tensor& scale, const std::vector<float>& values) {
+    std::vector<float> out(weights.size() + 1, 7);
+    moe::read_block_scaled_fp8(weight.view, scale.view, out.data());
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+      const std::size_t row = i / kCols, col = i % kCols;
+      ASSERT_EQ(out[i], float(by_the_book(weights[i], 4, 3, false)) * values[row / 128 * 2 + col / 128])
+          << moe::name_of(scale.view.dtype) << ' ' << i;
+    }
+    EXPECT_EQ(out.back(), 7);
+  };
+  // 1, -2, pi in 8 bits, the smallest, 1.0078125 (the next to 1), 0
+  expect_scales(Tensor(DType::BF16, {3, 2},
+                       std::vector<std::uint16_t>{0x3f80, 0xc000, 0x4049, 0x0001, 0x3f81, 0}),
+                {1, -2, 3.140625f, 0x1p-133f, 1.0078125f, 0});
+  expect_scales(Tensor(DType::F8_E8M0, {3, 2}, std::vector<std::uint8_t>{127, 128, 120, 0, 200, 126}),
+                {1, 2, 0x1p-7f, 0x1p-127f, 0x1p73f, .5f});
+
+  std::vector<float> out(weights.size());
+  const Tensor nan_scale(DType::F8_E8M0, {3, 2}, std::vector<std::uint8_t>{255, 127, 127, 127, 127, 254});
+  moe::read_block_scaled_fp8(weight.view, nan_scale.view, out.data());
+  EXPECT_TRUE(std::isnan(out[0]));  // 0 times NaN
+  EXPECT_TRUE(std::isnan(out[127 * kCols + 127]));
+  EXPECT_FALSE(std::isnan(out[128]));
+  EXPECT_EQ(out.back(), float(by_the_book(weights.back(), 4, 3, false)) * 0x1p127f);
+}
+
 TEST(ReadBlockScaledFp8, RefusesWhatDoesNotFit) {
   const std::vector<std::uint8_t> bytes(129 * 2);
   const Tensor weight(DType::F8_E4M3, {129, 2}, bytes);
@@ -333,6 +365,8 @@ TEST(ReadBlockScaledFp8, RefusesWhatDoesNotFit) {
   const Tensor transposed(DType::F32, {1, 2}, std::vector<float>{1, 1});
   const Tensor few(DType::F32, {1, 1}, std::vector<float>{1});
   const Tensor double_scale(DType::F64, {2, 1}, std::vector<double>{1, 1});
+  const Tensor u8_scale(DType::U8, {2, 1}, std::vector<std::uint8_t>{127, 127});
+  const Tensor short_bf16_scale(DType::BF16, {2, 1}, std::vector<std::uint16_t>{0x3f80});
   const Tensor short_weight(DType::F8_E4M3, {129, 2}, std::vector<std::uint8_t>(257));
   const Tensor short_scale(DType::F32, {2, 1}, std::vector<float>{1});
   std::vector<float> out(258, 7);
@@ -343,9 +377,11 @@ TEST(ReadBlockScaledFp8, RefusesWhatDoesNotFit) {
   expect_error("rank", read(flat, scale), {"F8_E4M3 [258]"});
   expect_error("transposed", read(weight, transposed), {"F32 [1, 2]", "F32 [2, 1]", "[129, 2]"});
   expect_error("few", read(weight, few), {"F32 [1, 1]", "F32 [2, 1]"});
-  expect_error("F64", read(weight, double_scale), {"F64 [2, 1]", "F32 [2, 1]"});
+  expect_error("F64", read(weight, double_scale), {"F64 [2, 1]", "BF16, F8_E8M0 or F32 [2, 1]"});
+  expect_error("U8", read(weight, u8_scale), {"U8 [2, 1]", "F32 [2, 1]"});
   expect_error("weight bytes", read(short_weight, scale), {"257", "258"});
   expect_error("scale bytes", read(weight, short_scale), {" 4 ", " 8"});
+  expect_error("BF16 scale bytes", read(weight, short_bf16_scale), {" 2 ", " 4"});
   EXPECT_EQ(out, std::vector<float>(258, 7));
 }
 
@@ -353,9 +389,10 @@ TEST(ReadMxfp4, ReadsTheLowHalfFirst) {
   std::vector<std::uint8_t> blocks(16);
   for (int i = 0; i < 16; ++i) blocks[std::size_t(i)] = std::uint8_t(i | (15 - i) << 4);
   const float table[16] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0.f, -.5, -1, -1.5, -2, -3, -4, -6};
-  for (const int exponent : {0, 1, 126, 127, 128, 200, 252}) {
+  for (const int exponent : {0, 1, 126, 127, 128, 200, 252}) {  // in U8 where it is even, else in F8_E8M0
     const Tensor block(DType::U8, {1, 16}, blocks);
-    const Tensor scale(DType::U8, {1}, std::vector<std::uint8_t>{std::uint8_t(exponent)});
+    const Tensor scale(exponent % 2 == 0 ? DType::U8 : DType::F8_E8M0, {1},
+                       std::vector<std::uint8_t>{std::uint8_t(exponent)});
     std::vector<float> out(33, 7);
     moe::read_mxfp4(block.view, scale.view, out.data());
     for (std::size_t i = 0; i < 16; ++i) {
@@ -370,12 +407,14 @@ TEST(ReadMxfp4, ReadsTheLowHalfFirst) {
 TEST(ReadMxfp4, HasNanAndInfinity) {
   const std::vector<std::uint8_t> blocks(32, 0x70);  // 0 and 6
   const Tensor block(DType::U8, {2, 16}, blocks);
-  const Tensor scale(DType::U8, {2}, std::vector<std::uint8_t>{255, 254});
-  std::vector<float> out(64);
-  moe::read_mxfp4(block.view, scale.view, out.data());
-  EXPECT_TRUE(std::isnan(out[0]) && std::isnan(out[31]));
-  EXPECT_EQ(out[32], 0);
-  EXPECT_EQ(out[33], kInf);  // 6 * 2^127
+  for (const DType dtype : {DType::U8, DType::F8_E8M0}) {
+    const Tensor scale(dtype, {2}, std::vector<std::uint8_t>{255, 254});
+    std::vector<float> out(64);
+    moe::read_mxfp4(block.view, scale.view, out.data());
+    EXPECT_TRUE(std::isnan(out[0]) && std::isnan(out[31]));
+    EXPECT_EQ(out[32], 0);
+    EXPECT_EQ(out[33], kInf);  // 6 * 2^127
+  }
 }
 
 TEST(ReadMxfp4, TakesAnyNumberOfDimensions) {

@@ -363,9 +363,9 @@ bool is_readable_in_place(const TensorView& tensor) {
 }
 
 /// Weights of DeepSeek-V3: weight [rows, cols] in F8_E4M3, scale_inv [ceil(rows / 128),
-/// ceil(cols / 128)] in F32. Writes to out [rows, cols] each value times the scale of its block of
-/// 128 x 128. O(rows * cols). Throws CheckpointError, and writes nothing, where dtypes, shapes or
-/// bytes do not fit.
+/// ceil(cols / 128)] in F32, BF16 (Qwen) or F8_E8M0 (later ones). Writes to out [rows, cols] each
+/// value times the scale of its block of 128 x 128, the product of two floats. O(rows * cols). Throws
+/// CheckpointError, and writes nothing, where dtypes, shapes or bytes do not fit.
 inline void read_block_scaled_fp8(const TensorView& weight, const TensorView& scale_inv,
                                   float* out) {
   constexpr Index kBlock = 128;
@@ -378,13 +378,18 @@ inline void read_block_scaled_fp8(const TensorView& weight, const TensorView& sc
   const Index rows = weight.shape[0], cols = weight.shape[1];
   const auto blocks = [](Index n) { return n / kBlock + (n % kBlock != 0); };
   const std::vector<Index> expected{blocks(rows), blocks(cols)};
-  if (scale_inv.dtype != DType::F32 || scale_inv.shape != expected)
-    detail::fail_checkpoint(kWhere, ": ", detail::description_of(scale_inv), ": expected F32 ",
-                            detail::text_of(expected), " for ", detail::description_of(weight));
+  const bool is_scale = scale_inv.dtype == DType::F32 || scale_inv.dtype == DType::BF16 ||
+                        scale_inv.dtype == DType::F8_E8M0;
+  if (!is_scale || scale_inv.shape != expected)
+    detail::fail_checkpoint(kWhere, ": ", detail::description_of(scale_inv),
+                            ": expected BF16, F8_E8M0 or F32 ", detail::text_of(expected), " for ",
+                            detail::description_of(weight));
   detail::check_bytes(scale_inv, kWhere);
+  std::vector<float> scales(std::size_t(scale_inv.size()));
+  read_tensor(scale_inv, scales.data());
   for (Index i = 0; i < rows; ++i) {
     for (Index b = 0; b < expected[1]; ++b) {
-      const auto scale = detail::load<float>(scale_inv.bytes, i / kBlock * expected[1] + b);
+      const float scale = scales[std::size_t(i / kBlock * expected[1] + b)];
       const Index end = b + 1 < expected[1] ? (b + 1) * kBlock : cols;
       for (Index j = b * kBlock; j < end; ++j) {
         const auto bits = detail::load<std::uint8_t>(weight.bytes, i * cols + j);
@@ -395,8 +400,8 @@ inline void read_block_scaled_fp8(const TensorView& weight, const TensorView& sc
 }
 
 /// Weights of gpt-oss: blocks [..., cols / 32, 16] in U8, each byte two 4-bit numbers, the low half
-/// first; scales [..., cols / 32] in U8, a power of two with a bias of 127 for each 32 numbers, 255
-/// is NaN. Writes to out [..., cols]. Every product is exact unless it leaves the range of float.
+/// first; scales [..., cols / 32] in U8 or F8_E8M0, the same bits: a power of two with a bias of 127 for
+/// each 32 numbers, 255 is NaN. Writes to out [..., cols]. Every product is exact unless it leaves the range of float.
 /// O(size of out). Throws CheckpointError, and writes nothing, where dtypes, shapes or bytes do not
 /// fit.
 inline void read_mxfp4(const TensorView& blocks, const TensorView& scales, float* out) {
@@ -410,9 +415,10 @@ inline void read_mxfp4(const TensorView& blocks, const TensorView& scales, float
                             ": expected U8 [..., cols / 32, 16]");
   detail::check_bytes(blocks, kWhere);
   const std::vector<Index> expected(blocks.shape.begin(), blocks.shape.end() - 1);
-  if (scales.dtype != DType::U8 || scales.shape != expected)
-    detail::fail_checkpoint(kWhere, ": ", detail::description_of(scales), ": expected U8 ",
-                            detail::text_of(expected), " for ", detail::description_of(blocks));
+  if ((scales.dtype != DType::U8 && scales.dtype != DType::F8_E8M0) || scales.shape != expected)
+    detail::fail_checkpoint(kWhere, ": ", detail::description_of(scales),
+                            ": expected F8_E8M0 or U8 ", detail::text_of(expected), " for ",
+                            detail::description_of(blocks));
   detail::check_bytes(scales, kWhere);
   const Index num_blocks = scales.size();
   for (Index b = 0; b < num_blocks; ++b) {
