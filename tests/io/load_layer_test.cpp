@@ -141,7 +141,57 @@ TEST(LoadLayer, MultipliesBlockScalesOut) {
   EXPECT_EQ(layer.experts()[1].w_gate(2, 127), 2);
   EXPECT_EQ(layer.experts()[1].w_gate(2, 128), 2.5f);
   EXPECT_EQ(layer.shared_experts()[0].w_down(129, 0), 2.5f);
+  // The same scales in other types.
+  const std::string scale = prefix + "experts.1.gate_proj.weight_scale_inv";
+  t.add(scale, DType::BF16, {1, 2}, std::vector<std::uint16_t>{0x4000, 0x4020});
+  EXPECT_EQ(moe::load_layer<float>(model, t.open(), 3).experts()[1].w_gate, layer.experts()[1].w_gate);
+  t.add(scale, DType::F8_E8M0, {1, 2}, std::vector<std::uint8_t>{126, 130});
+  const auto by_powers = moe::load_layer<float>(model, t.open(), 3);
+  EXPECT_EQ(by_powers.experts()[1].w_gate(2, 127), .5f);
+  EXPECT_EQ(by_powers.experts()[1].w_gate(2, 128), 8);
   EXPECT_EQ(layer.router().selection_bias[1], 5.5f);
+}
+
+// 8 bits are read with their scale or not at all.
+TEST(LoadLayer, RefusesEightBitsWithoutTheirScale) {
+  const std::string name = kMixtral + "experts.1.w3.weight";
+  for (const DType dtype : {DType::F8_E4M3, DType::F8_E5M2, DType::F8_E8M0}) {
+    Tensors t = small_mixtral();
+    t.add(name, dtype, {3, 4}, std::vector<std::uint8_t>(12, 0x38));
+    expect_error(t, {"load_layer: " + name + " is " + std::string(moe::name_of(dtype)) +
+                     ", which is not read without its scale '" + name + "_scale_inv'"});
+    const Checkpoint file = t.open();
+    EXPECT_THROW(moe::load_mapped_layer<float>(kSmallMixtral, file, 7), CheckpointError);
+  }
+  // A scale under another name is not taken for it, but named.
+  Tensors t = small_mixtral();
+  t.add(name, DType::F8_E4M3, {3, 4}, std::vector<std::uint8_t>(12, 0x38));
+  t.add_count(name + "_scale", {1}, 2);
+  expect_error(t, {"'" + name + "_scale_inv': did you mean '" + name + "_scale'"});
+  // The router, and a type that has no scales.
+  t = small_mixtral();
+  t.add(kMixtral + "gate.weight", DType::F8_E4M3, {2, 4}, std::vector<std::uint8_t>(8, 0x38));
+  expect_error(t, {"gate.weight_scale_inv'"});
+  t.add(kMixtral + "gate.weight", DType::F8_E5M2, {2, 4}, std::vector<std::uint8_t>(8, 0x38));
+  t.add_count(kMixtral + "gate.weight_scale_inv", {1, 1}, 2);
+  expect_error(t, {"gate.weight', F8_E5M2 [2, 4]: expected F8_E4M3"});
+}
+
+// Scales that were not read, whether what they are called after is there or not.
+TEST(LoadLayer, RefusesScalesWithoutTheirTensor) {
+  Tensors t = small_mixtral();
+  t.add_count(kMixtral + "experts.2.w1.weight_scale_inv", {1, 1}, 2);
+  expect_error(t, {kMixtral + "experts.2.w1.weight_scale_inv", "0 of the 1"});
+  t = small_mixtral();
+  t.add(kMixtral + "experts.0.w1.weight_scales", DType::U8, {3, 1}, std::vector<std::uint8_t>(3, 127));
+  expect_error(t, {kMixtral + "experts.0.w1.weight_scales", "0 of the 3"});
+  t = small_mixtral();
+  t.tensors.erase(kMixtral + "experts.0.w1.weight");
+  t.add(kMixtral + "experts.0.w1.weight_scales", DType::U8, {3, 1}, std::vector<std::uint8_t>(3, 127));
+  expect_error(t, {"no tensor '" + kMixtral + "experts.0.w1.weight'"});
+  t = small_mixtral();  // a weight of 16 bits beside a scale
+  t.add_count(kMixtral + "experts.0.w1.weight_scale_inv", {1, 1}, 2);
+  expect_error(t, {kMixtral + "experts.0.w1.weight', F32 [3, 4]: expected F8_E4M3"});
 }
 
 // gpt-oss: gate and up rows alternate; in 4 bits they stand as [rows, in], else as [in, rows].

@@ -95,7 +95,7 @@ class LayerReader {
   void check_all_read(std::string_view prefix) const {
     const std::string begin = replaced(std::string(prefix), "{layer}", layer_);
     for (const std::string& name : checkpoint_.names()) {
-      if (!name.starts_with(begin) || is_scale(name)) continue;
+      if (!name.starts_with(begin) || scales_.contains(name)) continue;
       const auto used = used_.find(name);
       const Index read = used == used_.end() ? 0 : used->second.values;
       const Index size = checkpoint_.at(name).size() * (name.ends_with("_blocks") ? 2 : 1);
@@ -126,13 +126,10 @@ class LayerReader {
     Index expert;  // whose part of a tensor of all experts it is, else 0
   };
 
-  // Scales are read with the tensor that they belong to.
-  bool is_scale(std::string_view name) const {
-    const auto belongs_to = [&](std::string_view suffix, const char* other) {
-      return name.ends_with(suffix) &&
-             checkpoint_.contains(std::string(name.substr(0, name.size() - suffix.size())) + other);
-    };
-    return belongs_to("_scale_inv", "") || belongs_to("_scales", "_blocks");
+  // Whether values of this type mean something only together with scales, or are scales. Read as they are they
+  // would be wrong by orders of magnitude and still look like weights.
+  static bool is_scaled(DType dtype) {
+    return dtype == DType::F8_E4M3 || dtype == DType::F8_E5M2 || dtype == DType::F8_E8M0;
   }
 
   // The bytes of slice `index` of `count` equal slices along the first dimensions, as [shape].
@@ -144,21 +141,27 @@ class LayerReader {
   }
 
   Stored find(const TensorSource& source, Index expert, Index num_experts, Index rows, Index cols,
-              bool vector, const std::optional<std::vector<Index>>& shape) const {
+              bool vector, const std::optional<std::vector<Index>>& shape) {
     const std::string name =
         replaced(replaced(std::string(source.name), "{layer}", layer_), "{expert}", expert);
     const bool mxfp4 = !checkpoint_.contains(name) && checkpoint_.contains(name + "_blocks");
-    const bool fp8 = !mxfp4 && checkpoint_.contains(name + "_scale_inv");
+    const std::string scale_name = name + (mxfp4 ? "_scales" : "_scale_inv");
+    const bool fp8 = !mxfp4 && checkpoint_.contains(scale_name);
     const bool transposed = source.transposed && !mxfp4;  // blocks of 32 go along a row [in]
     const Index all_rows = rows * (source.part == TensorPart::all ? 1 : 2);
     const Index outer = transposed ? cols : all_rows, inner = transposed ? all_rows : cols;
     const TensorView& tensor = checkpoint_.at(mxfp4 ? name + "_blocks" : name);
     const bool stacked = num_experts > 0 && source.name.find("{expert}") == std::string_view::npos;
     check_shape(tensor, mxfp4, outer, inner, vector, stacked ? num_experts : 0, shape);
+    if (!fp8 && is_scaled(tensor.dtype))
+      throw CheckpointError("load_layer: " + tensor.name + " is " + std::string(name_of(tensor.dtype)) +
+                            ", which is not read without its scale " + in_quotes(scale_name) +
+                            hint(scale_name, checkpoint_.names()));
+    if (mxfp4 || fp8) scales_.insert(scale_name);
     const Index count = stacked ? num_experts : 1, index = stacked ? expert : 0;
     Stored stored{Format::plain, {}, {}, outer, inner, source.part, transposed, index};
     if (mxfp4) {
-      const TensorView& scales = checkpoint_.at(name + "_scales");
+      const TensorView& scales = checkpoint_.at(scale_name);
       require_mxfp4_scales(tensor, scales);
       stored.format = Format::mxfp4;
       stored.values = slice(tensor, index, count, {outer, inner / 32, 16});
@@ -169,7 +172,7 @@ class LayerReader {
                               std::to_string(num_experts) + " experts, expected 1");
       stored.format = Format::block_scaled_fp8;
       stored.values = tensor;
-      stored.scales = checkpoint_.at(name + "_scale_inv");
+      stored.scales = checkpoint_.at(scale_name);
     } else {
       stored.values = slice(tensor, index, count, {outer, inner});
     }
@@ -261,6 +264,7 @@ class LayerReader {
   Index layer_;
   std::map<std::string, LoadedTensor, std::less<>> used_;
   std::map<std::pair<std::string, Index>, std::set<TensorPart>> parts_;  // read, by tensor and expert
+  std::set<std::string, std::less<>> scales_;                            // read with their tensors
   std::vector<S> values_;
 };
 
@@ -407,8 +411,8 @@ SoftModel<Unit> sized_as(const SoftModel<Unit>& model, const Checkpoint& checkpo
 /// Layer `layer` of a model, from its published checkpoint: tensors of any type are converted to S,
 /// fused ones taken apart, transposed ones turned, scaled 8-bit and 4-bit ones multiplied out. Every
 /// value of every tensor of the layer is used exactly once. O(parameters). Throws CheckpointError for a
-/// tensor that is missing, of another shape, or left over, and std::invalid_argument for a model whose
-/// tensor names are not known.
+/// tensor that is missing, of another shape, or left over, for one of 8 bits without its scale, and
+/// std::invalid_argument for a model whose tensor names are not known.
 /// Example: load_layer<float>(mixtral_8x7b, Checkpoint::open("Mixtral-8x7B-v0.1"), 0).
 template <class S, class Unit, template <class> class R>
 typename Model<Unit, R>::template Layer<S> load_layer(const Model<Unit, R>& model,
