@@ -8,6 +8,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <thread>
 #include <type_traits>
@@ -384,6 +385,56 @@ TEST(MalformedFile, IsRefusedOnDisk) {
   }
 }
 
+// What servers and tools leave in place of a file, and weights in other formats.
+TEST(MalformedFile, IsCalledByItsName) {
+  const std::string lfs =
+      "version https://git-lfs.github.com/spec/v1\n"
+      "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n";
+  const std::string zeros(100, '\0');
+  const std::vector<std::pair<std::string, std::string>> files{
+      {lfs, "a Git LFS pointer, not the file: git lfs pull"},
+      {"<!DOCTYPE html>\n<html><body>Sign in</body></html>", "an HTML page"},
+      {"\xef\xbb\xbf \n<HTML lang=\"en\">", "an HTML page"},
+      {std::string("PK\x03\x04\0\0\x08\x08", 8) + zeros, "a zip archive, as PyTorch writes .bin and .pt"},
+      {std::string("\x1f\x8b\x08\0\0\0\0\0\0\x03", 10) + zeros, "a gzip file"},  // a length of 559903
+      {"\x1f\x8b\x08\x08\x40\x2a\x5b\x67\x02\x03" + zeros, "a gzip file"},
+      {"\x28\xb5\x2f\xfd\x24\x05" + zeros, "a zstd file"},
+      {std::string("GGUF\x03\0\0\0", 8) + zeros, "a GGUF file"},
+      {"\x89HDF\r\n\x1a\n" + zeros, "an HDF5 file"},
+      {std::string("\x80\x02}q\0(X\x04\0", 9) + zeros, "a Python pickle"},
+      {"\x80\x05\x95\x20" + zeros, "a Python pickle"},
+      {R"({"a":{"b":1}})", R"(text that begins with '{"a":{"b":1}}')"},
+      {R"({"data":{"error":"no"}})", "text that begins with '{\"data\":{"},  // '{' where a header would begin
+      {"Entry not found", "text that begins with 'Entry not found'"},
+      {"not a file\n" + std::string(1000, 'x'), "text that begins with 'not a file?xxx"},
+  };
+  const TemporaryDirectory directory;
+  const auto path = directory / "m.safetensors", index = directory / "m.safetensors.index.json";
+  write_text(index, R"({"weight_map":{"w":"m.safetensors"}})");
+  for (const auto& [file, what] : files) {
+    write_text(path, file);
+    const std::vector<std::string> parts{path.string() + ": the file is " + what, ", expected a safetensors file"};
+    expect_error(what, [&] { Checkpoint::open(path); }, parts);
+    expect_error(what, [&] { Checkpoint::open(index); }, parts);
+  }
+  for (const auto& [file, what] : files) {
+    if (file.starts_with('{')) continue;
+    write_text(index, file);
+    expect_error(what, [&] { Checkpoint::open(index); },
+                 {index.string() + ": the file is " + what, ", expected an index"});
+  }
+}
+
+// A header may have any of those lengths.
+TEST(MalformedFile, IsNotCalledByItsLength) {
+  const TemporaryDirectory directory;
+  const auto path = directory / "m.safetensors";
+  for (const std::size_t length : {0x280u, 0x580u, 0x8b1fu}) {
+    write_text(path, file_of(kTwoFloats + std::string(length - std::string_view(kTwoFloats).size(), ' '), 8));
+    EXPECT_TRUE(Checkpoint::open(path).contains("w")) << length;
+  }
+}
+
 // A good file, each byte of its header replaced and each shorter length: refused or read, no more.
 TEST(MalformedFile, NeverDoesMoreThanThrow) {
   const std::string good = file_by_python();
@@ -521,7 +572,8 @@ TEST(Index, RefusesWhatLies) {
       {"zero byte", map(R"("a":"1.safetensors\u0000x")"), {"'1.safetensors?x'", "below"}},
       {"a directory", map(R"("a":"sub")"), {"sub", "regular"}},
       {"the directory itself", map(R"("a":".")"), {"regular"}},
-      {"the index itself", map(R"("a":"m.safetensors.index.json")"), {"header"}},
+      {"the index itself", map(R"("a":"m.safetensors.index.json")"),
+       {"m.safetensors.index.json: the file is text that begins with '{\"weight_map\"", "safetensors file"}},
       {"a name twice", map(R"("a":"1.safetensors","a":"1.safetensors")"), {"'a' twice"}},
       {"two maps", R"({"weight_map":{},"weight_map":{}})", {"'weight_map' twice"}},
       {"no map", R"({"metadata":{"weight_map":{}}})", {"no weight_map"}},

@@ -39,6 +39,46 @@ inline std::string_view text_at(std::span<const std::byte> bytes) {
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
+// Whether text begins so, whatever the case of its letters, after blanks and a mark of UTF-8.
+inline bool begins_as(std::string_view text, std::string_view small) {
+  if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);
+  text.remove_prefix(std::min(text.find_first_not_of(" \t\r\n"), text.size()));
+  return text.size() >= small.size() &&
+         std::equal(small.begin(), small.end(), text.begin(), [](char expected, char c) {
+           return expected == (c >= 'A' && c <= 'Z' ? char(c - 'A' + 'a') : c);
+         });
+}
+
+// What a file is instead of a safetensors file or an index, by its first bytes: what servers and tools leave
+// where they did not bring the file, and other formats of weights. Empty where the bytes do not say. Short
+// magic numbers could be the length of a header, too: this is for files that have none.
+inline std::string other_format(std::span<const std::byte> bytes) {
+  const std::string_view text = text_at(bytes);
+  if (text.starts_with("version https://git-lfs.github.com/"))
+    return "a Git LFS pointer, not the file: git lfs pull";
+  if (begins_as(text, "<!doctype html") || begins_as(text, "<html")) return "an HTML page";
+  if (text.starts_with("PK\x03\x04")) return "a zip archive, as PyTorch writes .bin and .pt";
+  if (text.starts_with("\x1f\x8b")) return "a gzip file";
+  if (text.starts_with("\x28\xb5\x2f\xfd")) return "a zstd file";
+  if (text.starts_with("GGUF")) return "a GGUF file";
+  if (text.starts_with("\x89HDF\r\n")) return "an HDF5 file";
+  if (text.size() > 1 && text[0] == '\x80' && text[1] >= 2 && text[1] <= 5) return "a Python pickle";
+  constexpr std::size_t kLengthBytes = 8, kShown = 60;
+  const std::string_view begin = text.substr(0, kShown);
+  const bool printable = std::all_of(begin.begin(), begin.end(), [](char c) {
+    return (c >= ' ' && c <= '~') || c == '\n' || c == '\r' || c == '\t';
+  });
+  if (printable && begin.size() >= kLengthBytes) return "text that begins with " + in_quotes(begin);
+  return "";
+}
+
+// Throws where the first bytes say what the file is.
+inline void refuse_other_format(std::span<const std::byte> bytes, std::string_view where,
+                                const char* expected) {
+  const std::string found = other_format(bytes);
+  if (!found.empty()) fail_checkpoint(where, ": the file is ", found, ", expected ", expected);
+}
+
 /// What the two JSON readers share. Events come one by one, so what nests deeply needs no stack,
 /// and a key that comes twice is seen. Every problem is a CheckpointError thrown from the event.
 class JsonEvents : public nlohmann::json_sax<nlohmann::json> {
@@ -331,9 +371,12 @@ inline Header parse_header(std::string_view json, std::span<const std::byte> dat
 inline Header parse_safetensors(std::span<const std::byte> bytes, std::string_view where) {
   require_little_endian();
   constexpr std::size_t kLengthBytes = 8;
+  const std::uint64_t length = bytes.size() < kLengthBytes ? 0 : load<std::uint64_t>(bytes, 0);
+  const bool has_header = bytes.size() > kLengthBytes && length <= bytes.size() - kLengthBytes &&
+                          bytes[kLengthBytes] == std::byte('{');
+  if (!has_header) refuse_other_format(bytes, where, "a safetensors file");
   require_checkpoint(bytes.size() >= kLengthBytes, where, ": the file has ", bytes.size(),
                      " bytes, expected at least ", kLengthBytes);
-  const auto length = load<std::uint64_t>(bytes, 0);
   require_checkpoint(length <= kMaxHeaderBytes, where, ": the header is to have ", length,
                      " bytes, expected at most ", kMaxHeaderBytes);
   require_checkpoint(length <= bytes.size() - kLengthBytes, where, ": the header is to have ",
@@ -405,6 +448,7 @@ inline std::map<std::string, std::string> parse_index(std::span<const std::byte>
                                                       std::string_view where) {
   require_checkpoint(bytes.size() <= kMaxHeaderBytes, where, ": the index has ", bytes.size(),
                      " bytes, expected at most ", kMaxHeaderBytes);
+  if (!text_at(bytes).starts_with('{')) refuse_other_format(bytes, where, "an index");
   IndexEvents events(where);
   parse_json(text_at(bytes), events, where, "the index");
   return events.take();
