@@ -20,12 +20,20 @@ void check(bool ok) {
 
 void expect_views_within(const moe::detail::Header& header, std::span<const std::byte> data) {
   std::size_t sum = 0;
+  const auto expect_within = [&](std::span<const std::byte> bytes) {
+    check(bytes.data() >= data.data());
+    check(bytes.data() + bytes.size() <= data.data() + data.size());
+    sum += bytes.size();
+  };
+  for (const auto& [name, tensor] : header.unread) {
+    check(!header.tensors.contains(name));
+    check(!moe::detail::dtype_named(tensor.dtype));
+    expect_within(tensor.bytes);
+  }
   for (const auto& [name, tensor] : header.tensors) {
     check(name == tensor.name);
     check(tensor.bytes.size() == std::size_t(tensor.size()) * moe::size_of(tensor.dtype));
-    check(tensor.bytes.data() >= data.data());
-    check(tensor.bytes.data() + tensor.bytes.size() <= data.data() + data.size());
-    sum += tensor.bytes.size();
+    expect_within(tensor.bytes);
     std::vector<double> numbers(std::size_t(tensor.size()));
     std::vector<std::int64_t> integers(std::size_t(tensor.size()));
     try {

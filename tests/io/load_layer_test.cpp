@@ -18,6 +18,7 @@
 #include <moe/models/mixtral.hpp>
 #include <moe/moe.hpp>
 
+#include "files.hpp"
 #include "tensors.hpp"
 
 namespace {
@@ -175,6 +176,34 @@ TEST(LoadLayer, RefusesEightBitsWithoutTheirScale) {
   t.add(kMixtral + "gate.weight", DType::F8_E5M2, {2, 4}, std::vector<std::uint8_t>(8, 0x38));
   t.add_count(kMixtral + "gate.weight_scale_inv", {1, 1}, 2);
   expect_error(t, {"gate.weight', F8_E5M2 [2, 4]: expected F8_E4M3"});
+}
+
+// A tensor of a type that is not read: nobody's concern but that of the layer which has it.
+TEST(LoadLayer, RefusesUnknownDTypesOfItsOwnTensorsOnly) {
+  Tensors t = small_mixtral();
+  t.add("model.layers.8.block_sparse_moe.gate.bias", DType::U16, {1}, std::vector<std::uint8_t>{1, 2});
+  t.add(kMixtral + "gate.bias", DType::I16, {1}, std::vector<std::uint8_t>{1, 2});
+  t.open();
+  std::string file = io_test::text_in(Tensors::path());
+  const auto change = [&](const std::string& from, const std::string& to) {
+    file.replace(file.find(from), from.size(), to);
+    io_test::write_text(Tensors::path(), file);
+    return Checkpoint::open(Tensors::path());
+  };
+  const auto message = [](const Checkpoint& checkpoint) -> std::string {
+    try {
+      moe::load_layer<float>(kSmallMixtral, checkpoint, 7);
+    } catch (const CheckpointError& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_NE(message(change("\"U16\"", "\"C64\"")).find("0 of the 1 values of " + kMixtral + "gate.bias"),
+            std::string::npos);
+  EXPECT_NE(message(change("\"I16\"", "\"C99\"")).find(kMixtral + "gate.bias': dtype 'C99' is not read"),
+            std::string::npos);
+  change(kMixtral + "gate.bias", "model.layers.9.block_sparse_moe.gate.bias");
+  EXPECT_EQ(message(Checkpoint::open(Tensors::path())), "");
 }
 
 // Scales that were not read, whether what they are called after is there or not.

@@ -18,6 +18,7 @@
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -127,10 +128,20 @@ inline void parse_json(std::string_view json, JsonEvents& events, std::string_vi
   nlohmann::json::sax_parse(json.begin(), json.end(), &events);
 }
 
+/// A tensor of a dtype that DType does not have. How many bytes its shape has is not known.
+struct UnreadTensor {
+  std::string dtype{};
+  std::span<const std::byte> bytes{};
+};
+
 /// What a safetensors file says about itself.
 struct Header {
-  std::map<std::string, TensorView, std::less<>> tensors;
-  std::map<std::string, std::string> metadata;
+  std::map<std::string, TensorView, std::less<>> tensors{};
+  std::map<std::string, UnreadTensor, std::less<>> unread{};
+
+  std::map<std::string, std::string> metadata{};
+
+  bool contains(std::string_view name) const { return tensors.contains(name) || unread.contains(name); }
 };
 
 class HeaderEvents final : public JsonEvents {
@@ -157,7 +168,7 @@ class HeaderEvents final : public JsonEvents {
   bool key(string_t& key) override {
     if (place_ == Place::top) {
       const bool again =
-          key == "__metadata__" ? has_metadata_ : header_.tensors.contains(std::string_view(key));
+          key == "__metadata__" ? has_metadata_ : header_.contains(key);
       if (again) fail_here("the header has ", in_quotes(key), " twice");
       if (key == "__metadata__") has_metadata_ = true;
       name_ = std::move(key);
@@ -194,10 +205,7 @@ class HeaderEvents final : public JsonEvents {
       header_.metadata.emplace(std::move(key_), std::move(value));
       place_ = Place::metadata;
     } else if (place_ == Place::dtype) {
-      tensor_.dtype = dtype_named(value);
-      if (!tensor_.dtype)
-        fail_here("tensor ", in_quotes(name_), ": dtype ", in_quotes(value),
-                  " is unknown, expected ", dtype_names());
+      tensor_.dtype = std::move(value);
       place_ = Place::tensor;
     } else {
       return JsonEvents::string(value);
@@ -221,26 +229,32 @@ class HeaderEvents final : public JsonEvents {
 
   // Throws unless the tensors cover the data, each byte once. O(tensors * log(tensors)).
   void check_cover() const {
-    std::vector<const TensorView*> tensors;
-    tensors.reserve(header_.tensors.size());
-    for (const auto& [name, tensor] : header_.tensors) tensors.push_back(&tensor);
-    const auto begin = [&](const TensorView* t) {
-      return std::size_t(t->bytes.data() - data_.data());
+    struct Extent {
+      std::size_t begin, size;
+      std::string_view name;
     };
-    std::sort(tensors.begin(), tensors.end(), [&](const TensorView* a, const TensorView* b) {
-      return std::pair(begin(a), a->bytes.size()) < std::pair(begin(b), b->bytes.size());
+    std::vector<Extent> tensors;
+    tensors.reserve(header_.tensors.size() + header_.unread.size());
+    const auto add = [&](const auto& list) {
+      for (const auto& [name, tensor] : list)
+        tensors.push_back({std::size_t(tensor.bytes.data() - data_.data()), tensor.bytes.size(), name});
+    };
+    add(header_.tensors);
+    add(header_.unread);
+    std::sort(tensors.begin(), tensors.end(), [](const Extent& a, const Extent& b) {
+      return std::tie(a.begin, a.size, a.name) < std::tie(b.begin, b.size, b.name);
     });
     std::size_t end = 0;
-    const TensorView* previous = nullptr;
-    for (const TensorView* tensor : tensors) {
-      if (begin(tensor) < end)
-        fail_here("tensors overlap: ", in_quotes(tensor->name), " begins at ", begin(tensor),
-                  " of the data, where ", in_quotes(previous->name), " ends at ", end);
-      if (begin(tensor) > end)
-        fail_here("a hole in the data: no tensor holds the bytes from ", end, " to ",
-                  begin(tensor), ", where ", in_quotes(tensor->name), " begins");
-      end += tensor->bytes.size();
-      previous = tensor;
+    std::string_view previous;
+    for (const auto& [begin, size, name] : tensors) {
+      if (begin < end)
+        fail_here("tensors overlap: ", in_quotes(name), " begins at ", begin,
+                  " of the data, where ", in_quotes(previous), " ends at ", end);
+      if (begin > end)
+        fail_here("a hole in the data: no tensor holds the bytes from ", end, " to ", begin,
+                  ", where ", in_quotes(name), " begins");
+      end += size;
+      previous = name;
     }
     if (end != data_.size())
       fail_here("the tensors end at ", end, " of the data, but it has ", data_.size(), " bytes");
@@ -264,7 +278,7 @@ class HeaderEvents final : public JsonEvents {
   };
 
   struct Tensor {
-    std::optional<DType> dtype{};
+    std::optional<std::string> dtype{};
     std::optional<std::vector<Index>> shape{};
     std::optional<std::vector<std::uint64_t>> offsets{};
   };
@@ -314,7 +328,7 @@ class HeaderEvents final : public JsonEvents {
   }
 
   void add_tensor() {
-    const auto& [dtype, shape, offsets] = tensor_;
+    auto& [dtype, shape, offsets] = tensor_;
     if (!dtype || !shape || !offsets)
       fail_here("tensor ", in_quotes(name_), " has no ",
                 !dtype ? "dtype" : !shape ? "shape" : "data_offsets");
@@ -328,25 +342,21 @@ class HeaderEvents final : public JsonEvents {
     if (end > data_.size())
       fail_here("tensor ", in_quotes(name_), ": data_offsets end at ", end,
                 ", but the file has only ", data_.size(), " bytes of data");
-    const std::optional<std::size_t> expected = num_bytes(*dtype, *shape);
+    const auto bytes = data_.subspan(std::size_t(begin), std::size_t(end - begin));
+    const std::optional<DType> known = dtype_named(*dtype);
+    if (!known) {
+      header_.unread.emplace(std::move(name_), UnreadTensor{std::move(*dtype), bytes});
+      return;
+    }
+    const std::optional<std::size_t> expected = num_bytes(*known, *shape);
     if (!expected)
-      fail_here("tensor ", in_quotes(name_), ": the shape ", text_of(*shape), " of ",
-                name_of(*dtype), " has more than ", std::numeric_limits<Index>::max(), " bytes");
-    if (end - begin != *expected)
-      fail_here("tensor ", in_quotes(name_), ": data_offsets hold ", end - begin,
-                " bytes, expected ", *expected, " for ", name_of(*dtype), " ", text_of(*shape));
-    TensorView view{.name = name_,
-                    .dtype = *dtype,
-                    .shape = std::move(*tensor_.shape),
-                    .bytes = data_.subspan(std::size_t(begin), *expected)};
+      fail_here("tensor ", in_quotes(name_), ": the shape ", text_of(*shape), " of ", *dtype,
+                " has more than ", std::numeric_limits<Index>::max(), " bytes");
+    if (bytes.size() != *expected)
+      fail_here("tensor ", in_quotes(name_), ": data_offsets hold ", bytes.size(),
+                " bytes, expected ", *expected, " for ", *dtype, " ", text_of(*shape));
+    TensorView view{.name = name_, .dtype = *known, .shape = std::move(*shape), .bytes = bytes};
     header_.tensors.emplace(std::move(name_), std::move(view));
-  }
-
-  static std::string dtype_names() {
-    std::string names;
-    for (const DTypeInfo& info : kDTypes)
-      names += (names.empty() ? "" : ", ") + std::string(info.name);
-    return names;
   }
 
   std::span<const std::byte> data_;
@@ -466,6 +476,13 @@ inline std::filesystem::path shard_path(const std::filesystem::path& index,
   return index.parent_path() / path;
 }
 
+// "F64, F32, ...": what is read.
+inline std::string dtype_names() {
+  std::string names;
+  for (const DTypeInfo& info : kDTypes) names += (names.empty() ? "" : ", ") + std::string(info.name);
+  return names;
+}
+
 // How many characters to insert, remove or replace to get from one to the other.
 inline std::size_t edit_distance(std::string_view a, std::string_view b) {
   std::vector<std::size_t> row(b.size() + 1);
@@ -517,8 +534,9 @@ class Checkpoint {
   /// directory that holds one index or else exactly one .safetensors file. Of the files of an index
   /// only the tensors that it lists are there. O(headers * log(tensors)). Throws CheckpointError
   /// where a file cannot be read or breaks a rule of the format: tensors must cover the data
-  /// exactly, no key comes twice, and a tensor has a dtype of DType, a shape, data_offsets and
-  /// nothing else. Values are not looked at, they may be NaN.
+  /// exactly, no key comes twice, and a tensor has a dtype, a shape, data_offsets and nothing else,
+  /// and as many bytes as its shape says where the dtype is one of DType. Values are not looked at,
+  /// they may be NaN.
   static Checkpoint open(const std::filesystem::path& path) {
     detail::require_little_endian();
     std::error_code error;
@@ -528,34 +546,39 @@ class Checkpoint {
     contents->path = file;
     if (file.extension() == ".json") read_index(*contents);
     else read_file(*contents);
-    contents->names.reserve(contents->tensors.size());
-    for (const auto& [name, tensor] : contents->tensors) contents->names.push_back(name);
+    for (const auto& [name, tensor] : contents->header.tensors) contents->names.push_back(name);
+    for (const auto& [name, tensor] : contents->header.unread) contents->names.push_back(name);
+    std::sort(contents->names.begin(), contents->names.end());
     Checkpoint checkpoint;
     checkpoint.contents_ = std::move(contents);
     return checkpoint;
   }
 
   /// O(log(tensors)).
-  bool contains(std::string_view name) const { return contents_->tensors.contains(name); }
+  bool contains(std::string_view name) const { return contents_->header.contains(name); }
 
   /// The tensor of this name. It, and its bytes, last as long as any copy of the checkpoint or its
   /// owner(). O(log(tensors)). Throws CheckpointError where there is none, with the names that are
-  /// nearest to it.
+  /// nearest to it, and where it has a dtype that DType does not have.
   const TensorView& at(std::string_view name) const {
-    const auto it = contents_->tensors.find(name);
-    if (it == contents_->tensors.end())
-      detail::fail_checkpoint(path().string(), ": there is no tensor ", detail::in_quotes(name),
-                              " among ", contents_->tensors.size(),
-                              detail::hint(name, contents_->names));
-    return it->second;
+    const detail::Header& header = contents_->header;
+    if (const auto it = header.tensors.find(name); it != header.tensors.end()) return it->second;
+    if (const auto it = header.unread.find(name); it != header.unread.end())
+      detail::fail_checkpoint(path().string(), ": tensor ", detail::in_quotes(name), ": dtype ",
+                              detail::in_quotes(it->second.dtype), " is not read, expected ",
+                              detail::dtype_names());
+    detail::fail_checkpoint(path().string(), ": there is no tensor ", detail::in_quotes(name),
+                            " among ", names().size(), detail::hint(name, names()));
   }
 
-  /// All names, sorted.
+  /// All names, sorted, also of tensors that `at` refuses for their dtype.
   const std::vector<std::string>& names() const { return contents_->names; }
 
   /// The metadata of the files. Where two files of an index differ in a value, that of the file
   /// whose name sorts first.
-  const std::map<std::string, std::string>& metadata() const { return contents_->metadata; }
+  const std::map<std::string, std::string>& metadata() const {
+    return contents_->header.metadata;
+  }
 
   /// The file, or the index.
   const std::filesystem::path& path() const { return contents_->path; }
@@ -567,9 +590,8 @@ class Checkpoint {
   struct Contents {
     std::filesystem::path path{};
     std::vector<std::shared_ptr<const void>> files{};
-    std::map<std::string, TensorView, std::less<>> tensors{};
+    detail::Header header{};
     std::vector<std::string> names{};
-    std::map<std::string, std::string> metadata{};
   };
 
   static std::filesystem::path file_in(const std::filesystem::path& directory) {
@@ -594,8 +616,7 @@ class Checkpoint {
     detail::FileBytes file = detail::map_file(contents.path);
     detail::Header header = detail::parse_safetensors(file.bytes, contents.path.string());
     contents.files.push_back(std::move(file.owner));
-    contents.tensors = std::move(header.tensors);
-    contents.metadata = std::move(header.metadata);
+    contents.header = std::move(header);
   }
 
   static void read_index(Contents& contents) {
@@ -614,13 +635,13 @@ class Checkpoint {
       detail::Header header = detail::parse_safetensors(file.bytes, path.string());
       contents.files.push_back(std::move(file.owner));
       for (const std::string& name : names) {
-        auto tensor = header.tensors.extract(name);
-        if (tensor.empty())
+        if (!header.contains(name))
           detail::fail_checkpoint(index, ": weight_map: ", detail::in_quotes(name), " is in ",
                                   detail::in_quotes(shard), ", which does not hold it");
-        contents.tensors.insert(std::move(tensor));
+        contents.header.tensors.insert(header.tensors.extract(name));
+        contents.header.unread.insert(header.unread.extract(name));
       }
-      contents.metadata.merge(header.metadata);
+      contents.header.metadata.merge(header.metadata);
     }
   }
 
