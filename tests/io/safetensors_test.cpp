@@ -547,6 +547,118 @@ TEST(Open, FindsTheOneFileOfADirectory) {
                {"2 .safetensors.index.json"});
 }
 
+// A file of one U8 called as the file is to be.
+void write_one(const TemporaryDirectory& directory, const std::string& file, const std::string& tensor) {
+  write_text(directory / file,
+             file_of(R"({")" + tensor + R"(":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)" +
+                         R"("__metadata__":{"of":")" + file + R"("}})",
+                     1));
+}
+
+// What macOS leaves on other file systems, and other hidden files.
+TEST(Open, DoesNotCountHiddenFiles) {
+  const TemporaryDirectory directory;
+  write_one(directory, "m.safetensors", "w");
+  for (const char* name : {"._m.safetensors", ".hidden.safetensors", "._m.safetensors.index.json"})
+    write_text(directory / name, "Mac OS X");
+  EXPECT_EQ(Checkpoint::open(directory.path()).path(), directory / "m.safetensors");
+  write_text(directory / "m.safetensors.index.json", R"({"weight_map":{"w":"m.safetensors"}})");
+  EXPECT_EQ(Checkpoint::open(directory.path()).path(), directory / "m.safetensors.index.json");
+}
+
+TEST(Open, JoinsAllFilesOfASet) {
+  const TemporaryDirectory directory;
+  // As written by DeepSeek: numbers of 5 digits, their count of 6.
+  for (const std::string number : {"1", "2", "3"})
+    write_one(directory, "model-0000" + number + "-of-000003.safetensors", "w" + number);
+  const Checkpoint checkpoint = Checkpoint::open(directory.path());
+  EXPECT_THAT(checkpoint.names(), ElementsAre("w1", "w2", "w3"));
+  EXPECT_EQ(checkpoint.path(), directory.path());
+  EXPECT_EQ(checkpoint.metadata().at("of"), "model-00001-of-000003.safetensors");
+  expect_error("at", [&] { checkpoint.at("x"); }, {directory.path().string(), "among 3"});
+  // A file of the set alone can be opened by its own path.
+  EXPECT_THAT(Checkpoint::open(directory / "model-00002-of-000003.safetensors").names(),
+              ElementsAre("w2"));
+
+  const std::string where = directory.path().string() + ": ";
+  write_one(directory, "model-00004-of-000003.safetensors", "w4");
+  expect_error("beyond", [&] { Checkpoint::open(directory.path()); },
+               {where + "'model-00004-of-000003.safetensors' is not among the 3 files"});
+  std::filesystem::remove(directory / "model-00004-of-000003.safetensors");
+  write_one(directory, "other-00001-of-00001.safetensors", "w4");
+  expect_error("another set", [&] { Checkpoint::open(directory.path()); },
+               {"'other-00001-of-00001.safetensors' is not among the 3 files of the set of "
+                "'model-00001-of-000003.safetensors'"});
+  std::filesystem::remove(directory / "other-00001-of-00001.safetensors");
+  write_one(directory, "consolidated.safetensors", "w4");
+  expect_error("no shard", [&] { Checkpoint::open(directory.path()); },
+               {"0 .safetensors.index.json and 4 .safetensors files"});
+  std::filesystem::remove(directory / "consolidated.safetensors");
+  for (const std::string number : {"2", "1"}) {
+    std::filesystem::remove(directory / ("model-0000" + number + "-of-000003.safetensors"));
+    expect_error("missing", [&] { Checkpoint::open(directory.path()); },
+                 {where + "there is no 'model-0000" + number + "-of-000003.safetensors' among " + number,
+                  "expected all 3"});
+  }
+}
+
+TEST(Open, TellsShardsFromOtherFiles) {
+  using moe::detail::shard_set_of;
+  const auto set = shard_set_of("a-b.fp16-00009-of-00010.safetensors");
+  ASSERT_TRUE(set.has_value());
+  EXPECT_EQ(set->num_files, 10u);
+  EXPECT_EQ(set->name(9), "a-b.fp16-00009-of-00010.safetensors");
+  EXPECT_EQ(set->name(10), "a-b.fp16-00010-of-00010.safetensors");
+  EXPECT_EQ(shard_set_of("m-1-of-12.safetensors")->name(12), "m-12-of-12.safetensors");
+  EXPECT_EQ(shard_set_of("1-of-2.safetensors")->name(2), "2-of-2.safetensors");
+  for (const std::string name :
+       {"model.safetensors", "m-1-of-2.bin", "m-1-of-.safetensors", "m--of-2.safetensors", "-of-.safetensors",
+        "-of-2.safetensors", "m-1-of-2a.safetensors", "m-1-of--2.safetensors", "m-1-of",
+        "m-1-of-99999999999999999999.safetensors", "one-of-safetensors", ""})
+    EXPECT_FALSE(shard_set_of(name).has_value()) << name;
+  // As many files as one likes, of which the first that is missing is named.
+  const TemporaryDirectory directory;
+  write_one(directory, "m-1-of-18446744073709551615.safetensors", "w");
+  expect_error("many", [&] { Checkpoint::open(directory.path()); },
+               {"no 'm-2-of-18446744073709551615.safetensors' among 1"});
+  std::filesystem::remove(directory / "m-1-of-18446744073709551615.safetensors");
+  write_one(directory, "m-00001-of-00001.safetensors", "w");
+  EXPECT_EQ(Checkpoint::open(directory.path()).path(), directory / "m-00001-of-00001.safetensors");
+}
+
+TEST(Open, JoinsAListOfFiles) {
+  using Files = std::vector<std::filesystem::path>;
+  const TemporaryDirectory directory;
+  for (const std::string name : {"b", "a"}) write_one(directory, name, "w" + name);
+  const Checkpoint both = Checkpoint::open(Files{directory / "b", directory / "a"});
+  EXPECT_THAT(both.names(), ElementsAre("wa", "wb"));
+  EXPECT_EQ(both.metadata().at("of"), "b");
+  EXPECT_EQ(both.path(), directory / "b");
+  EXPECT_EQ(both.at("wa").bytes[0], std::byte(0));
+  EXPECT_THAT(Checkpoint::open(Files{directory / "a"}).names(), ElementsAre("wa"));
+
+  write_one(directory, "c", "wb");
+  expect_error("twice", [&] { Checkpoint::open(Files{directory / "a", directory / "b", directory / "c"}); },
+               {(directory / "c").string() + ": tensor 'wb' is in " + (directory / "b").string() + " too"});
+  write_text(directory / "c", file_of(R"({"wb":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}})", 1));
+  for (const Files& files : {Files{directory / "c", directory / "b"}, {directory / "b", directory / "c"},
+                             {directory / "c", directory / "c"}})
+    expect_error("twice, once unread", [&] { Checkpoint::open(files); }, {"tensor 'wb' is in"});
+  expect_error("missing", [&] { Checkpoint::open(Files{directory / "a", directory / "d"}); },
+               {(directory / "d").string(), "cannot open"});
+  expect_error("none", [] { Checkpoint::open(Files{}); }, {"0 files", "at least 1"});
+}
+
+// A tensor in two files of a set is refused as well.
+TEST(Open, RefusesATensorInTwoFilesOfASet) {
+  const TemporaryDirectory directory;
+  write_one(directory, "m-1-of-2.safetensors", "w");
+  write_one(directory, "m-2-of-2.safetensors", "w");
+  expect_error("twice", [&] { Checkpoint::open(directory.path()); },
+               {(directory / "m-2-of-2.safetensors").string() + ": tensor 'w' is in " +
+                (directory / "m-1-of-2.safetensors").string()});
+}
+
 // Two shards, one in a directory of its own, and an index.
 struct Shards {
   Shards() {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -476,6 +477,47 @@ inline std::filesystem::path shard_path(const std::filesystem::path& index,
   return index.parent_path() / path;
 }
 
+// The set of files that one belongs to by its name, as model-00002-of-00005.safetensors.
+struct ShardSet {
+  std::string begin;        // "model-"
+  std::size_t digits;       // 5, of a file's number
+  std::string end;          // "-of-00005.safetensors"
+  std::uint64_t num_files;  // 5
+
+  // The name of file `number`, from 1 on.
+  std::string name(std::uint64_t number) const {
+    const std::string text = std::to_string(number);
+    return begin + std::string(digits - std::min(digits, text.size()), '0') + text + end;
+  }
+};
+
+// Nothing where a name is no shard's.
+inline std::optional<ShardSet> shard_set_of(std::string_view name) {
+  constexpr std::string_view kOf = "-of-", kEnd = ".safetensors";
+  const std::size_t of = name.rfind(kOf);
+  if (of == std::string_view::npos || !name.ends_with(kEnd)) return std::nullopt;
+  const std::size_t begin = name.substr(0, of).find_last_not_of("0123456789") + 1;  // 0 where there is none
+  const char *const count = name.data() + of + kOf.size(), *const end = name.data() + name.size() - kEnd.size();
+  std::uint64_t num_files = 0;
+  if (begin == of || count >= end) return std::nullopt;
+  const auto [read, error] = std::from_chars(count, end, num_files);
+  if (read != end || error != std::errc()) return std::nullopt;
+  return ShardSet{std::string(name.substr(0, begin)), of - begin, std::string(name.substr(of)), num_files};
+}
+
+// Throws unless these names of files in a directory are all those of one set.
+inline void require_shards(const std::string& directory, const ShardSet& set,
+                           std::set<std::string, std::less<>> names) {
+  const std::size_t found = names.size();
+  for (std::uint64_t number = 1; number <= set.num_files; ++number)
+    if (names.erase(set.name(number)) == 0)
+      fail_checkpoint(directory, ": there is no ", in_quotes(set.name(number)), " among ", found,
+                      " .safetensors files, expected all ", set.num_files, " of the set, or an index");
+  if (!names.empty())
+    fail_checkpoint(directory, ": ", in_quotes(*names.begin()), " is not among the ", set.num_files,
+                    " files of the set of ", in_quotes(set.name(1)), ", expected one set, or an index");
+}
+
 // "F64, F32, ...": what is read.
 inline std::string dtype_names() {
   std::string names;
@@ -531,27 +573,26 @@ class Checkpoint {
   Checkpoint& operator=(const Checkpoint&) = default;
 
   /// Opens a .safetensors file, an index of several (.json, as *.safetensors.index.json), or a
-  /// directory that holds one index or else exactly one .safetensors file. Of the files of an index
-  /// only the tensors that it lists are there. O(headers * log(tensors)). Throws CheckpointError
-  /// where a file cannot be read or breaks a rule of the format: tensors must cover the data
+  /// directory that holds one index, or else exactly one .safetensors file or all files of one set, as
+  /// model-00001-of-00005.safetensors to model-00005-of-00005.safetensors. Hidden files of a directory
+  /// do not count: macOS leaves a ._m.safetensors beside m.safetensors. Of the files of an index only
+  /// the tensors that it lists are there. O(headers * log(tensors)). Throws CheckpointError where a
+  /// file cannot be read, is missing, or breaks a rule of the format: tensors must cover the data
   /// exactly, no key comes twice, and a tensor has a dtype, a shape, data_offsets and nothing else,
   /// and as many bytes as its shape says where the dtype is one of DType. Values are not looked at,
   /// they may be NaN.
   static Checkpoint open(const std::filesystem::path& path) {
-    detail::require_little_endian();
     std::error_code error;
-    const bool directory = std::filesystem::is_directory(path, error);
-    const std::filesystem::path file = directory ? file_in(path) : path;
-    auto contents = std::make_shared<Contents>();
-    contents->path = file;
-    if (file.extension() == ".json") read_index(*contents);
-    else read_file(*contents);
-    for (const auto& [name, tensor] : contents->header.tensors) contents->names.push_back(name);
-    for (const auto& [name, tensor] : contents->header.unread) contents->names.push_back(name);
-    std::sort(contents->names.begin(), contents->names.end());
-    Checkpoint checkpoint;
-    checkpoint.contents_ = std::move(contents);
-    return checkpoint;
+    if (!std::filesystem::is_directory(path, error)) return open_one(path);
+    const std::vector<std::filesystem::path> files = files_in(path);
+    return files.size() == 1 ? open_one(files.front()) : open_all(path, files);
+  }
+
+  /// Opens .safetensors files as one checkpoint, which has the path of the first. Throws
+  /// CheckpointError as above, for no files, and for a tensor that is in two of them.
+  static Checkpoint open(const std::vector<std::filesystem::path>& files) {
+    detail::require_checkpoint(!files.empty(), "Checkpoint::open: a list of 0 files, expected at least 1");
+    return open_all(files.front(), files);
   }
 
   /// O(log(tensors)).
@@ -574,13 +615,13 @@ class Checkpoint {
   /// All names, sorted, also of tensors that `at` refuses for their dtype.
   const std::vector<std::string>& names() const { return contents_->names; }
 
-  /// The metadata of the files. Where two files of an index differ in a value, that of the file
-  /// whose name sorts first.
+  /// The metadata of the files. Where two files differ in a value, that of the file whose name sorts
+  /// first; of a list of files, that of the earlier one.
   const std::map<std::string, std::string>& metadata() const {
     return contents_->header.metadata;
   }
 
-  /// The file, or the index.
+  /// The file, the index, or the directory of a set of files.
   const std::filesystem::path& path() const { return contents_->path; }
 
   /// Keeps every view and its bytes valid while it lives.
@@ -594,29 +635,78 @@ class Checkpoint {
     std::vector<std::string> names{};
   };
 
-  static std::filesystem::path file_in(const std::filesystem::path& directory) {
+  explicit Checkpoint(Contents contents) {
+    for (const auto& [name, tensor] : contents.header.tensors) contents.names.push_back(name);
+    for (const auto& [name, tensor] : contents.header.unread) contents.names.push_back(name);
+    std::sort(contents.names.begin(), contents.names.end());
+    contents_ = std::make_shared<const Contents>(std::move(contents));
+  }
+
+  // The index of a directory, or else its one file or the files of its one set, sorted.
+  static std::vector<std::filesystem::path> files_in(const std::filesystem::path& directory) {
     std::vector<std::filesystem::path> indices, files;
+    std::set<std::string, std::less<>> names;
     std::error_code error;
     for (std::filesystem::directory_iterator it(directory, error), end; !error && it != end;
          it.increment(error)) {
       const std::string name = it->path().filename().string();
+      if (name.starts_with('.')) continue;
       if (name.ends_with(".safetensors.index.json")) indices.push_back(it->path());
-      if (name.ends_with(".safetensors")) files.push_back(it->path());
+      if (!name.ends_with(".safetensors")) continue;
+      files.push_back(it->path());
+      names.insert(name);
     }
     if (error)
       detail::fail_checkpoint(directory.string(), ": cannot list the directory: ", error.message());
-    if (indices.size() == 1) return indices.front();
-    if (indices.empty() && files.size() == 1) return files.front();
-    detail::fail_checkpoint(directory.string(), ": the directory holds ", indices.size(),
-                            " .safetensors.index.json and ", files.size(),
-                            " .safetensors files, expected 1 index, or no index and 1 file");
+    if (indices.size() == 1) return indices;
+    const auto set = names.empty() ? std::nullopt : detail::shard_set_of(*names.begin());
+    if (!indices.empty() || (files.size() != 1 && !set))
+      detail::fail_checkpoint(directory.string(), ": the directory holds ", indices.size(),
+                              " .safetensors.index.json and ", files.size(),
+                              " .safetensors files, expected 1 index, or no index and 1 file or one "
+                              "set as model-00001-of-00002.safetensors");
+    if (set) detail::require_shards(directory.string(), *set, names);
+    std::sort(files.begin(), files.end());
+    return files;
   }
 
-  static void read_file(Contents& contents) {
-    detail::FileBytes file = detail::map_file(contents.path);
-    detail::Header header = detail::parse_safetensors(file.bytes, contents.path.string());
+  static Checkpoint open_one(const std::filesystem::path& path) {
+    if (path.extension() != ".json") return open_all(path, {path});
+    Contents contents{.path = path};
+    read_index(contents);
+    return Checkpoint(std::move(contents));
+  }
+
+  static Checkpoint open_all(const std::filesystem::path& path,
+                             const std::vector<std::filesystem::path>& files) {
+    Contents contents{.path = path};
+    std::map<std::string, std::size_t> file_of;
+    for (std::size_t i = 0; i < files.size(); ++i) {
+      detail::Header header = read_header(contents, files[i]);
+      const auto add = [&](const auto& tensors) {
+        for (const auto& [name, tensor] : tensors) {
+          const auto [before, is_new] = file_of.try_emplace(name, i);
+          if (!is_new)
+            detail::fail_checkpoint(files[i].string(), ": tensor ", detail::in_quotes(name), " is in ",
+                                    files[before->second].string(), " too, expected one of them");
+        }
+      };
+      add(header.tensors);
+      add(header.unread);
+      contents.header.tensors.merge(header.tensors);
+      contents.header.unread.merge(header.unread);
+      contents.header.metadata.merge(header.metadata);
+    }
+    return Checkpoint(std::move(contents));
+  }
+
+  // The header of a file that the contents are to keep in memory.
+  static detail::Header read_header(Contents& contents, const std::filesystem::path& path) {
+    detail::require_little_endian();
+    detail::FileBytes file = detail::map_file(path);
+    detail::Header header = detail::parse_safetensors(file.bytes, path.string());
     contents.files.push_back(std::move(file.owner));
-    contents.header = std::move(header);
+    return header;
   }
 
   static void read_index(Contents& contents) {
@@ -631,9 +721,7 @@ class Checkpoint {
       if (!std::filesystem::exists(path, error))
         detail::fail_checkpoint(index, ": weight_map: ", detail::in_quotes(names.front()),
                                 " is in ", detail::in_quotes(shard), ", which does not exist");
-      detail::FileBytes file = detail::map_file(path);
-      detail::Header header = detail::parse_safetensors(file.bytes, path.string());
-      contents.files.push_back(std::move(file.owner));
+      detail::Header header = read_header(contents, path);
       for (const std::string& name : names) {
         if (!header.contains(name))
           detail::fail_checkpoint(index, ": weight_map: ", detail::in_quotes(name), " is in ",
