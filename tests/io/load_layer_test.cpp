@@ -15,6 +15,7 @@
 #include <moe/models/gpt_oss.hpp>
 #include <moe/models/granite.hpp>
 #include <moe/models/gshard.hpp>
+#include <moe/models/llama4.hpp>
 #include <moe/models/mixtral.hpp>
 #include <moe/moe.hpp>
 
@@ -321,6 +322,123 @@ TEST(LoadLayer, TakesStackedRowsOfDbrx) {
   const auto layer = moe::load_layer<float>(model, t.open(), 0);
   EXPECT_EQ(layer.experts()[1].w_gate(2, 3), 0.5f * (5 * 4 + 3));
   EXPECT_EQ(layer.experts()[1].w_down(3, 2), 200 + 0.5f * (5 * 4 + 3));
+}
+
+// ---- Models that lie below other modules than in their own checkpoints.
+
+// small_mixtral with `path` in place of "model." before "layers.".
+Tensors small_mixtral_at(const std::string& path) {
+  Tensors t;
+  for (const auto& [name, tensor] : small_mixtral().tensors)
+    t.tensors[path + name.substr(std::string("model.").size())] = tensor;
+  return t;
+}
+
+std::string message_of(const Checkpoint& checkpoint) {
+  try {
+    moe::load_layer<float>(kSmallMixtral, checkpoint, 7);
+  } catch (const CheckpointError& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST(LoadLayer, FindsTheModelBelowOtherModules) {
+  const auto expected = moe::load_layer<float>(kSmallMixtral, small_mixtral().open(), 7);
+  for (const std::string path : {"language_model.model.", "model.language_model.", "module.model.text.", "",
+                                 "base_model.model.model."}) {
+    Tensors t = small_mixtral_at(path);
+    t.add_count("vision_tower.layers.7.mlp.fc1.weight", {2, 2}, 0);
+    t.add_count("mtp.layers.7.block_sparse_moe.gate.weight", {2, 4}, -1);  // "mtp." is not "model."
+    const Checkpoint file = t.open();
+    const auto loaded = moe::load_layer<float>(kSmallMixtral, file, 7);
+    EXPECT_EQ(loaded.router().w_router, expected.router().w_router) << path;
+    EXPECT_EQ(loaded.experts()[1].w_down, expected.experts()[1].w_down) << path;
+    const auto mapped = moe::load_mapped_layer<float>(kSmallMixtral, file, 7);
+    EXPECT_EQ(mapped.layer.experts()[0].w_up.view(), expected.experts()[0].w_up) << path;
+    EXPECT_EQ(mapped.tensors.back().name, path + "layers.7.block_sparse_moe.gate.weight");
+    const auto sized = moe::sized_as(moe::mixtral_8x7b, file, 7);
+    EXPECT_EQ(sized.d_ff, 3) << path;
+    EXPECT_EQ(sized.num_experts(), 2) << path;
+    // Names of that place are as strict as the model's own.
+    t.add_count(path + "layers.7.block_sparse_moe.gate.bias", {2}, 0);
+    EXPECT_EQ(message_of(t.open()), "load_layer: 0 of the 2 values of " + path +
+                                        "layers.7.block_sparse_moe.gate.bias belong to layer 7 of this model, "
+                                        "expected all");
+    EXPECT_THROW(moe::load_layer<float>(kSmallMixtral, file, 6), CheckpointError);
+  }
+  // Modules of the model's own that the checkpoint leaves out.
+  const auto llama = moe::llama4_scout.scaled_to(4, 3, 2);
+  Tensors t;
+  const std::string prefix = "model.layers.0.feed_forward.";
+  t.add_count(prefix + "router.weight", {2, 4}, 100);
+  t.add_count(prefix + "experts.gate_up_proj", {2, 4, 6}, 0);
+  t.add_count(prefix + "experts.down_proj", {2, 3, 4}, 0);
+  const Index shared = llama.shared_d_ff;
+  t.add_count(prefix + "shared_expert.gate_proj.weight", {shared, 4}, 0);
+  t.add_count(prefix + "shared_expert.up_proj.weight", {shared, 4}, 0);
+  t.add_count(prefix + "shared_expert.down_proj.weight", {4, shared}, 0);
+  EXPECT_EQ(moe::load_layer<float>(llama, t.open(), 0).router().w_router(1, 1), 102.5f);
+}
+
+TEST(LoadLayer, TakesTheModelsOwnNamesBeforeOthers) {
+  Tensors t = small_mixtral();
+  for (const auto& [name, tensor] : small_mixtral_at("language_model.model.").tensors) {
+    t.tensors[name] = tensor;
+    for (std::byte& byte : t.tensors[name].bytes) byte = std::byte(0);
+  }
+  EXPECT_EQ(moe::load_layer<float>(kSmallMixtral, t.open(), 7).router().w_router(1, 2), 100 + 0.5f * 6);
+  // Where a layer of the model's own is not one of experts, another's is not taken for it.
+  t = small_mixtral_at("model.mtp.");
+  t.add_count("model.layers.7.mlp.up_proj.weight", {3, 4}, 0);
+  EXPECT_NE(message_of(t.open()).find("there is no tensor '" + kMixtral + "gate.weight'"), std::string::npos);
+}
+
+TEST(LoadLayer, RefusesToChooseAmongSeveralPlaces) {
+  Tensors t = small_mixtral_at("thinker.model.");
+  for (const auto& [name, tensor] : small_mixtral_at("talker.model.").tensors) t.tensors[name] = tensor;
+  t.add_count("talker.model.layers.7.block_sparse_moe.gate.weight", {2, 4}, 500);
+  const Checkpoint file = t.open();
+  const std::string expected = "no name in " + Tensors::path() +
+                               " begins with 'model.layers.', and 2 other paths lead to such layers, expected 1: "
+                               "'talker.model.', 'thinker.model.'; Checkpoint::below takes one";
+  EXPECT_EQ(message_of(file), "load_layer: " + expected);
+  try {
+    moe::sized_as(kSmallMixtral, file, 7);
+    ADD_FAILURE() << "nothing was thrown";
+  } catch (const CheckpointError& error) {
+    EXPECT_EQ(error.what(), "sized_as: " + expected);
+  }
+  EXPECT_EQ(moe::load_layer<float>(kSmallMixtral, file.below("thinker."), 7).router().w_router(0, 0), 100);
+  EXPECT_EQ(moe::load_layer<float>(kSmallMixtral, file.below("talker."), 7).router().w_router(0, 0), 500);
+  EXPECT_EQ(moe::load_layer<float>(kSmallMixtral, file.below("talker.model."), 7).router().w_router(0, 0), 500);
+  // What is mapped outlives the checkpoint that it was taken below of.
+  const auto mapped = moe::load_mapped_layer<float>(kSmallMixtral, t.open().below("talker."), 7).layer;
+  EXPECT_EQ(mapped.experts()[1].w_up.view()(0, 3), 2400 + 0.5f * 3);
+  // Places that do not have this layer, but others, count.
+  t = small_mixtral_at("a.model.");
+  for (int i = 0; i < 6; ++i)
+    t.add_count(std::string(1, char('b' + i)) + ".model.layers.12.block_sparse_moe.gate.weight", {2, 4}, 0);
+  EXPECT_NE(message_of(t.open()).find("7 other paths lead to such layers, expected 1: 'a.model.', 'b.model.', "
+                                      "'c.model.', 'd.model.', ...; "),
+            std::string::npos)
+      << message_of(t.open());
+}
+
+// Modules are added or left out, not exchanged, and are whole.
+TEST(LoadLayer, DoesNotTakeOtherModulesForTheModels) {
+  for (const std::string path : {"decoder.", "mymodel.", "model_", "language_model.", "model.decoder_"})
+    EXPECT_NE(message_of(small_mixtral_at(path).open()).find("there is no tensor '" + kMixtral), std::string::npos)
+        << path;
+  using moe::detail::is_within;
+  EXPECT_TRUE(is_within("", "model."));
+  EXPECT_TRUE(is_within("model.", "model."));
+  EXPECT_TRUE(is_within("a.c.", "a.b.c."));
+  EXPECT_TRUE(is_within("Encoder/", "params/Encoder/"));
+  EXPECT_FALSE(is_within("c.a.", "a.b.c."));
+  EXPECT_FALSE(is_within("a.a.", "a.b."));
+  EXPECT_FALSE(is_within("a.", ""));
+  EXPECT_FALSE(is_within("model.encoder.", "model.decoder."));
 }
 
 TEST(LoadLayer, BadArgumentsAreRefused) {

@@ -232,6 +232,17 @@ TEST(LoadModels, TakesSoftMoEsParameters) {
   EXPECT_EQ(moe::load_layer<float>(as_it_lies, file, kLayer).w_slots(4, 1), 500 + 4 * kModel + 1);
 }
 
+// As Flax saves them, below "params".
+TEST(LoadModels, FindsSoftMoEBelowOtherModules) {
+  Shapes shapes = soft_moe_shapes();
+  const auto expected = checkpoint_of(shapes);
+  for (auto& [name, shape] : shapes) name.insert(0, "params/");
+  const auto checkpoint = checkpoint_of(shapes);
+  const auto model = sized(moe::soft_moe_s16, checkpoint);
+  EXPECT_EQ(moe::load_layer<float>(model, checkpoint, kLayer).w_slots,
+            moe::load_layer<float>(model, expected, kLayer).w_slots);
+}
+
 // What load_layer says of a checkpoint of Soft MoE in which a tensor was changed.
 std::string soft_moe_error(const std::string& name, const std::optional<std::vector<Index>>& shape) {
   Shapes shapes = soft_moe_shapes();

@@ -203,6 +203,29 @@ TEST(Checkpoint, ListsTensorsOfUnknownDTypesAndRefusesThemWhenAskedFor) {
   }
 }
 
+TEST(Checkpoint, BelowAPrefixHasTheRestOfTheNames) {
+  const TemporaryDirectory directory;
+  const auto path = directory / "m.safetensors";
+  write_text(path, file_of(R"({"a.x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},
+                               "a.y":{"dtype":"F4","shape":[2],"data_offsets":[1,2]},
+                               "ab":{"dtype":"U8","shape":[1],"data_offsets":[2,3]},
+                               "__metadata__":{"k":"v"}})",
+                           3));
+  std::optional<Checkpoint> checkpoint = Checkpoint::open(path);
+  const Checkpoint below = checkpoint->below("a."), all = checkpoint->below("");
+  checkpoint.reset();
+  EXPECT_THAT(below.names(), ElementsAre("x", "y"));
+  EXPECT_EQ(below.at("x").name, "x");
+  EXPECT_EQ(below.at("x").bytes[0], std::byte(0));
+  EXPECT_EQ(below.path(), path);
+  EXPECT_EQ(below.metadata().at("k"), "v");
+  expect_error("unread", [&] { below.at("y"); }, {"'y'", "'F4'"});
+  expect_error("not below", [&] { below.at("ab"); }, {"'ab'", "among 2"});
+  EXPECT_THAT(all.names(), ElementsAre("a.x", "a.y", "ab"));
+  EXPECT_THAT(all.below("a").names(), ElementsAre(".x", ".y", "b"));
+  expect_error("none", [&] { all.below("b"); }, {path.string(), "none of 3 names", "'b'"});
+}
+
 TEST(Checkpoint, CanBeSharedAmongThreads) {
   const TemporaryDirectory directory;
   const auto path = directory / "m.safetensors";

@@ -45,6 +45,83 @@ inline std::string replaced(std::string text, std::string_view what, Index numbe
   return text;
 }
 
+// Whether the modules of one path, as "model." or "Encoder/", are modules of another, in their order.
+inline bool is_within(std::string_view path, std::string_view longer) {
+  const auto take = [](std::string_view& rest) {
+    const std::string_view module = rest.substr(0, rest.find_first_of("./"));
+    rest.remove_prefix(std::min(module.size() + 1, rest.size()));
+    return module;
+  };
+  while (!path.empty()) {
+    const std::string_view module = take(path);
+    do {
+      if (longer.empty()) return false;
+    } while (take(longer) != module);
+  }
+  return true;
+}
+
+// The names that a checkpoint gives to the tensors of one layer of a model. They are the model's own where the
+// checkpoint has any layer under them. Else the model may be a part of a larger one, or lie there without what
+// stood around it: "model.layers.0." is "language_model.model.layers.0.", "model.language_model.layers.0." or
+// "layers.0.". What stands before "layers." is then the one path that has a router after it, and modules added
+// to the model's or taken out of them; modules are not exchanged, so an encoder is no decoder.
+class LayerNames {
+ public:
+  // `needed` is a tensor that every layer of the model has. Throws CheckpointError where there are several paths.
+  LayerNames(const Checkpoint& checkpoint, const TensorSource& needed, Index layer, const char* where)
+      : layer_(layer) {
+    constexpr std::string_view kLayer = "{layer}";
+    const std::size_t at = needed.name.find(kLayer);
+    if (at == std::string_view::npos) return;
+    const std::string_view own = needed.name.substr(0, at), rest = needed.name.substr(at + kLayer.size());
+    const std::size_t module = own.find_last_of("./", at < 2 ? 0 : at - 2) + 1;  // 0 where there is none
+    const auto& names = checkpoint.names();
+    const auto first = std::lower_bound(names.begin(), names.end(), own);
+    if (first != names.end() && first->starts_with(own)) return;
+    std::set<std::string, std::less<>> paths;
+    for (std::string_view name : names) {
+      if (!name.ends_with(rest)) continue;
+      name.remove_suffix(rest.size());
+      const std::size_t number = name.find_last_not_of("0123456789") + 1;
+      if (number == name.size() || !name.substr(0, number).ends_with(own.substr(module))) continue;
+      const std::string_view path = name.substr(0, number - (at - module));
+      const bool whole = path.empty() || path.ends_with('.') || path.ends_with('/');
+      if (whole && (is_within(own.substr(0, module), path) || is_within(path, own.substr(0, module))))
+        paths.emplace(path);
+    }
+    if (paths.size() > 1) fail(checkpoint, own, paths, where);
+    if (paths.empty()) return;
+    own_path_ = own.substr(0, module);
+    path_ = *paths.begin();
+  }
+
+  std::string operator()(std::string_view name, Index expert) const {
+    std::string here(name);
+    if (path_ && name.starts_with(own_path_)) here.replace(0, own_path_.size(), *path_);
+    return replaced(replaced(std::move(here), "{layer}", layer_), "{expert}", expert);
+  }
+
+  Index layer() const { return layer_; }
+
+ private:
+  [[noreturn]] static void fail(const Checkpoint& checkpoint, std::string_view own,
+                                const std::set<std::string, std::less<>>& paths, const char* where) {
+    constexpr std::size_t kShown = 4;
+    std::string list;
+    std::size_t shown = 0;
+    for (const std::string& path : paths)
+      if (shown++ < kShown) list += (list.empty() ? "" : ", ") + in_quotes(path);
+    fail_checkpoint(where, ": no name in ", checkpoint.path().string(), " begins with ", in_quotes(own), ", and ",
+                    paths.size(), " other paths lead to such layers, expected 1: ", list,
+                    shown > kShown ? ", ..." : "", "; Checkpoint::below takes one");
+  }
+
+  Index layer_;
+  std::string_view own_path_{};
+  std::optional<std::string> path_{};  // in place of own_path_
+};
+
 // The rows that a part leaves; nothing is left by `all`.
 constexpr std::optional<TensorPart> rest_of(TensorPart part) {
   switch (part) {
@@ -61,7 +138,8 @@ constexpr std::optional<TensorPart> rest_of(TensorPart part) {
 template <class S>
 class LayerReader {
  public:
-  LayerReader(const Checkpoint& checkpoint, Index layer) : checkpoint_(checkpoint), layer_(layer) {}
+  LayerReader(const Checkpoint& checkpoint, LayerNames names)
+      : checkpoint_(checkpoint), names_(std::move(names)) {}
 
   // Reads a parameter of an expert, or of the layer where num_experts is 0. One without values needs no
   // source. A `shape` is that of the tensor, where it is another than the parameter's.
@@ -93,7 +171,7 @@ class LayerReader {
 
   // Throws unless every value of every tensor whose name begins with `prefix` was read.
   void check_all_read(std::string_view prefix) const {
-    const std::string begin = replaced(std::string(prefix), "{layer}", layer_);
+    const std::string begin = names_(prefix, 0);
     for (const std::string& name : checkpoint_.names()) {
       if (!name.starts_with(begin) || scales_.contains(name)) continue;
       const auto used = used_.find(name);
@@ -102,7 +180,7 @@ class LayerReader {
       if (read != size)
         throw CheckpointError("load_layer: " + std::to_string(read) + " of the " +
                               std::to_string(size) + " values of " + name + " belong to layer " +
-                              std::to_string(layer_) + " of this model, expected all");
+                              std::to_string(names_.layer()) + " of this model, expected all");
     }
   }
 
@@ -142,8 +220,7 @@ class LayerReader {
 
   Stored find(const TensorSource& source, Index expert, Index num_experts, Index rows, Index cols,
               bool vector, const std::optional<std::vector<Index>>& shape) {
-    const std::string name =
-        replaced(replaced(std::string(source.name), "{layer}", layer_), "{expert}", expert);
+    const std::string name = names_(source.name, expert);
     const bool mxfp4 = !checkpoint_.contains(name) && checkpoint_.contains(name + "_blocks");
     const std::string scale_name = name + (mxfp4 ? "_scales" : "_scale_inv");
     const bool fp8 = !mxfp4 && checkpoint_.contains(scale_name);
@@ -261,7 +338,7 @@ class LayerReader {
   }
 
   const Checkpoint& checkpoint_;
-  Index layer_;
+  LayerNames names_;
   std::map<std::string, LoadedTensor, std::less<>> used_;
   std::map<std::pair<std::string, Index>, std::set<TensorPart>> parts_;  // read, by tensor and expert
   std::set<std::string, std::less<>> scales_;                            // read with their tensors
@@ -270,9 +347,11 @@ class LayerReader {
 
 // `needed` is a parameter that every layer of the model has.
 template <class M>
-void require_names(const M& model, const TensorSource& needed, Index layer, const char* where) {
+LayerNames find_names(const M& model, const TensorSource& needed, const Checkpoint& checkpoint, Index layer,
+                      const char* where) {
   require(layer >= 0, where, ": layer = ", layer, ", expected at least 0");
   require(!needed.empty(), where, ": the tensor names of ", model.name, " are not known");
+  return LayerNames(checkpoint, needed, layer, where);
 }
 
 // Experts of a layer, of width d_ff. A tensor whose name does not say which expert's it is holds
@@ -317,10 +396,9 @@ auto read_experts(LayerReader<S>& reader, const M& model, const ExpertTensors& f
 template <class S, class Storage, class Unit, template <class> class R>
 LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
     const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer) {
-  require_names(model, model.tensors.w_router, layer, "load_layer");
   using Expert = typename Model<Unit, R>::template Expert<S, Storage>;
   const LayerTensors& tensors = model.tensors;
-  LayerReader<S> reader(checkpoint, layer);
+  LayerReader<S> reader(checkpoint, find_names(model, tensors.w_router, checkpoint, layer, "load_layer"));
   R<S> router(model.router);
   reader.read(tensors.w_router, 0, 0, router.w_router);
   if constexpr (requires { router.b_router; }) reader.read(tensors.b_router, 0, 0, router.b_router);
@@ -343,8 +421,8 @@ LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
 
 // The tensor of a parameter, of expert 0 where each has one of its own, and how many values it holds.
 inline std::pair<const TensorView*, Index> find_tensor(const TensorSource& source,
-                                                       const Checkpoint& checkpoint, Index layer) {
-  const std::string name = replaced(replaced(std::string(source.name), "{layer}", layer), "{expert}", 0);
+                                                       const Checkpoint& checkpoint, const LayerNames& names) {
+  const std::string name = names(source.name, 0);
   const bool mxfp4 = !checkpoint.contains(name) && checkpoint.contains(name + "_blocks");
   const TensorView& tensor = checkpoint.at(mxfp4 ? name + "_blocks" : name);
   return {&tensor, tensor.size() * (mxfp4 ? 2 : 1)};
@@ -352,9 +430,9 @@ inline std::pair<const TensorView*, Index> find_tensor(const TensorSource& sourc
 
 // The width of experts from a matrix [d_model, width] of one, or of `stacked` where its name does not say
 // whose it is.
-inline Index find_width(const TensorSource& source, const Checkpoint& checkpoint, Index layer,
+inline Index find_width(const TensorSource& source, const Checkpoint& checkpoint, const LayerNames& names,
                         Index stacked, Index d_model) {
-  const auto [tensor, size] = find_tensor(source, checkpoint, layer);
+  const auto [tensor, size] = find_tensor(source, checkpoint, names);
   if (source.name.find("{expert}") == std::string_view::npos) d_model *= stacked;
   if (size == 0 || size % d_model != 0)
     throw CheckpointError("sized_as: " + tensor->name + " has " + std::to_string(size) +
@@ -370,21 +448,21 @@ inline Index find_width(const TensorSource& source, const Checkpoint& checkpoint
 }  // namespace detail
 
 /// The model in the size that a checkpoint's layer has: d_model, the number of experts and the widths are
-/// read off the shapes of the router's and the down projections' tensors; everything else changes as in
-/// scaled_to.
+/// read off the shapes of the router's and the down projections' tensors, which are found as by load_layer;
+/// everything else changes as in scaled_to.
 /// Throws CheckpointError where those tensors are missing or have no such shapes, and
 /// std::invalid_argument for a model whose tensor names are not known.
 template <class Unit, template <class> class R>
 Model<Unit, R> sized_as(const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer) {
   const LayerTensors& tensors = model.tensors;
-  detail::require_names(model, tensors.w_router, layer, "sized_as");
-  const TensorView& router = *detail::find_tensor(tensors.w_router, checkpoint, layer).first;
+  const auto names = detail::find_names(model, tensors.w_router, checkpoint, layer, "sized_as");
+  const TensorView& router = *detail::find_tensor(tensors.w_router, checkpoint, names).first;
   const bool transposed = tensors.w_router.transposed;
   if (router.shape.size() != 2 || router.size() == 0)
     detail::fail_sized_as(router, transposed ? "[d_model, num_experts]" : "[num_experts, d_model]");
   const Index experts = router.shape[transposed ? 1 : 0], d_model = router.shape[transposed ? 0 : 1];
   const auto width = [&](const TensorSource& source, Index stacked) {
-    return detail::find_width(source, checkpoint, layer, stacked, d_model);
+    return detail::find_width(source, checkpoint, names, stacked, d_model);
   };
   Model<Unit, R> sized = model.scaled_to(d_model, width(tensors.experts.w_down, experts), experts);
   if (model.shared_experts > 0) sized.shared_d_ff = width(tensors.shared_expert.w_down, 1);
@@ -395,24 +473,26 @@ Model<Unit, R> sized_as(const Model<Unit, R>& model, const Checkpoint& checkpoin
 template <class Unit>
 SoftModel<Unit> sized_as(const SoftModel<Unit>& model, const Checkpoint& checkpoint, Index layer) {
   const SoftTensors& tensors = model.tensors;
-  detail::require_names(model, tensors.w_slots, layer, "sized_as");
-  const TensorView& slots = *detail::find_tensor(tensors.w_slots, checkpoint, layer).first;
+  const auto names = detail::find_names(model, tensors.w_slots, checkpoint, layer, "sized_as");
+  const TensorView& slots = *detail::find_tensor(tensors.w_slots, checkpoint, names).first;
   const bool transposed = tensors.w_slots.transposed;
   if (slots.shape.size() != 3 || slots.size() == 0)
     detail::fail_sized_as(slots, transposed ? "[d_model, num_experts, slots_per_expert]"
                                             : "[num_experts, slots_per_expert, d_model]");
   const Index d_model = slots.shape[transposed ? 0 : 2], experts = slots.shape[transposed ? 1 : 0];
   SoftModel<Unit> sized = model.scaled_to(
-      d_model, detail::find_width(tensors.experts.w_down, checkpoint, layer, experts, d_model), experts);
+      d_model, detail::find_width(tensors.experts.w_down, checkpoint, names, experts, d_model), experts);
   sized.layer.slots_per_expert = slots.shape[transposed ? 2 : 1];
   return sized;
 }
 
 /// Layer `layer` of a model, from its published checkpoint: tensors of any type are converted to S,
 /// fused ones taken apart, transposed ones turned, scaled 8-bit and 4-bit ones multiplied out. Every
-/// value of every tensor of the layer is used exactly once. O(parameters). Throws CheckpointError for a
-/// tensor that is missing, of another shape, or left over, for one of 8 bits without its scale, and
-/// std::invalid_argument for a model whose tensor names are not known.
+/// value of every tensor of the layer is used exactly once. A checkpoint without any layer under the model's
+/// names may have it below other modules, e.g. model.language_model.layers.0 for model.layers.0, if there is
+/// one such place. O(parameters). Throws CheckpointError for a
+/// tensor that is missing, of another shape, or left over, for one of 8 bits without its scale, for several
+/// places (see Checkpoint::below), and std::invalid_argument for a model whose tensor names are not known.
 /// Example: load_layer<float>(mixtral_8x7b, Checkpoint::open("Mixtral-8x7B-v0.1"), 0).
 template <class S, class Unit, template <class> class R>
 typename Model<Unit, R>::template Layer<S> load_layer(const Model<Unit, R>& model,
@@ -426,8 +506,8 @@ template <class S, class Unit>
 typename SoftModel<Unit>::template Layer<S> load_layer(const SoftModel<Unit>& model,
                                                        const Checkpoint& checkpoint, Index layer) {
   const SoftTensors& tensors = model.tensors;
-  detail::require_names(model, tensors.w_slots, layer, "load_layer");
-  detail::LayerReader<S> reader(checkpoint, layer);
+  detail::LayerReader<S> reader(
+      checkpoint, detail::find_names(model, tensors.w_slots, checkpoint, layer, "load_layer"));
   typename SoftModel<Unit>::template Layer<S> loaded(
       detail::read_experts<Owned>(reader, model, tensors.experts, model.num_experts(), model.d_ff,
                                   model.num_experts()),

@@ -612,6 +612,25 @@ class Checkpoint {
                             " among ", names().size(), detail::hint(name, names()));
   }
 
+  /// The tensors whose names begin with `prefix`, under the rest of their names: one model of a file of
+  /// several. O(tensors). Throws CheckpointError where there are none.
+  /// Example: checkpoint.below("thinker.").at("model.norm.weight") is "thinker.model.norm.weight".
+  Checkpoint below(std::string_view prefix) const {
+    Contents contents{.path = contents_->path, .files = contents_->files};
+    contents.header.metadata = metadata();
+    for (const auto& [name, tensor] : contents_->header.tensors) {
+      if (!name.starts_with(prefix)) continue;
+      TensorView& below = contents.header.tensors[name.substr(prefix.size())] = tensor;
+      below.name = name.substr(prefix.size());
+    }
+    for (const auto& [name, tensor] : contents_->header.unread)
+      if (name.starts_with(prefix)) contents.header.unread[name.substr(prefix.size())] = tensor;
+    if (contents.header.tensors.empty() && contents.header.unread.empty())
+      detail::fail_checkpoint(path().string(), ": none of ", names().size(), " names begins with ",
+                              detail::in_quotes(prefix));
+    return Checkpoint(std::move(contents));
+  }
+
   /// All names, sorted, also of tensors that `at` refuses for their dtype.
   const std::vector<std::string>& names() const { return contents_->names; }
 
