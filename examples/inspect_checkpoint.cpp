@@ -62,27 +62,6 @@ void print_sizes(const moe::Matrix<float>& x, const moe::Matrix<float>& y) {
               double(y.norm()) / std::sqrt(double(y.size())));
 }
 
-// A description of options has enumerators as numbers: their names instead.
-std::string with_names(std::string text) {
-  const std::pair<std::string, std::vector<std::string>> kinds[] = {
-      {" score=", {"softmax", "sigmoid", "sqrt_softplus", "relu"}},
-      {" gate_side=", {"output", "input"}},
-      {" capacity_rounding=", {"up", "down", "nearest_even"}},
-      {" overflow=", {"drop", "next_best", "pass_through"}},
-      {" priority=", {"token_order", "token_max_gate", "assignment_gate", "token_max_prob"}},
-      {" group_score=", {"max", "top_two_sum"}},
-  };
-  for (const auto& [key, names] : kinds)
-    for (std::size_t i = 0; i < names.size(); ++i) {
-      const std::string number = key + std::to_string(i);
-      const std::size_t at = text.find(number);
-      if (at == std::string::npos) continue;
-      text.replace(at, number.size(), key + names[i]);
-      break;
-    }
-  return text;
-}
-
 template <class Model>
 void inspect(const Model& published, const moe::Checkpoint& checkpoint, moe::Index layer_index) {
   const Model model = moe::sized_as(published, checkpoint, layer_index);
@@ -93,7 +72,7 @@ void inspect(const Model& published, const moe::Checkpoint& checkpoint, moe::Ind
   std::printf("layer %ld: %.1f million parameters\n", long(layer_index),
               double(moe::num_parameters(layer)) / 1e6);
   for (const auto& [part, text] : moe::describe(layer))
-    std::printf("  %s: %s\n", part.c_str(), with_names(text).c_str());
+    std::printf("  %s: %s\n", part.c_str(), text.c_str());
   const moe::Losses& losses = model.losses;
   std::printf("  losses in training:");
   for (const auto& [name, coefficient] : {std::pair{"balance", losses.balance}, {"z", losses.z},

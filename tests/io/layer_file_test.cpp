@@ -115,7 +115,7 @@ TEST(LayerFile, OptionsThatChangeWhatARouterDoesAreCompared) {
   const std::pair<Options, std::string> others[] = {
       {{.second_threshold = 0.25}, "second_threshold=0.25"},
       {{.random_second_threshold = 0.5}, "random_second_threshold=0.5"},
-      {{.capacity_rule = {.rounding = moe::Rounding::down}}, "capacity_rounding=1"},
+      {{.capacity_rule = {.rounding = moe::Rounding::down}}, "capacity_rounding=down"},
       {{.capacity_rule = {.minimum = 4}}, "capacity_minimum=4"},
       {{.capacity_rule = {.multiple_of = 2}}, "capacity_multiple_of=2"}};
   for (const auto& [options, part] : others) {

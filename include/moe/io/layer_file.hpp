@@ -5,13 +5,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
-#include <locale>
 #include <map>
-#include <optional>
 #include <set>
 #include <span>
-#include <sstream>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <variant>
@@ -23,9 +21,11 @@
 #include <moe/experts/null_experts.hpp>
 #include <moe/experts/three_way_feed_forward.hpp>
 #include <moe/experts/variant_expert.hpp>
+#include <moe/io/options.hpp>
 #include <moe/io/safetensors.hpp>
 #include <moe/parameters.hpp>
 #include <moe/types.hpp>
+#include <moe/version.hpp>
 
 // A layer of your own, saved and loaded: every array that Layer::visit shows, under its name.
 namespace moe {
@@ -36,67 +36,6 @@ template <class Array>
 std::vector<Index> shape_of(const Array& array) {
   if (Array::ColsAtCompileTime == 1) return {array.rows()};
   return {array.rows(), array.cols()};
-}
-
-inline std::string option_text(bool value) { return value ? "true" : "false"; }
-inline std::string option_text(double value) {
-  std::ostringstream text;
-  text.imbue(std::locale::classic());  // whatever decimal point the program prints
-  text.precision(17);
-  text << value;
-  return text.str();
-}
-inline std::string option_text(const std::optional<double>& value) {
-  return value ? option_text(*value) : "none";
-}
-template <class T>
-  requires std::is_integral_v<T> || std::is_enum_v<T>
-std::string option_text(T value) {
-  return std::to_string(static_cast<long long>(value));
-}
-
-// The options that decide what a router makes of its parameters, as far as it has them.
-template <class Options>
-std::string describe_options(const Options& o) {
-  std::string text;
-  const auto add = [&](const char* name, const auto& value) {
-    text += (text.empty() ? "" : " ") + std::string(name) + "=" + option_text(value);
-  };
-  if constexpr (requires { o.d_model; }) add("d_model", o.d_model);
-  if constexpr (requires { o.num_experts; }) add("num_experts", o.num_experts);
-  if constexpr (requires { o.top_k; }) add("top_k", o.top_k);
-  if constexpr (requires { o.top_p; }) add("top_p", o.top_p);
-  if constexpr (requires { o.second_threshold; }) add("second_threshold", o.second_threshold);
-  if constexpr (requires { o.random_second_threshold; })
-    add("random_second_threshold", o.random_second_threshold);
-  if constexpr (requires { o.score; }) add("score", o.score);
-  if constexpr (requires { o.softmax_before_selection; }) add("softmax_before_selection", o.softmax_before_selection);
-  if constexpr (requires { o.renormalise; }) add("renormalise", o.renormalise);
-  if constexpr (requires { o.renormalise_epsilon; }) add("renormalise_epsilon", o.renormalise_epsilon);
-  if constexpr (requires { o.renormalise_minimum; }) add("renormalise_minimum", o.renormalise_minimum);
-  if constexpr (requires { o.gate_scale; }) add("gate_scale", o.gate_scale);
-  if constexpr (requires { o.gate_side; }) add("gate_side", o.gate_side);
-  if constexpr (requires { o.noise_stddev; }) add("noise_stddev", o.noise_stddev);
-  if constexpr (requires { o.noise_epsilon; }) add("noise_epsilon", o.noise_epsilon);
-  if constexpr (requires { o.jitter; }) add("jitter", o.jitter);
-  if constexpr (requires { o.tolerance; }) add("tolerance", o.tolerance);
-  if constexpr (requires { o.max_iterations; }) add("max_iterations", o.max_iterations);
-  if constexpr (requires { o.capacity; }) add("capacity", o.capacity);
-  if constexpr (requires { o.training_capacity; }) add("training_capacity", o.training_capacity);
-  if constexpr (requires { o.capacity_rule; }) {
-    add("capacity_rounding", o.capacity_rule.rounding);
-    add("capacity_minimum", o.capacity_rule.minimum);
-    add("capacity_multiple_of", o.capacity_rule.multiple_of);
-  }
-  if constexpr (requires { o.overflow; }) add("overflow", o.overflow);
-  if constexpr (requires { o.priority; }) add("priority", o.priority);
-  if constexpr (requires { o.renormalise_after_drop; }) add("renormalise_after_drop", o.renormalise_after_drop);
-  if constexpr (requires { o.group_limit; }) {
-    add("groups", o.group_limit.groups);
-    add("kept_groups", o.group_limit.kept);
-    add("group_score", o.group_limit.score);
-  }
-  return text;
 }
 
 // "2 x ReLU, 1 x GELU", or "none": the descriptions of several parts in their order.
@@ -112,11 +51,13 @@ std::string describe_part(const T& part) {
     return part.describe();
   else if constexpr (requires { part.parent(); part.children(); })  // a HierarchicalRouter
     return "parent(" + describe_part(part.parent()) + ") children(" + describe_each(part.children()) + ")";
-  else if constexpr (requires { part.options(); })
-    return describe_options(part.options());
+  else if constexpr (requires { options_text(part.options()); })
+    return options_text(part.options());
   else
     return "own";
 }
+
+inline constexpr std::string_view kClamped = "ClampedSwiGLU(";
 
 inline std::string describe_part(const ReLU&) { return "ReLU"; }
 inline std::string describe_part(const GELU&) { return "GELU"; }
@@ -127,8 +68,7 @@ std::string describe_part(const Glu<Activation>& glu) {
   return "Glu(" + describe_part(glu.activation) + ")";
 }
 inline std::string describe_part(const ClampedSwiGLU& glu) {
-  return "ClampedSwiGLU(alpha=" + option_text(glu.alpha) + " limit=" + option_text(glu.limit) +
-         " offset=" + option_text(glu.offset) + ")";
+  return std::string(kClamped) + options_text(glu) + ")";
 }
 
 template <class S, class Activation, class Storage>
@@ -178,7 +118,7 @@ std::string describe_each(const Parts& parts) {
 }  // namespace detail
 
 /// The options and kinds of a layer's parts, or of a router or an expert alone, as text under the keys that
-/// save_layer gives them in the metadata: router, experts, shared_experts, or kind.
+/// save_layer gives them in the metadata: router, experts, shared_experts, or kind. Here all options are said.
 template <class Layer>
 std::vector<std::pair<std::string, std::string>> describe(const Layer& layer) {
   std::vector<std::pair<std::string, std::string>> texts;
@@ -194,6 +134,102 @@ std::vector<std::pair<std::string, std::string>> describe(const Layer& layer) {
 }
 
 namespace detail {
+
+// Where a part of a description ends: at a comma or a parenthesis that it did not open, or with the text.
+inline std::size_t end_of_part(std::string_view text) {
+  std::size_t open = 0, at = 0;
+  for (; at < text.size(); ++at) {
+    if (open == 0 && (text[at] == ',' || text[at] == ')')) break;
+    if (text[at] == '(') ++open;
+    if (text[at] == ')') --open;
+  }
+  return at;
+}
+
+// The description of a router with f(options, defaults) in place of every list of options.
+template <class Router, class F>
+std::string with_router_options(std::string_view text, const F& f) {
+  if constexpr (requires(const Router& router) { std::string(router.describe()); }) {
+    return std::string(text);
+  } else if constexpr (requires(const Router& router) { router.parent(); router.children(); }) {
+    using Parent = std::remove_cvref_t<decltype(std::declval<const Router&>().parent())>;
+    using Child = std::remove_cvref_t<decltype(std::declval<const Router&>().children()[0])>;
+    std::string changed;
+    // Copies up to the next `begin` and with it; false where there is none.
+    const auto copy_through = [&](std::string_view begin) {
+      const std::size_t at = text.find(begin);
+      const std::size_t size = at == std::string_view::npos ? text.size() : at + begin.size();
+      changed += text.substr(0, size);
+      text.remove_prefix(size);
+      return at != std::string_view::npos;
+    };
+    const auto change = [&]<class Part>(std::type_identity<Part>) {
+      const std::size_t size = end_of_part(text);
+      changed += with_router_options<Part>(text.substr(0, size), f);
+      text.remove_prefix(size);
+    };
+    if (copy_through("parent(")) change(std::type_identity<Parent>());
+    while (copy_through(" x ")) change(std::type_identity<Child>());
+    return changed;
+  } else if constexpr (requires(const Router& router) { options_text(router.options()); }) {
+    return f(text, typename Router::Options{});
+  } else {
+    return std::string(text);
+  }
+}
+
+// The same of the units of experts.
+template <class F>
+std::string with_unit_options(std::string text, const F& f) {
+  for (std::size_t at = text.find(kClamped); at != std::string::npos; at = text.find(kClamped, at)) {
+    at += kClamped.size();
+    const std::size_t size = end_of_part(std::string_view(text).substr(at));
+    const std::string changed = f(std::string_view(text).substr(at, size), ClampedSwiGLU{});
+    text.replace(at, size, changed);
+    at += changed.size();
+  }
+  return text;
+}
+
+// The same of what describe says of a layer's part.
+template <class Layer, class F>
+std::string with_options(std::string_view part, const std::string& text, const F& f) {
+  if constexpr (requires(const Layer& layer) { layer.router(); }) {
+    using Router = std::remove_cvref_t<decltype(std::declval<const Layer&>().router())>;
+    if (part == "router") return with_router_options<Router>(text, f);
+  }
+  if (part == "kind") return with_unit_options(with_router_options<Layer>(text, f), f);
+  return with_unit_options(text, f);
+}
+
+inline constexpr const char* kVersion = "moe_version";  // whose value is that of the library that wrote the file
+
+// Throws unless a file describes the layer as it is described here. What it does not describe is not compared.
+template <class Layer>
+void require_description(const Checkpoint& checkpoint, const Layer& layer) {
+  const auto& metadata = checkpoint.metadata();
+  for (const auto& [part, text] : moe::describe(layer)) {
+    const auto saved = metadata.find(part);
+    if (saved == metadata.end() || saved->second.empty()) continue;
+    std::vector<std::string> unknown;
+    const AddDefaults add_defaults{unknown};
+    const std::string there = with_options<Layer>(part, saved->second, add_defaults);
+    if (!unknown.empty()) {
+      const auto version = metadata.find(kVersion);
+      throw CheckpointError("load_layer: " + checkpoint.path().string() + " was saved with " + part + " option " +
+                            printable(unknown.front()) + ", which this version, " MOE_VERSION_STRING
+                            ", does not have; it was written by " +
+                            (version == metadata.end() ? "an older one" : printable(version->second)));
+    }
+    const std::string here = with_options<Layer>(part, text, add_defaults);
+    if (there != here) {
+      const auto [saved_text, expected] = without_common_options(there, here);
+      constexpr std::size_t kMaxLength = 2000;
+      throw CheckpointError("load_layer: " + checkpoint.path().string() + " was saved with " + part + " = " +
+                            printable(saved_text, kMaxLength) + ", expected " + expected);
+    }
+  }
+}
 
 inline constexpr const char* kTable = "router.table";  // what a HashRouter's table is called in a file
 
@@ -228,8 +264,8 @@ inline void require_table(const TensorView& tensor, const std::vector<std::int64
 
 /// Writes every parameter and buffer of a layer (or of anything with visit) to a safetensors file, a
 /// HashRouter's table as "router.table", and to its metadata, as "router", "experts" and "shared_experts",
-/// what else decides what the layer computes: the router's options, kinds of experts and their units.
-/// `metadata` adds to that. An expert, unit or router of your own takes part by a
+/// what else decides what the layer computes: the router's options that are not at their defaults, kinds of
+/// experts and their units; as "moe_version" MOE_VERSION_STRING. `metadata` adds to that. An expert, unit or router of your own takes part by a
 /// `std::string describe() const`. The file is replaced as a whole or not at all. Throws CheckpointError
 /// when it can not be written.
 /// Example: save_layer("layer.safetensors", layer).
@@ -250,25 +286,22 @@ void save_layer(const std::filesystem::path& path, const Layer& layer,
     tensors.push_back(
         {detail::kTable, DType::I64, {Index(table.size())}, std::as_bytes(std::span(table))});
   metadata["format"] = "moe";
-  for (const auto& [part, text] : moe::describe(layer)) metadata[part] = text;
+  metadata[detail::kVersion] = MOE_VERSION_STRING;
+  for (const auto& [part, text] : moe::describe(layer))
+    metadata[part] = detail::with_options<Layer>(part, text, detail::LeaveDefaultsOut());
   write_safetensors(path, tensors, metadata);
 }
 
-/// Reads what save_layer wrote into a layer of the same kind, sizes and options. Values of another
-/// floating-point type are converted. Throws CheckpointError, and changes nothing, for a name that is in
-/// the file or in the layer only, for another shape, and for another description or table. What a file
-/// does not describe is not compared.
+/// Reads what save_layer of this or an older version wrote into a layer of the same kind, sizes and options. An
+/// option that a file does not have is at its default. Values of another floating-point type are converted.
+/// Throws CheckpointError, and changes nothing, for a name that is in the file or in the layer only, for
+/// another shape, for another description or table, and for an option that this version does not have. A part
+/// that a file does not describe is not compared.
 /// Example: load_layer(Checkpoint::open("layer.safetensors"), layer).
 template <class Layer>
 void load_layer(const Checkpoint& checkpoint, Layer& layer) {
   const std::string file = checkpoint.path().string();
-  for (const auto& [part, here] : moe::describe(layer)) {
-    const auto saved = checkpoint.metadata().find(part);
-    if (saved == checkpoint.metadata().end() || saved->second.empty()) continue;
-    if (saved->second != here)
-      throw CheckpointError("load_layer: " + file + " was saved with " + part + " = " +
-                            saved->second + ", expected " + here);
-  }
+  detail::require_description(checkpoint, layer);
   std::set<std::string> names;
   Layer::visit(
       [&](const ParameterInfo& info, const auto& array) {
