@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: MIT
 #include <cstddef>
 #include <filesystem>
-#include <fstream>
 #include <functional>
 #include <map>
 #include <string>
-#include <string_view>
-#include <utility>
+#include <type_traits>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -41,11 +39,11 @@ TEST(SavedFiles, OfEveryLayoutAreRead) {
     io_test::for_each_saved_layer([&](const std::string& name, const auto& saved) {
       if (layout == "layout_1" && name == "hierarchical.safetensors") return;  // there were none
       SCOPED_TRACE(layout + "/" + name);
-      using Layer = std::remove_cvref_t<decltype(saved)>;
-      Layer loaded = saved;
-      Layer::visit([](const moe::ParameterInfo&, auto& array) { array.setConstant(-1); }, loaded);
+      using Saved = std::remove_cvref_t<decltype(saved)>;
+      Saved loaded = saved;
+      Saved::visit([](const moe::ParameterInfo&, auto& array) { array.setConstant(-1); }, loaded);
       ASSERT_NO_THROW(moe::load_layer(Checkpoint::open(saved_file(layout, name)), loaded));
-      Layer::visit([](const moe::ParameterInfo& info, const auto& a, const auto& b) { EXPECT_EQ(a, b) << info.name; },
+      Saved::visit([](const moe::ParameterInfo& info, const auto& a, const auto& b) { EXPECT_EQ(a, b) << info.name; },
                    loaded, saved);
       ++files;
     });

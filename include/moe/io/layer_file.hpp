@@ -265,9 +265,9 @@ inline void require_table(const TensorView& tensor, const std::vector<std::int64
 /// Writes every parameter and buffer of a layer (or of anything with visit) to a safetensors file, a
 /// HashRouter's table as "router.table", and to its metadata, as "router", "experts" and "shared_experts",
 /// what else decides what the layer computes: the router's options that are not at their defaults, kinds of
-/// experts and their units; as "moe_version" MOE_VERSION_STRING. `metadata` adds to that. An expert, unit or router of your own takes part by a
-/// `std::string describe() const`. The file is replaced as a whole or not at all. Throws CheckpointError
-/// when it can not be written.
+/// experts and their units; as "moe_version" MOE_VERSION_STRING. `metadata` adds to that. An expert, unit or
+/// router of your own takes part by a `std::string describe() const`. The file is replaced as a whole or not
+/// at all. Throws CheckpointError when it can not be written.
 /// Example: save_layer("layer.safetensors", layer).
 template <class Layer>
 void save_layer(const std::filesystem::path& path, const Layer& layer,

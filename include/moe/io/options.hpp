@@ -295,12 +295,15 @@ struct AddDefaults {
 inline std::pair<std::string, std::string> without_common_options(const std::string& a, const std::string& b) {
   const auto all_a = parse_options(a), all_b = parse_options(b);
   if (!all_a || !all_b) return {a, b};
-  std::string rest_a, rest_b;
-  for (const auto& [name, value] : *all_a)
-    if (const auto at = all_b->find(name); at == all_b->end() || at->second != value) append_option(rest_a, name, value);
-  for (const auto& [name, value] : *all_b)
-    if (const auto at = all_a->find(name); at == all_a->end() || at->second != value) append_option(rest_b, name, value);
-  return {rest_a, rest_b};
+  const auto rest = [](const auto& options, const auto& others) {
+    std::string text;
+    for (const auto& [name, value] : options) {
+      const auto at = others.find(name);
+      if (at == others.end() || at->second != value) append_option(text, name, value);
+    }
+    return text;
+  };
+  return {rest(*all_a, *all_b), rest(*all_b, *all_a)};
 }
 
 }  // namespace moe::detail
