@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: MIT
 #include <cmath>
+#include <map>
+#include <optional>
 #include <set>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -9,6 +12,7 @@
 
 #include <gtest/gtest.h>
 
+#include <moe/io/options.hpp>
 #include <moe/moe.hpp>
 
 // Every model by name: its numbers, and a small layer of it forward and backward.
@@ -43,6 +47,151 @@ TEST(Models, CountParametersAndOperations) {
   EXPECT_EQ(moe::gpt_oss_20b.expert_parameters(2880), 3 * 2880 * 2880 + 3 * 2880);
   EXPECT_EQ(moe::openmoe_8b_32e.expert_parameters(8192), 4 * 2048 * 8192);
   EXPECT_EQ(moe::openmoe_8b_32e.flops_per_token(), 2 * (2 * 4 * 2048 * 8192 + 32 * 2048));
+}
+
+// Every option of a model's layer that is not at its default, in words. Where a configuration file lies beside the
+// weights, its keys stand above the line; the others are from the papers and codes that the model's header names.
+std::string options_of(const auto& model) {
+  std::ostringstream text;
+  using Options = std::decay_t<decltype(model.router)>;
+  const Options defaults{};
+  std::vector<std::string> of_defaults;
+  moe::detail::visit_options(defaults, [&](const char*, const auto& value) {
+    of_defaults.push_back(moe::detail::option_text(value));
+  });
+  std::size_t i = 0;
+  const auto add = [&](const char* name, const std::string& value) {
+    text << (text.tellp() > 0 ? " " : "") << name << (value.empty() ? "" : "=") << value;
+  };
+  const auto flag = [&](const char* name, bool value) {
+    if (value) add(name, "");
+  };
+  moe::detail::visit_options(model.router, [&]<class T>(const char* name, const T& value) {
+    const std::string exact = moe::detail::option_text(value);
+    if (exact == of_defaults[i++]) return;
+    std::ostringstream shortest;  // 0.8, not 0.80000000000000004
+    if constexpr (std::is_same_v<T, double>) shortest << value;
+    else if constexpr (std::is_same_v<T, std::optional<double>>) shortest << value.value();
+    else shortest << exact;
+    add(name, shortest.str());
+  });
+  if constexpr (requires { model.router.bias; }) {
+    flag("router_bias", model.router.bias);
+    flag("selection_bias", model.router.selection_bias);
+    flag("allow_constant_gate", model.router.allow_constant_gate);
+  }
+  add("d_ff", std::to_string(model.d_ff));
+  flag("expert_bias", model.expert_bias);
+  if (model.shared_experts > 0)
+    add(model.gated_shared_experts ? "gated_shared" : "shared",
+        std::to_string(model.shared_experts) + "x" + std::to_string(model.shared_d_ff));
+  flag("output_bias", model.output_bias);
+  return text.str();
+}
+
+TEST(Models, HaveEveryOptionThatTheirSourcesSay) {
+  const std::string mesh =
+      "top_k=1 jitter=0.01 capacity=2 training_capacity=1.25 capacity_rounding=down capacity_minimum=4";
+  const std::string lingvo = "renormalise=true renormalise_epsilon=1e-09 capacity=1 training_capacity=1 "
+                             "capacity_rounding=down capacity_minimum=4 capacity_multiple_of=4";
+  const std::map<std::string, std::string> sources = {
+      // Section 5.1.
+      {"Shazeer 2017", "d_model=512 num_experts=256 top_k=4 d_ff=1024"},
+      // Algorithm 1 draws by twice the gate; lingvo's factor of 2 is without top_k.
+      {"GShard 600B", "d_model=1024 num_experts=2048 random_second_threshold=0.5 " + lingvo + " d_ff=8192"},
+      // mesh: jitter 1e-2, factors of 1.25 in training and 2 in inference.
+      {"Switch-Base-8", "d_model=768 num_experts=8 " + mesh + " d_ff=3072"},
+      {"Switch-Base-16", "d_model=768 num_experts=16 " + mesh + " d_ff=3072"},
+      {"Switch-Base-32", "d_model=768 num_experts=32 " + mesh + " d_ff=3072"},
+      {"Switch-Base-64", "d_model=768 num_experts=64 " + mesh + " d_ff=3072"},
+      {"Switch-Base-128", "d_model=768 num_experts=128 " + mesh + " d_ff=3072"},
+      {"Switch-Base-256", "d_model=768 num_experts=256 " + mesh + " d_ff=3072"},
+      {"Switch-Large-128", "d_model=1024 num_experts=128 " + mesh + " d_ff=4096"},
+      // Table 9; seats by flaxformer.
+      {"Switch-XXL", "d_model=4096 num_experts=128 top_k=1 jitter=0.01 capacity=4 training_capacity=1.25 "
+                     "capacity_rounding=nearest_even capacity_minimum=2 d_ff=10240"},
+      {"Switch-C", "d_model=2080 num_experts=2048 top_k=1 jitter=0.01 capacity=2 training_capacity=1 "
+                   "capacity_rounding=nearest_even capacity_minimum=2 d_ff=6144"},
+      // Noise of 1 / num_experts, factor of 1.05, seats in fours.
+      {"V-MoE-L/16", "d_model=1024 num_experts=32 noise_stddev=0.03125 capacity=1.05 training_capacity=1.05 "
+                     "capacity_multiple_of=4 d_ff=4096 expert_bias"},
+      // praxis, without a random second expert.
+      {"GLaM 64B/64E", "d_model=8192 num_experts=64 " + lingvo + " d_ff=32768"},
+      // Factors of 1.25 and 2 without top_k; second experts above 0.2, and drawn by gate / 0.2 in training.
+      {"ST-MoE-32B", "d_model=5120 num_experts=64 second_threshold=0.2 random_second_threshold=0.2 renormalise=true "
+                     "renormalise_epsilon=1e-09 capacity=1 training_capacity=0.625 capacity_rounding=nearest_even "
+                     "capacity_minimum=4 d_ff=20480"},
+      // Capacity factor 2, which is the default.
+      {"Expert Choice 8B/64E",
+       "d_model=4096 num_experts=64 capacity_rounding=nearest_even capacity_minimum=4 d_ff=16384"},
+      // fairseq: 2 * tokens / experts in training; outputs dropped at a rate of 0.2 are scaled by 0.8 in inference.
+      {"NLLB-MoE 54B", "d_model=2048 num_experts=128 renormalise=true gate_scale=0.8 training_capacity=1 "
+                       "capacity_multiple_of=2 renormalise_after_drop=true d_ff=8192 expert_bias"},
+      // params.json: moe {num_experts 8, num_experts_per_tok 2}.
+      {"Mixtral 8x7B", "d_model=4096 num_experts=8 renormalise=true d_ff=14336"},
+      {"Mixtral 8x22B", "d_model=6144 num_experts=8 renormalise=true d_ff=16384"},
+      // Factors of 1.25 in training and 2 in inference, at least 4 seats, an even number of them.
+      {"OpenMoE-8B/32E", "d_model=2048 num_experts=32 capacity=2 training_capacity=1.25 capacity_rounding=down "
+                         "capacity_minimum=4 capacity_multiple_of=2 d_ff=8192"},
+      {"OpenMoE-34B/32E", "d_model=3072 num_experts=32 capacity=2 training_capacity=1.25 capacity_rounding=down "
+                          "capacity_minimum=4 capacity_multiple_of=2 d_ff=12288"},
+      // run.py: num_experts 8, num_selected_experts 2, widening_factor 8.
+      {"Grok-1", "d_model=6144 num_experts=8 d_ff=32768"},
+      // config.json: moe_num_experts 16, moe_top_k 4, moe_normalize_expert_weights 1, ffn_hidden_size 10752.
+      {"DBRX", "d_model=6144 num_experts=16 top_k=4 renormalise=true d_ff=10752"},
+      // config.json: n_routed_experts 64, num_experts_per_tok 6, norm_topk_prob false, n_shared_experts 2.
+      {"DeepSeekMoE 16B", "d_model=2048 num_experts=64 top_k=6 d_ff=1408 shared=1x2816"},
+      // config.json: n_group 8, topk_group 3, topk_method group_limited_greedy, routed_scaling_factor 16.0,
+      // norm_topk_prob false, n_shared_experts 2.
+      {"DeepSeek-V2",
+       "d_model=5120 num_experts=160 top_k=6 gate_scale=16 groups=8 kept_groups=3 d_ff=1536 shared=1x3072"},
+      // config.json: n_group 8, topk_group 4, topk_method noaux_tc, scoring_func sigmoid, norm_topk_prob true,
+      // routed_scaling_factor 2.5, n_shared_experts 1.
+      {"DeepSeek-V3", "d_model=7168 num_experts=256 top_k=8 score=sigmoid renormalise=true renormalise_epsilon=1e-20 "
+                      "gate_scale=2.5 groups=8 kept_groups=4 group_score=top_two_sum selection_bias d_ff=2048 "
+                      "shared=1x2048"},
+      // config.json: norm_topk_prob false, shared_expert_intermediate_size 5632 and 20480.
+      {"Qwen1.5-MoE-A2.7B", "d_model=2048 num_experts=60 top_k=4 d_ff=1408 gated_shared=1x5632"},
+      {"Qwen2-57B-A14B", "d_model=3584 num_experts=64 top_k=8 d_ff=2560 gated_shared=1x20480"},
+      // config.json: norm_topk_prob true, no shared expert.
+      {"Qwen3-30B-A3B", "d_model=2048 num_experts=128 top_k=8 renormalise=true d_ff=768"},
+      {"Qwen3-235B-A22B", "d_model=4096 num_experts=128 top_k=8 renormalise=true d_ff=1536"},
+      {"Qwen3-Coder-480B-A35B", "d_model=6144 num_experts=160 top_k=8 renormalise=true d_ff=2560"},
+      // config.json: num_experts_per_tok 8, norm_topk_prob false.
+      {"OLMoE-1B-7B", "d_model=2048 num_experts=64 top_k=8 d_ff=1024"},
+      // config.json: num_local_experts 8, num_experts_per_tok 2; a bias after the sum.
+      {"JetMoE-8B", "d_model=2048 num_experts=8 renormalise=true d_ff=5632 output_bias"},
+      // config.json: num_local_experts 16, router_jitter_noise 0.01, which is the default.
+      {"Phi-3.5-MoE", "d_model=4096 num_experts=16 d_ff=6400"},
+      // config.json: num_local_experts 32 and 40, num_experts_per_tok 8, intermediate_size 512.
+      {"Granite 3.0 1B-A400M", "d_model=1024 num_experts=32 top_k=8 renormalise=true d_ff=512"},
+      {"Granite 3.0 3B-A800M", "d_model=1536 num_experts=40 top_k=8 renormalise=true d_ff=512"},
+      // config.json: num_local_experts 16 and 128, num_experts_per_tok 1; sigmoid of the logit on the input.
+      {"Llama 4 Scout", "d_model=5120 num_experts=16 top_k=1 score=sigmoid gate_side=input d_ff=8192 shared=1x8192"},
+      {"Llama 4 Maverick",
+       "d_model=5120 num_experts=128 top_k=1 score=sigmoid gate_side=input d_ff=8192 shared=1x8192"},
+      // config.json: moe_k 6, moe_num_experts 64, moe_num_shared_experts 2, moe_use_aux_free true, moe_norm_min 1e-12.
+      {"ERNIE-4.5-21B-A3B", "d_model=2560 num_experts=64 top_k=6 renormalise=true renormalise_minimum=1e-12 "
+                            "selection_bias d_ff=1536 shared=1x3072"},
+      // config.json: n_group 1, topk_group 1, norm_topk_prob true, routed_scaling_factor 2.5, n_shared_experts 1.
+      {"GLM-4.5", "d_model=5120 num_experts=160 top_k=8 score=sigmoid renormalise=true renormalise_epsilon=1e-20 "
+                  "gate_scale=2.5 selection_bias d_ff=1536 shared=1x1536"},
+      // config.json: num_local_experts 32 and 128, experts_per_token 4, intermediate_size 2880.
+      {"gpt-oss-20b", "d_model=2880 num_experts=32 top_k=4 renormalise=true router_bias d_ff=2880 expert_bias"},
+      {"gpt-oss-120b", "d_model=2880 num_experts=128 top_k=4 renormalise=true router_bias d_ff=2880 expert_bias"},
+      {"GPT-4 (a rumour)", "num_experts=8 renormalise=true d_ff=0"}};
+  std::size_t models = 0;
+  moe::for_each_model([&](const auto& model) {
+    const auto source = sources.find(std::string(model.name));
+    ASSERT_NE(source, sources.end()) << model.name;
+    EXPECT_EQ(options_of(model), source->second) << model.name;
+    ++models;
+  });
+  EXPECT_EQ(models, sources.size());
+  const moe::ClampedSwiGLU unit = moe::gpt_oss_20b.unit;  // swiglu_limit 7.0, alpha 1.702, up + 1
+  EXPECT_EQ(unit.limit, 7.0);
+  EXPECT_EQ(unit.alpha, 1.702);
+  EXPECT_EQ(unit.offset, 1.0);
 }
 
 TEST(Models, CountsAreThoseOfTheLayer) {
