@@ -1523,21 +1523,21 @@ TEST(Errors, OfTheLayer) {
          Layer::Workspace w;
          layer.forward(x, x, w);
        },
-       {"MoELayer::forward", "y is x"}},
+       {"MoELayer::forward", "y and x overlap", "5 x 32 bytes"}},
       {"forward with a cache: y is x",
        [&] {
          Matrix<double> x = input();
          Layer::Cache c;
          layer.forward(x, x, c);
        },
-       {"MoELayer::forward", "y is x"}},
+       {"MoELayer::forward", "y and x overlap", "5 x 32 bytes"}},
       {"backward: d_x is d_y",
        [&] {
          Matrix<double> d = input();
          Layer grad = moe::zeros_like(layer);
          layer.backward(d, good_cache, grad, {}, d);
        },
-       {"MoELayer::backward", "d_x is d_y"}},
+       {"MoELayer::backward", "d_x and d_y overlap", "5 x 32 bytes"}},
       {"a router's plan of fewer tokens",
        [] {
          const moe::MoELayer<Gated, Careless> careless(make_experts(kExperts), Careless{4, 3});

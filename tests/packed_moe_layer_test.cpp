@@ -647,9 +647,9 @@ TEST(PackedMoELayer, RefusesWhatDoesNotFit) {
   Matrix<float> x = Matrix<float>::Zero(3, 16);
   PackedWorkspace workspace;
   EXPECT_EQ(message_of([&] { fast.forward(x, x, workspace); }),
-            "PackedMoELayer::forward: y is x, expected two matrices");
+            "PackedMoELayer::forward: y and x overlap: 3 x 64 bytes and 3 x 64 bytes, expected memory of their own");
   EXPECT_EQ(message_of([&] { fast.forward(x, routing, x, workspace); }),
-            "PackedMoELayer::forward: y is x, expected two matrices");
+            "PackedMoELayer::forward: y and x overlap: 3 x 64 bytes and 3 x 64 bytes, expected memory of their own");
   PackedParts<TopKRouter<float>> parts{layer.router()};
   parts.b_output.resize(15);
   const auto first = [&](Index) -> const Gated& { return layer.experts()[0]; };

@@ -848,8 +848,8 @@ TEST(SoftMoELayer, RefusesWhatDoesNotFit) {
       {[&] { Layer(experts(2, 4), options); }, "2 experts, expected num_experts = 3"},
       {[&] { Layer(experts(3, 5), options, rng); }, "expert 0 has d_model = 5, expected 4"},
       {[&] { layer.forward(Matrix<double>::Ones(6, 5)); }, "x has 5 columns, expected d_model = 4"},
-      {[&] { layer.forward(x, x, workspace); }, "forward: y is x"},
-      {[&] { layer.forward(x, x, cache); }, "forward: y is x"},
+      {[&] { layer.forward(x, x, workspace); }, "forward: y and x overlap"},
+      {[&] { layer.forward(x, x, cache); }, "forward: y and x overlap"},
       {[&] { layer.forward(x, masked(5, {})); }, "mask has 5 entries, expected 6"},
       {[&] {
          layer.forward(x, grouped({0, 5}));
@@ -863,7 +863,7 @@ TEST(SoftMoELayer, RefusesWhatDoesNotFit) {
       {[&] { unscaled.forward(x); }, "scale has 0 entries, expected 1"},
       {[&] { layer.backward(Matrix<double>::Ones(5, 4), cache, grad); },
        "d_y has shape [5, 4], expected [6, 4]"},
-      {[&] { layer.backward(x, cache, grad, x); }, "backward: d_x is d_y"},
+      {[&] { layer.backward(x, cache, grad, x); }, "backward: d_x and d_y overlap"},
       {[&] { changed.backward(before, cache, grad); }, "w_slots has shape [5, 4], expected [6, 4]"},
       {[&] { from(unused); }, "d_model = 0"},
       {[&] { from(cache_of(narrow, 6)); },

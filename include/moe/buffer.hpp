@@ -129,6 +129,8 @@ class RowBuffer {
 
   Index rows() const { return rows_; }
   Index cols() const { return cols_; }
+  /// Values that it holds without allocating.
+  Index capacity() const { return storage_.capacity(); }
   /// Sets the shape. `reserve_rows` rows are made room for. What the memory holds is unspecified.
   void resize(Index rows, Index cols, Index reserve_rows = 0) {
     require(rows >= 0 && cols >= 0, "RowBuffer::resize: shape [", rows, ", ", cols,

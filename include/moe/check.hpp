@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <ostream>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -30,6 +32,72 @@ void require_shape(const M& m, std::ptrdiff_t rows, std::ptrdiff_t cols, std::st
                    std::string_view what) {
   require(m.rows() == rows && m.cols() == cols, where, ": ", what, " has shape [", m.rows(), ", ",
           m.cols(), "], expected [", rows, ", ", cols, "]");
+}
+
+namespace detail {
+
+// Where an array lies: `rows` runs of `width` bytes, each `stride` bytes behind the one before it.
+struct Extent {
+  std::uintptr_t begin;
+  std::ptrdiff_t rows, width, stride;
+
+  friend std::ostream& operator<<(std::ostream& out, const Extent& e) {
+    return out << e.rows << " x " << e.width << " bytes";
+  }
+};
+
+// Of a matrix or vector whose runs are contiguous, or of a Buffer: what it may grow into counts too.
+template <class A>
+Extent extent_of(const A& a) {
+  const auto begin = reinterpret_cast<std::uintptr_t>(a.data());
+  constexpr auto kSize = std::ptrdiff_t(sizeof(*a.data()));
+  if constexpr (requires { a.capacity(); }) {
+    return {begin, 1, a.capacity() * kSize, 0};
+  } else {
+    const std::ptrdiff_t rows = A::IsRowMajor ? a.rows() : a.cols();
+    const std::ptrdiff_t stride = a.outerStride() * kSize;
+    const std::ptrdiff_t before = stride < 0 && rows > 1 ? (rows - 1) * -stride : 0;  // backwards
+    return {begin - std::uintptr_t(before), rows, (A::IsRowMajor ? a.cols() : a.rows()) * kSize,
+            stride < 0 ? -stride : stride};
+  }
+}
+
+// Whether two arrays share a byte. Exact but for runs that follow each other at different distances: there
+// arrays that interleave count as one.
+inline bool overlap(const Extent& a, const Extent& b) {
+  if (a.rows <= 0 || a.width <= 0 || b.rows <= 0 || b.width <= 0) return false;
+  if (b.begin < a.begin) return overlap(b, a);
+  const auto offset = std::ptrdiff_t(b.begin - a.begin);
+  if (offset >= (a.rows - 1) * a.stride + a.width) return false;
+  if (offset < a.width || (b.rows > 1 && b.stride != a.stride)) return true;
+  const std::ptrdiff_t column = offset % a.stride;  // of b's first byte; another run of a follows
+  return column < a.width || column + b.width > a.stride;
+}
+
+// Calls f(extent) for an array, or for every one of which a thing consists.
+template <class A, class F>
+void for_each_extent(const A& a, const F& f) {
+  if constexpr (requires { a.for_each_array(f); })
+    a.for_each_array([&](const auto& part) { for_each_extent(part, f); });
+  else
+    f(extent_of(a));
+}
+
+}  // namespace detail
+
+/// Throws unless `a`, which a call writes, shares no memory with each of the others, which stand behind their
+/// names: require_apart("linear", "y", y, "x", x, "w", w). All are matrices whose rows are contiguous, vectors,
+/// Buffers, or what consists of such and lists them by for_each_array: a workspace, a cache, a routing.
+template <class A, class B, class... Rest>
+void require_apart(std::string_view where, std::string_view what_a, const A& a, std::string_view what_b,
+                   const B& b, const Rest&... rest) {
+  detail::for_each_extent(a, [&](const detail::Extent& of_a) {
+    detail::for_each_extent(b, [&](const detail::Extent& of_b) {
+      require(!detail::overlap(of_a, of_b), where, ": ", what_a, " and ", what_b, " overlap: ", of_a,
+              " and ", of_b, ", expected memory of their own");
+    });
+  });
+  if constexpr (sizeof...(Rest) > 0) require_apart(where, what_a, a, rest...);
 }
 
 }  // namespace moe

@@ -16,7 +16,8 @@
 // Moving rows: dispatch copies every assignment's token to a row of its expert, run_experts runs
 // the experts on their rows, combine adds the rows up in token order; and the same backwards. All
 // throw std::invalid_argument when their arguments do not fit the plan, or the plan itself is not
-// one that can be followed; checking it takes O(tokens + assignments), little beside moving rows.
+// one that can be followed, or where what they write overlaps what they read; checking the plan takes
+// O(tokens + assignments), little beside moving rows.
 namespace moe {
 
 /// What the functions here take as a matrix of tokens: the elements of a row lie side by side. A
@@ -69,6 +70,7 @@ void sum_rows(const DispatchPlan<S>& plan, const RowBuffer<S>& rows, const Passe
 template <TokenMatrix X, class S, Executor E = DefaultExecutor>
 void dispatch(const X& x, const DispatchPlan<S>& plan, RowBuffer<S>& rows, const E& executor = {}) {
   check_plan(plan, x.rows(), plan.num_experts(), "dispatch");
+  require_apart("dispatch", "rows", rows, "x", x, "plan", plan);
   rows.resize(plan.num_assignments(), x.cols(), plan.token.capacity());
   for_each_block(plan.num_assignments(), executor, [&](Index begin, Index end, Index) {
     for (Index a = begin; a < end; ++a) {
@@ -85,7 +87,8 @@ void dispatch(const X& x, const DispatchPlan<S>& plan, RowBuffer<S>& rows, const
 }
 
 /// y [tokens, d_model]: the sum over a token's assignments of gate * row, in ascending expert index;
-/// x's row where the plan passes the token through; zero for a masked token, NaN for a poisoned one.
+/// x's row where the plan passes the token through (else x is not read); zero for a masked token, NaN for a
+/// poisoned one.
 /// O(tokens * d_model + assignments * d_model). The order does not depend on the executor.
 template <TokenMatrix X, class S, TokenMatrix Y, Executor E = DefaultExecutor>
 void combine(const RowBuffer<S>& rows, const DispatchPlan<S>& plan, const X& x, Y&& y,
@@ -94,6 +97,8 @@ void combine(const RowBuffer<S>& rows, const DispatchPlan<S>& plan, const X& x, 
   detail::require_rows(rows, plan, "combine", "rows");
   require_shape(x, plan.num_tokens, rows.cols(), "combine", "x");
   require_shape(y, plan.num_tokens, rows.cols(), "combine", "y");
+  require_apart("combine", "y", y, "rows", rows, "plan", plan);
+  if (!plan.passed_through.empty()) require_apart("combine", "y", y, "x", x);
   const bool scale = plan.gate_side == GateSide::output;
   detail::sum_rows(
       plan, rows, x, [&](Index a) { return scale ? plan.gate[a] : S(1); }, y, executor);
@@ -110,6 +115,8 @@ void combine_backward(const Dy& d_y, const RowBuffer<S>& rows, const DispatchPla
   check_plan(plan, d_y.rows(), plan.num_experts(), "combine_backward");
   detail::require_rows(rows, plan, "combine_backward", "rows");
   require_shape(d_y, plan.num_tokens, rows.cols(), "combine_backward", "d_y");
+  require_apart("combine_backward", "d_rows", d_rows, "d_y", d_y, "rows", rows, "plan", plan);
+  require_apart("combine_backward", "d_gate", d_gate, "d_y", d_y, "plan", plan);
   d_rows.resize(plan.num_assignments(), rows.cols(), plan.token.capacity());
   d_gate.reserve(plan.token.capacity());
   d_gate.assign(plan.num_assignments(), S(0));
@@ -144,7 +151,11 @@ void dispatch_backward(const RowBuffer<S>& d_rows, const DispatchPlan<S>& plan, 
     require_shape(x, plan.num_tokens, d_rows.cols(), "dispatch_backward", "x");
     require(d_gate.size() == plan.num_assignments(), "dispatch_backward: d_gate has ",
             d_gate.size(), " entries, expected ", plan.num_assignments(), " assignments");
+    require_apart("dispatch_backward", "d_x", d_x, "x", x, "d_gate", d_gate);
+    require_apart("dispatch_backward", "d_gate", d_gate, "x", x, "plan", plan);
   }
+  require_apart("dispatch_backward", "d_x", d_x, "d_rows", d_rows, "plan", plan);
+  if (!plan.passed_through.empty()) require_apart("dispatch_backward", "d_x", d_x, "d_y", d_y);
   if (scale && d_rows.cols() > 0) {
     for_each_block(plan.num_assignments(), executor, [&](Index begin, Index end, Index) {
       for (Index a = begin; a < end; ++a)
@@ -199,6 +210,10 @@ class ExpertCache {
     assert(begin >= 0 && count >= 0 && begin + count <= rows_[expert]);
     return {storage_.data() + begin_[expert] + begin * cols_[expert], count, cols_[expert]};
   }
+  template <class F>
+  void for_each_array(const F& f) const {
+    f(storage_);
+  }
 
  private:
   Buffer<S> storage_;
@@ -231,6 +246,11 @@ template <class S>
 struct ExpertScratch {
   Buffer<detail::ExpertRows> tasks;
   Buffer<S> rows;
+
+  template <class F>
+  void for_each_array(const F& f) const {
+    f(rows);
+  }
 };
 
 /// y_rows [assignments, d_model]: every expert on its rows of x_rows, for inference. Experts and
@@ -243,6 +263,7 @@ void run_experts(std::span<const Ex> experts, const DispatchPlan<S>& plan,
           " experts, expected the plan's ", plan.num_experts());
   check_plan_arrays(plan, "run_experts");
   detail::require_rows(x_rows, plan, "run_experts", "x_rows");
+  require_apart("run_experts", "y_rows", y_rows, "x_rows", x_rows);
   y_rows.resize(x_rows.rows(), x_rows.cols(), plan.token.capacity());
   detail::list_expert_rows(plan, scratch.tasks);
   Index widest = 0;
@@ -275,6 +296,7 @@ void run_experts(std::span<const Ex> experts, const DispatchPlan<S>& plan,
           " experts, expected the plan's ", plan.num_experts());
   check_plan_arrays(plan, "run_experts");
   detail::require_rows(x_rows, plan, "run_experts", "x_rows");
+  require_apart("run_experts", "y_rows", y_rows, "x_rows", x_rows);
   y_rows.resize(x_rows.rows(), x_rows.cols(), plan.token.capacity());
   detail::list_expert_rows(plan, scratch.tasks);
   cache.resize(experts, plan);
@@ -300,6 +322,9 @@ void run_experts_backward(std::span<const Ex> experts, const DispatchPlan<S>& pl
   check_plan_arrays(plan, "run_experts_backward");
   detail::require_rows(x_rows, plan, "run_experts_backward", "x_rows");
   require_shape(d_y_rows, x_rows.rows(), x_rows.cols(), "run_experts_backward", "d_y_rows");
+  require_apart("run_experts_backward", "d_x_rows", d_x_rows, "x_rows", x_rows, "d_y_rows", d_y_rows);
+  require(count == 0 || grads.data() != experts.data(), "run_experts_backward: the gradients are the ", count,
+          " experts themselves, expected others");
   cache.check(experts, plan, "run_experts_backward");
   d_x_rows.resize(x_rows.rows(), x_rows.cols(), plan.token.capacity());
   executor.for_each(count, [&](Index task, Index) {

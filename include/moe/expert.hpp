@@ -45,6 +45,41 @@ concept TrainableExpert =
       E::visit([](const ParameterInfo&, auto&...) {}, grad);
     };
 
+/// Throws std::invalid_argument unless x and y of an expert's forward pass are [rows, d_model] and lie apart.
+/// An expert begins with this. O(1).
+template <Expert E, class S = typename E::Scalar>
+void check_expert_forward(const E& expert, const ConstMatrixRef<S>& x, const MatrixRef<S>& y, const char* where) {
+  require_shape(x, x.rows(), expert.d_model(), where, "x");
+  require_shape(y, x.rows(), expert.d_model(), where, "y");
+  require_apart(where, "y", y, "x", x);
+}
+
+/// The same for an expert that works in memory of its caller: cache is [rows, cache_cols()].
+template <BufferedExpert E, class S = typename E::Scalar>
+void check_expert_forward(const E& expert, const ConstMatrixRef<S>& x, const MatrixRef<S>& y,
+                          const MatrixRef<S>& cache, const char* where) {
+  check_expert_forward(expert, x, y, where);
+  require_shape(cache, x.rows(), expert.cache_cols(), where, "cache");
+  require_apart(where, "cache", cache, "x", x, "y", y);
+}
+
+/// The same for a backward pass; `grad` has the parameters' shapes and is another expert.
+template <class E, class S = typename E::Scalar>
+void check_expert_backward(const E& expert, const ConstMatrixRef<S>& x, const ConstMatrixRef<S>& d_y,
+                           const MatrixRef<S>& cache, const MatrixRef<S>& d_x, const E& grad, const char* where) {
+  require_shape(x, x.rows(), expert.d_model(), where, "x");
+  require_shape(d_y, x.rows(), expert.d_model(), where, "d_y");
+  require_shape(cache, x.rows(), expert.cache_cols(), where, "cache");
+  require_shape(d_x, x.rows(), expert.d_model(), where, "d_x");
+  require_apart(where, "d_x", d_x, "x", x, "d_y", d_y, "cache", cache);
+  require_apart(where, "cache", cache, "x", x, "d_y", d_y);
+  require(&grad != &expert, where, ": grad is the expert of d_model = ", expert.d_model(),
+          " itself, expected another one");
+  E::visit([](const ParameterInfo&, const auto&...) {}, expert, grad);  // throws if shapes differ
+  require(grad.d_model() == expert.d_model(), where, ": grad has d_model = ", grad.d_model(), ", expected ",
+          expert.d_model());  // of an expert without parameters
+}
+
 /// `count` experts of one configuration, each with weights of its own drawn from rng in turn.
 /// Throws std::invalid_argument when count is negative.
 /// Example: make_experts<GatedFeedForward<float>>(8, {.d_model = 64, .d_ff = 256}, rng).

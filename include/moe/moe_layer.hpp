@@ -36,6 +36,15 @@ struct LayerWorkspace {
   Matrix<S> shared_gate;        ///< logits of the shared experts' gates [tokens, shared experts]
   RowBuffer<S> x_rows, y_rows;  ///< [assignments, d_model]
   ExpertScratch<S> scratch;
+
+  template <class F>
+  void for_each_array(const F& f) const {
+    f(routing);
+    f(all_experts);
+    f(shared_gate);
+    for (const RowBuffer<S>* rows : {&x_rows, &y_rows}) f(*rows);
+    f(scratch);
+  }
 };
 
 /// What backward needs of a forward pass, and the buffers of both. Owns everything it needs: x may
@@ -48,6 +57,16 @@ struct LayerCache : LayerWorkspace<S> {
   RoutingGradient<S> routing_gradient;
   Buffer<S> d_gate;         ///< [assignments]
   Matrix<S> d_shared_gate;  ///< [tokens, shared experts]
+
+  template <class F>
+  void for_each_array(const F& f) const {
+    LayerWorkspace<S>::for_each_array(f);
+    for (const Matrix<S>* m : {&x, &d_shared_gate}) f(*m);
+    f(experts);
+    for (const RowBuffer<S>* rows : {&d_rows, &d_x_rows}) f(*rows);
+    f(routing_gradient);
+    f(d_gate);
+  }
 };
 
 /// A Mixture-of-Experts layer (Shazeer et al. 2017, eq. 1):
@@ -118,11 +137,12 @@ class MoELayer {
     return y;
   }
 
-  /// Allocates nothing when y and the workspace were last used with a batch of this shape.
+  /// Allocates nothing when y and the workspace were last used with a batch of this shape. x, y and the
+  /// workspace lie apart, here and in all that follows: no argument that is written overlaps another.
   template <Executor Ex = DefaultExecutor>
   void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Workspace& workspace,
                const BatchInfo& info = {}, const Ex& executor = {}) const {
-    require_apart(x, y, "MoELayer::forward: y is x");
+    check_apart(x, y, workspace, "the workspace");
     route(x, info, workspace.routing, executor);
     y.resize(x.rows(), d_model());
     const DispatchPlan<S>& plan = all_experts(x, workspace.routing.plan, workspace, executor);
@@ -158,10 +178,11 @@ class MoELayer {
     return y;
   }
 
-  /// Allocates nothing when y and the cache were last used with a batch of this shape. y is not x.
+  /// Allocates nothing when y and the cache were last used with a batch of this shape.
   template <Executor Ex = DefaultExecutor>
   void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Cache& cache, const BatchInfo& info = {},
                const Ex& executor = {}) const {
+    check_apart(x, y, cache, "the cache");
     route(x, info, cache.routing, executor);
     forward_routed(x, y, cache, executor);
   }
@@ -175,26 +196,31 @@ class MoELayer {
     return y;
   }
 
-  /// Allocates nothing when y and the cache were last used with a batch of this shape. y is not x.
+  /// Allocates nothing when y and the cache were last used with a batch of this shape.
   template <Executor Ex = DefaultExecutor>
   void forward(const ConstMatrixRef<S>& x, Rng& rng, Matrix<S>& y, Cache& cache,
                const BatchInfo& info = {}, const Ex& executor = {}) const {
     check_input(x);
+    check_apart(x, y, cache, "the cache");
     route_with(router_, x, rng, info, cache.routing, executor);
     check_routed(cache.routing, x.rows());
     forward_routed(x, y, cache, executor);
   }
 
-  /// Differentiable, with a routing made before. Gradients are exact where it is the routing that
-  /// this layer's router makes of x.
+  /// Differentiable, with a routing made before, which may be cache.routing. Gradients are exact where it
+  /// is the routing that this layer's router makes of x.
   template <std::same_as<Routing<S>> Made, Executor Ex = DefaultExecutor>
   Matrix<S> forward(const ConstMatrixRef<S>& x, const Made& routing, Cache& cache,
                     const Ex& executor = {}) const {
     check_input(x);
     check_plan(routing.plan, x.rows(), num_experts(), "MoELayer::forward");
     if (routing.chosen.token_begin.size() > 0) check_choices(routing, "MoELayer::forward");
-    cache.routing = routing;
     Matrix<S> y(x.rows(), d_model());
+    check_apart(x, y, cache, "the cache");
+    if (&routing != &cache.routing) {
+      require_apart("MoELayer::forward", "the cache", cache, "routing", routing);
+      cache.routing = routing;
+    }
     forward_routed(x, y, cache, executor);
     return y;
   }
@@ -213,13 +239,15 @@ class MoELayer {
     return d_x;
   }
 
-  /// Allocates nothing when d_x and the cache were last used with a batch of this shape. d_x is not d_y.
+  /// Allocates nothing when d_x and the cache were last used with a batch of this shape.
   template <Executor Ex = DefaultExecutor>
   void backward(const ConstMatrixRef<S>& d_y, Cache& cache, MoELayer& grad,
                 const RoutingGradient<S>& routing_gradient, Matrix<S>& d_x,
                 const Ex& executor = {}) const {
     check_backward(d_y, cache, grad, routing_gradient);
-    require_apart(d_y, d_x, "MoELayer::backward: d_x is d_y");
+    constexpr const char* kWhere = "MoELayer::backward";
+    require_apart(kWhere, "d_x", d_x, "d_y", d_y, "routing_gradient", routing_gradient, "the cache", cache);
+    require_apart(kWhere, "the cache", cache, "d_y", d_y, "routing_gradient", routing_gradient);
     const DispatchPlan<S>& routed = cache.routing.plan;
     const DispatchPlan<S>& plan = num_shared_ > 0 ? cache.all_experts : routed;
     d_x.resize(d_y.rows(), d_model());
@@ -287,9 +315,12 @@ class MoELayer {
  private:
   std::span<const E> all() const { return experts_; }
 
-  // Throws when two matrices share their memory.
-  static void require_apart(const ConstMatrixRef<S>& a, const Matrix<S>& b, const char* what) {
-    require(a.size() == 0 || a.data() != b.data(), what, ", expected two matrices");
+  // Throws unless what a forward pass writes, y and its buffers, lies apart from the rest.
+  template <class Buffers>
+  static void check_apart(const ConstMatrixRef<S>& x, const Matrix<S>& y, const Buffers& buffers,
+                          const char* what) {
+    require_apart("MoELayer::forward", "y", y, "x", x, what, buffers);
+    require_apart("MoELayer::forward", what, buffers, "x", x);
   }
 
   // Throws unless what a router made is of this batch and of these experts.
@@ -334,7 +365,6 @@ class MoELayer {
   void forward_routed(const ConstMatrixRef<S>& x, Matrix<S>& y, Cache& cache,
                       const Ex& executor) const {
     static_assert(TrainableExpert<E>, "a differentiable forward pass needs a TrainableExpert");
-    require_apart(x, y, "MoELayer::forward: y is x");
     cache.x = x;
     for (Index t = 0; t < x.rows(); ++t)
       if (!cache.routing.is_valid(t)) cache.x.row(t).setZero();
@@ -363,6 +393,8 @@ class MoELayer {
     require(cache.x.rows() == cache.routing.num_tokens(), "MoELayer::backward: the cache holds ",
             cache.x.rows(), " tokens, but its routing is of ", cache.routing.num_tokens());
     require_shape(d_y, cache.x.rows(), d_model(), "MoELayer::backward", "d_y");
+    require(&grad != this, "MoELayer::backward: grad is the layer of ", num_experts(),
+            " experts itself, expected another one");
     require(grad.d_model() == d_model() && grad.num_experts() == num_experts() &&
                 grad.num_shared_ == num_shared_,
             "MoELayer::backward: grad is a layer with d_model = ", grad.d_model(), ", ",

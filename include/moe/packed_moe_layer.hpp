@@ -48,6 +48,12 @@ struct PackedWorkspace : LayerWorkspace<float> {
   Buffer<float> products;      ///< what a worker multiplies now
   Buffer<float> rows;          ///< the rows for that, side by side
   Buffer<std::uint16_t> parts;  ///< the same, where they are in bfloat16
+
+  template <class F>
+  void for_each_array(const F& f) const {
+    LayerWorkspace<float>::for_each_array(f);
+    for (const Buffer<float>* b : {&hidden, &products, &rows}) f(*b);
+  }
 };
 
 /// The inference form of a MoELayer<E, R>: same router, same plan, same semantics; weights in `Format`
@@ -127,13 +133,13 @@ class PackedMoELayer {
     return y;
   }
 
-  /// The same. Allocates nothing when y and the workspace were last used with a batch of this shape.
+  /// The same. Allocates nothing when y and the workspace were last used with a batch of this shape. x, y
+  /// and the workspace lie apart.
   template <Executor Ex = DefaultExecutor>
   void forward(const ConstMatrixRef<float>& x, Matrix<float>& y, Workspace& workspace,
                const BatchInfo& info = {}, const Ex& executor = {}) const {
     check_input(x);
-    require(x.size() == 0 || x.data() != y.data(),
-            "PackedMoELayer::forward: y is x, expected two matrices");
+    check_apart(x, y, workspace);
     route_with(parts_.router, x, info, workspace.routing, executor);
     check_plan(workspace.routing.plan, x.rows(), num_experts(), "PackedMoELayer::forward");
     run(x, workspace.routing.plan, y, workspace, executor);
@@ -151,13 +157,14 @@ class PackedMoELayer {
     return y;
   }
 
-  /// The same. Allocates nothing when y and the workspace were last used with a batch of this shape.
+  /// The same. Allocates nothing when y and the workspace were last used with a batch of this shape. The
+  /// routing may be workspace.routing; y lies apart from all others.
   template <std::same_as<Routing<float>> Made, Executor Ex = DefaultExecutor>
   void forward(const ConstMatrixRef<float>& x, const Made& routing, Matrix<float>& y,
                Workspace& workspace, const Ex& executor = {}) const {
     check_input(x);
-    require(x.size() == 0 || x.data() != y.data(),
-            "PackedMoELayer::forward: y is x, expected two matrices");
+    check_apart(x, y, workspace);
+    require_apart("PackedMoELayer::forward", "y", y, "routing", routing);
     check_plan(routing.plan, x.rows(), num_experts(), "PackedMoELayer::forward");
     run(x, routing.plan, y, workspace, executor);
   }
@@ -190,6 +197,12 @@ class PackedMoELayer {
   void check_input(const ConstMatrixRef<float>& x) const {
     require(x.cols() == d_model(), "PackedMoELayer::forward: x has ", x.cols(),
             " columns, expected d_model = ", d_model(), "; tokens are rows");
+  }
+
+  // Throws unless what a forward pass writes, y and the workspace, lies apart from the rest.
+  static void check_apart(const ConstMatrixRef<float>& x, const Matrix<float>& y, const Workspace& workspace) {
+    require_apart("PackedMoELayer::forward", "y", y, "x", x, "the workspace", workspace);
+    require_apart("PackedMoELayer::forward", "the workspace", workspace, "x", x);
   }
 
   template <class Ex>

@@ -198,7 +198,8 @@ void contract_nothing(M&& m, bool add) {
 enum class Write { replace, add };
 
 /// y [rows, out] = x [rows, in] * w^T, w [out, in]: a linear layer as torch.nn.Linear stores it.
-/// O(rows * in * out). The operands must not overlap.
+/// O(rows * in * out). Like all products here it throws std::invalid_argument unless shapes fit and the result
+/// lies apart from the operands.
 template <class X, class W, class Y>
 void linear(const X& x, const W& w, Y&& y, Write write = Write::replace) {
   using Out = std::remove_cvref_t<Y>;
@@ -206,6 +207,7 @@ void linear(const X& x, const W& w, Y&& y, Write write = Write::replace) {
                 detail::kRowsAreContiguous<Out>);
   require_shape(w, y.cols(), x.cols(), "linear", "w");
   require_shape(y, x.rows(), w.rows(), "linear", "y");
+  require_apart("linear", "y", y, "x", x, "w", w);
   const bool add = write == Write::add;
   if constexpr (detail::kHasKernels<typename X::Scalar>) {
     if (y.size() == 0) return;
@@ -228,6 +230,7 @@ void linear_backward_input(const Dy& d_y, const W& w, Dx&& d_x, Write write = Wr
                 detail::kRowsAreContiguous<Out>);
   require_shape(w, d_y.cols(), d_x.cols(), "linear_backward_input", "w");
   require_shape(d_x, d_y.rows(), w.cols(), "linear_backward_input", "d_x");
+  require_apart("linear_backward_input", "d_x", d_x, "d_y", d_y, "w", w);
   const bool add = write == Write::add;
   if constexpr (detail::kHasKernels<typename Dy::Scalar>) {
     if (d_x.size() == 0) return;
@@ -250,6 +253,7 @@ void linear_backward_weight(const Dy& d_y, const X& x, Dw&& d_w) {
                 detail::kRowsAreContiguous<Out>);
   require_shape(x, d_y.rows(), d_w.cols(), "linear_backward_weight", "x");
   require_shape(d_w, d_y.cols(), x.cols(), "linear_backward_weight", "d_w");
+  require_apart("linear_backward_weight", "d_w", d_w, "d_y", d_y, "x", x);
   if constexpr (detail::kHasKernels<typename Dy::Scalar>) {
     if (d_w.size() == 0 || x.rows() == 0) return;
     detail::float_kernels().linear_backward_weight(
@@ -301,6 +305,7 @@ void add_bias(const B& b, Y&& y) {
                 detail::kRowsAreContiguous<std::remove_cvref_t<Y>>);
   using S = typename std::remove_cvref_t<Y>::Scalar;
   require(b.size() == y.cols(), "add_bias: b has ", b.size(), " entries, expected ", y.cols());
+  require_apart("add_bias", "y", y, "b", b);
   for (Index i = 0; i < y.rows(); ++i) add_scaled(y.cols(), S(1), b.data(), &y.coeffRef(i, 0));
 }
 
@@ -313,6 +318,7 @@ void bias_backward(const Dy& d_y, B&& d_b, const Keep& keep) {
   using S = typename Dy::Scalar;
   require(d_b.size() == d_y.cols(), "bias_backward: d_b has ", d_b.size(), " entries, expected ",
           d_y.cols());
+  require_apart("bias_backward", "d_b", d_b, "d_y", d_y);
   using Sum = std::common_type_t<S, double>;
   constexpr Index kCols = 64;
   for (Index j = 0; j < d_y.cols(); j += kCols) {

@@ -54,6 +54,10 @@ struct Choices {
   Index num_tokens() const { return std::max<Index>(token_begin.size() - 1, 0); }
   Index size() const { return expert.size(); }
   friend bool operator==(const Choices&, const Choices&) = default;
+  template <class F>
+  void for_each_array(const F& f) const {
+    f(gate);
+  }
 };
 
 /// An assignment that found no seat: a token's `choice`-th choice (0 is the first) was `expert`.
@@ -87,6 +91,10 @@ struct DispatchPlan {
     return Index(std::count(token_state.begin(), token_state.end(), TokenState::valid));
   }
   friend bool operator==(const DispatchPlan&, const DispatchPlan&) = default;
+  template <class F>
+  void for_each_array(const F& f) const {
+    f(gate);
+  }
 };
 
 /// The noise that a router added to its logits in training. Where it added none, empty() is true and
@@ -100,6 +108,10 @@ struct RoutingNoise {
 
   bool empty() const { return top_k == 0; }
   void clear() { top_k = 0; }
+  template <class F>
+  void for_each_array(const F& f) const {
+    for (const Matrix<S>* m : {&draws, &stddev, &noisy_logits}) f(*m);
+  }
 };
 
 /// Scratch memory of routers, kept so that a reused Routing allocates nothing. Holds no results, is
@@ -118,6 +130,11 @@ struct RoutingScratch {
   RoutingScratch(RoutingScratch&&) = default;
   RoutingScratch& operator=(const RoutingScratch&) { return *this; }
   RoutingScratch& operator=(RoutingScratch&&) = default;
+  template <class F>
+  void for_each_array(const F& f) const {
+    f(row);
+    for (const Matrix<S>* m : {&ranking, &d_logits, &d_noise, &input, &d_input}) f(*m);
+  }
 };
 
 /// Everything that a router decided about a batch, and all that its backward pass needs.
@@ -144,6 +161,17 @@ struct Routing {
   /// The logits that selection looked at: with noise where there is any.
   const Matrix<S>& selection_logits() const {
     return noise.empty() ? router_logits : noise.noisy_logits;
+  }
+  /// Calls f for every array of scalars that it consists of, or for parts that have this function: what a
+  /// view of a matrix may reach. So it is with the other types that have it. See require_apart.
+  template <class F>
+  void for_each_array(const F& f) const {
+    for (const Matrix<S>* m : {&router_logits, &router_probs, &input_factor}) f(*m);
+    f(chosen);
+    f(plan);
+    f(noise);
+    for (const Routing& level : levels) f(level);
+    f(scratch);
   }
 };
 
@@ -184,6 +212,11 @@ struct RoutingGradient {
     for (S& d : d_chosen_gate) d *= factor;
     for (S& d : d_gate) d *= factor;
     return *this;
+  }
+  template <class F>
+  void for_each_array(const F& f) const {
+    for (const Matrix<S>* m : {&d_router_logits, &d_router_probs, &d_noise_stddev}) f(*m);
+    for (const Buffer<S>* b : {&d_chosen_gate, &d_gate}) f(*b);
   }
   friend RoutingGradient operator+(RoutingGradient a, const RoutingGradient& b) { return a += b; }
   friend RoutingGradient operator*(S factor, RoutingGradient a) { return a *= factor; }

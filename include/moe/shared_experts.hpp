@@ -14,7 +14,8 @@ namespace moe {
 /// `plan` becomes the routed plan with `num_shared` experts behind the routed ones: each takes every
 /// valid token, with gate sigmoid(x w_shared_gate^T) [tokens, num_shared], or 1 where w_shared_gate is
 /// empty. Returns `routed` itself where there are none. O(tokens * num_shared * d_model); allocates
-/// only when shapes grow. Throws std::invalid_argument where w_shared_gate meets gates that scale inputs.
+/// only when shapes grow. Throws std::invalid_argument where w_shared_gate meets gates that scale inputs,
+/// and where what is written overlaps what is read.
 template <class S, Executor Ex>
 const DispatchPlan<S>& add_shared_experts(const ConstMatrixRef<S>& x, const DispatchPlan<S>& routed,
                                           Index num_shared, const Matrix<S>& w_shared_gate,
@@ -23,6 +24,9 @@ const DispatchPlan<S>& add_shared_experts(const ConstMatrixRef<S>& x, const Disp
   if (num_shared == 0) return routed;
   require(w_shared_gate.size() == 0 || routed.gate_side == GateSide::output,
           "MoELayer: gated shared experts beside a router whose gates scale inputs");
+  require(&plan != &routed, "add_shared_experts: plan is the routed plan of ", routed.num_experts(),
+          " experts itself, expected another one");
+  require_apart("add_shared_experts", "gate", gate, "x", x, "w_shared_gate", w_shared_gate, "routed", routed);
   if (w_shared_gate.size() > 0) {
     gate.resize(x.rows(), num_shared);
     router_linear(x, w_shared_gate, gate, executor);

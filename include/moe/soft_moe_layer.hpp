@@ -4,10 +4,12 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <concepts>
 #include <limits>
 #include <span>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -103,6 +105,13 @@ struct SoftMoEWorkspace {
   Index num_tokens() const { return token_state.size(); }
   Index num_groups() const { return std::max<Index>(group_begin.size() - 1, 0); }
   bool is_valid(Index token) const { return token_state[token] == TokenState::valid; }
+  template <class F>
+  void for_each_array(const F& f) const {
+    for (const Matrix<S>* m : {&logits, &dispatch, &combine, &x, &x_unit, &w_unit, &w_scaled}) f(*m);
+    f(plan);
+    for (const RowBuffer<S>* rows : {&slots, &x_rows, &y_rows}) f(*rows);
+    f(scratch);
+  }
 };
 
 /// What backward needs of a forward pass, and the buffers of both. Owns everything it needs: x may
@@ -118,6 +127,15 @@ struct SoftMoECache : SoftMoEWorkspace<S> {
   Buffer<S> d_scale;              ///< by slot [slots]
   RowBuffer<S> d_slots;           ///< [groups * slots, d_model]
   RowBuffer<S> d_rows, d_x_rows;  ///< [live slots, d_model]
+
+  template <class F>
+  void for_each_array(const F& f) const {
+    SoftMoEWorkspace<S>::for_each_array(f);
+    f(experts);
+    for (const Matrix<S>* m : {&d_y, &d_combine, &d_logits, &d_x_unit, &d_w_scaled}) f(*m);
+    f(d_scale);
+    for (const RowBuffer<S>* rows : {&d_slots, &d_rows, &d_x_rows}) f(*rows);
+  }
 };
 
 /// Soft Mixture of Experts (Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts",
@@ -196,7 +214,8 @@ class SoftMoELayer {
   }
 
   /// Allocates nothing when y and the workspace were last used with a batch of this shape, groups
-  /// included. y is not x. The workspace shows logits, dispatch and combine.
+  /// included. The workspace shows logits, dispatch and combine. x, y and the workspace lie apart, here and
+  /// in all that follows: no argument that is written overlaps another.
   template <Executor Ex = DefaultExecutor>
   void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Workspace& workspace,
                const BatchInfo& info = {}, const Ex& executor = {}) const {
@@ -217,7 +236,7 @@ class SoftMoELayer {
   }
 
   /// Allocates nothing when y and the cache were last used with a batch of this shape, groups
-  /// included. y is not x.
+  /// included.
   template <Executor Ex = DefaultExecutor>
   void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Cache& cache, const BatchInfo& info = {},
                const Ex& executor = {}) const {
@@ -240,13 +259,13 @@ class SoftMoELayer {
     return d_x;
   }
 
-  /// Allocates nothing when d_x and the cache were last used with a batch of this shape. d_x is not
-  /// d_y.
+  /// Allocates nothing when d_x and the cache were last used with a batch of this shape.
   template <Executor Ex = DefaultExecutor>
   void backward(const ConstMatrixRef<S>& d_y, Cache& cache, SoftMoELayer& grad, Matrix<S>& d_x,
                 const Ex& executor = {}) const {
     check_backward(d_y, cache, grad);
-    require_apart(d_y, d_x, "SoftMoELayer::backward: d_x is d_y");
+    require_apart("SoftMoELayer::backward", "d_x", d_x, "d_y", d_y, "the cache", cache);
+    require_apart("SoftMoELayer::backward", "the cache", cache, "d_y", d_y);
     d_x.resize(d_y.rows(), d_model());
     if (cache.live.empty()) {  // no valid token
       d_x.setZero();
@@ -286,11 +305,6 @@ class SoftMoELayer {
   static constexpr Index kSlotBlock = 64, kColBlock = 128;
 
   static Index blocks(Index n, Index size) { return (n + size - 1) / size; }
-
-  // Throws when two matrices share their memory.
-  static void require_apart(const ConstMatrixRef<S>& a, const Matrix<S>& b, const char* what) {
-    require(a.size() == 0 || a.data() != b.data(), what, ", expected two matrices");
-  }
 
   void check_parameters(const char* where) const {
     require_shape(w_slots, num_slots(), d_model(), where, "w_slots");
@@ -340,12 +354,14 @@ class SoftMoELayer {
   }
 
   // The way of a batch up to the rows of experts.
-  template <class Ex>
-  void make_slots(const ConstMatrixRef<S>& x, Matrix<S>& y, Workspace& w, const BatchInfo& info,
+  template <std::derived_from<Workspace> Buffers, class Ex>
+  void make_slots(const ConstMatrixRef<S>& x, Matrix<S>& y, Buffers& w, const BatchInfo& info,
                   const Ex& executor) const {
+    constexpr const char* kBuffers = std::is_same_v<Buffers, Cache> ? "the cache" : "the workspace";
     require(x.cols() == d_model(), "SoftMoELayer::forward: x has ", x.cols(),
             " columns, expected d_model = ", d_model());
-    require_apart(x, y, "SoftMoELayer::forward: y is x");
+    require_apart("SoftMoELayer::forward", "y", y, "x", x, kBuffers, w);
+    require_apart("SoftMoELayer::forward", kBuffers, w, "x", x);
     check_parameters("SoftMoELayer::forward");
     begin_batch(x.rows(), info, w);
     y.resize(x.rows(), d_model());
@@ -540,6 +556,8 @@ class SoftMoELayer {
     require_shape(c.dispatch, tokens, num_slots(), where, "the cache's dispatch");
     require_shape(c.combine, tokens, num_slots(), where, "the cache's combine");
     require_shape(d_y, tokens, d_model(), where, "d_y");
+    require(&grad != this, where, ": grad is the layer of ", num_experts(),
+            " experts itself, expected another one");
     require(grad.d_model() == d_model() && grad.num_experts() == num_experts(), where,
             ": grad is a layer with d_model = ", grad.d_model(), " and ", grad.num_experts(),
             " experts, expected ", d_model(), " and ", num_experts());

@@ -455,7 +455,19 @@ void check_router_backward(const R& router, const ConstMatrixRef<S>& x, const Ro
     require_shape(noise.draws, x.rows(), router.num_experts(), where, "noise.draws");
     require_shape(noise.stddev, x.rows(), router.num_experts(), where, "noise.stddev");
   }
+  require(&grad != &router, where, ": grad is the router of ", router.num_experts(),
+          " experts itself, expected another one");
   R::visit([](const ParameterInfo&, const auto&...) {}, router, grad);  // throws if shapes differ
+}
+
+/// Throws std::invalid_argument unless what a router's backward pass writes, d_x and the routing's scratch, lies
+/// apart from what it reads, and d_x has the shape of x. O(1).
+template <class S>
+void check_router_operands(const ConstMatrixRef<S>& x, const Routing<S>& routing,
+                           const RoutingGradient<S>& gradient, const MatrixRef<S>& d_x, const char* where) {
+  require_shape(d_x, x.rows(), x.cols(), where, "d_x");
+  require_apart(where, "d_x", d_x, "x", x, "gradient", gradient, "routing", routing);
+  require_apart(where, "the routing's scratch", routing.scratch, "x", x, "gradient", gradient);
 }
 
 }  // namespace moe

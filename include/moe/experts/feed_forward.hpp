@@ -70,9 +70,7 @@ class FeedForward {
   Index cache_cols() const { return 2 * d_ff(); }
 
   void forward(const ConstMatrixRef<S>& x, MatrixRef<S> y, MatrixRef<S> cache) const {
-    require_shape(x, x.rows(), d_model(), "FeedForward::forward", "x");
-    require_shape(y, x.rows(), d_model(), "FeedForward::forward", "y");
-    require_shape(cache, x.rows(), cache_cols(), "FeedForward::forward", "cache");
+    check_expert_forward(*this, x, y, cache, "FeedForward::forward");
     if (x.rows() == 0) return;
     auto before = cache.leftCols(d_ff());   // [rows, d_ff]
     auto hidden = cache.rightCols(d_ff());  // [rows, d_ff]
@@ -88,11 +86,7 @@ class FeedForward {
                 MatrixRef<S> d_x, FeedForward& grad) const
     requires std::same_as<Storage, Owned>
   {
-    require_shape(x, x.rows(), d_model(), "FeedForward::backward", "x");
-    require_shape(d_y, x.rows(), d_model(), "FeedForward::backward", "d_y");
-    require_shape(cache, x.rows(), cache_cols(), "FeedForward::backward", "cache");
-    require_shape(d_x, x.rows(), d_model(), "FeedForward::backward", "d_x");
-    visit([](const ParameterInfo&, const auto&...) {}, *this, grad);  // throws if shapes differ
+    check_expert_backward(*this, x, d_y, cache, d_x, grad, "FeedForward::backward");
     if (x.rows() == 0) return;
     const auto before = cache.leftCols(d_ff());
     auto hidden = cache.rightCols(d_ff());  // overwritten by its own gradient, recomputed first

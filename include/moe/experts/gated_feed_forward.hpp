@@ -74,9 +74,7 @@ class GatedFeedForward {
   Index cache_cols() const { return 4 * d_ff(); }
 
   void forward(const ConstMatrixRef<S>& x, MatrixRef<S> y, MatrixRef<S> cache) const {
-    require_shape(x, x.rows(), d_model(), "GatedFeedForward::forward", "x");
-    require_shape(y, x.rows(), d_model(), "GatedFeedForward::forward", "y");
-    require_shape(cache, x.rows(), cache_cols(), "GatedFeedForward::forward", "cache");
+    check_expert_forward(*this, x, y, cache, "GatedFeedForward::forward");
     if (x.rows() == 0) return;
     auto gate = cache.leftCols(d_ff());                   // [rows, d_ff]
     auto up = cache.middleCols(d_ff(), d_ff());           // [rows, d_ff]
@@ -97,11 +95,7 @@ class GatedFeedForward {
                 MatrixRef<S> d_x, GatedFeedForward& grad) const
     requires std::same_as<Storage, Owned>
   {
-    require_shape(x, x.rows(), d_model(), "GatedFeedForward::backward", "x");
-    require_shape(d_y, x.rows(), d_model(), "GatedFeedForward::backward", "d_y");
-    require_shape(cache, x.rows(), cache_cols(), "GatedFeedForward::backward", "cache");
-    require_shape(d_x, x.rows(), d_model(), "GatedFeedForward::backward", "d_x");
-    visit([](const ParameterInfo&, const auto&...) {}, *this, grad);  // throws if shapes differ
+    check_expert_backward(*this, x, d_y, cache, d_x, grad, "GatedFeedForward::backward");
     if (x.rows() == 0) return;
     const auto gate = cache.leftCols(d_ff());
     const auto up = cache.middleCols(d_ff(), d_ff());

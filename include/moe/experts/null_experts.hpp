@@ -35,8 +35,7 @@ class ZeroExpert {
 
   /// y [rows, d_model] from x [rows, d_model]. Zero also where x is NaN. Allocates nothing.
   void forward(const ConstMatrixRef<S>& x, MatrixRef<S> y) const {
-    require_shape(x, x.rows(), d_model(), "ZeroExpert::forward", "x");
-    require_shape(y, x.rows(), d_model(), "ZeroExpert::forward", "y");
+    check_expert_forward(*this, x, y, "ZeroExpert::forward");
     y.setZero();
   }
 
@@ -44,19 +43,14 @@ class ZeroExpert {
   Index cache_cols() const { return 0; }
 
   void forward(const ConstMatrixRef<S>& x, MatrixRef<S> y, MatrixRef<S> cache) const {
-    require_shape(cache, x.rows(), cache_cols(), "ZeroExpert::forward", "cache");
+    check_expert_forward(*this, x, y, cache, "ZeroExpert::forward");
     forward(x, y);
   }
 
   /// d_x [rows, d_model] = 0.
   void backward(const ConstMatrixRef<S>& x, const ConstMatrixRef<S>& d_y, MatrixRef<S> cache,
                 MatrixRef<S> d_x, ZeroExpert& grad) const {
-    require_shape(x, x.rows(), d_model(), "ZeroExpert::backward", "x");
-    require_shape(d_y, x.rows(), d_model(), "ZeroExpert::backward", "d_y");
-    require_shape(cache, x.rows(), cache_cols(), "ZeroExpert::backward", "cache");
-    require_shape(d_x, x.rows(), d_model(), "ZeroExpert::backward", "d_x");
-    require(grad.d_model() == d_model(), "ZeroExpert::backward: grad has d_model = ",
-            grad.d_model(), ", expected ", d_model());
+    check_expert_backward(*this, x, d_y, cache, d_x, grad, "ZeroExpert::backward");
     d_x.setZero();
   }
 
@@ -90,8 +84,7 @@ class CopyExpert {
 
   /// y [rows, d_model] from x [rows, d_model]. Allocates nothing.
   void forward(const ConstMatrixRef<S>& x, MatrixRef<S> y) const {
-    require_shape(x, x.rows(), d_model(), "CopyExpert::forward", "x");
-    require_shape(y, x.rows(), d_model(), "CopyExpert::forward", "y");
+    check_expert_forward(*this, x, y, "CopyExpert::forward");
     y = x;
   }
 
@@ -99,19 +92,14 @@ class CopyExpert {
   Index cache_cols() const { return 0; }
 
   void forward(const ConstMatrixRef<S>& x, MatrixRef<S> y, MatrixRef<S> cache) const {
-    require_shape(cache, x.rows(), cache_cols(), "CopyExpert::forward", "cache");
+    check_expert_forward(*this, x, y, cache, "CopyExpert::forward");
     forward(x, y);
   }
 
   /// d_x [rows, d_model] = d_y.
   void backward(const ConstMatrixRef<S>& x, const ConstMatrixRef<S>& d_y, MatrixRef<S> cache,
                 MatrixRef<S> d_x, CopyExpert& grad) const {
-    require_shape(x, x.rows(), d_model(), "CopyExpert::backward", "x");
-    require_shape(d_y, x.rows(), d_model(), "CopyExpert::backward", "d_y");
-    require_shape(cache, x.rows(), cache_cols(), "CopyExpert::backward", "cache");
-    require_shape(d_x, x.rows(), d_model(), "CopyExpert::backward", "d_x");
-    require(grad.d_model() == d_model(), "CopyExpert::backward: grad has d_model = ",
-            grad.d_model(), ", expected ", d_model());
+    check_expert_backward(*this, x, d_y, cache, d_x, grad, "CopyExpert::backward");
     d_x = d_y;
   }
 
@@ -151,8 +139,7 @@ class ConstantExpert {
 
   /// y [rows, d_model] from x [rows, d_model]. Allocates nothing.
   void forward(const ConstMatrixRef<S>& x, MatrixRef<S> y) const {
-    require_shape(x, x.rows(), d_model(), "ConstantExpert::forward", "x");
-    require_shape(y, x.rows(), d_model(), "ConstantExpert::forward", "y");
+    check_expert_forward(*this, x, y, "ConstantExpert::forward");
     for (Index i = 0; i < x.rows(); ++i) {
       S a[2];
       shares(&x.coeffRef(i, 0), a);
@@ -165,7 +152,7 @@ class ConstantExpert {
   Index cache_cols() const { return 0; }
 
   void forward(const ConstMatrixRef<S>& x, MatrixRef<S> y, MatrixRef<S> cache) const {
-    require_shape(cache, x.rows(), cache_cols(), "ConstantExpert::forward", "cache");
+    check_expert_forward(*this, x, y, cache, "ConstantExpert::forward");
     forward(x, y);
   }
 
@@ -174,11 +161,7 @@ class ConstantExpert {
   /// d_v = a_2 d_y.
   void backward(const ConstMatrixRef<S>& x, const ConstMatrixRef<S>& d_y, MatrixRef<S> cache,
                 MatrixRef<S> d_x, ConstantExpert& grad) const {
-    require_shape(x, x.rows(), d_model(), "ConstantExpert::backward", "x");
-    require_shape(d_y, x.rows(), d_model(), "ConstantExpert::backward", "d_y");
-    require_shape(cache, x.rows(), cache_cols(), "ConstantExpert::backward", "cache");
-    require_shape(d_x, x.rows(), d_model(), "ConstantExpert::backward", "d_x");
-    visit([](const ParameterInfo&, const auto&...) {}, *this, grad);  // throws if shapes differ
+    check_expert_backward(*this, x, d_y, cache, d_x, grad, "ConstantExpert::backward");
     const Index n = d_model();
     constexpr Index kRows = 128;  // that are summed up at a time
     Eigen::Matrix<S, kRows, 2, Eigen::RowMajor> d_z;

@@ -72,9 +72,7 @@ class ThreeWayFeedForward {
   Index cache_cols() const { return 6 * d_ff(); }
 
   void forward(const ConstMatrixRef<S>& x, MatrixRef<S> y, MatrixRef<S> cache) const {
-    require_shape(x, x.rows(), d_model(), "ThreeWayFeedForward::forward", "x");
-    require_shape(y, x.rows(), d_model(), "ThreeWayFeedForward::forward", "y");
-    require_shape(cache, x.rows(), cache_cols(), "ThreeWayFeedForward::forward", "cache");
+    check_expert_forward(*this, x, y, cache, "ThreeWayFeedForward::forward");
     if (x.rows() == 0) return;
     auto up = cache.middleCols(2 * d_ff(), d_ff());      // [rows, d_ff]
     auto unit = cache.middleCols(3 * d_ff(), d_ff());    // a1 * silu(a2) [rows, d_ff]
@@ -91,11 +89,7 @@ class ThreeWayFeedForward {
                 MatrixRef<S> d_x, ThreeWayFeedForward& grad) const
     requires std::same_as<Storage, Owned>
   {
-    require_shape(x, x.rows(), d_model(), "ThreeWayFeedForward::backward", "x");
-    require_shape(d_y, x.rows(), d_model(), "ThreeWayFeedForward::backward", "d_y");
-    require_shape(cache, x.rows(), cache_cols(), "ThreeWayFeedForward::backward", "cache");
-    require_shape(d_x, x.rows(), d_model(), "ThreeWayFeedForward::backward", "d_x");
-    visit([](const ParameterInfo&, const auto&...) {}, *this, grad);  // throws if shapes differ
+    check_expert_backward(*this, x, d_y, cache, d_x, grad, "ThreeWayFeedForward::backward");
     if (x.rows() == 0) return;
     const auto a1 = cache.leftCols(d_ff());
     const auto a2 = cache.middleCols(d_ff(), d_ff());

@@ -60,6 +60,7 @@ class ExpertChoiceRouter {
   void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
              const E& executor = {}) const {
     require_shape(x, x.rows(), d_model(), "ExpertChoiceRouter::route", "x");
+    require_apart("ExpertChoiceRouter::route", "routing", routing, "x", x);
     begin_routing(x.rows(), num_experts(), info, routing, "ExpertChoiceRouter::route");
     const Index tokens = x.rows(), experts = num_experts();
     Matrix<S>&z = routing.router_logits, &p = routing.router_probs;
@@ -84,8 +85,8 @@ class ExpertChoiceRouter {
   void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, ExpertChoiceRouter& grad,
                 const E& executor = {}) const {
-    require_shape(d_x, x.rows(), d_model(), "ExpertChoiceRouter::backward", "d_x");
     check_backward(x, routing, grad);
+    check_router_operands(x, routing, gradient, d_x, "ExpertChoiceRouter::backward");
     Matrix<S>& d_logits = routing.scratch.d_logits;
     selection_backward(SeatingRule{}, routing, gradient, d_logits);
     add_valid_rows(routing, gradient.d_router_logits, d_logits);

@@ -90,6 +90,7 @@ class HashRouter {
   /// for the id of a token that is not masked beyond the table.
   void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing) const {
     require_shape(x, x.rows(), d_model(), "HashRouter::route", "x");
+    require_apart("HashRouter::route", "routing", routing, "x", x);
     begin_routing(x.rows(), num_experts(), info, routing, "HashRouter::route");
     require(info.token_ids.size() == x.rows(), "HashRouter::route: token_ids has ",
             info.token_ids.size(), " entries, expected ", x.rows(), " tokens");

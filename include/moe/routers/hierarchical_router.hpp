@@ -107,8 +107,8 @@ class HierarchicalRouter {
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, HierarchicalRouter& grad,
                 const E& executor = {}) const {
     constexpr const char* kWhere = "HierarchicalRouter::backward";
-    require_shape(d_x, x.rows(), d_model(), kWhere, "d_x");
     check_backward(x, routing, grad);
+    check_router_operands(x, routing, gradient, d_x, kWhere);
     check_routing_gradient(gradient, routing, kWhere);
     for (const Matrix<S>* d : {&gradient.d_router_logits, &gradient.d_noise_stddev})
       require(std::all_of(d->data(), d->data() + d->size(), [](S v) { return v == S(0); }), kWhere,
@@ -151,10 +151,11 @@ class HierarchicalRouter {
                        std::span<const RoutingGradient<S>> gradients, MatrixRef<S> d_x,
                        HierarchicalRouter& grad, const E& executor = {}) const {
     constexpr const char* kWhere = "HierarchicalRouter::backward_levels";
-    require_shape(d_x, x.rows(), d_model(), kWhere, "d_x");
     require(gradients.size() == children_.size() + 1, kWhere, ": ", gradients.size(),
             " gradients, expected 1 + ", children_.size(), " children");
     check_backward(x, routing, grad);
+    for (const RoutingGradient<S>& gradient : gradients)
+      check_router_operands(x, routing, gradient, d_x, kWhere);
     for (std::size_t level = 0; level < gradients.size(); ++level)
       check_routing_gradient(gradients[level], routing.levels[level], kWhere);
     for (std::size_t level = 0; level < gradients.size(); ++level)
@@ -272,6 +273,7 @@ class HierarchicalRouter {
                     Routing<S>& routing, const E& executor) const {
     constexpr const char* kWhere = "HierarchicalRouter::route";
     require_shape(x, x.rows(), d_model(), kWhere, "x");
+    require_apart(kWhere, "routing", routing, "x", x);
     check_parts(kWhere);
     std::vector<Routing<S>> levels = std::move(routing.levels);  // begin_routing would drop them
     begin_routing(x.rows(), num_experts(), info, routing, kWhere);

@@ -66,6 +66,7 @@ class NoisyTopKRouter {
   void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
              const E& executor = {}) const {
     require_shape(x, x.rows(), d_model(), "NoisyTopKRouter::route", "x");
+    require_apart("NoisyTopKRouter::route", "routing", routing, "x", x);
     begin_routing(x.rows(), num_experts(), info, routing, "NoisyTopKRouter::route");
     logits(x, w_router, routing.router_logits, executor);
     route_by_logits(rule(options_.capacity), {}, info, routing, executor);
@@ -77,6 +78,7 @@ class NoisyTopKRouter {
   void route(const ConstMatrixRef<S>& x, Rng& rng, const BatchInfo& info, Routing<S>& routing,
              const E& executor = {}) const {
     require_shape(x, x.rows(), d_model(), "NoisyTopKRouter::route", "x");
+    require_apart("NoisyTopKRouter::route", "routing", routing, "x", x);
     require_trainable(options_, rule({}), num_experts(), "NoisyTopKRouter::route");
     require_shape(w_noise, num_experts(), d_model(), "NoisyTopKRouter::route", "w_noise");
     begin_routing(x.rows(), num_experts(), info, routing, "NoisyTopKRouter::route");
@@ -102,8 +104,8 @@ class NoisyTopKRouter {
   void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, NoisyTopKRouter& grad,
                 const E& executor = {}) const {
-    require_shape(d_x, x.rows(), d_model(), "NoisyTopKRouter::backward", "d_x");
     check_backward(x, routing, grad);
+    check_router_operands(x, routing, gradient, d_x, "NoisyTopKRouter::backward");
     const RoutingNoise<S>& noise = routing.noise;
     Matrix<S>& d_logits = routing.scratch.d_logits;
     selection_backward(rule({}), routing, gradient, d_logits);

@@ -145,8 +145,8 @@ class SinkhornRouter {
   void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, SinkhornRouter& grad,
                 const E& executor = {}) const {
-    require_shape(d_x, x.rows(), d_model(), "SinkhornRouter::backward", "d_x");
     check_backward(x, routing, grad);
+    check_router_operands(x, routing, gradient, d_x, "SinkhornRouter::backward");
     Matrix<S>& d_logits = routing.scratch.d_logits;
     selection_backward(rule({}), routing, gradient, d_logits);
     add_valid_rows(routing, gradient.d_router_logits, d_logits);
@@ -193,6 +193,7 @@ class SinkhornRouter {
   void begin(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
              const E& executor) const {
     require_shape(x, x.rows(), d_model(), "SinkhornRouter::route", "x");
+    require_apart("SinkhornRouter::route", "routing", routing, "x", x);
     begin_routing(x.rows(), num_experts(), info, routing, "SinkhornRouter::route");
     routing.router_logits.resize(x.rows(), num_experts());
     router_linear(x, w_router, routing.router_logits, executor);

@@ -82,6 +82,7 @@ class SparseMixerRouter {
                         Routing<S>& routing, const E& executor = {}) const {
     require_shape(draws, x.rows(), 2 * (num_experts() + 1), "SparseMixerRouter::route_with_draws",
                   "draws");
+    require_apart("SparseMixerRouter::route_with_draws", "routing", routing, "draws", draws);
     begin(x, info, routing, executor);
     pick_drawn(draws, routing, executor);
   }
@@ -92,8 +93,8 @@ class SparseMixerRouter {
   void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, SparseMixerRouter& grad,
                 const E& executor = {}) const {
-    require_shape(d_x, x.rows(), d_model(), "SparseMixerRouter::backward", "d_x");
     check_backward(x, routing, grad);
+    check_router_operands(x, routing, gradient, d_x, "SparseMixerRouter::backward");
     check_routing_gradient(gradient, routing, "SparseMixerRouter::backward");
     Matrix<S>& d_logits = routing.scratch.d_logits;
     d_logits.setZero(x.rows(), num_experts());
@@ -186,6 +187,7 @@ class SparseMixerRouter {
   void begin(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
              const E& executor) const {
     require_shape(x, x.rows(), d_model(), "SparseMixerRouter::route", "x");
+    require_apart("SparseMixerRouter::route", "routing", routing, "x", x);
     begin_routing(x.rows(), num_experts(), info, routing, "SparseMixerRouter::route");
     routing.router_logits.resize(x.rows(), num_experts());
     routing.router_probs.resize(x.rows(), num_experts());

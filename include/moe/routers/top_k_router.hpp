@@ -142,6 +142,7 @@ class TopKRouter {
   void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
              const E& executor = {}) const {
     require_shape(x, x.rows(), d_model(), "TopKRouter::route", "x");
+    require_apart("TopKRouter::route", "routing", routing, "x", x);
     begin_routing(x.rows(), num_experts(), info, routing, "TopKRouter::route");
     logits(x, routing.router_logits, executor);
     route_by_logits(rule(options_.capacity), selection_bias, info, routing, executor);
@@ -154,6 +155,7 @@ class TopKRouter {
   void route(const ConstMatrixRef<S>& x, Rng& rng, const BatchInfo& info, Routing<S>& routing,
              const E& executor = {}) const {
     require_shape(x, x.rows(), d_model(), "TopKRouter::route", "x");
+    require_apart("TopKRouter::route", "routing", routing, "x", x);
     require_trainable(options_, rule({}), num_experts(), "TopKRouter::route");
     begin_routing(x.rows(), num_experts(), info, routing, "TopKRouter::route");
     if (options_.jitter > 0) {
@@ -191,8 +193,8 @@ class TopKRouter {
   void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, TopKRouter& grad,
                 const E& executor = {}) const {
-    require_shape(d_x, x.rows(), d_model(), "TopKRouter::backward", "d_x");
     check_backward(x, routing, grad);
+    check_router_operands(x, routing, gradient, d_x, "TopKRouter::backward");
     Matrix<S>& d_logits = routing.scratch.d_logits;
     SeatingRule seating = rule({});
     seating.second_threshold =
