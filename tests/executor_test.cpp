@@ -2,6 +2,7 @@
 #include <atomic>
 #include <chrono>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <set>
@@ -222,6 +223,31 @@ TEST(ThreadPoolExecutor, RunsInlineOnAThreadOfItsPool) {
   while (!ended && std::chrono::steady_clock::now() < end) std::this_thread::yield();
   EXPECT_TRUE(ended);
   EXPECT_EQ(count, 10);
+}
+
+// Every thread of the pool waits for the call, which so has no helper. They give up in the end, so that
+// a call that waits for them in turn fails this test and does not hang it.
+TEST(ThreadPoolExecutor, DoesNotWaitForThreadsThatWaitForIt) {
+  constexpr int kThreads = 2;
+  auto calls = std::make_unique<std::atomic<int>>(0);
+  std::atomic<int> waiting{0}, gave_up{0};
+  std::atomic<bool> ended{false};
+  {
+    Eigen::ThreadPool pool(kThreads);
+    for (int i = 0; i < kThreads; ++i)
+      pool.Schedule([&] {
+        ++waiting;
+        const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+        while (!ended && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+        gave_up += !ended;
+      });
+    while (waiting < kThreads) std::this_thread::yield();
+    moe::ThreadPoolExecutor(pool).for_each(10, [&count = *calls](Index, Index) { ++count; });
+    EXPECT_EQ(*calls, 10);
+    calls.reset();  // helpers that start now have nothing to take and must not look for it
+    ended = true;
+  }  // they have started when the pool is gone
+  EXPECT_EQ(gave_up, 0);
 }
 
 // A pool that takes one task and has no memory for the next.

@@ -6,6 +6,7 @@
 #include <concepts>
 #include <condition_variable>
 #include <exception>
+#include <memory>
 #include <mutex>
 
 #include <moe/check.hpp>
@@ -100,9 +101,40 @@ namespace detail {
 // that waits for it.
 inline constinit thread_local bool inside_task = false;
 
+// How the caller of a pool and its helpers part. A pool may start a helper long after the call, which does not
+// wait for it then: the helpers own this together with the caller.
+class Helpers {
+ public:
+  // A helper's part: runs f, which may use what is the caller's, unless the call has ended.
+  template <class F>
+  void help(const F& f) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (ended_) return;
+      ++helping_;
+    }
+    f();
+    const std::lock_guard lock(mutex_);
+    if (--helping_ == 0) nobody_helps_.notify_one();
+  }
+  // The caller's, when there is nothing left to take: waits for those who still work.
+  void end() {
+    std::unique_lock lock(mutex_);
+    ended_ = true;
+    nobody_helps_.wait(lock, [&] { return helping_ == 0; });
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable nobody_helps_;
+  Index helping_ = 0;
+  bool ended_ = false;
+};
+
 }  // namespace detail
 
-/// Runs tasks on a pool of Eigen's kind (Eigen::ThreadPoolInterface), the calling thread included.
+/// Runs tasks on a pool of Eigen's kind (Eigen::ThreadPoolInterface), the calling thread included, which
+/// waits for nobody but who has taken a task: where all threads of the pool are busy, it runs all of them.
 /// The pool is borrowed. A template, because the pool's header moved between Eigen versions.
 template <class Pool>
 class ThreadPoolExecutor {
@@ -122,24 +154,13 @@ class ThreadPoolExecutor {
       for (Index i; (i = next.fetch_add(1)) < n;) first.run([&] { f(i, worker); });
       detail::inside_task = false;
     };
-    std::mutex mutex;
-    std::condition_variable ended;
-    Index running = helpers;
-    Index scheduled = 0;
+    const auto shared = std::make_shared<detail::Helpers>();
     first.run([&] {  // where the pool refuses a helper, the others do its share
-      for (; scheduled < helpers; ++scheduled) {
-        pool_->Schedule([&, worker = scheduled + 1] {
-          work(worker);
-          const std::lock_guard lock(mutex);
-          if (--running == 0) ended.notify_one();
-        });
-      }
+      for (Index worker = 1; worker <= helpers; ++worker)
+        pool_->Schedule([shared, worker, &work] { shared->help([&] { work(worker); }); });
     });
     work(0);
-    std::unique_lock lock(mutex);
-    running -= helpers - scheduled;
-    ended.wait(lock, [&] { return running == 0; });
-    lock.unlock();
+    shared->end();
     first.rethrow();
   }
 
