@@ -276,15 +276,28 @@ class MoELayer {
     router_ = std::move(router);
   }
 
-  /// Removes a routed expert and its row of the router. Throws, and changes nothing, when it does
-  /// not exist or the router could not work with fewer.
-  void remove_expert(Index expert)
-    requires requires(R& r) { r.remove_expert(expert); }
+  /// Removes routed experts, named in any order, and their rows of the router. Throws, and changes nothing,
+  /// when one does not exist or is named twice, or the router could not work with those that are left. All at
+  /// once, because a router with a group limit works with some numbers of experts only.
+  void remove_experts(const std::vector<Index>& experts)
+    requires requires(R& r) { r.remove_experts(experts); }
   {
     R router = router_;
-    router.remove_expert(expert);
-    experts_.erase(experts_.begin() + expert);
+    router.remove_experts(experts);
+    const std::vector<Index> left =
+        experts_without(experts, num_experts(), router.num_experts(), "MoELayer::remove_experts");
+    std::vector<E> kept;
+    kept.reserve(left.size() + std::size_t(num_shared_));
+    for (const Index e : left) kept.push_back(std::move_if_noexcept(experts_[std::size_t(e)]));
+    for (E& expert : shared_experts()) kept.push_back(std::move_if_noexcept(expert));
+    experts_ = std::move(kept);
     router_ = std::move(router);
+  }
+  /// The same for one expert.
+  void remove_expert(Index expert)
+    requires requires(R& r) { r.remove_experts({expert}); }
+  {
+    remove_experts({expert});
   }
 
   template <class F, class... Self>

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <cstddef>
 #include <limits>
 #include <utility>
+#include <vector>
 
 #include <moe/capacity.hpp>
 #include <moe/group_limit.hpp>
@@ -423,19 +425,36 @@ Matrix<S> with_row(const Matrix<S>& weight, const Vector<S>& w, const char* wher
   return larger;
 }
 
-/// A copy of a matrix or vector without one of its rows.
-template <class M>
-M without_row(const M& m, Index row) {
-  M smaller(m.rows() - 1, m.cols());
-  smaller << m.topRows(row), m.bottomRows(m.rows() - row - 1);
-  return smaller;
+/// The experts that are left of num_experts without those that `removed` names in any order, ascending. Throws
+/// std::invalid_argument unless all of these exist, each is named once, and at least `at_least` others are left.
+/// O(num_experts + removed).
+inline std::vector<Index> experts_without(const std::vector<Index>& removed, Index num_experts, Index at_least,
+                                          const char* where) {
+  std::vector<bool> goes(std::size_t(num_experts), false);
+  for (const Index e : removed) {
+    require(e >= 0 && e < num_experts, where, ": expert ", e, " of ", num_experts);
+    require(!goes[std::size_t(e)], where, ": expert ", e, " is twice among the ", removed.size(), " to remove");
+    goes[std::size_t(e)] = true;
+  }
+  const Index left = num_experts - Index(removed.size());
+  require(removed.empty() || left >= at_least, where, ": ", left, " of ", num_experts,
+          " experts, and at least ", at_least, " must be left");
+  std::vector<Index> kept;
+  kept.reserve(std::size_t(left));
+  for (Index e = 0; e < num_experts; ++e)
+    if (!goes[std::size_t(e)]) kept.push_back(e);
+  return kept;
 }
 
-/// Throws std::invalid_argument unless `expert` can be removed and leave at least `at_least`.
-inline void check_removal(Index expert, Index num_experts, Index at_least, const char* where) {
-  require(expert >= 0 && expert < num_experts, where, ": expert ", expert, " of ", num_experts);
-  require(num_experts > at_least, where, ": ", num_experts, " experts, and at least ", at_least,
-          " must be left");
+/// A copy of some rows of a matrix or vector of num_experts rows, an empty one of an empty one. Throws
+/// std::invalid_argument when it has another number of rows.
+template <class M>
+M take_rows(const M& m, const std::vector<Index>& rows, Index num_experts, const char* where, const char* what) {
+  if (m.size() == 0) return m;
+  require_shape(m, num_experts, m.cols(), where, what);
+  M taken(Index(rows.size()), m.cols());
+  for (std::size_t i = 0; i < rows.size(); ++i) taken.row(Index(i)) = m.row(rows[i]);
+  return taken;
 }
 
 /// Throws std::invalid_argument unless the arguments of a router's backward pass fit the router and

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include <moe/init.hpp>
 #include <moe/token_choice.hpp>
@@ -105,12 +106,16 @@ class ExpertChoiceRouter {
     options_.num_experts = num_experts();
   }
 
-  /// Removes an expert. Throws when it does not exist or none would be left.
-  void remove_expert(Index expert) {
-    check_removal(expert, num_experts(), 1, "ExpertChoiceRouter::remove_expert");
-    w_router = without_row(w_router, expert);
+  /// Removes experts, named in any order. Throws, and changes nothing, when one does not exist or is named
+  /// twice, or none would be left.
+  void remove_experts(const std::vector<Index>& experts) {
+    constexpr const char* kWhere = "ExpertChoiceRouter::remove_experts";
+    const std::vector<Index> kept = experts_without(experts, num_experts(), 1, kWhere);
+    w_router = take_rows(w_router, kept, num_experts(), kWhere, "w_router");
     options_.num_experts = num_experts();
   }
+  /// The same for one expert.
+  void remove_expert(Index expert) { remove_experts({expert}); }
 
   template <class F, class... Self>
   static void visit(F&& f, Self&... self) {

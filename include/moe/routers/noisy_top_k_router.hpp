@@ -3,6 +3,8 @@
 
 #include <cmath>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include <moe/init.hpp>
 #include <moe/token_choice.hpp>
@@ -142,14 +144,18 @@ class NoisyTopKRouter {
     options_.num_experts = num_experts();
   }
 
-  /// Removes an expert. Throws when it does not exist or fewer than top_k would be left.
-  void remove_expert(Index expert) {
-    check_removal(expert, num_experts(), options_.top_k, "NoisyTopKRouter::remove_expert");
-    Matrix<S> router = without_row(w_router, expert);
-    w_noise = without_row(w_noise, expert);
+  /// Removes experts, named in any order. Throws, and changes nothing, when one does not exist or is named
+  /// twice, or fewer than top_k would be left.
+  void remove_experts(const std::vector<Index>& experts) {
+    constexpr const char* kWhere = "NoisyTopKRouter::remove_experts";
+    const std::vector<Index> kept = experts_without(experts, num_experts(), options_.top_k, kWhere);
+    Matrix<S> router = take_rows(w_router, kept, num_experts(), kWhere, "w_router");
+    w_noise = take_rows(w_noise, kept, num_experts(), kWhere, "w_noise");
     w_router = std::move(router);
     options_.num_experts = num_experts();
   }
+  /// The same for one expert.
+  void remove_expert(Index expert) { remove_experts({expert}); }
 
   template <class F, class... Self>
   static void visit(F&& f, Self&... self) {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <vector>
 
 #include <moe/init.hpp>
 #include <moe/token_choice.hpp>
@@ -142,12 +143,16 @@ class SparseMixerRouter {
     options_.num_experts = num_experts();
   }
 
-  /// Removes an expert. Throws when it does not exist or none would be left.
-  void remove_expert(Index expert) {
-    check_removal(expert, num_experts(), 1, "SparseMixerRouter::remove_expert");
-    w_router = without_row(w_router, expert);
+  /// Removes experts, named in any order. Throws, and changes nothing, when one does not exist or is named
+  /// twice, or none would be left.
+  void remove_experts(const std::vector<Index>& experts) {
+    constexpr const char* kWhere = "SparseMixerRouter::remove_experts";
+    const std::vector<Index> kept = experts_without(experts, num_experts(), 1, kWhere);
+    w_router = take_rows(w_router, kept, num_experts(), kWhere, "w_router");
     options_.num_experts = num_experts();
   }
+  /// The same for one expert.
+  void remove_expert(Index expert) { remove_experts({expert}); }
 
   template <class F, class... Self>
   static void visit(F&& f, Self&... self) {

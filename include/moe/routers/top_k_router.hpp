@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include <moe/init.hpp>
 #include <moe/token_choice.hpp>
@@ -238,20 +240,23 @@ class TopKRouter {
     options_.num_experts = num_experts();
   }
 
-  /// Removes an expert. Throws when it does not exist or fewer than top_k would be left.
-  void remove_expert(Index expert) {
-    check_removal(expert, num_experts(), options_.top_k, "TopKRouter::remove_expert");
-    check_group_limit(options_.group_limit, num_experts() - 1, options_.top_k,
-                      "TopKRouter::remove_expert");
-    Matrix<S> router = without_row(w_router, expert);
-    Vector<S> bias, selection;
-    if (b_router.size() > 0) bias = without_row(b_router, expert);
-    if (selection_bias.size() > 0) selection = without_row(selection_bias, expert);
+  /// Removes experts, named in any order. Throws, and changes nothing, when one does not exist or is named
+  /// twice, or fewer than top_k would be left, or a number with which the group limit cannot work. Those that
+  /// are left form the groups anew: remove as many of each to keep the others of a group together.
+  void remove_experts(const std::vector<Index>& experts) {
+    constexpr const char* kWhere = "TopKRouter::remove_experts";
+    const std::vector<Index> kept = experts_without(experts, num_experts(), options_.top_k, kWhere);
+    check_group_limit(options_.group_limit, Index(kept.size()), options_.top_k, kWhere);
+    Matrix<S> router = take_rows(w_router, kept, num_experts(), kWhere, "w_router");
+    Vector<S> bias = take_rows(b_router, kept, num_experts(), kWhere, "b_router");
+    Vector<S> selection = take_rows(selection_bias, kept, num_experts(), kWhere, "selection_bias");
     w_router = std::move(router);
     b_router = std::move(bias);
     selection_bias = std::move(selection);
     options_.num_experts = num_experts();
   }
+  /// The same for one expert.
+  void remove_expert(Index expert) { remove_experts({expert}); }
 
   template <class F, class... Self>
   static void visit(F&& f, Self&... self) {
