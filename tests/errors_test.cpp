@@ -894,9 +894,11 @@ TEST(Errors, OfTokenChoice) {
       {"with_row",
        [] { moe::with_row(ones(3, 4), Vector<double>(Vector<double>::Ones(5)), "here"); },
        {"here", "5", "4"}},
-      {"check_removal: expert", [] { moe::check_removal(3, 3, 1, "here"); }, {"here", "3 of 3"}},
-      {"check_removal: negative", [] { moe::check_removal(-1, 3, 1, "here"); }, {"-1 of 3"}},
-      {"check_removal: too few", [] { moe::check_removal(0, 2, 2, "here"); }, {"here", "2"}},
+      {"experts_without: expert", [] { moe::experts_without({3}, 3, 1, "here"); }, {"here", "3 of 3"}},
+      {"experts_without: negative", [] { moe::experts_without({0, -1}, 3, 1, "here"); }, {"-1 of 3"}},
+      {"experts_without: twice", [] { moe::experts_without({2, 2}, 3, 1, "here"); }, {"expert 2", "2 to remove"}},
+      {"experts_without: too few", [] { moe::experts_without({0}, 2, 2, "here"); }, {"here", "1 of 2", "at least 2"}},
+      {"take_rows", [] { moe::take_rows(ones(3, 4), {0, 1}, 4, "here", "m"); }, {"m", "[3, 4]", "[4, 4]"}},
   });
 }
 

@@ -900,7 +900,7 @@ TEST(HierarchicalRouterErrors, ALevelThatDrops) {
               ThrowsMessage<std::invalid_argument>(HasSubstr("child 0 seated 2 of 4 choices")));
 }
 
-// Levels whose gates scale different sides are refused; those that all scale inputs are not.
+// Levels whose gates scale different sides are refused when they meet; those that all scale inputs are not.
 TEST(HierarchicalRouterErrors, GateSides) {
   Rng rng(21);
   const auto level = [&](moe::GateSide side) {
@@ -909,7 +909,9 @@ TEST(HierarchicalRouterErrors, GateSides) {
   const TopK input = level(moe::GateSide::input), output = level(moe::GateSide::output);
   const Matrix<double> x = normal_matrix<double>(5, 4, rng);
   EXPECT_EQ(route(Hierarchy<TopK>(input, {input, input}), x).plan.gate_side, moe::GateSide::input);
-  EXPECT_THROW(route(Hierarchy<TopK>(input, {input, output}), x), std::invalid_argument);
+  EXPECT_THAT([&] { Hierarchy<TopK>(input, {input, output}); },
+              ThrowsMessage<std::invalid_argument>(HasSubstr("gates of child 1 and of the parent")));
+  EXPECT_THROW(Hierarchy<TopK>(output, {input, input}), std::invalid_argument);
 }
 
 }  // namespace

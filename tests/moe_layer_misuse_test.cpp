@@ -3,9 +3,13 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include <moe/moe.hpp>
+#include <moe/packed_moe_layer.hpp>
 
 namespace moe {
 namespace {
@@ -84,6 +88,52 @@ TEST(MoELayerMisuse, InPlaceIsRefused) {
   EXPECT_THROW(layer.backward(x, cache, grad, {}, x), std::invalid_argument);
   EXPECT_EQ(x, before);
   EXPECT_EQ(norm(grad), 0.0);
+}
+
+template <class F>
+std::string message_of(const F& f) {
+  try {
+    f();
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+  return "nothing was thrown";
+}
+
+// A plan has one side that gates scale: refused where the parts meet, before any token.
+TEST(MoELayerMisuse, GatedSharedExpertsBesideGatesOfInputsAreRefusedWhenTheLayerIsMade) {
+  Rng rng(1);
+  using E = FeedForward<float>;
+  const E::Options options{.d_model = 4, .d_ff = 5};
+  const TopKRouter<float> input({.d_model = 4, .num_experts = 2, .gate_side = GateSide::input}, rng);
+  const HierarchicalRouter above(input, {input, input});
+  const auto make = [&](const auto& router, bool gated) {
+    return MoELayer(make_experts<E>(router.num_experts(), options, rng), router,
+                    {make_experts<E>(3, options, rng), gated});
+  };
+  const std::string expected =
+      ": 3 gated shared experts beside a router whose gates scale inputs, expected 0";
+  EXPECT_EQ(message_of([&] { make(input, true); }), "MoELayer" + expected);
+  EXPECT_EQ(message_of([&] { make(above, true); }), "MoELayer" + expected);
+  EXPECT_NO_THROW(make(input, false));
+  EXPECT_NO_THROW(make(above, false));
+  EXPECT_NO_THROW(make(TopKRouter<float>({.d_model = 4, .num_experts = 2}, rng), true));
+  // Packing, before the first expert is asked for.
+  const Matrix<float> gates = Matrix<float>::Ones(3, 4);
+  Index asked = 0;
+  const auto expert = [&](Index) {
+    ++asked;
+    return E(options, rng);
+  };
+  EXPECT_EQ(message_of([&] { pack<F32>(PackedParts<TopKRouter<float>>{input, 3, gates}, expert); }),
+            "pack" + expected);
+  EXPECT_EQ(asked, 0);
+  EXPECT_NO_THROW(pack<F32>(PackedParts<TopKRouter<float>>{input, 3}, expert));
+  // A published model with a router of this kind, as load_layer makes its layer.
+  auto model = llama4_scout.scaled_to(8, 4, 4);
+  EXPECT_NO_THROW(make_empty_layer<float>(model));
+  model.gated_shared_experts = true;
+  EXPECT_THROW(make_empty_layer<float>(model), std::invalid_argument);
 }
 
 TEST(MoELayerMisuse, ParametersOfAnotherShapeAreRefused) {

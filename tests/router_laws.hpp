@@ -195,10 +195,7 @@ struct RouterKind {
   }
   // A router whose gates scale inputs has no gated shared experts beside it.
   static bool scales_inputs(const R& router) {
-    if constexpr (requires { router.options().gate_side; })
-      return router.options().gate_side == moe::GateSide::input;
-    else
-      return false;
+    return moe::gate_side_of(router) == moe::GateSide::input;
   }
   // A layer with shared experts and an output bias.
   LayerType make_full_layer(const Wish& wish, Rng& rng) const {

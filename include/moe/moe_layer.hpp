@@ -89,7 +89,8 @@ class MoELayer {
   static_assert(std::is_same_v<S, typename R::Scalar>,
                 "the experts and the router of a layer must have the same Scalar");
 
-  /// Throws std::invalid_argument unless widths and the number of experts fit the router.
+  /// Throws std::invalid_argument unless widths and the number of experts fit the router, and for gated
+  /// shared experts beside a router whose gates scale inputs.
   MoELayer(std::vector<E> experts, R router, SharedExperts<E> shared = {}, bool output_bias = false)
       : experts_(std::move(experts)), num_shared_(Index(shared.experts.size())),
         router_(std::move(router)) {
@@ -102,6 +103,7 @@ class MoELayer {
               experts_[e].d_model(), ", but the router has ", d_model());
     require(!shared.gated || num_shared_ > 0,
             "MoELayer: gated shared experts, but 0 of them, expected at least 1");
+    check_shared_gates(shared.gated ? num_shared_ : 0, gate_side_of(router_), "MoELayer");
     if (shared.gated) w_shared_gate.setZero(num_shared_, d_model());
     if (output_bias) b_output.setZero(d_model());
   }

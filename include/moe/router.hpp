@@ -408,6 +408,15 @@ concept TrainableRouter =
       R::visit([](const ParameterInfo&, auto&...) {}, grad);
     };
 
+/// What a router's gates multiply, where it says so before it routes: by gate_side() or by its options; else
+/// outputs. DispatchPlan::gate_side says it for certain.
+template <class R>
+GateSide gate_side_of(const R& router) {
+  if constexpr (requires { GateSide(router.gate_side()); }) return router.gate_side();
+  else if constexpr (requires { GateSide(router.options().gate_side); }) return router.options().gate_side;
+  else return GateSide::output;
+}
+
 /// Calls router.route for inference, with the executor where the router takes one.
 template <Router R, Executor E>
 void route_with(const R& router, const ConstMatrixRef<typename R::Scalar>& x, const BatchInfo& info,

@@ -11,6 +11,13 @@
 // Shared experts as experts of the plan: the rest of a layer does not tell them from routed ones.
 namespace moe {
 
+/// Throws std::invalid_argument where shared experts have gates, `gated` of them, beside a router whose gates
+/// scale inputs: a plan has one side.
+inline void check_shared_gates(Index gated, GateSide side, const char* where) {
+  require(gated == 0 || side == GateSide::output, where, ": ", gated,
+          " gated shared experts beside a router whose gates scale inputs, expected 0");
+}
+
 /// `plan` becomes the routed plan with `num_shared` experts behind the routed ones: each takes every
 /// valid token, with gate sigmoid(x w_shared_gate^T) [tokens, num_shared], or 1 where w_shared_gate is
 /// empty. Returns `routed` itself where there are none. O(tokens * num_shared * d_model); allocates
@@ -22,8 +29,7 @@ const DispatchPlan<S>& add_shared_experts(const ConstMatrixRef<S>& x, const Disp
                                           DispatchPlan<S>& plan, Matrix<S>& gate,
                                           const Ex& executor) {
   if (num_shared == 0) return routed;
-  require(w_shared_gate.size() == 0 || routed.gate_side == GateSide::output,
-          "MoELayer: gated shared experts beside a router whose gates scale inputs");
+  check_shared_gates(w_shared_gate.rows(), routed.gate_side, "add_shared_experts");
   require(&plan != &routed, "add_shared_experts: plan is the routed plan of ", routed.num_experts(),
           " experts itself, expected another one");
   require_apart("add_shared_experts", "gate", gate, "x", x, "w_shared_gate", w_shared_gate, "routed", routed);

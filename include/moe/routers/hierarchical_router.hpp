@@ -62,8 +62,8 @@ class HierarchicalRouter {
                 "the parent and the children must have the same Scalar");
 
   /// `children` are as many as the parent has experts, of the parent's d_model and all with the
-  /// same number of experts. Throws std::invalid_argument otherwise, and for a router with a
-  /// capacity.
+  /// same number of experts. Throws std::invalid_argument otherwise, for a router with a capacity, and for
+  /// one whose gates scale another side than the parent's.
   HierarchicalRouter(Parent parent, std::vector<Child> children)
       : parent_(std::move(parent)), children_(std::move(children)) {
     check_parts("HierarchicalRouter");
@@ -76,6 +76,7 @@ class HierarchicalRouter {
   const Parent& parent() const { return parent_; }
   std::span<Child> children() { return children_; }
   std::span<const Child> children() const { return children_; }
+  GateSide gate_side() const { return gate_side_of(parent_); }
 
   /// Most leaves that a token chooses, or 0 where a level does not say.
   Index choices_per_token() const {
@@ -248,6 +249,8 @@ class HierarchicalRouter {
       require(child.num_experts() == leaves(), where, ": child ", i, " has num_experts = ",
               child.num_experts(), ", but child 0 has ", leaves());
       require_dropless(child, {Index(i) + 1}, where);
+      require(gate_side_of(child) == gate_side(), where, ": gates of ", Level{Index(i) + 1},
+              " and of the parent scale different sides of an expert");
     }
   }
 
