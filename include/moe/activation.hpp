@@ -136,9 +136,9 @@ struct GELU {
     return S(0.5) * x * (S(1) + detail::error_function(T(x * S(1 / std::numbers::sqrt2))));
   }
   template <class T>
-  T derivative(const T& far) const {
+  T derivative(const T& any) const {
     using S = detail::Scalar<T>;
-    const T x = detail::within_100(far);
+    const T x = detail::within_100(any);
     constexpr S kDensity = S(std::numbers::inv_sqrtpi / std::numbers::sqrt2);
     return S(0.5) * (S(1) + detail::error_function(T(x * S(1 / std::numbers::sqrt2)))) +
            x * kDensity * detail::exponential(T(x * x * S(-0.5)));
@@ -155,9 +155,9 @@ struct GELUTanh {
     return S(0.5) * x * (S(1) + detail::hyperbolic_tangent(inner(x)));
   }
   template <class T>
-  T derivative(const T& far) const {
+  T derivative(const T& any) const {
     using S = detail::Scalar<T>;
-    const T x = detail::within_100(far);
+    const T x = detail::within_100(any);
     const T t = detail::hyperbolic_tangent(inner(x));
     return S(0.5) * (S(1) + t) +
            S(0.5) * x * (S(1) - t * t) * (scale<S> * (S(1) + S(3 * 0.044715) * x * x));

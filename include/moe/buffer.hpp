@@ -135,7 +135,7 @@ class RowBuffer {
   void resize(Index rows, Index cols, Index reserve_rows = 0) {
     require(rows >= 0 && cols >= 0, "RowBuffer::resize: shape [", rows, ", ", cols,
             "], expected at least [0, 0]");
-    storage_.reserve(std::max(rows, reserve_rows) * cols);
+    storage_.reserve((std::max)(rows, reserve_rows) * cols);
     storage_.resize(rows * cols);
     rows_ = rows;
     cols_ = cols;

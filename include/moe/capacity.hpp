@@ -80,8 +80,8 @@ inline Index expert_capacity(Index tokens, Index num_experts, Index top_k, doubl
       (rest > 0.5 || (rest == 0.5 && std::fmod(whole, 2.0) != 0)))
     ++whole;
   if (whole >= double(tokens)) return tokens;
-  const Index seats = std::max(Index(whole), rule.minimum);
-  if (seats >= tokens || seats % rule.multiple_of == 0) return std::min(seats, tokens);
+  const Index seats = (std::max)(Index(whole), rule.minimum);
+  if (seats >= tokens || seats % rule.multiple_of == 0) return (std::min)(seats, tokens);
   const Index missing = rule.multiple_of - seats % rule.multiple_of;
   return missing > tokens - seats ? tokens : seats + missing;
 }
@@ -123,7 +123,7 @@ void order_choices(const Choices<S>& chosen, const Matrix<S>* probs, Priority pr
   Index most = 0;
   for (Index t = begin; t < end; ++t) {
     tokens[t - begin] = t;
-    most = std::max(most, first[t + 1] - first[t]);
+    most = (std::max)(most, first[t + 1] - first[t]);
   }
   if (priority == Priority::token_max_gate || priority == Priority::token_max_prob) {
     scratch.row.resize(end - begin);

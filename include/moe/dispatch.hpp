@@ -187,9 +187,9 @@ class ExpertCache {
       cols_[e] = experts[std::size_t(e)].cache_cols();
       begin_[e] = size;
       size += rows_[e] * cols_[e];
-      widest = std::max(widest, cols_[e]);
+      widest = (std::max)(widest, cols_[e]);
     }
-    storage_.reserve(std::max(size, plan.token.capacity() * widest));
+    storage_.reserve((std::max)(size, plan.token.capacity() * widest));
     storage_.resize(size);
   }
   /// Throws std::invalid_argument unless the blocks are those of such experts under such a plan.
@@ -236,7 +236,7 @@ void list_expert_rows(const DispatchPlan<S>& plan, Buffer<ExpertRows>& tasks) {
   tasks.clear();
   for (Index e = plan.num_experts(); e-- > 0;)
     for (Index begin = 0; begin < plan.rows_of(e); begin += kExpertRows)
-      tasks.push_back({e, begin, std::min(kExpertRows, plan.rows_of(e) - begin)});
+      tasks.push_back({e, begin, (std::min)(kExpertRows, plan.rows_of(e) - begin)});
 }
 
 }  // namespace detail

@@ -184,7 +184,7 @@ inline constexpr Index kTokenBlock = 64;
 template <class F, Executor E>
 void for_each_block(Index n, const E& executor, F&& f) {
   executor.for_each((n + kTokenBlock - 1) / kTokenBlock, [&](Index block, Index worker) {
-    f(block * kTokenBlock, std::min(n, (block + 1) * kTokenBlock), worker);
+    f(block * kTokenBlock, (std::min)(n, (block + 1) * kTokenBlock), worker);
   });
 }
 

@@ -67,7 +67,7 @@ struct RoutingSignature {
       : expert_begin(r.plan.expert_begin), token(r.plan.token),
         passed_through(r.plan.passed_through), chosen(r.chosen.expert) {
     if (r.noise.empty()) return;
-    const Index k = std::min(r.noise.top_k + 1, r.num_experts());
+    const Index k = (std::min)(r.noise.top_k + 1, r.num_experts());
     best.assign(r.num_tokens() * k, 0);
     for (Index t = 0; t < r.num_tokens(); ++t)
       if (r.is_valid(t)) top_k(r.num_experts(), &r.noise.noisy_logits(t, 0), k, &best[t * k]);
@@ -79,7 +79,7 @@ struct RoutingSignature {
 template <class Value>
 GradientReport compare_gradients(const std::vector<GradientArray>& arrays,
                                  const GradientCheckOptions& options, const Value& value) {
-  constexpr double kWorst = std::numeric_limits<double>::max();  // stands for NaN and infinity
+  constexpr double kWorst = (std::numeric_limits<double>::max)();  // stands for NaN and infinity
   const auto positive = [](double v, const char* what) {
     require(number_kind(v) == NumberKind::finite && v > 0, "check_gradients: options.", what, " = ",
             v, ", expected a finite number above 0");
@@ -110,7 +110,7 @@ GradientReport compare_gradients(const std::vector<GradientArray>& arrays,
       ++report.checked;
       const double numeric = (at[1] - at[0]) / (2 * options.step);
       const double analytic = array.analytic[i];
-      largest = std::max({largest, std::abs(numeric), std::abs(analytic)});
+      largest = (std::max)({largest, std::abs(numeric), std::abs(analytic)});
       double difference = std::abs(analytic - numeric);
       if (number_kind(difference) != NumberKind::finite) difference = kWorst;
       if (difference > error) {
@@ -245,9 +245,9 @@ GradientReport check_gradients(const R& router, Matrix<double> x,
             if (weights.d_router_logits(t, e) != 0)
               sum += weights.d_router_logits(t, e) * routing.router_logits(t, e);
         }
-        const Index choices = std::min(routing.chosen.size(), weights.d_chosen_gate.size());
+        const Index choices = (std::min)(routing.chosen.size(), weights.d_chosen_gate.size());
         for (Index i = 0; i < choices; ++i) sum += weights.d_chosen_gate[i] * routing.chosen.gate[i];
-        const Index kept = std::min(routing.plan.num_assignments(), weights.d_gate.size());
+        const Index kept = (std::min)(routing.plan.num_assignments(), weights.d_gate.size());
         for (Index i = 0; i < kept; ++i) sum += weights.d_gate[i] * routing.plan.gate[i];
         return sum;
       });

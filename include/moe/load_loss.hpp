@@ -44,7 +44,7 @@ class EstimatedLoad {
       require_shape(noise.stddev, tokens, experts, where, "noise.stddev");
       require_shape(noise.noisy_logits, tokens, experts, where, "noise.noisy_logits");
     }
-    best_.resize(std::min(noise.top_k + 1, experts));
+    best_.resize((std::min)(noise.top_k + 1, experts));
     values.setZero(experts);
     for (Index t = 0; t < tokens; ++t) {
       if (!routing.is_valid(t)) continue;

@@ -34,7 +34,7 @@ IndexVector demand_per_expert(const Routing<S>& routing, Index choices) {
   IndexVector demand = IndexVector::Zero(routing.num_experts());
   for (Index t = 0; t < routing.num_tokens(); ++t) {
     const Index begin = routing.chosen.token_begin[t], end = routing.chosen.token_begin[t + 1];
-    for (Index c = begin; c < std::min(begin + choices, end); ++c)
+    for (Index c = begin; c < (std::min)(begin + choices, end); ++c)
       ++demand[routing.chosen.expert[c]];
   }
   return demand;

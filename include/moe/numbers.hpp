@@ -27,7 +27,7 @@ template <class S>
 Bits<S> bits_of(S value) { return std::bit_cast<Bits<S>>(value); }
 // Of the same number without its sign.
 template <class S>
-Bits<S> magnitude_bits(S value) { return bits_of(value) & std::numeric_limits<Bits<S>>::max(); }
+Bits<S> magnitude_bits(S value) { return bits_of(value) & (std::numeric_limits<Bits<S>>::max)(); }
 
 }  // namespace detail
 

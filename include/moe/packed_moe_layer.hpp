@@ -188,8 +188,8 @@ class PackedMoELayer {
             ", but the router has ", d_model());
     if constexpr (PackableExpert<E>) {
       experts_.emplace_back(expert, *kernels_);
-      widest_ = std::max(widest_, hidden_rows(experts_.back()).size());
-      most_panels_ = std::max(most_panels_, experts_.back().up_panels());
+      widest_ = (std::max)(widest_, hidden_rows(experts_.back()).size());
+      most_panels_ = (std::max)(most_panels_, experts_.back().up_panels());
     } else {
       experts_.push_back(expert);
     }
@@ -276,8 +276,8 @@ class PackedMoELayer {
     w.products.resize(concurrency * products_size(most));
     with_product(w, [&](const auto& product, auto& buffer) {
       const Index blocks = (d_model() + product.depth - 1) / product.depth;  // of few rows all are kept
-      buffer.resize(concurrency * std::max(most, kFewRows * blocks) *
-                    row_stride(product, std::max(d_model(), widest_)));
+      buffer.resize(concurrency * (std::max)(most, kFewRows * blocks) *
+                    row_stride(product, (std::max)(d_model(), widest_)));
     });
     w.tasks.reserve((plan.num_experts() + plan.token.capacity() / product_rows()) * most_panels_);
     const Index group = panels_of_task(units, 16 * concurrency);
@@ -289,7 +289,7 @@ class PackedMoELayer {
         for (Index block = 0; block < blocks; ++block) {
           const Index begin = block * plan.rows_of(e) / blocks;
           const Index rows = (block + 1) * plan.rows_of(e) / blocks - begin;
-          const Index end = std::min(expert.up_panels(), panel + group);
+          const Index end = (std::min)(expert.up_panels(), panel + group);
           w.tasks.push_back({e, begin, rows, panel, end, (end - panel) * std::max<Index>(rows, 8)});
         }
     }
@@ -320,7 +320,7 @@ class PackedMoELayer {
   static Index row_stride(const kernels::Product<X, Weight>& product, Index depth) {
     if (product.parts == 1) return kernels::kRowStride<X>;
     constexpr Index kLine = 64 / sizeof(X);
-    const Index lines = product.parts * part_width(std::min(depth, product.depth)) / kLine;
+    const Index lines = product.parts * part_width((std::min)(depth, product.depth)) / kLine;
     return kLine * (lines + 1 - lines % 2);
   }
   static Index part_width(Index depth) { return (depth + 31) / 32 * 32; }
@@ -339,10 +339,10 @@ class PackedMoELayer {
       X* const own = buffer.data() + worker * (buffer.size() / concurrency);
       const Index block = kernels::block_depth(depth, product.depth);
       for (Index i = 0; i < panels; i += at_once) {
-        const Index count = std::min(at_once, panels - i);
+        const Index count = (std::min)(at_once, panels - i);
         const Weight* const first = panel + i * packed_depth * columns;
         for (Index p = 0; p < depth; p += block) {
-          const Index deep = std::min(block, depth - p), after = p + deep;
+          const Index deep = (std::min)(block, depth - p), after = p + deep;
           product.multiply(rows, deep, bring(product, p, deep, own, i == 0), first + p * wide, packed_depth * wide,
                            count, products, p > 0,
                            after < depth        ? first + after * wide
@@ -381,7 +381,7 @@ class PackedMoELayer {
       const PackedExpert<Format>& expert = experts_[std::size_t(task.expert)];
       const Rows from = x.from(plan.expert_begin[task.expert] + task.begin);
       // Workers take tasks in turn, so the one after next is probably this worker's.
-      const auto& after = w.tasks[std::min(i + workers, w.tasks.size() - 1)];
+      const auto& after = w.tasks[(std::min)(i + workers, w.tasks.size() - 1)];
       const bool few = kernels_->streams > 1 && task.rows <= kFewRows;
       multiply(
           task.rows, d_model(),
@@ -417,11 +417,11 @@ class PackedMoELayer {
     const Index block = (plan.num_tokens + blocks - 1) / blocks;
     executor.for_each(plan.num_tokens > 0 ? groups * blocks : 0, [&](Index task, Index worker) {
       const Index token_begin = task / groups * block;
-      const Index token_end = std::min(plan.num_tokens, token_begin + block);
+      const Index token_end = (std::min)(plan.num_tokens, token_begin + block);
       const Index panel_begin = task % groups * group;
-      const Index panel_end = std::min(panels, panel_begin + group);
+      const Index panel_end = (std::min)(panels, panel_begin + group);
       begin_output(x, plan, token_begin, token_end, panel_begin * columns,
-                   std::min(d_model(), panel_end * columns), y);
+                   (std::min)(d_model(), panel_end * columns), y);
       const Index* const token = plan.token.data();
       for (Index i = 0; i < w.touched.size(); ++i) {
         const Index e = w.touched[i];
@@ -431,7 +431,7 @@ class PackedMoELayer {
         const PackedExpert<Format>& expert = experts_[std::size_t(e)];
         const Index after = w.touched[i + 1 < w.touched.size() ? i + 1 : 0];
         for (Index a = begin; a < end; a += most) {
-          const Index rows = std::min(most, end - a);
+          const Index rows = (std::min)(most, end - a);
           const PackedExpert<Format>& then = a + most < end ? expert : experts_[std::size_t(after)];
           multiply(
               rows, expert.d_ff(),
@@ -447,7 +447,7 @@ class PackedMoELayer {
               expert.down_panel(panel_begin), panel_end - panel_begin, panels_at_once(rows, !dot_),
               then.down_panel(panel_begin), worker, workers, w, [&](Index nth, const float* c) {
                 const Index panel = panel_begin + nth;
-                kernels_->combine(rows, std::min(columns, d_model() - panel * columns), c, expert.down_bias(panel),
+                kernels_->combine(rows, (std::min)(columns, d_model() - panel * columns), c, expert.down_bias(panel),
                                   token + a, plan.gate_side == GateSide::output ? plan.gate.data() + a : nullptr,
                                   y.data() + panel * columns, y.outerStride());
               });
@@ -455,7 +455,7 @@ class PackedMoELayer {
       }
       for (Index t = token_begin; parts_.b_output.size() > 0 && t < token_end; ++t)
         if (plan.token_state[t] == TokenState::valid)
-          for (Index j = panel_begin * columns; j < std::min(d_model(), panel_end * columns); ++j)
+          for (Index j = panel_begin * columns; j < (std::min)(d_model(), panel_end * columns); ++j)
             y(t, j) += parts_.b_output[j];
     });
   }

@@ -116,7 +116,7 @@ inline void pack_panel_transposed(Index depth, Index cols, const S* b, Index b_c
   for (Index p = 0; p < depth; ++p) {
     S* row = panel + p * kTileCols<S>;
     for (Index i = j; i < cols; ++i) row[i] = b[i * b_col + p];
-    std::fill(row + std::max(j, cols), row + kTileCols<S>, S(0));
+    std::fill(row + (std::max)(j, cols), row + kTileCols<S>, S(0));
   }
 }
 #pragma GCC diagnostic pop
@@ -143,10 +143,10 @@ void multiply(Index rows, Index cols, Index depth, const S* a, Index a_row, Inde
   alignas(64) S panel[kDepthBlock * kCols];
   alignas(64) S edge[kTileRows * kCols];
   for (Index p = 0; p < depth; p += kDepthBlock) {
-    const Index deep = std::min(kDepthBlock, depth - p);
+    const Index deep = (std::min)(kDepthBlock, depth - p);
     const bool add = accumulate || p > 0;
     for (Index j = 0; j < cols; j += kCols) {
-      const Index wide = std::min(kCols, cols - j);
+      const Index wide = (std::min)(kCols, cols - j);
       const S* right = panel;
       Index right_stride = kCols;
       if constexpr (kRight == Right::transposed) {
@@ -322,7 +322,7 @@ void bias_backward(const Dy& d_y, B&& d_b, const Keep& keep) {
   using Sum = std::common_type_t<S, double>;
   constexpr Index kCols = 64;
   for (Index j = 0; j < d_y.cols(); j += kCols) {
-    const Index wide = std::min(kCols, d_y.cols() - j);
+    const Index wide = (std::min)(kCols, d_y.cols() - j);
     Eigen::Array<Sum, kCols, 1> sum = Eigen::Array<Sum, kCols, 1>::Zero();
     for (Index i = 0; i < d_y.rows(); ++i) {
       if (!keep(i)) continue;

@@ -30,8 +30,8 @@ class Rng {
     }
   }
 
-  static constexpr result_type min() { return 0; }
-  static constexpr result_type max() { return ~result_type(0); }
+  static constexpr result_type(min)() { return 0; }
+  static constexpr result_type(max)() { return ~result_type(0); }
 
   result_type operator()() {
     const std::uint64_t result = std::rotl(state_[0] + state_[3], 23) + state_[0];

@@ -40,7 +40,7 @@ namespace detail {
 
 template <class S>
 S softplus(S z) {
-  return std::max(z, S(0)) + std::log1p(std::exp(-std::abs(z)));
+  return (std::max)(z, S(0)) + std::log1p(std::exp(-std::abs(z)));
 }
 
 template <class S>
@@ -69,7 +69,7 @@ S score_of(Score score, S z) {
     case Score::sqrt_softplus:
       return z < S(kFarBelow) ? std::exp(z / S(2)) : std::sqrt(softplus(z));
     default:
-      return std::max(z, S(0));
+      return (std::max)(z, S(0));
   }
 }
 
@@ -95,7 +95,7 @@ struct Divisor {
 };
 template <class S>
 Divisor<S> divisor_of(S sum, double epsilon, double minimum) {
-  const S least = std::max(S(minimum), std::numeric_limits<S>::min());
+  const S least = (std::max)(S(minimum), (std::numeric_limits<S>::min)());
   sum += S(epsilon);
   return sum < least ? Divisor<S>{least, false} : Divisor<S>{sum, true};
 }
@@ -146,7 +146,7 @@ void for_each_other(Index num_experts, Index n, const Index* experts, const F& f
   for (Index begin = 0; begin < num_experts;) {
     Index end = num_experts;  // the next of the experts
     for (Index i = 0; i < n; ++i)
-      if (experts[i] >= begin) end = std::min(end, experts[i]);
+      if (experts[i] >= begin) end = (std::min)(end, experts[i]);
     for (Index e = begin; e < end; ++e) f(e);
     begin = end + 1;
   }
@@ -256,9 +256,9 @@ void router_linear(const X& x, const Matrix<S>& w, Matrix<S>& logits, const E& e
   // nor than 2^15 products.
   const Index least = tokens <= 8 ? 16 : 64;
   const Index products = std::max<Index>(1, tokens * x.cols()), share = least * executor.concurrency();
-  const Index cols = least * std::max((experts + share - 1) / share, (Index(1) << 15) / (products * least));
+  const Index cols = least * (std::max)((experts + share - 1) / share, (Index(1) << 15) / (products * least));
   executor.for_each((experts + cols - 1) / cols, [&](Index block, Index) {
-    const Index begin = block * cols, count = std::min(cols, experts - begin);
+    const Index begin = block * cols, count = (std::min)(cols, experts - begin);
     linear(x, w.middleRows(begin, count), logits.middleCols(begin, count));
   });
 }
@@ -274,7 +274,7 @@ void router_linear_backward(const X& x, const Matrix<S>& w, const Matrix<S>& d_l
   if (x.rows() == 0) return;
   constexpr Index kCols = 128;
   executor.for_each((x.cols() + kCols - 1) / kCols, [&](Index block, Index) {
-    const Index begin = block * kCols, count = std::min(kCols, x.cols() - begin);
+    const Index begin = block * kCols, count = (std::min)(kCols, x.cols() - begin);
     linear_backward_weight(d_logits, x.middleCols(begin, count), d_w.middleCols(begin, count));
   });
   for_each_block(x.rows(), executor, [&](Index begin, Index end, Index) {

@@ -55,7 +55,7 @@ S inverse_length(Index n, const S* x) {
   const S sum = dot(n, x, x);
   if (number_kind(sum) == NumberKind::finite) return S(1) / std::sqrt(sum + S(kSoftMoEEpsilon));
   S largest = 0, parts = 0;
-  for (Index j = 0; j < n; ++j) largest = std::max(largest, std::abs(x[j]));
+  for (Index j = 0; j < n; ++j) largest = (std::max)(largest, std::abs(x[j]));
   for (Index j = 0; j < n; ++j) parts += (x[j] / largest) * (x[j] / largest);
   return S(1) / largest / std::sqrt(parts);
 }
@@ -324,8 +324,8 @@ class SoftMoELayer {
     const Index down = blocks(num_slots(), kSlotBlock), across = blocks(d_model(), kColBlock);
     executor.for_each(groups * down * across, [&](Index task, Index) {
       const Index s = task / across % down * kSlotBlock, j = task % across * kColBlock;
-      f(task / across / down, s, std::min(kSlotBlock, num_slots() - s), j,
-        std::min(kColBlock, d_model() - j));
+      f(task / across / down, s, (std::min)(kSlotBlock, num_slots() - s), j,
+        (std::min)(kColBlock, d_model() - j));
     });
   }
 
@@ -399,7 +399,7 @@ class SoftMoELayer {
     for (Index g = 0; g < groups; ++g) {
       const Index end = w.group_begin[g + 1] = info.end_of(g, tokens);
       for (Index t = w.group_begin[g]; t < end; t += kTokenBlock)
-        w.token_blocks.push_back({g, t, std::min(t + kTokenBlock, end)});
+        w.token_blocks.push_back({g, t, (std::min)(t + kTokenBlock, end)});
     }
     w.x.resize(tokens, d_model());
     w.logits.resize(tokens, num_slots());
@@ -468,7 +468,7 @@ class SoftMoELayer {
             g(w.logits(t, s + i), w.dispatch(t, s + i), largest[std::size_t(i)],
               sum[std::size_t(i)]);
       };
-      for_each_share([](S z, S&, S& most, Sum&) { most = std::max(most, z); });
+      for_each_share([](S z, S&, S& most, Sum&) { most = (std::max)(most, z); });
       for_each_share([](S z, S& share, S& most, Sum& all) { all += Sum(share = std::exp(z - most)); });
       for_each_share([](S, S& share, S&, Sum& all) { share /= S(all); });
     });
@@ -502,7 +502,7 @@ class SoftMoELayer {
     const Index across = blocks(num_slots(), kSlotBlock);
     executor.for_each(w.num_groups() * across, [&](Index task, Index) {
       const Index g = task / across, s = task % across * kSlotBlock;
-      f(w.group_begin[g], w.group_begin[g + 1], s, std::min(kSlotBlock, num_slots() - s));
+      f(w.group_begin[g], w.group_begin[g + 1], s, (std::min)(kSlotBlock, num_slots() - s));
     });
   }
 

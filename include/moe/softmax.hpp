@@ -16,7 +16,7 @@ template <class S>
 S max_finite(Index n, const S* logits) {
   S largest = std::numeric_limits<S>::lowest();
   for (Index i = 0; i < n; ++i)
-    if (number_kind(logits[i]) == NumberKind::finite) largest = std::max(largest, logits[i]);
+    if (number_kind(logits[i]) == NumberKind::finite) largest = (std::max)(largest, logits[i]);
   return largest;
 }
 

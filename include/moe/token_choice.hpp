@@ -258,7 +258,7 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
     if (!rule.is_dynamic()) continue;
     const Index choices =
         chosen.token_begin[info.end_of(g, tokens)] - chosen.token_begin[info.begin_of(g)];
-    capacity[g] = std::min(
+    capacity[g] = (std::min)(
         valid, expert_capacity(choices, experts, 1, *rule.capacity_factor, rule.capacity_rule));
   }
   apply_capacity(chosen, ranking, capacity, rule.overflow, rule.priority, info, routing.plan,

@@ -167,7 +167,7 @@ class ConstantExpert {
     Eigen::Matrix<S, kRows, 2, Eigen::RowMajor> d_z;
     Eigen::Matrix<S, kRows, 1> share_of_v;
     for (Index begin = 0; begin < x.rows(); begin += kRows) {
-      const Index count = std::min(kRows, x.rows() - begin);
+      const Index count = (std::min)(kRows, x.rows() - begin);
       d_z.setZero();
       for (Index i = 0; i < count; ++i) {
         const S* const in = &x.coeffRef(begin + i, 0);

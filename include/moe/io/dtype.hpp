@@ -132,7 +132,7 @@ inline std::optional<Index> num_elements(std::span<const Index> shape) {
   for (const Index n : shape) {
     if (n < 0) return std::nullopt;
     if (n == 0) empty = true;
-    else if (product > std::numeric_limits<Index>::max() / n) return std::nullopt;
+    else if (product > (std::numeric_limits<Index>::max)() / n) return std::nullopt;
     else product *= n;
   }
   return empty ? 0 : product;
@@ -152,7 +152,7 @@ namespace detail {
 inline std::optional<std::size_t> num_bytes(DType dtype, std::span<const Index> shape) {
   const std::optional<Index> elements = num_elements(shape);
   const std::size_t size = size_of(dtype);
-  if (!elements || std::size_t(*elements) > std::size_t(std::numeric_limits<Index>::max()) / size)
+  if (!elements || std::size_t(*elements) > std::size_t((std::numeric_limits<Index>::max)()) / size)
     return std::nullopt;
   return std::size_t(*elements) * size;
 }
@@ -316,7 +316,7 @@ inline bool read_converted(const TensorView& tensor, std::int64_t* out) {
         const auto value = load<std::uint64_t>(tensor.bytes, i);
         if (!std::in_range<std::int64_t>(value))
           fail_checkpoint("read_tensor: ", description_of(tensor), ": element ", i, " is ", value,
-                          ", more than ", std::numeric_limits<std::int64_t>::max());
+                          ", more than ", (std::numeric_limits<std::int64_t>::max)());
       }
       convert_each<std::uint64_t>(tensor, out, as_it_is);
       return true;

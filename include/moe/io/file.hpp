@@ -139,7 +139,7 @@ inline void replace_file(const std::filesystem::path& path,
   for (std::span<const std::byte> rest : parts) {
     while (!rest.empty()) {
       constexpr std::size_t kMost = std::size_t(1) << 30;  // systems refuse 2 GB and more
-      const auto written = ::write(file.get(), rest.data(), std::min(rest.size(), kMost));
+      const auto written = ::write(file.get(), rest.data(), (std::min)(rest.size(), kMost));
       if (written < 0 && errno == EINTR) continue;
       if (written < 0) fail_checkpoint(where, temporary.path().string(), ": ", last_error());
       rest = rest.subspan(std::size_t(written));

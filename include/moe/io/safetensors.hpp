@@ -42,11 +42,11 @@ inline std::string_view text_at(std::span<const std::byte> bytes) {
 }
 
 // Whether text begins so, whatever the case of its letters, after blanks and a mark of UTF-8.
-inline bool begins_as(std::string_view text, std::string_view small) {
+inline bool begins_as(std::string_view text, std::string_view lower_case) {
   if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);
   text.remove_prefix(std::min(text.find_first_not_of(" \t\r\n"), text.size()));
-  return text.size() >= small.size() &&
-         std::equal(small.begin(), small.end(), text.begin(), [](char expected, char c) {
+  return text.size() >= lower_case.size() &&
+         std::equal(lower_case.begin(), lower_case.end(), text.begin(), [](char expected, char c) {
            return expected == (c >= 'A' && c <= 'Z' ? char(c - 'A' + 'a') : c);
          });
 }
@@ -218,7 +218,7 @@ class HeaderEvents final : public JsonEvents {
     if (place_ == Place::dimension) {
       if (!std::in_range<Index>(value))
         fail_here("tensor ", in_quotes(name_), ": dimension ", value, " is more than ",
-                  std::numeric_limits<Index>::max());
+                  (std::numeric_limits<Index>::max)());
       tensor_.shape->push_back(Index(value));
     } else if (place_ == Place::offset) {
       tensor_.offsets->push_back(value);
@@ -352,7 +352,7 @@ class HeaderEvents final : public JsonEvents {
     const std::optional<std::size_t> expected = num_bytes(*known, *shape);
     if (!expected)
       fail_here("tensor ", in_quotes(name_), ": the shape ", text_of(*shape), " of ", *dtype,
-                " has more than ", std::numeric_limits<Index>::max(), " bytes");
+                " has more than ", (std::numeric_limits<Index>::max)(), " bytes");
     if (bytes.size() != *expected)
       fail_here("tensor ", in_quotes(name_), ": data_offsets hold ", bytes.size(),
                 " bytes, expected ", *expected, " for ", *dtype, " ", text_of(*shape));
@@ -487,7 +487,7 @@ struct ShardSet {
   // The name of file `number`, from 1 on.
   std::string name(std::uint64_t number) const {
     const std::string text = std::to_string(number);
-    return begin + std::string(digits - std::min(digits, text.size()), '0') + text + end;
+    return begin + std::string(digits - (std::min)(digits, text.size()), '0') + text + end;
   }
 };
 
@@ -534,7 +534,7 @@ inline std::size_t edit_distance(std::string_view a, std::string_view b) {
     for (std::size_t j = 1; j <= b.size(); ++j) {
       const std::size_t replace = diagonal + (a[i - 1] != b[j - 1]);
       diagonal = row[j];
-      row[j] = std::min({replace, row[j] + 1, row[j - 1] + 1});
+      row[j] = (std::min)({replace, row[j] + 1, row[j - 1] + 1});
     }
   }
   return row.back();
@@ -544,17 +544,17 @@ inline std::size_t edit_distance(std::string_view a, std::string_view b) {
 inline std::string hint(std::string_view name, std::span<const std::string> names) {
   constexpr std::size_t kMaxHints = 3, kMaxLength = 256;
   if (name.size() > kMaxLength) return "";
-  std::vector<std::pair<std::size_t, std::string_view>> near;
+  std::vector<std::pair<std::size_t, std::string_view>> alike;
   for (const std::string& other : names) {
-    const std::size_t longer = std::max(name.size(), other.size());
-    if (longer > kMaxLength || longer > 2 * std::min(name.size(), other.size())) continue;
+    const std::size_t longer = (std::max)(name.size(), other.size());
+    if (longer > kMaxLength || longer > 2 * (std::min)(name.size(), other.size())) continue;
     const std::size_t distance = edit_distance(name, other);
-    if (distance <= longer / 2) near.emplace_back(distance, other);
+    if (distance <= longer / 2) alike.emplace_back(distance, other);
   }
-  const auto end = near.begin() + std::ptrdiff_t(std::min(near.size(), kMaxHints));
-  std::partial_sort(near.begin(), end, near.end());
+  const auto end = alike.begin() + std::ptrdiff_t((std::min)(alike.size(), kMaxHints));
+  std::partial_sort(alike.begin(), end, alike.end());
   std::string text;
-  for (auto it = near.begin(); it != end; ++it)
+  for (auto it = alike.begin(); it != end; ++it)
     text += (text.empty() ? ": did you mean " : " or ") + in_quotes(it->second);
   return text.empty() ? text : text + "?";
 }

@@ -51,7 +51,7 @@ Loss<S> sequence_score_loss(const Routing<S>& routing, const BatchInfo& info) {
   check_choices(chosen, routing.num_tokens(), routing.num_experts(), "routing_loss");
   Index top_k = 0;
   for (Index t = 0; t < routing.num_tokens(); ++t)
-    top_k = std::max(top_k, chosen.token_begin[t + 1] - chosen.token_begin[t]);
+    top_k = (std::max)(top_k, chosen.token_begin[t + 1] - chosen.token_begin[t]);
   if (top_k == 0) return sequence_balance_loss(routing, info);  // nobody chose: zero
   return sequence_balance_loss(routing, info, most_probable_choices(routing, top_k));
 }

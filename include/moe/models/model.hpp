@@ -125,7 +125,7 @@ namespace detail {
 // two each, and the same share of them kept.
 constexpr GroupLimit scaled_limit(const GroupLimit& limit, Index num_experts) {
   GroupLimit scaled = limit;
-  scaled.groups = std::max<Index>(1, std::min(limit.groups, num_experts / 2));
+  scaled.groups = std::max<Index>(1, (std::min)(limit.groups, num_experts / 2));
   while (num_experts % scaled.groups != 0) --scaled.groups;
   scaled.kept = (limit.kept * scaled.groups + limit.groups - 1) / limit.groups;
   return scaled;
@@ -179,7 +179,7 @@ struct Model {
       available = limit.kept * (new_num_experts / limit.groups);
     }
     if constexpr (requires { scaled.router.top_k = Index(1); })
-      scaled.router.top_k = std::min(router.top_k, available);
+      scaled.router.top_k = (std::min)(router.top_k, available);
     if constexpr (requires { scaled.router.noise_stddev; })
       scaled.router.noise_stddev *= double(num_experts()) / double(std::max<Index>(1, new_num_experts));
     scaled.d_ff = new_d_ff;

@@ -162,7 +162,7 @@ class SparseMixerRouter {
   Matrix<S> w_router;  ///< [num_experts, d_model]
 
  private:
-  static constexpr S kSmallest = std::numeric_limits<S>::min();
+  static constexpr S kSmallest = (std::numeric_limits<S>::min)();
 
   struct Pick {
     Index expert;
@@ -180,7 +180,7 @@ class SparseMixerRouter {
       shares[e] = 0;
       if (best < 0 || e == without || is_unavailable(z[e])) continue;
       if (z[e] != z[best] &&
-          (z[best] - z[e]) / std::max(std::abs(z[e]), z[best]) > S(2 * options_.jitter))
+          (z[best] - z[e]) / (std::max)(std::abs(z[e]), z[best]) > S(2 * options_.jitter))
         continue;
       sum += shares[e] = std::exp(z[e] - z[best]);
     }
@@ -208,7 +208,7 @@ class SparseMixerRouter {
       S largest = 0;
       for (Index e = 0; e < n; ++e) {  // argmax of log share + Gumbel, as log(share) - log(-log(u))
         if (!(shares[e] > S(0))) continue;
-        const S value = std::log(shares[e]) - std::log(-std::log(std::max(u[e], kSmallest)));
+        const S value = std::log(shares[e]) - std::log(-std::log((std::max)(u[e], kSmallest)));
         if (drawn < 0 || value > largest) {
           drawn = e;
           largest = value;

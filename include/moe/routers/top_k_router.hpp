@@ -200,7 +200,7 @@ class TopKRouter {
     Matrix<S>& d_logits = routing.scratch.d_logits;
     SeatingRule seating = rule({});
     seating.second_threshold =
-        std::max(options_.second_threshold, options_.random_second_threshold);
+        (std::max)(options_.second_threshold, options_.random_second_threshold);
     selection_backward(seating, routing, gradient, d_logits);
     add_valid_rows(routing, gradient.d_router_logits, d_logits);
     if (b_router.size() > 0) bias_backward(d_logits, grad.b_router);
