@@ -77,7 +77,7 @@ inline Index expert_capacity(Index tokens, Index num_experts, Index top_k, doubl
   const double rest = share - whole;
   if (rule.rounding == Rounding::up) whole = std::ceil(share);
   if (rule.rounding == Rounding::nearest_even &&
-      (rest > 0.5 || (rest == 0.5 && std::fmod(whole, 2.0) != 0)))
+      (rest > 0.5 || (is_equal(rest, 0.5) && !is_equal(std::fmod(whole, 2.0), 0.0))))
     ++whole;
   if (whole >= double(tokens)) return tokens;
   const Index seats = (std::max)(Index(whole), rule.minimum);
@@ -114,7 +114,7 @@ void order_choices(const Choices<S>& chosen, const Matrix<S>* probs, Priority pr
     for (Index c = first[begin]; c < first[end]; ++c) order.push_back(c);
     // Choices are in token order, so the lower choice is the lower token.
     std::sort(order.begin(), order.end(), [&](Index a, Index b) {
-      return chosen.gate[a] != chosen.gate[b] ? chosen.gate[a] > chosen.gate[b] : a < b;
+      return is_equal(chosen.gate[a], chosen.gate[b]) ? a < b : chosen.gate[a] > chosen.gate[b];
     });
     return;
   }
@@ -140,7 +140,7 @@ void order_choices(const Choices<S>& chosen, const Matrix<S>* probs, Priority pr
     const S* const largest = scratch.row.data();
     std::sort(tokens.begin(), tokens.end(), [&](Index a, Index b) {
       const S of_a = largest[a - begin], of_b = largest[b - begin];
-      return of_a != of_b ? of_a > of_b : a < b;
+      return is_equal(of_a, of_b) ? a < b : of_a > of_b;
     });
   }
   for (Index rank = 0; rank < most; ++rank)

@@ -119,7 +119,7 @@ GradientReport compare_gradients(const std::vector<GradientArray>& arrays,
         worst_numeric = numeric;
       }
     }
-    const double relative = error == kWorst ? kWorst : error / largest;
+    const double relative = is_equal(error, kWorst) ? kWorst : error / largest;
     if (relative > report.worst) {
       report.worst = relative;
       report.where = array.name;
@@ -242,7 +242,7 @@ GradientReport check_gradients(const R& router, Matrix<double> x,
             sum += weights.d_noise_stddev.row(t).dot(routing.noise.stddev.row(t));
           if (weights.d_router_logits.size() == 0) continue;
           for (Index e = 0; e < routing.num_experts(); ++e)  // 0 times minus infinity would be NaN
-            if (weights.d_router_logits(t, e) != 0)
+            if (!is_equal(weights.d_router_logits(t, e), 0.0))
               sum += weights.d_router_logits(t, e) * routing.router_logits(t, e);
         }
         const Index choices = (std::min)(routing.chosen.size(), weights.d_chosen_gate.size());

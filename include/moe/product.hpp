@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <type_traits>
 
 #include <moe/check.hpp>
@@ -42,7 +43,7 @@ inline void multiply_tile(Index depth, const S* a, Index a_row, Index a_depth, c
                           Index b_depth, S* c, Index c_row, bool accumulate) {
   namespace in = Eigen::internal;
   constexpr int kSize = kPacketSize<S>;
-  Packet<S> sum[Rows][kTilePackets];
+  Packet<S> sum[std::size_t(Rows)][kTilePackets];
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 3
@@ -140,8 +141,8 @@ void multiply(Index rows, Index cols, Index depth, const S* a, Index a_row, Inde
   if (depth == 0 && !accumulate) {
     for (Index i = 0; i < rows; ++i) std::fill_n(c + i * c_row, cols, S(0));
   }
-  alignas(64) S panel[kDepthBlock * kCols];
-  alignas(64) S edge[kTileRows * kCols];
+  alignas(64) S panel[std::size_t(kDepthBlock * kCols)];
+  alignas(64) S edge[std::size_t(kTileRows * kCols)];
   for (Index p = 0; p < depth; p += kDepthBlock) {
     const Index deep = (std::min)(kDepthBlock, depth - p);
     const bool add = accumulate || p > 0;

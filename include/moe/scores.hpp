@@ -195,7 +195,7 @@ void compute_gates(const GateRule& rule, const S* logits, const S* probs, Index 
                                               : detail::score_of(rule.score, logits[experts[i]]);
     divisor = detail::gate_divisor<S>(rule, n, [&](Index i) { return gates[i]; }).value;
   }
-  if (divisor == S(1) && rule.scale == 1) return;
+  if (is_equal(divisor, S(1)) && is_equal(rule.scale, 1.0)) return;
   for (Index i = 0; i < n; ++i) gates[i] = S(rule.scale) * (gates[i] / divisor);
 }
 

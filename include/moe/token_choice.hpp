@@ -155,7 +155,7 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
             "route_by_logits: selection_bias[", e, "] = ", selection_bias[e],
             ", expected a finite number or minus infinity");
   check_group_limit(rule.group_limit, experts, k, "route_by_logits");
-  require(rule.second_threshold == 0 ||
+  require(is_equal(rule.second_threshold, 0.0) ||
               (selection_bias.size() == 0 && !rule.group_limit.applies() && !rule.is_dynamic() &&
                given_ranking == nullptr),
           "route_by_logits: second_threshold = ", rule.second_threshold,

@@ -16,7 +16,7 @@ bool selected_before(const S* values, Index i, Index j) {
   const bool nan_i = number_kind(values[i]) == NumberKind::nan;
   const bool nan_j = number_kind(values[j]) == NumberKind::nan;
   if (nan_i != nan_j) return nan_j;
-  if (!nan_i && values[i] != values[j]) return values[i] > values[j];
+  if (!nan_i && !is_equal(values[i], values[j])) return values[i] > values[j];
   return i < j;
 }
 

@@ -28,6 +28,13 @@ using IndexVector = Eigen::Matrix<Index, Eigen::Dynamic, 1>;
 /// One flag a token, e.g. which tokens are real and which are padding [tokens].
 using Mask = Eigen::Array<bool, Eigen::Dynamic, 1>;
 
+/// a == b, where exactly that is meant: ties, and values that were set rather than computed. Everywhere else
+/// -Wfloat-equal stays of use.
+template <class S>
+constexpr bool is_equal(S a, S b) {
+  return a <= b && a >= b;
+}
+
 /// Read-only view of a row-major matrix or of a block of its rows. A matrix of another storage order
 /// binds through a copy, one of another scalar not at all: see docs/pitfalls.md.
 template <class S>

@@ -200,7 +200,7 @@ inline void find_router_kinks(const moe::SparseMixerRouter<double>& router, cons
       for (Index e = 0; e < experts; ++e)
         if (e != without) best = std::max(best, z[e]);
       for (Index e = 0; e < experts; ++e) {
-        if (e == without || z[e] == best) continue;
+        if (e == without || moe::is_equal(z[e], best)) continue;
         const double size = std::max(std::abs(z[e]), best), ratio = (best - z[e]) / size;
         kinks.add(ratio, 2 * router.options().jitter, 2 * step * largest * (1 + ratio) / size);
       }

@@ -38,9 +38,12 @@ inline Vec or_nan(Vec a, Vec b) {
   const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(b), _mm512_set1_epi32(0x7FFFFFFF));
   return _mm512_mask_mov_ps(a, _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(0x7F800000)), b);
 }
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-conversion"  // of a mask, in what GCC has as a macro where it does not optimise
 inline Vec nearest_integer(Vec v) {
   return _mm512_maskz_roundscale_ps(kAll, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+#pragma GCC diagnostic pop
 inline Vec power_of_two(Vec n) {
   const __m512i exponent = _mm512_add_epi32(_mm512_maskz_cvtps_epi32(kAll, n), _mm512_set1_epi32(127));
   return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAll, exponent, 23));

@@ -23,11 +23,12 @@ using avx512::broadcast, avx512::first_of, avx512::fused, avx512::kHighRows, avx
     avx512::store, avx512::Vec;
 
 // Some steps of a tile: sum [R, V] += pairs of x's columns * pairs of the panel's rows.
-template <Index kStride, int R, int V, class Layout>
+template <Index kStride, std::size_t kR, std::size_t kV, class Layout>
 inline __attribute__((always_inline)) void steps(Index count, const std::uint16_t* x,
-                                                 const std::uint16_t* panel, Layout, Vec (&sum)[R][V]) {
+                                                 const std::uint16_t* panel, Layout, Vec (&sum)[kR][kV]) {
+  constexpr int R = int(kR), V = int(kV);
   for (; count > 0; count -= 2, x += 2, panel += 2 * kLanes * kVecs) {
-    __m512i right[V];
+    __m512i right[kV];
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) right[j] = load_pair(panel + 2 * j * kLanes).bits;
 #pragma GCC unroll 8
@@ -37,7 +38,7 @@ inline __attribute__((always_inline)) void steps(Index count, const std::uint16_
       const __m512i left = _mm512_set1_epi32(pair);
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j)
-        sum[i][j] = _mm512_dpbf16_ps(sum[i][j], (__m512bh)left, (__m512bh)right[j]);
+        sum[i][j] = _mm512_dpbf16_ps(sum[i][j], reinterpret_cast<__m512bh>(left), reinterpret_cast<__m512bh>(right[j]));
     }
   }
 }
@@ -52,7 +53,7 @@ inline void round(Index count, const float* from, std::uint16_t* to, Index width
                             : left > 0     ? __mmask16((1u << left) - 1)
                                            : __mmask16(0);
     const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, from + i));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)rounded);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), reinterpret_cast<__m256i>(rounded));
   }
 }
 

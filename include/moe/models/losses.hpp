@@ -90,7 +90,7 @@ template <class S>
 Loss<S> routing_loss(const Losses& losses, const Routing<S>& routing, const BatchInfo& info = {}) {
   Loss<S> sum;
   const auto add = [&](double coefficient, const auto& loss) {
-    if (coefficient == 0) return;
+    if (is_equal(coefficient, 0.0)) return;
     const Loss<S> part = loss();
     sum.value += S(coefficient) * part.value;
     sum.gradient += S(coefficient) * part.gradient;

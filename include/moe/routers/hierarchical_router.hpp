@@ -112,7 +112,7 @@ class HierarchicalRouter {
     check_router_operands(x, routing, gradient, d_x, kWhere);
     check_routing_gradient(gradient, routing, kWhere);
     for (const Matrix<S>* d : {&gradient.d_router_logits, &gradient.d_noise_stddev})
-      require(std::all_of(d->data(), d->data() + d->size(), [](S v) { return v == S(0); }), kWhere,
+      require(std::all_of(d->data(), d->data() + d->size(), [](S v) { return is_equal(v, S(0)); }), kWhere,
               ": a gradient by logits or noise of [", d->rows(), ", ", d->cols(),
               "] leaves that is not zero, expected none: see backward_levels");
     Buffer<S>& d_leaf = routing.scratch.row;  // by the leaves' gates [choices]
@@ -381,7 +381,7 @@ class HierarchicalRouter {
           ++next;
         });
         std::sort(rank.begin() + begin, rank.begin() + end, [&](Index a, Index b) {
-          return gate[a] != gate[b] ? gate[a] > gate[b] : leaf[a] < leaf[b];
+          return is_equal(gate[a], gate[b]) ? leaf[a] < leaf[b] : gate[a] > gate[b];
         });
         for (Index c = begin; c < end; ++c) {
           chosen.expert[c] = leaf[rank[c]];

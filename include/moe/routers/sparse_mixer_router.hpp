@@ -179,7 +179,7 @@ class SparseMixerRouter {
     for (Index e = 0; e < num_experts(); ++e) {
       shares[e] = 0;
       if (best < 0 || e == without || is_unavailable(z[e])) continue;
-      if (z[e] != z[best] &&
+      if (!is_equal(z[e], z[best]) &&
           (z[best] - z[e]) / (std::max)(std::abs(z[e]), z[best]) > S(2 * options_.jitter))
         continue;
       sum += shares[e] = std::exp(z[e] - z[best]);

@@ -110,8 +110,8 @@ class TopKRouter {
     at_least_0(options.renormalise_minimum, "renormalise_minimum");
     const auto check_threshold = [&](double threshold, const char* what) {
       at_least_0(threshold, what);
-      require(threshold == 0 || (!options.selection_bias && !options.group_limit.applies() &&
-                                 options.top_p == 1 && options.score != Score::relu),
+      require(is_equal(threshold, 0.0) || (!options.selection_bias && !options.group_limit.applies() &&
+                                 is_equal(options.top_p, 1.0) && options.score != Score::relu),
               "TopKRouter: ", what, " = ", threshold,
               " beside a selection bias, a group limit, top_p or relu, expected 0");
     };
