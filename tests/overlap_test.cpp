@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -216,6 +217,8 @@ TEST(Overlap, OfInputAndOutputIsRefusedBySoftLayers) {
       expect_refused<double>([&] { layer.backward(*in, cache, grad, y); }, *in, "d_y in the cache");
       expect_refused<double>([&] { layer.backward(x, cache, grad, *in); }, *in, "d_x in the cache");
     }
+    Matrix<double>& by_slots = grad.w_slots;
+    expect_refused<double>([&] { layer.backward(x, cache, grad, by_slots); }, by_slots, "d_x in grad");
   }
 }
 
@@ -253,6 +256,13 @@ TEST(Overlap, OfTheCacheAndAnotherArgumentIsRefused) {
   gradient.d_router_probs = x;
   expect_refused<double>([&] { layer.backward(x, cache, grad, gradient, gradient.d_router_probs); },
                          gradient.d_router_probs, "d_x in the gradient");
+  Matrix<double>& by_router = grad.router().w_router;  // [kExperts, kModel]
+  Matrix<double>& by_expert = grad.experts()[0].w_up;
+  expect_refused<double>([&] { layer.backward(x, cache, grad, {}, by_router); }, by_router, "d_x in grad");
+  expect_refused<double>([&] { layer.backward(x, cache, grad, {}, by_expert); }, by_expert, "d_x in grad's expert");
+  const Matrix<double> four = x.topRows(kExperts);
+  layer.forward(four, y, cache);
+  expect_refused<double>([&] { layer.backward(by_router, cache, grad, {}, d_x); }, by_router, "d_y in grad");
 }
 
 TEST(Overlap, OfALayerAndItsGradientIsRefused) {
@@ -347,6 +357,18 @@ TYPED_TEST(OverlapOf, RoutersIsRefused) {
                          "x in the scratch");
   TypeParam::visit([](const ParameterInfo&, const auto& g) { EXPECT_EQ(g.squaredNorm(), 0.0); }, grad);
   EXPECT_NO_THROW(backward(memory.topRows(6), d_x, gradient));
+  Matrix<double>* by_logits = nullptr;
+  TypeParam::visit(
+      [&](const ParameterInfo&, auto& g) {
+        if constexpr (std::is_same_v<decltype(g), Matrix<double>&>) by_logits = &g;
+      },
+      grad);
+  const Index experts = by_logits->rows();
+  router.route(x.topRows(experts), {}, routing);
+  gradient = {};
+  expect_refused<double>([&] { backward(x.topRows(experts), *by_logits, gradient); }, *by_logits, "d_x in grad");
+  expect_refused<double>([&] { backward(*by_logits, d_x.topRows(experts), gradient); }, *by_logits, "x in grad");
+  router.route(x, {}, routing);
   TypeParam own = router;
   EXPECT_THROW(own.backward(x, routing, gradient, d_x, own), std::invalid_argument);
 }
@@ -477,6 +499,16 @@ TYPED_TEST(OverlapOfAn, ExpertIsRefused) {
   expert.forward(x, y, cache);
   expect_refused<double>([&] { expert.backward(m.topRows(6), x, cache, m.bottomRows(6), grad); }, m, "d_x and x");
   expect_refused<double>([&] { expert.backward(x, m.topRows(6), cache, m.bottomRows(6), grad); }, m, "d_x and d_y");
+  TypeParam::visit(
+      [&](const ParameterInfo& info, auto& g) {
+        if (g.rows() != 6 || g.cols() != kModel) return;
+        if constexpr (std::is_same_v<decltype(g), Matrix<double>&>) {
+          expect_refused<double>([&] { expert.backward(x, x, cache, g, grad); }, g, "d_x in grad");
+          expect_refused<double>([&] { expert.backward(x, g, cache, y, grad); }, g, "d_y in grad");
+          EXPECT_EQ(info.name, "w_gate");  // of a ThreeWayFeedForward
+        }
+      },
+      grad);
   TypeParam own = expert;
   EXPECT_THROW(own.backward(x, x, cache, y, own), std::invalid_argument);
   if (expert.cache_cols() < kModel) return;

@@ -75,7 +75,11 @@ void check_expert_backward(const E& expert, const ConstMatrixRef<S>& x, const Co
   require_apart(where, "cache", cache, "x", x, "d_y", d_y);
   require(&grad != &expert, where, ": grad is the expert of d_model = ", expert.d_model(),
           " itself, expected another one");
-  E::visit([](const ParameterInfo&, const auto&...) {}, expert, grad);  // throws if shapes differ
+  E::visit(  // throws if shapes differ
+      [&](const ParameterInfo&, const auto&, const auto& g) {
+        require_apart(where, "grad", g, "x", x, "d_y", d_y, "cache", cache, "d_x", d_x);
+      },
+      expert, grad);
   require(grad.d_model() == expert.d_model(), where, ": grad has d_model = ", grad.d_model(), ", expected ",
           expert.d_model());  // of an expert without parameters
 }

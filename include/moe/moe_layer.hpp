@@ -246,10 +246,7 @@ class MoELayer {
   void backward(const ConstMatrixRef<S>& d_y, Cache& cache, MoELayer& grad,
                 const RoutingGradient<S>& routing_gradient, Matrix<S>& d_x,
                 const Ex& executor = {}) const {
-    check_backward(d_y, cache, grad, routing_gradient);
-    constexpr const char* kWhere = "MoELayer::backward";
-    require_apart(kWhere, "d_x", d_x, "d_y", d_y, "routing_gradient", routing_gradient, "the cache", cache);
-    require_apart(kWhere, "the cache", cache, "d_y", d_y, "routing_gradient", routing_gradient);
+    check_backward(d_y, cache, grad, routing_gradient, d_x);
     const DispatchPlan<S>& routed = cache.routing.plan;
     const DispatchPlan<S>& plan = num_shared_ > 0 ? cache.all_experts : routed;
     d_x.resize(d_y.rows(), d_model());
@@ -399,7 +396,8 @@ class MoELayer {
   }
 
   void check_backward(const ConstMatrixRef<S>& d_y, const Cache& cache, const MoELayer& grad,
-                      const RoutingGradient<S>& routing_gradient) const {
+                      const RoutingGradient<S>& routing_gradient, const Matrix<S>& d_x) const {
+    constexpr const char* kWhere = "MoELayer::backward";
     require(cache.x.cols() == d_model() && cache.routing.num_experts() == num_experts() &&
                 (num_shared_ == 0 || cache.all_experts.num_experts() == Index(experts_.size())),
             "MoELayer::backward: the cache is of a layer with d_model = ", cache.x.cols(), " and ",
@@ -416,10 +414,13 @@ class MoELayer {
             grad.num_experts(), " + ", grad.num_shared_, " experts, expected ", d_model(), ", ",
             num_experts(), " + ", num_shared_);
     // Before anything is added to grad. Not by visit(), whose names need memory.
-    const auto same_shape = [](const ParameterInfo& info, const auto& p, const auto& g) {
+    const auto same_shape = [&](const ParameterInfo& info, const auto& p, const auto& g) {
       if (info.kind != Kind::buffer)
         require_shape(g, p.rows(), p.cols(), "MoELayer::backward: grad", info.name);
+      require_apart(kWhere, "grad", g, "d_y", d_y, "d_x", d_x);
     };
+    require_apart(kWhere, "d_x", d_x, "d_y", d_y, "routing_gradient", routing_gradient, "the cache", cache);
+    require_apart(kWhere, "the cache", cache, "d_y", d_y, "routing_gradient", routing_gradient);
     visit_array(same_shape, {"w_shared_gate"}, w_shared_gate, grad.w_shared_gate);
     visit_array(same_shape, {"b_output"}, b_output, grad.b_output);
     for (std::size_t e = 0; e < experts_.size(); ++e)

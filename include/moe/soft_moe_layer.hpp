@@ -263,9 +263,7 @@ class SoftMoELayer {
   template <Executor Ex = DefaultExecutor>
   void backward(const ConstMatrixRef<S>& d_y, Cache& cache, SoftMoELayer& grad, Matrix<S>& d_x,
                 const Ex& executor = {}) const {
-    check_backward(d_y, cache, grad);
-    require_apart("SoftMoELayer::backward", "d_x", d_x, "d_y", d_y, "the cache", cache);
-    require_apart("SoftMoELayer::backward", "the cache", cache, "d_y", d_y);
+    check_backward(d_y, cache, grad, d_x);
     d_x.resize(d_y.rows(), d_model());
     if (cache.live.empty()) {  // no valid token
       d_x.setZero();
@@ -532,8 +530,8 @@ class SoftMoELayer {
     plan.gate.assign(plan.token.size(), S(1));
   }
 
-  void check_backward(const ConstMatrixRef<S>& d_y, const Cache& c,
-                      const SoftMoELayer& grad) const {
+  void check_backward(const ConstMatrixRef<S>& d_y, const Cache& c, const SoftMoELayer& grad,
+                      const Matrix<S>& d_x) const {
     const char* const where = "SoftMoELayer::backward";
     check_parameters(where);
     require(c.x.cols() == d_model() && c.logits.cols() == num_slots() &&
@@ -562,10 +560,13 @@ class SoftMoELayer {
             ": grad is a layer with d_model = ", grad.d_model(), " and ", grad.num_experts(),
             " experts, expected ", d_model(), " and ", num_experts());
     // Before anything is added to grad. Not by visit(), whose names need memory.
-    const auto same_shape = [](const ParameterInfo& info, const auto& p, const auto& g) {
+    const auto same_shape = [&](const ParameterInfo& info, const auto& p, const auto& g) {
       if (info.kind != Kind::buffer)
         require_shape(g, p.rows(), p.cols(), "SoftMoELayer::backward: grad", info.name);
+      require_apart(where, "grad", g, "d_y", d_y, "d_x", d_x);
     };
+    require_apart(where, "d_x", d_x, "d_y", d_y, "the cache", c);
+    require_apart(where, "the cache", c, "d_y", d_y);
     visit_array(same_shape, {"w_slots"}, w_slots, grad.w_slots);
     visit_array(same_shape, {"scale"}, scale, grad.scale);
     for (std::size_t e = 0; e < experts_.size(); ++e)

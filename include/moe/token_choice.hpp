@@ -479,14 +479,17 @@ void check_router_backward(const R& router, const ConstMatrixRef<S>& x, const Ro
   R::visit([](const ParameterInfo&, const auto&...) {}, router, grad);  // throws if shapes differ
 }
 
-/// Throws std::invalid_argument unless what a router's backward pass writes, d_x and the routing's scratch, lies
-/// apart from what it reads, and d_x has the shape of x. O(1).
-template <class S>
+/// Throws std::invalid_argument unless what a router's backward pass writes, d_x, grad and the routing's
+/// scratch, lies apart from each other and from what it reads, and d_x has the shape of x. O(1).
+template <class R, class S>
 void check_router_operands(const ConstMatrixRef<S>& x, const Routing<S>& routing,
-                           const RoutingGradient<S>& gradient, const MatrixRef<S>& d_x, const char* where) {
+                           const RoutingGradient<S>& gradient, const MatrixRef<S>& d_x, const R& grad,
+                           const char* where) {
   require_shape(d_x, x.rows(), x.cols(), where, "d_x");
   require_apart(where, "d_x", d_x, "x", x, "gradient", gradient, "routing", routing);
   require_apart(where, "the routing's scratch", routing.scratch, "x", x, "gradient", gradient);
+  R::visit(
+      [&](const ParameterInfo&, const auto& g) { require_apart(where, "grad", g, "x", x, "d_x", d_x); }, grad);
 }
 
 }  // namespace moe

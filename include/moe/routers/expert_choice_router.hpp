@@ -87,7 +87,7 @@ class ExpertChoiceRouter {
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, ExpertChoiceRouter& grad,
                 const E& executor = {}) const {
     check_backward(x, routing, grad);
-    check_router_operands(x, routing, gradient, d_x, "ExpertChoiceRouter::backward");
+    check_router_operands(x, routing, gradient, d_x, grad, "ExpertChoiceRouter::backward");
     Matrix<S>& d_logits = routing.scratch.d_logits;
     selection_backward(SeatingRule{}, routing, gradient, d_logits);
     add_valid_rows(routing, gradient.d_router_logits, d_logits);

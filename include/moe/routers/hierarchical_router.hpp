@@ -109,7 +109,7 @@ class HierarchicalRouter {
                 const E& executor = {}) const {
     constexpr const char* kWhere = "HierarchicalRouter::backward";
     check_backward(x, routing, grad);
-    check_router_operands(x, routing, gradient, d_x, kWhere);
+    check_router_operands(x, routing, gradient, d_x, grad, kWhere);
     check_routing_gradient(gradient, routing, kWhere);
     for (const Matrix<S>* d : {&gradient.d_router_logits, &gradient.d_noise_stddev})
       require(std::all_of(d->data(), d->data() + d->size(), [](S v) { return is_equal(v, S(0)); }), kWhere,
@@ -156,7 +156,7 @@ class HierarchicalRouter {
             " gradients, expected 1 + ", children_.size(), " children");
     check_backward(x, routing, grad);
     for (const RoutingGradient<S>& gradient : gradients)
-      check_router_operands(x, routing, gradient, d_x, kWhere);
+      check_router_operands(x, routing, gradient, d_x, grad, kWhere);
     for (std::size_t level = 0; level < gradients.size(); ++level)
       check_routing_gradient(gradients[level], routing.levels[level], kWhere);
     for (std::size_t level = 0; level < gradients.size(); ++level)

@@ -107,7 +107,7 @@ class NoisyTopKRouter {
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, NoisyTopKRouter& grad,
                 const E& executor = {}) const {
     check_backward(x, routing, grad);
-    check_router_operands(x, routing, gradient, d_x, "NoisyTopKRouter::backward");
+    check_router_operands(x, routing, gradient, d_x, grad, "NoisyTopKRouter::backward");
     const RoutingNoise<S>& noise = routing.noise;
     Matrix<S>& d_logits = routing.scratch.d_logits;
     selection_backward(rule({}), routing, gradient, d_logits);

@@ -147,7 +147,7 @@ class SinkhornRouter {
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, SinkhornRouter& grad,
                 const E& executor = {}) const {
     check_backward(x, routing, grad);
-    check_router_operands(x, routing, gradient, d_x, "SinkhornRouter::backward");
+    check_router_operands(x, routing, gradient, d_x, grad, "SinkhornRouter::backward");
     Matrix<S>& d_logits = routing.scratch.d_logits;
     selection_backward(rule({}), routing, gradient, d_logits);
     add_valid_rows(routing, gradient.d_router_logits, d_logits);

@@ -95,7 +95,7 @@ class SparseMixerRouter {
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, SparseMixerRouter& grad,
                 const E& executor = {}) const {
     check_backward(x, routing, grad);
-    check_router_operands(x, routing, gradient, d_x, "SparseMixerRouter::backward");
+    check_router_operands(x, routing, gradient, d_x, grad, "SparseMixerRouter::backward");
     check_routing_gradient(gradient, routing, "SparseMixerRouter::backward");
     Matrix<S>& d_logits = routing.scratch.d_logits;
     d_logits.setZero(x.rows(), num_experts());

@@ -196,7 +196,7 @@ class TopKRouter {
                 const RoutingGradient<S>& gradient, MatrixRef<S> d_x, TopKRouter& grad,
                 const E& executor = {}) const {
     check_backward(x, routing, grad);
-    check_router_operands(x, routing, gradient, d_x, "TopKRouter::backward");
+    check_router_operands(x, routing, gradient, d_x, grad, "TopKRouter::backward");
     Matrix<S>& d_logits = routing.scratch.d_logits;
     SeatingRule seating = rule({});
     seating.second_threshold =
