@@ -81,7 +81,7 @@ Pack<S> step(const Pack<S>& x) {
 
 template <class S>
 S clamp(S x, S low, S high) {
-  return or_nan(std::min(std::max(x, low), high), x);
+  return or_nan((std::min)((std::max)(x, low), high), x);
 }
 template <class S>
 Pack<S> clamp(const Pack<S>& x, S low, S high) {

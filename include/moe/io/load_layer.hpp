@@ -49,7 +49,7 @@ inline std::string replaced(std::string text, std::string_view what, Index numbe
 inline bool is_within(std::string_view path, std::string_view longer) {
   const auto take = [](std::string_view& rest) {
     const std::string_view module = rest.substr(0, rest.find_first_of("./"));
-    rest.remove_prefix(std::min(module.size() + 1, rest.size()));
+    rest.remove_prefix((std::min)(module.size() + 1, rest.size()));
     return module;
   };
   while (!path.empty()) {

@@ -237,7 +237,7 @@ inline std::optional<std::map<std::string, std::string, std::less<>>> parse_opti
   std::map<std::string, std::string, std::less<>> options;
   while (!text.empty()) {
     const std::string_view option = text.substr(0, text.find(' '));
-    text.remove_prefix(std::min(option.size() + 1, text.size()));
+    text.remove_prefix((std::min)(option.size() + 1, text.size()));
     const std::size_t equals = option.find('=');
     if (equals == std::string_view::npos || equals == 0) return std::nullopt;
     if (!options.emplace(option.substr(0, equals), option.substr(equals + 1)).second) return std::nullopt;

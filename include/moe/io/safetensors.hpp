@@ -44,7 +44,7 @@ inline std::string_view text_at(std::span<const std::byte> bytes) {
 // Whether text begins so, whatever the case of its letters, after blanks and a mark of UTF-8.
 inline bool begins_as(std::string_view text, std::string_view lower_case) {
   if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);
-  text.remove_prefix(std::min(text.find_first_not_of(" \t\r\n"), text.size()));
+  text.remove_prefix((std::min)(text.find_first_not_of(" \t\r\n"), text.size()));
   return text.size() >= lower_case.size() &&
          std::equal(lower_case.begin(), lower_case.end(), text.begin(), [](char expected, char c) {
            return expected == (c >= 'A' && c <= 'Z' ? char(c - 'A' + 'a') : c);
@@ -230,11 +230,11 @@ class HeaderEvents final : public JsonEvents {
 
   // Throws unless the tensors cover the data, each byte once. O(tensors * log(tensors)).
   void check_cover() const {
-    struct Extent {
+    struct Covered {
       std::size_t begin, size;
       std::string_view name;
     };
-    std::vector<Extent> tensors;
+    std::vector<Covered> tensors;
     tensors.reserve(header_.tensors.size() + header_.unread.size());
     const auto add = [&](const auto& list) {
       for (const auto& [name, tensor] : list)
@@ -242,7 +242,7 @@ class HeaderEvents final : public JsonEvents {
     };
     add(header_.tensors);
     add(header_.unread);
-    std::sort(tensors.begin(), tensors.end(), [](const Extent& a, const Extent& b) {
+    std::sort(tensors.begin(), tensors.end(), [](const Covered& a, const Covered& b) {
       return std::tie(a.begin, a.size, a.name) < std::tie(b.begin, b.size, b.name);
     });
     std::size_t end = 0;
