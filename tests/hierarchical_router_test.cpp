@@ -900,6 +900,12 @@ TEST(HierarchicalRouterErrors, ALevelThatDrops) {
               ThrowsMessage<std::invalid_argument>(HasSubstr("child 0 seated 2 of 4 choices")));
 }
 
+// What scales inputs and says so in its plan alone.
+struct Silent : TopK {
+  using TopK::TopK;
+  void options() const = delete;
+};
+
 // Levels whose gates scale different sides are refused when they meet; those that all scale inputs are not.
 TEST(HierarchicalRouterErrors, GateSides) {
   Rng rng(21);
@@ -912,6 +918,9 @@ TEST(HierarchicalRouterErrors, GateSides) {
   EXPECT_THAT([&] { Hierarchy<TopK>(input, {input, output}); },
               ThrowsMessage<std::invalid_argument>(HasSubstr("gates of child 1 and of the parent")));
   EXPECT_THROW(Hierarchy<TopK>(output, {input, input}), std::invalid_argument);
+  const Silent silent({.d_model = 4, .num_experts = 2, .top_k = 2, .gate_side = moe::GateSide::input}, rng);
+  EXPECT_EQ(route(Hierarchy<TopK, Silent>(input, {silent, silent}), x).plan.gate_side, moe::GateSide::input);
+  EXPECT_THROW(route(Hierarchy<TopK, Silent>(output, {silent, silent}), x), std::invalid_argument);
 }
 
 }  // namespace

@@ -253,6 +253,24 @@ struct Immovable {
   void forward(const ConstMatrixRef<double>& x, MatrixRef<double> y) const { y = factor * x; }
 };
 
+// A router of one's own that removes one expert at a time.
+struct OneAtATime : TopK {
+  using TopK::TopK;
+  void remove_experts(const std::vector<Index>&) = delete;
+  void remove_expert(Index expert) { TopK::remove_expert(expert); }
+};
+
+TEST(RemoveExperts, ARouterMayKnowHowToRemoveOneAlone) {
+  Rng rng(9);
+  using Expert = CopyExpert<double>;
+  MoELayer<Expert, OneAtATime> layer(std::vector<Expert>(4, Expert({.d_model = kModel})),
+                                     OneAtATime({.d_model = kModel, .num_experts = 4}, rng));
+  const Matrix<double> before = layer.router().w_router;
+  layer.remove_expert(1);
+  EXPECT_EQ(layer.num_experts(), 3);
+  EXPECT_EQ(layer.router().w_router, rows_of(before, {0, 2, 3}));
+}
+
 TEST(RemoveExperts, AnExceptionOnTheWayLeavesTheLayerAsItWas) {
   for (int fails = 0; fails < 3; ++fails) {
     Immovable::copies = 1000;

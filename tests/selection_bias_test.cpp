@@ -114,6 +114,12 @@ TEST(SelectionBias, ThatIsNotANumberIsRefused) {
   router.selection_bias << 0, 0, -std::numeric_limits<double>::infinity();
   router.route(x, {}, routing);
   EXPECT_EQ(routing.chosen.expert, (moe::Buffer<Index>{1, 0, 1, 0}));
+  // A token that is left without any expert is not one that nobody serves, silently.
+  router.selection_bias.setConstant(-std::numeric_limits<double>::infinity());
+  router.route(x, {}, routing);
+  EXPECT_EQ(routing.chosen.size(), 0);
+  for (const Index t : {0, 1}) EXPECT_EQ(routing.plan.token_state[t], moe::TokenState::poisoned);
+  EXPECT_EQ(routing.router_probs, (Matrix<double>::Zero(2, 3)));
 }
 
 // The same of a ranking that a router of one's own gives: its token is poisoned, the others are not.

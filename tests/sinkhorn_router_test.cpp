@@ -46,8 +46,8 @@ TEST(SinkhornRouter, ThePlanHasEvenRowsAndColumns) {
   moe::Buffer<moe::TokenState> state;
   state.assign(40, moe::TokenState::valid);
   state[7] = moe::TokenState::masked;
-  moe::Buffer<double> factors;
-  moe::detail::balance_by_sinkhorn(z, state, Index(0), Index(40), 1e-12, Index(10000), plan, factors);
+  moe::Buffer<double> factors, sums;
+  moe::detail::balance_by_sinkhorn(z, state, Index(0), Index(40), 1e-12, Index(10000), plan, factors, sums);
   plan.row(7).setZero();
   for (Index e = 0; e < 5; ++e) EXPECT_NEAR(plan.col(e).sum(), 1.0 / 5, 1e-5);
   for (Index t = 0; t < 40; ++t) EXPECT_NEAR(plan.row(t).sum(), t == 7 ? 0 : 1.0 / 39, 1e-5);
@@ -63,9 +63,9 @@ TEST(SinkhornRouter, BalancingEndsByItsToleranceOrItsNumberOfIterations) {
   moe::Buffer<moe::TokenState> state;
   state.assign(2, moe::TokenState::valid);
   const auto plan_of = [&](double tolerance, Index max_iterations) {
-    moe::Buffer<double> factors;
+    moe::Buffer<double> factors, sums;
     Matrix<double> plan(2, 2);
-    moe::detail::balance_by_sinkhorn(z, state, Index(0), Index(2), tolerance, max_iterations, plan, factors);
+    moe::detail::balance_by_sinkhorn(z, state, Index(0), Index(2), tolerance, max_iterations, plan, factors, sums);
     return plan;
   };
   EXPECT_TRUE(plan_of(0, 1).isApprox(one, 1e-7));

@@ -49,7 +49,7 @@ Pack<S> exponential(const Pack<S>& x) { return x.exp(); }
 template <class S>
 S hyperbolic_tangent(S x) { return std::tanh(x); }
 template <class S>
-Pack<S> hyperbolic_tangent(const Pack<S>& x) { return or_nan(Pack<S>(x.tanh()), x); }
+Pack<S> hyperbolic_tangent(const Pack<S>& x) { return x.tanh(); }
 
 template <class S>
 S error_function(S x) { return std::erf(x); }
@@ -105,9 +105,11 @@ struct ScalarOf<Pack<S>> { using Type = S; };
 template <class T>
 using Scalar = typename ScalarOf<T>::Type;
 
-// Where the slope of a GELU has reached its limits, 0 and 1, and squares do not overflow.
-template <class T>
-T within_100(const T& x) { return clamp(x, Scalar<T>(-100), Scalar<T>(100)); }
+// Where the slope of a GELU has reached its limits, 0 and 1, and squares do not overflow. Not for a NaN.
+template <class S>
+S within_100(S x) { return (std::min)((std::max)(x, S(-100)), S(100)); }
+template <class S>
+Pack<S> within_100(const Pack<S>& x) { return ((x.max)(S(-100)).min)(S(100)); }
 
 // 1 / (1 + exp(-x)).
 template <class T>
@@ -140,8 +142,9 @@ struct GELU {
     using S = detail::Scalar<T>;
     const T x = detail::within_100(any);
     constexpr S kDensity = S(std::numbers::inv_sqrtpi / std::numbers::sqrt2);
-    return S(0.5) * (S(1) + detail::error_function(T(x * S(1 / std::numbers::sqrt2)))) +
-           x * kDensity * detail::exponential(T(x * x * S(-0.5)));
+    const T slope = S(0.5) * (S(1) + detail::error_function(T(x * S(1 / std::numbers::sqrt2)))) +
+                    x * kDensity * detail::exponential(T(x * x * S(-0.5)));
+    return detail::or_nan(slope, any);
   }
 };
 
@@ -159,8 +162,9 @@ struct GELUTanh {
     using S = detail::Scalar<T>;
     const T x = detail::within_100(any);
     const T t = detail::hyperbolic_tangent(inner(x));
-    return S(0.5) * (S(1) + t) +
-           S(0.5) * x * (S(1) - t * t) * (scale<S> * (S(1) + S(3 * 0.044715) * x * x));
+    const T slope = S(0.5) * (S(1) + t) +
+                    S(0.5) * x * (S(1) - t * t) * (scale<S> * (S(1) + S(3 * 0.044715) * x * x));
+    return detail::or_nan(slope, any);
   }
 
  private:

@@ -50,7 +50,7 @@ class EstimatedLoad {
       if (!routing.is_valid(t)) continue;
       if (is_estimated(t)) {
         estimate(t, [&](Index e, Index, S u) {
-          values[e] += double(S(0.5) * (S(1) + std::erf(u * S(1 / std::numbers::sqrt2))));
+          values[e] += Sum<S>(S(0.5) * (S(1) + std::erf(u * S(1 / std::numbers::sqrt2))));
         });
       } else {
         const Choices<S>& chosen = routing.chosen;
@@ -60,9 +60,9 @@ class EstimatedLoad {
     }
   }
 
-  Vector<double> values;  // [num_experts]
+  Vector<Sum<S>> values;  // [num_experts]
 
-  RoutingGradient<S> backward(const Vector<double>& d_values) {
+  RoutingGradient<S> backward(const Vector<Sum<S>>& d_values) {
     const Index tokens = routing_.num_tokens(), experts = routing_.num_experts();
     const RoutingNoise<S>& noise = routing_.noise;
     RoutingGradient<S> gradient;
@@ -165,6 +165,7 @@ template <class S>
 LevelsLoss<S> hierarchical_load_loss(const Routing<S>& routing,
                                      LoadThreshold threshold = LoadThreshold::two) {
   constexpr const char* kWhere = "hierarchical_load_loss";
+  using Sum = detail::Sum<S>;
   require(routing.levels.size() >= 2, kWhere, ": the routing has ", routing.levels.size(),
           " levels, expected a parent's and at least 1 child's");
   const Index groups = Index(routing.levels.size()) - 1;
@@ -182,15 +183,15 @@ LevelsLoss<S> hierarchical_load_loss(const Routing<S>& routing,
   }
   const auto share = [&](Index i) {  // 1 / tokens of group i
     const Index tokens = routing.levels[std::size_t(i) + 1].plan.num_valid_tokens();
-    return tokens > 0 ? 1 / double(tokens) : 0.0;
+    return tokens > 0 ? Sum(1) / Sum(tokens) : Sum(0);
   };
-  Vector<double> all(groups * leaves);
+  Vector<Sum> all(groups * leaves);
   for (Index i = 0; i < groups; ++i)
     all.segment(i * leaves, leaves) =
         load[0].values[i] * share(i) * load[std::size_t(i) + 1].values;
   LevelsLoss<S> loss;
   loss.value = S(detail::squared_variation(all));
-  Vector<double> d_parent(groups);
+  Vector<Sum> d_parent(groups);
   loss.gradients.resize(routing.levels.size());
   for (Index i = 0; i < groups; ++i) {
     detail::EstimatedLoad<S>& child = load[std::size_t(i) + 1];

@@ -27,33 +27,34 @@ namespace detail {
 
 // Squared coefficient of variation, population variance / (mean^2 + 1e-10), and, in `x`, its
 // gradient in place of the values.
-inline double squared_variation(Vector<double>& x) {
-  constexpr double kEpsilon = 1e-10;
+template <class T>
+T squared_variation(Vector<T>& x) {
+  constexpr T kEpsilon = T(1e-10);
   const Index n = x.size();
   if (n == 0) return 0;
-  double mean = 0, variance = 0;
+  T mean = 0, variance = 0;
   for (Index i = 0; i < n; ++i) mean += x[i];
-  mean /= double(n);
+  mean /= T(n);
   for (Index i = 0; i < n; ++i) variance += (x[i] - mean) * (x[i] - mean);
-  variance /= double(n);
-  const double scale = mean * mean + kEpsilon;
+  variance /= T(n);
+  const T scale = mean * mean + kEpsilon;
   for (Index i = 0; i < n; ++i)
-    x[i] = 2 / double(n) * ((x[i] - mean) / scale - mean * variance / (scale * scale));
+    x[i] = T(2) / T(n) * ((x[i] - mean) / scale - mean * variance / (scale * scale));
   return variance / scale;
 }
 
 // The sum over the valid tokens [begin, end) and all experts of slope[e] * router_probs(t, e). Rows of its gradient
 // are written to d_probs.
 template <class S>
-double linear_loss(const Routing<S>& routing, Index begin, Index end, const Vector<double>& slope,
+Sum<S> linear_loss(const Routing<S>& routing, Index begin, Index end, const Vector<Sum<S>>& slope,
                    Matrix<S>& d_probs) {
-  Vector<double> sum = Vector<double>::Zero(slope.size());  // of every expert's probabilities
+  Vector<Sum<S>> sum = Vector<Sum<S>>::Zero(slope.size());  // of every expert's probabilities
   for (Index t = begin; t < end; ++t) {
     if (!routing.is_valid(t)) continue;
-    sum += routing.router_probs.row(t).transpose().template cast<double>();
+    sum += routing.router_probs.row(t).transpose().template cast<Sum<S>>();
     d_probs.row(t) = slope.transpose().template cast<S>();
   }
-  double value = 0;
+  Sum<S> value = 0;
   for (Index e = 0; e < slope.size(); ++e) value += slope[e] * sum[e];
   return value;
 }
@@ -86,7 +87,7 @@ Loss<S> load_balancing_loss(const Routing<S>& routing, const IndexVector& demand
   const Index total = demand.sum();
   loss.gradient.d_router_probs.setZero(tokens, experts);
   if (total == 0 || num_tokens == 0) return loss;
-  Vector<double> slope(experts);  // of the loss by p_te, the same for every valid token t
+  Vector<detail::Sum<S>> slope(experts);  // of the loss by p_te, the same for every valid token t
   for (Index e = 0; e < experts; ++e)
     slope[e] = double(experts) * double(demand[e]) / (double(total) * double(num_tokens));
   loss.value = S(detail::linear_loss(routing, 0, tokens, slope, loss.gradient.d_router_probs));
@@ -150,8 +151,8 @@ Loss<S> sequence_balance_loss(const Routing<S>& routing, const BatchInfo& info,
   };
   Index groups = 0;
   for (Index g = 0; g < info.num_groups(); ++g) groups += valid_in(g) > 0;
-  double value = 0;
-  Vector<double> slope(experts);  // of the loss by p_te, the same for every valid token t of a group
+  detail::Sum<S> value = 0;
+  Vector<detail::Sum<S>> slope(experts);  // of the loss by p_te, the same for every valid token t of a group
   for (Index g = 0; g < info.num_groups(); ++g) {
     const Index valid = valid_in(g), begin = info.begin_of(g), end = info.end_of(g, tokens);
     const Index first = demand.token_begin[begin], last = demand.token_begin[end];
@@ -193,7 +194,7 @@ Loss<S> device_balance_loss(const Routing<S>& routing, const IndexVector& expert
   const Index total = demand.sum(), valid = routing.plan.num_valid_tokens();
   loss.value = 0;
   if (total == 0 || valid == 0) return loss;
-  Vector<double> slope(experts);
+  Vector<detail::Sum<S>> slope(experts);
   for (Index e = 0; e < experts; ++e) {
     Index size = 0, group_demand = 0;
     for (Index other = 0; other < experts; ++other) {
@@ -224,11 +225,11 @@ Loss<S> relu_balance_loss(const Routing<S>& routing, Index top_k) {
   const IndexVector demand = demand_per_expert(routing);
   Loss<S> loss;
   loss.gradient.d_chosen_gate.resize(chosen.size());
-  double value = 0;
+  detail::Sum<S> value = 0;
   for (Index c = 0; c < chosen.size(); ++c) {
     const double slope = double(experts) * double(demand[chosen.expert[c]]) /
                          (double(top_k) * double(valid) * double(valid));
-    value += slope * double(chosen.gate[c]);
+    value += slope * detail::Sum<S>(chosen.gate[c]);
     loss.gradient.d_chosen_gate[c] = S(slope);
   }
   loss.value = S(value);
@@ -291,10 +292,11 @@ Loss<S> importance_loss(const Routing<S>& routing, Importance recipe = Importanc
   if (recipe == Importance::probs)
     require_shape(routing.router_logits, tokens, experts, "importance_loss", "router_logits");
   Loss<S> loss;
-  Vector<double> importance = Vector<double>::Zero(experts);
+  using Sum = detail::Sum<S>;
+  Vector<Sum> importance = Vector<Sum>::Zero(experts);
   if (recipe == Importance::gates) {
     const Choices<S>& chosen = routing.chosen;
-    for (Index c = 0; c < chosen.size(); ++c) importance[chosen.expert[c]] += double(chosen.gate[c]);
+    for (Index c = 0; c < chosen.size(); ++c) importance[chosen.expert[c]] += Sum(chosen.gate[c]);
     loss.value = S(detail::squared_variation(importance));
     loss.gradient.d_chosen_gate.resize(chosen.size());
     for (Index c = 0; c < chosen.size(); ++c)
@@ -305,7 +307,7 @@ Loss<S> importance_loss(const Routing<S>& routing, Importance recipe = Importanc
   for (Index t = 0; t < tokens; ++t) {
     if (!routing.is_valid(t)) continue;
     softmax(experts, &routing.router_logits(t, 0), &p(t, 0));
-    importance += p.row(t).transpose().template cast<double>();
+    importance += p.row(t).transpose().template cast<Sum>();
   }
   loss.value = S(detail::squared_variation(importance));
   const Vector<S> d_importance = importance.template cast<S>();
@@ -327,16 +329,16 @@ Loss<S> router_z_loss(const Routing<S>& routing) {
   Matrix<S>& d = loss.gradient.d_router_logits;
   d.setZero(tokens, experts);
   const Index valid = routing.plan.num_valid_tokens();
-  double sum = 0;
+  detail::Sum<S> sum = 0;
   for (Index t = 0; t < tokens; ++t) {
     if (!routing.is_valid(t)) continue;
     const S* const z = &routing.router_logits(t, 0);
     const S lse = log_sum_exp(experts, z);
-    sum += double(lse) * double(lse);
+    sum += detail::Sum<S>(lse) * detail::Sum<S>(lse);
     softmax(experts, z, &d(t, 0));
     d.row(t) *= S(2) * lse / S(valid);
   }
-  if (valid > 0) loss.value = S(sum / double(valid));
+  if (valid > 0) loss.value = S(sum / detail::Sum<S>(valid));
   return loss;
 }
 

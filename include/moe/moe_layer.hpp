@@ -103,7 +103,7 @@ class MoELayer {
               experts_[e].d_model(), ", but the router has ", d_model());
     require(!shared.gated || num_shared_ > 0,
             "MoELayer: gated shared experts, but 0 of them, expected at least 1");
-    check_shared_gates(shared.gated ? num_shared_ : 0, gate_side_of(router_), "MoELayer");
+    check_shared_gates(shared.gated ? num_shared_ : 0, gate_side_of(router_).value_or(GateSide::output), "MoELayer");
     if (shared.gated) w_shared_gate.setZero(num_shared_, d_model());
     if (output_bias) b_output.setZero(d_model());
   }
@@ -281,22 +281,13 @@ class MoELayer {
   void remove_experts(const std::vector<Index>& experts)
     requires requires(R& r) { r.remove_experts(experts); }
   {
-    R router = router_;
-    router.remove_experts(experts);
-    const std::vector<Index> left =
-        experts_without(experts, num_experts(), router.num_experts(), "MoELayer::remove_experts");
-    std::vector<E> kept;
-    kept.reserve(left.size() + std::size_t(num_shared_));
-    for (const Index e : left) kept.push_back(std::move_if_noexcept(experts_[std::size_t(e)]));
-    for (E& expert : shared_experts()) kept.push_back(std::move_if_noexcept(expert));
-    experts_ = std::move(kept);
-    router_ = std::move(router);
+    remove(experts, [&](R& router) { router.remove_experts(experts); });
   }
   /// The same for one expert.
   void remove_expert(Index expert)
-    requires requires(R& r) { r.remove_experts({expert}); }
+    requires requires(R& r) { r.remove_expert(expert); }
   {
-    remove_experts({expert});
+    remove({expert}, [&](R& router) { router.remove_expert(expert); });
   }
 
   template <class F, class... Self>
@@ -463,6 +454,21 @@ class MoELayer {
       for (Index a = 0; a < assignments; ++a) gradient.d_gate[a] += cache.d_gate[a];
       route_backward_with(router_, cache.x, cache.routing, gradient, d_x, grad.router_, executor);
     }
+  }
+
+  // Removes experts here and, by from_router(copy of the router), there.
+  template <class F>
+  void remove(const std::vector<Index>& experts, const F& from_router) {
+    R router = router_;
+    from_router(router);
+    const std::vector<Index> left =
+        experts_without(experts, num_experts(), router.num_experts(), "MoELayer::remove_experts");
+    std::vector<E> kept;
+    kept.reserve(left.size() + std::size_t(num_shared_));
+    for (const Index e : left) kept.push_back(std::move_if_noexcept(experts_[std::size_t(e)]));
+    for (E& expert : shared_experts()) kept.push_back(std::move_if_noexcept(expert));
+    experts_ = std::move(kept);
+    router_ = std::move(router);
   }
 
   template <class Ex>

@@ -52,6 +52,10 @@ bool is_unavailable(S value) {
 
 namespace detail {
 
+// What sums over tokens are made in.
+template <class S>
+using Sum = std::common_type_t<S, double>;
+
 template <class S>
 bool is_nan(S value) {
   if constexpr (kHasBits<S>) return magnitude_bits(value) > kInfinityBits<S>;

@@ -91,7 +91,7 @@ class PackedMoELayer {
     if (parts_.w_shared_gate.size() > 0)
       require_shape(parts_.w_shared_gate, parts_.num_shared_experts, d_model(), "pack",
                     "w_shared_gate");
-    check_shared_gates(parts_.w_shared_gate.rows(), gate_side_of(parts_.router), "pack");
+    check_shared_gates(parts_.w_shared_gate.rows(), gate_side_of(parts_.router).value_or(GateSide::output), "pack");
     require(parts_.b_output.size() == 0 || parts_.b_output.size() == d_model(), "pack: b_output has ",
             parts_.b_output.size(), " entries, expected d_model = ", d_model());
     const Index count = num_experts() + num_shared_experts();

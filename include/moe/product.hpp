@@ -7,13 +7,15 @@
 
 #include <moe/check.hpp>
 #include <moe/kernels/select.hpp>
+#include <moe/numbers.hpp>
 #include <moe/types.hpp>
 
 // Every matrix product of the library. Each one runs on the calling thread whatever Eigen's OpenMP
 // settings are, allocates nothing, and adds in an order that the shapes alone decide: an element of
-// the result is a chain of multiply-adds over the contracted dimension. In floats it is cut at multiples of 256,
-// but for that of linear_backward_input, in other scalars at multiples of 128, and the parts are added up one
-// after the other: so a sum of n terms errs by at most about (256 + n / 256) 2^-24 of the sum of their magnitudes.
+// the result is a chain of multiply-adds over the contracted dimension. In scalars other than float it is cut at
+// multiples of 128, in floats at multiples of 256 but for linear_backward_input, and the parts are added up one
+// after the other: so a sum of n terms in floats errs by at most about (256 + n / 256) 2^-24 of the sum of their
+// magnitudes, in linear_backward_input by n 2^-24.
 // Hence the bits of a result do not depend on threads, on alignment, or on the rows beside it. Products of floats
 // run on kernels chosen while the program runs, whatever flags it is compiled with.
 namespace moe {
@@ -320,8 +322,8 @@ void bias_backward(const Dy& d_y, B&& d_b, const Keep& keep) {
   require(d_b.size() == d_y.cols(), "bias_backward: d_b has ", d_b.size(), " entries, expected ",
           d_y.cols());
   require_apart("bias_backward", "d_b", d_b, "d_y", d_y);
-  using Sum = std::common_type_t<S, double>;
-  constexpr Index kCols = 64;
+  using Sum = detail::Sum<S>;
+  constexpr Index kCols = 256;
   for (Index j = 0; j < d_y.cols(); j += kCols) {
     const Index wide = (std::min)(kCols, d_y.cols() - j);
     Eigen::Array<Sum, kCols, 1> sum = Eigen::Array<Sum, kCols, 1>::Zero();

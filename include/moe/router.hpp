@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <concepts>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include <moe/buffer.hpp>
@@ -120,7 +121,7 @@ template <class S>
 struct RoutingScratch {
   Buffer<Index> order, load, seat, position;
   Buffer<S> row;
-  Buffer<double> second_draws;
+  Buffer<double> second_draws, sums;
   IndexVector capacity;
   Matrix<S> ranking, d_logits, d_noise, input, d_input;
   BatchInfo info;  // what a router made of routers tells them
@@ -408,13 +409,13 @@ concept TrainableRouter =
       R::visit([](const ParameterInfo&, auto&...) {}, grad);
     };
 
-/// What a router's gates multiply, where it says so before it routes: by gate_side() or by its options; else
-/// outputs. DispatchPlan::gate_side says it for certain.
+/// What a router's gates multiply, where it says so before it routes: by gate_side() or by its options.
+/// DispatchPlan::gate_side says it for certain.
 template <class R>
-GateSide gate_side_of(const R& router) {
-  if constexpr (requires { GateSide(router.gate_side()); }) return router.gate_side();
+std::optional<GateSide> gate_side_of(const R& router) {
+  if constexpr (requires { std::optional<GateSide>(router.gate_side()); }) return router.gate_side();
   else if constexpr (requires { GateSide(router.options().gate_side); }) return router.options().gate_side;
-  else return GateSide::output;
+  else return std::nullopt;
 }
 
 /// Calls router.route for inference, with the executor where the router takes one.

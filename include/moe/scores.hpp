@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstddef>
 #include <limits>
 
 #include <moe/check.hpp>
@@ -103,7 +105,7 @@ Divisor<S> divisor_of(S sum, double epsilon, double minimum) {
 inline constexpr double kProbsEpsilon = 1e-20;  // as Megatron-LM
 
 // The backward of quotients q_i = s_i / (sum of s + epsilon): calls f(i, divisor * the gradient by s_i) for all i < n.
-// d_i - sum of q_j d_j is taken from the d of the largest quotient, as in softmax_backward. `scaled` are the q_i times
+// d_i - sum of q_j d_j is taken from the d of a quotient above 1/2, as in softmax_backward. `scaled` are the q_i times
 // `scale`, d the gradients by these.
 template <class S, class F>
 void quotients_backward(Index n, const S* scaled, const S* d, double scale, double epsilon, const Divisor<S>& divisor,
@@ -113,7 +115,9 @@ void quotients_backward(Index n, const S* scaled, const S* d, double scale, doub
     for (Index i = 0; i < n; ++i) f(i, S(scale) * d[i]);
     return;
   }
-  const S origin = d[std::max_element(scaled, scaled + n) - scaled];
+  const S half = S(scale) / S(2);
+  S origin = d[0];
+  for (Index i = 0; i < n; ++i) origin = scaled[i] > half ? d[i] : origin;
   const S rest = S(scale) * origin * (S(epsilon) / divisor.value);  // the quotients sum to less than 1
   S mean = 0;
   for (Index i = 0; i < n; ++i) mean += scaled[i] * (d[i] - origin);
@@ -140,16 +144,29 @@ Divisor<S> gate_divisor(const GateRule& rule, Index n, const ScoreOf& score) {
   return divisor_of(sum, rule.epsilon, rule.minimum);
 }
 
-// Calls f(e) for every e < num_experts that is none of the n experts. O(num_experts + n^2).
-template <class F>
-void for_each_other(Index num_experts, Index n, const Index* experts, const F& f) {
-  for (Index begin = 0; begin < num_experts;) {
-    Index end = num_experts;  // the next of the experts
+// Calls f(begin, count, p) for blocks of experts, p [kOthers] being their probabilities with zeros in place of the n
+// experts' and behind the last. O(num_experts (1 + n / kOthers)).
+inline constexpr Index kOthers = 64;
+template <class S, class F>
+void for_each_block_of_others(Index num_experts, Index n, const Index* experts, const S* probs, const F& f) {
+  for (Index begin = 0; begin < num_experts; begin += kOthers) {
+    const Index count = (std::min)(kOthers, num_experts - begin);
+    std::array<S, std::size_t(kOthers)> p{};
+    std::copy_n(probs + begin, count, p.data());
     for (Index i = 0; i < n; ++i)
-      if (experts[i] >= begin) end = (std::min)(end, experts[i]);
-    for (Index e = begin; e < end; ++e) f(e);
-    begin = end + 1;
+      if (experts[i] >= begin && experts[i] < begin + count) p[std::size_t(experts[i] - begin)] = 0;
+    f(begin, count, p.data());
   }
+}
+
+// The sum of p [kOthers], in lanes that a compiler may take for a register.
+template <class S>
+S sum_of_others(const S* p) {
+  constexpr Index kLanes = 8;
+  S lane[kLanes] = {};
+  for (Index i = 0; i < kOthers; i += kLanes)
+    for (Index j = 0; j < kLanes; ++j) lane[j] += p[i + j];
+  return ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
 }
 
 }  // namespace detail
@@ -201,8 +218,8 @@ void compute_gates(const GateRule& rule, const S* logits, const S* probs, Index 
 
 /// Adds to d_logits [num_experts] what the gradient d_gates[i] by the gates[i] of the experts[i]
 /// makes of it. No difference of numbers near 1 is taken: errors are a few units in the last place of the largest
-/// term of a sum, however far apart the logits are. O(n), and O(num_experts + n^2) for a softmax that is not one of
-/// the chosen alone.
+/// term of a sum, however far apart the logits are. O(n), and O(num_experts (1 + n / 64)) for a softmax that is not
+/// one of the chosen alone.
 template <class S>
 void compute_gates_backward(const GateRule& rule, const S* logits, const S* probs,
                             Index num_experts, Index n, const Index* experts, const S* gates,
@@ -229,13 +246,15 @@ void compute_gates_backward(const GateRule& rule, const S* logits, const S* prob
     return;
   }
   // softmax_backward, in which the gradients by the scores of the other experts are zero.
-  const Index best = std::max_element(probs, probs + num_experts) - probs;
-  S origin = 0, mean = 0;
-  for_each_score([&](Index i, S d) { origin = experts[i] == best ? d : origin; });
-  detail::for_each_other(num_experts, n, experts, [&](Index e) { mean -= probs[e] * origin; });
+  S origin = 0, mean = 0, others = 0;
+  for_each_score([&](Index i, S d) { origin = probs[experts[i]] > S(0.5) ? d : origin; });
+  detail::for_each_block_of_others(num_experts, n, experts, probs,
+                                   [&](Index, Index, const S* p) { others += detail::sum_of_others(p); });
   for_each_score([&](Index i, S d) { mean += probs[experts[i]] * (d - origin); });
-  detail::for_each_other(num_experts, n, experts,
-                         [&](Index e) { d_logits[e] += probs[e] * (-origin - mean); });
+  mean -= others * origin;
+  detail::for_each_block_of_others(num_experts, n, experts, probs, [&](Index begin, Index count, const S* p) {
+    for (Index e = 0; e < count; ++e) d_logits[begin + e] += p[e] * (-origin - mean);
+  });
   for_each_score([&](Index i, S d) { d_logits[experts[i]] += probs[experts[i]] * ((d - origin) - mean); });
 }
 

@@ -297,7 +297,7 @@ class SoftMoELayer {
   Vector<S> scale;    ///< of the logits [1], empty unless normalised
 
  private:
-  using Sum = std::common_type_t<S, double>;  // of terms over tokens or slots
+  using Sum = detail::Sum<S>;  // of terms over tokens or slots
 
   // Slots and columns that one task takes.
   static constexpr Index kSlotBlock = 64, kColBlock = 128;
@@ -476,19 +476,15 @@ class SoftMoELayer {
   template <class Ex>
   void softmax_over_tokens_backward(Cache& c, const Ex& executor) const {
     for_each_columns(c, executor, [&](Index first, Index last, Index s, Index count) {
-      std::array<S, kSlotBlock> most, origin;  // as in softmax_backward
+      std::array<S, kSlotBlock> origin;  // as in softmax_backward
       std::array<Sum, kSlotBlock> mean;
-      most.fill(S(-1));
+      origin.fill(S(0));
       mean.fill(0);
       const auto for_each_share = [&](const auto& g) {
         for (Index t = first; t < last; ++t)
           for (Index i = 0; i < count; ++i) g(c.dispatch(t, s + i), c.d_logits(t, s + i), std::size_t(i));
       };
-      for_each_share([&](S share, S d, std::size_t i) {
-        if (!(share > most[i])) return;
-        most[i] = share;
-        origin[i] = d;
-      });
+      for_each_share([&](S share, S d, std::size_t i) { origin[i] = share > S(0.5) ? d : origin[i]; });
       for_each_share([&](S share, S d, std::size_t i) { mean[i] += Sum(share * (d - origin[i])); });
       for_each_share([&](S share, S& d, std::size_t i) { d = share * ((d - origin[i]) - S(mean[i])); });
     });

@@ -55,11 +55,13 @@ Matrix<S> softmax(const Matrix<S>& logits) {
 }
 
 /// d_logits[i] += probs[i] * (d_probs[i] - sum of probs[j] * d_probs[j]): backward of softmax. Both terms are
-/// taken from the d_probs of the largest probability, so that nothing cancels however near to 1 that is. O(n).
+/// taken from the d_probs of a probability above 1/2, if there is one: nothing cancels then, however near to 1 it
+/// is. O(n).
 template <class S>
 void softmax_backward(Index n, const S* probs, const S* d_probs, S* d_logits) {
   if (n == 0) return;
-  const S origin = d_probs[std::max_element(probs, probs + n) - probs];
+  S origin = d_probs[0];
+  for (Index i = 0; i < n; ++i) origin = probs[i] > S(0.5) ? d_probs[i] : origin;
   S mean = 0;
   for (Index i = 0; i < n; ++i) mean += probs[i] * (d_probs[i] - origin);
   for (Index i = 0; i < n; ++i) d_logits[i] += probs[i] * ((d_probs[i] - origin) - mean);

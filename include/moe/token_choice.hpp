@@ -128,7 +128,8 @@ void for_each_final_set(const Routing<S>& routing, const F& f) {
 /// is a bias [num_experts] to add to them for selection alone, a group limit that sums scores, or ReLU, under
 /// which an expert without a positive logit is never used; or by
 /// `given_ranking` [tokens, num_experts], where minus infinity marks an unavailable expert, and what is NaN or
-/// plus infinity poisons the token. A bias of minus infinity keeps every token from an expert. A
+/// plus infinity poisons the token. A bias of minus infinity keeps every token from an expert; a token that bias or
+/// ranking leave without any is poisoned. A
 /// token takes fewer experts where fewer are available, or where the rule is dynamic; the seats of an
 /// expert then follow from the choices: capacity_factor * choices of the group / num_experts.
 /// O(tokens * num_experts * top_k). Throws std::invalid_argument when the logits do not fit the plan,
@@ -221,6 +222,11 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
       top_k(experts, rank, k, best);
       Index n = k;
       while (n > 0 && is_unavailable(rank[best[n - 1]])) --n;
+      if (n == 0 && !relu) {  // a bias of minus infinity, or a ranking, took all that were available
+        state = TokenState::poisoned;
+        routing.router_probs.row(t).setZero();
+        continue;
+      }
       if (rule.top_p < 1) {
         S mass = 0;
         for (Index i = 0; i < n; ++i) {
@@ -458,7 +464,7 @@ M take_rows(const M& m, const std::vector<Index>& rows, Index num_experts, const
 }
 
 /// Throws std::invalid_argument unless the arguments of a router's backward pass fit the router and
-/// each other. What selection_backward checks is left to it. O(1).
+/// each other. What selection_backward checks is left to it. O(tokens + choices).
 template <class R, class S>
 void check_router_backward(const R& router, const ConstMatrixRef<S>& x, const Routing<S>& routing,
                            const R& grad, const char* where) {

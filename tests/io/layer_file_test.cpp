@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <locale>
+#include <filesystem>
 #include <string>
 #include <utility>
 #include <vector>
@@ -339,6 +340,49 @@ TEST(LayerFile, PartsOfOnesOwnAreSavedWithTheirDescriptionOrWithout) {
   round_trip(layer_of<Described>({4, 2}), "3 x FeedForward(Power 2)");
   expect_another_function(layer_of<Described>({4, 2}), layer_of<Described>({4, 2, false, {3}}),
                           {"Power 2", "Power 3"});
+}
+
+// A router that says nothing of itself, but has options some of whose names a library's have. Older versions wrote
+// these down.
+struct Plain {
+  using Scalar = float;
+  struct Options {
+    Index d_model = 0, num_experts = 0, top_k = 1;
+  };
+  Options own;
+  moe::Matrix<float> w_router;
+  explicit Plain(const Options& options) : own(options) { w_router.setOnes(options.num_experts, options.d_model); }
+  Index d_model() const { return own.d_model; }
+  Index num_experts() const { return own.num_experts; }
+  const Options& options() const { return own; }
+  void route(const moe::ConstMatrixRef<float>& x, const moe::BatchInfo& info, moe::Routing<float>& routing) const {
+    moe::begin_routing(x.rows(), own.num_experts, info, routing, "Plain");
+  }
+  template <class F, class... Self>
+  static void visit(F&& f, Self&... self) {
+    moe::visit_array(f, {"w_router"}, self.w_router...);
+  }
+};
+
+TEST(LayerFile, OfARouterThatDoesNotDescribeItselfIsReadFromOlderVersions) {
+  Rng rng(7);
+  using Expert = moe::FeedForward<float>;
+  moe::MoELayer<Expert, Plain> layer(moe::make_experts<Expert>(3, {.d_model = 4, .d_ff = 2}, rng), Plain({4, 3, 2}));
+  moe::save_layer(file_name(), layer);
+  const Checkpoint file = Checkpoint::open(file_name());
+  EXPECT_EQ(file.metadata().at("router"), "own");
+  std::vector<moe::TensorToWrite> tensors;
+  for (const std::string& name : file.names()) tensors.push_back(file.at(name));
+  auto metadata = file.metadata();
+  for (const char* const router : {"own", "d_model=4 num_experts=3 top_k=2"}) {
+    metadata["router"] = router;
+    const std::string older = file_name() + std::string(".older");
+    moe::write_safetensors(older, tensors, metadata);
+    layer.router().w_router.setZero();
+    EXPECT_NO_THROW(moe::load_layer(Checkpoint::open(older), layer)) << router;
+    EXPECT_EQ(layer.router().w_router, moe::Matrix<float>::Ones(3, 4));
+    std::filesystem::remove(older);
+  }
 }
 
 TEST(LayerFile, NamesAreStrict) {

@@ -659,6 +659,10 @@ TEST(Open, JoinsAListOfFiles) {
   EXPECT_EQ(both.path(), directory / "b");
   EXPECT_EQ(both.at("wa").bytes[0], std::byte(0));
   EXPECT_THAT(Checkpoint::open(Files{directory / "a"}).names(), ElementsAre("wa"));
+  const std::string a = (directory / "a").string(), b = (directory / "b").string();  // named in place, by texts too
+  EXPECT_THAT(Checkpoint::open({a.c_str(), b.c_str()}).names(), ElementsAre("wa", "wb"));
+  EXPECT_THAT(Checkpoint::open({a.c_str()}).names(), ElementsAre("wa"));
+  EXPECT_THAT(Checkpoint::open({directory / "a", directory / "b"}).names(), ElementsAre("wa", "wb"));
 
   write_one(directory, "c", "wb");
   expect_error("twice", [&] { Checkpoint::open(Files{directory / "a", directory / "b", directory / "c"}); },

@@ -163,7 +163,7 @@ class ConstantExpert {
                 MatrixRef<S> d_x, ConstantExpert& grad) const {
     check_expert_backward(*this, x, d_y, cache, d_x, grad, "ConstantExpert::backward");
     const Index n = d_model();
-    constexpr Index kRows = 128;  // that are summed up at a time
+    constexpr Index kRows = 256;  // that are summed up at a time
     Eigen::Matrix<S, kRows, 2, Eigen::RowMajor> d_z;
     Eigen::Matrix<S, kRows, 1> share_of_v;
     for (Index begin = 0; begin < x.rows(); begin += kRows) {

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <filesystem>
 #include <functional>
+#include <initializer_list>
 #include <limits>
 #include <map>
 #include <memory>
@@ -593,6 +594,10 @@ class Checkpoint {
   static Checkpoint open(const std::vector<std::filesystem::path>& files) {
     detail::require_checkpoint(!files.empty(), "Checkpoint::open: a list of 0 files, expected at least 1");
     return open_all(files.front(), files);
+  }
+  /// The same of files named in place: open({"one.safetensors", "two.safetensors"}).
+  static Checkpoint open(std::initializer_list<std::filesystem::path> files) {
+    return open(std::vector<std::filesystem::path>(files));
   }
 
   /// O(log(tensors)).

@@ -76,7 +76,7 @@ class HierarchicalRouter {
   const Parent& parent() const { return parent_; }
   std::span<Child> children() { return children_; }
   std::span<const Child> children() const { return children_; }
-  GateSide gate_side() const { return gate_side_of(parent_); }
+  std::optional<GateSide> gate_side() const { return gate_side_of(parent_); }
 
   /// Most leaves that a token chooses, or 0 where a level does not say.
   Index choices_per_token() const {
@@ -249,7 +249,8 @@ class HierarchicalRouter {
       require(child.num_experts() == leaves(), where, ": child ", i, " has num_experts = ",
               child.num_experts(), ", but child 0 has ", leaves());
       require_dropless(child, {Index(i) + 1}, where);
-      require(gate_side_of(child) == gate_side(), where, ": gates of ", Level{Index(i) + 1},
+      const auto side = gate_side_of(child);
+      require(!side || !gate_side() || *side == *gate_side(), where, ": gates of ", Level{Index(i) + 1},
               " and of the parent scale different sides of an expert");
     }
   }

@@ -35,7 +35,7 @@ namespace detail {
 template <class S>
 void balance_by_sinkhorn(const Matrix<S>& z, const Buffer<TokenState>& state, Index begin, Index end,
                          double tolerance, Index max_iterations, Matrix<S>& plan,
-                         Buffer<S>& factors) {
+                         Buffer<S>& factors, Buffer<double>& sums) {
   const Index experts = z.cols();
   constexpr S kEpsilon = S(1e-8);
   Index tokens = 0;
@@ -49,25 +49,26 @@ void balance_by_sinkhorn(const Matrix<S>& z, const Buffer<TokenState>& state, In
       plan(t, e) = is_unavailable(z(t, e)) ? S(0) : std::exp(z(t, e) - largest);
   }
   if (tokens == 0) return;
-  factors.resize(3 * experts + (end - begin));
+  factors.resize(2 * experts + (end - begin));
+  sums.resize(experts);
   S* const d1 = factors.data();
   S* const before = d1 + experts;
-  S* const sum = before + experts;
-  S* const d0 = sum + experts;  // of token begin + i
+  S* const d0 = before + experts;  // of token begin + i
+  double* const sum = sums.data();
   std::fill(d1, d1 + experts, S(1));
   for (Index iteration = 0; iteration < max_iterations; ++iteration) {
     std::copy(d1, d1 + experts, before);
-    std::fill(sum, sum + experts, S(0));
+    std::fill(sum, sum + experts, 0.0);
     for (Index t = begin; t < end; ++t) {
       if (state[t] != TokenState::valid) continue;
       S row = 0;
       for (Index e = 0; e < experts; ++e) row += d1[e] * plan(t, e);
       d0[t - begin] = S(1) / (S(tokens) * (row + kEpsilon));
-      for (Index e = 0; e < experts; ++e) sum[e] += d0[t - begin] * plan(t, e);
+      for (Index e = 0; e < experts; ++e) sum[e] += double(d0[t - begin] * plan(t, e));
     }
     S change = 0;
     for (Index e = 0; e < experts; ++e) {
-      d1[e] = S(1) / (S(experts) * (sum[e] + kEpsilon));
+      d1[e] = S(1) / (S(experts) * (S(sum[e]) + kEpsilon));
       change += std::abs(d1[e] - before[e]);
     }
     if (!(change / S(experts) > S(tolerance))) break;
@@ -136,7 +137,7 @@ class SinkhornRouter {
     for (Index g = 0; g < info.num_groups(); ++g)
       detail::balance_by_sinkhorn(z, state, info.begin_of(g), info.end_of(g, x.rows()),
                                   options_.tolerance, options_.max_iterations, plan,
-                                  routing.scratch.row);
+                                  routing.scratch.row, routing.scratch.sums);
     route_by_logits(rule(options_.training_capacity), {}, info, routing, executor, &plan);
   }
 
