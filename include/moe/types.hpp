@@ -30,10 +30,13 @@ using Mask = Eigen::Array<bool, Eigen::Dynamic, 1>;
 
 /// a == b, where exactly that is meant: ties, and values that were set rather than computed. Everywhere else
 /// -Wfloat-equal stays of use.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wfloat-equal"
 template <class S>
 constexpr bool is_equal(S a, S b) {
-  return a <= b && a >= b;
+  return a == b;
 }
+#pragma GCC diagnostic pop
 
 /// Read-only view of a row-major matrix or of a block of its rows. A matrix of another storage order
 /// binds through a copy, one of another scalar not at all: see docs/pitfalls.md.
