@@ -157,7 +157,7 @@ class ExpertChoiceRouter {
           if (plan.token_state[t] == TokenState::valid && !is_unavailable(z(t, e))) *end++ = t;
         Index* const kept = list + std::min<Index>(end - list, capacity[g]);
         std::nth_element(list, kept, end, [&](Index a, Index b) {
-          return is_equal(p(a, e), p(b, e)) ? a < b : p(a, e) > p(b, e);
+          return !is_equal(p(a, e), p(b, e)) ? p(a, e) > p(b, e) : a < b;
         });
         std::sort(list, kept);
         std::copy(list, kept, taken.data() + e * most + n);
