@@ -108,6 +108,32 @@ TEST(Gates, GradientsAreDifferenceQuotients) {
   }
 }
 
+// More experts than the backward pass takes at a time, those that are chosen anywhere among them.
+TEST(Gates, OfManyExpertsHaveTheGradientsOfTheirFormula) {
+  moe::Rng rng(6);
+  for (const Index experts : {63, 64, 65, 128, 150, 300}) {
+    const Row row(random_vector(experts, rng));
+    const IndexVector chosen{{experts - 1, 0, experts / 2 + 1, 31, 61}};
+    const Vector<double> d = random_vector(5, rng);
+    for (const double epsilon : {0.0, 0.25}) {
+      const GateRule rule{.renormalise = epsilon > 0, .epsilon = epsilon, .scale = 1.5};
+      double sum = 0, along = 0;  // of the chosen probabilities, of these times d
+      for (Index i = 0; i < 5; ++i) {
+        sum += row.probs[chosen[i]];
+        along += d[i] * row.probs[chosen[i]];
+      }
+      const double divisor = rule.renormalise ? sum + epsilon : 1;
+      Vector<double> d_probs = Vector<double>::Zero(experts);
+      for (Index i = 0; i < 5; ++i)
+        d_probs[chosen[i]] += 1.5 * (d[i] / divisor - (rule.renormalise ? along / (divisor * divisor) : 0));
+      const double mean = d_probs.dot(row.probs);
+      const Vector<double> expected = row.probs.array() * (d_probs.array() - mean);
+      const Vector<double> d_logits = row.backward(rule, chosen, d);
+      EXPECT_LE((d_logits - expected).cwiseAbs().maxCoeff(), 1e-15) << experts << ", " << epsilon;
+    }
+  }
+}
+
 TEST(Gates, UnselectedLogitsGetGradientOnlyFromTheSoftmaxOverAll) {
   const Row row(Vector<double>{{1, .5, -.25, 2}});
   const IndexVector best{{3, 0}};

@@ -123,8 +123,8 @@ template <class F>
 void visit_options(const TopKOptions& options, const F& f) {
   const auto& [d_model, num_experts, top_k, top_p, second_threshold, random_second_threshold, score,
                softmax_before_selection, renormalise, renormalise_epsilon, renormalise_minimum, gate_scale,
-               gate_side, bias, selection_bias, group_limit, noise_stddev, jitter, capacity, training_capacity, capacity_rule,
-               overflow, priority, renormalise_after_drop, allow_constant_gate] = options;
+               gate_side, bias, selection_bias, group_limit, noise_stddev, jitter, capacity, training_capacity,
+               capacity_rule, overflow, priority, renormalise_after_drop, allow_constant_gate] = options;
   f("d_model", d_model);
   f("num_experts", num_experts);
   f("top_k", top_k);
