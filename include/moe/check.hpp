@@ -41,6 +41,8 @@ struct Extent {
   std::uintptr_t begin;
   std::ptrdiff_t rows, width, stride;
 
+  bool empty() const { return rows <= 0 || width <= 0; }
+  std::uintptr_t end() const { return begin + std::uintptr_t((rows - 1) * stride + width); }
   friend std::ostream& operator<<(std::ostream& out, const Extent& e) {
     return out << e.rows << " x " << e.width << " bytes";
   }
@@ -62,16 +64,20 @@ Extent extent_of(const A& a) {
   }
 }
 
-// Whether two arrays share a byte. Exact but for runs that follow each other at different distances: there
-// arrays that interleave count as one.
-inline bool overlap(const Extent& a, const Extent& b) {
-  if (a.rows <= 0 || a.width <= 0 || b.rows <= 0 || b.width <= 0) return false;
-  if (b.begin < a.begin) return overlap(b, a);
+// Whether two arrays of which none is empty and whose bytes from the first to the last intertwine share a byte.
+// Exact but for runs that follow each other at different distances: there arrays that interleave count as one.
+inline bool runs_meet(const Extent& a, const Extent& b) {
+  if (b.begin < a.begin) return runs_meet(b, a);
   const auto offset = std::ptrdiff_t(b.begin - a.begin);
-  if (offset >= (a.rows - 1) * a.stride + a.width) return false;
   if (offset < a.width || (b.rows > 1 && b.stride != a.stride)) return true;
   const std::ptrdiff_t column = offset % a.stride;  // of b's first byte; another run of a follows
   return column < a.width || column + b.width > a.stride;
+}
+
+// Whether two arrays share a byte. Most lie far apart: two comparisons.
+inline bool overlap(const Extent& a, const Extent& b) {
+  if (a.end() <= b.begin || b.end() <= a.begin) [[likely]] return false;
+  return !a.empty() && !b.empty() && runs_meet(a, b);
 }
 
 // Calls f(extent) for an array, or for every one of which a thing consists.
@@ -91,8 +97,8 @@ void for_each_extent(const A& a, const F& f) {
 template <class A, class B, class... Rest>
 void require_apart(std::string_view where, std::string_view what_a, const A& a, std::string_view what_b,
                    const B& b, const Rest&... rest) {
-  detail::for_each_extent(a, [&](const detail::Extent& of_a) {
-    detail::for_each_extent(b, [&](const detail::Extent& of_b) {
+  detail::for_each_extent(b, [&](const detail::Extent& of_b) {
+    detail::for_each_extent(a, [&](const detail::Extent& of_a) {
       require(!detail::overlap(of_a, of_b), where, ": ", what_a, " and ", what_b, " overlap: ", of_a,
               " and ", of_b, ", expected memory of their own");
     });
