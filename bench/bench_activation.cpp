@@ -13,8 +13,7 @@ void BM_Activate(benchmark::State& state) {
     activate(Activation{}, n, x.data(), out.data());
     benchmark::DoNotOptimize(out.data());
   }
-  state.counters["values/s"] =
-      benchmark::Counter(double(n), benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["values/s"] = benchmark::Counter(double(n), benchmark::Counter::kIsIterationInvariantRate);
 }
 BENCHMARK(BM_Activate<ReLU>)->ArgName("n")->Arg(4096);
 BENCHMARK(BM_Activate<SiLU>)->ArgName("n")->Arg(4096);

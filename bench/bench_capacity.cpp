@@ -22,9 +22,7 @@ void BM_DispatchAll(benchmark::State& state) {
   }
   count_tokens(state, tokens);
 }
-BENCHMARK(BM_DispatchAll)
-    ->ArgNames({"tokens", "experts", "k"})
-    ->ArgsProduct({{512, 4096}, {8, 64}, {2}});
+BENCHMARK(BM_DispatchAll)->ArgNames({"tokens", "experts", "k"})->ArgsProduct({{512, 4096}, {8, 64}, {2}});
 
 // Capacity factor 1 on random choices: some of them overflow.
 void BM_ApplyCapacity(benchmark::State& state) {
@@ -34,8 +32,8 @@ void BM_ApplyCapacity(benchmark::State& state) {
   Routing<float> routing = random_routing(tokens, experts, k);
   const IndexVector capacity = IndexVector::Constant(1, expert_capacity(tokens, experts, k, 1.0));
   for (auto _ : state) {
-    apply_capacity(routing.chosen, routing.router_logits, capacity, overflow, priority, {},
-                   routing.plan, routing.scratch);
+    apply_capacity(routing.chosen, routing.router_logits, capacity, overflow, priority, {}, routing.plan,
+                   routing.scratch);
     benchmark::DoNotOptimize(routing.plan.token.data());
   }
   count_tokens(state, tokens);

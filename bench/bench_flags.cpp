@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What compiler flags change: the same packed layer from two libraries, one compiled for this processor, one with
-// plain -O2.
+// What compiler flags change: the same packed layer from two libraries, one compiled for this processor, one
+// with plain -O2.
 #ifdef MOE_BENCH_PLAIN
 #include <dlfcn.h>
 
@@ -28,8 +28,8 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-// plain_over_native: the time of plain -O2 over the other's, the median of pairs of runs, and the geometric mean
-// over both orders of making the layers, because memory that was taken later may be slower.
+// plain_over_native: the time of plain -O2 over the other's, the median of pairs of runs, and the geometric
+// mean over both orders of making the layers, because memory that was taken later may be slower.
 void BM_Flags(benchmark::State& state) {
   const PackedStep steps[2] = {load(MOE_BENCH_NATIVE), load(MOE_BENCH_PLAIN)};
   if (!steps[0].make || !steps[1].make) return state.SkipWithError("a library is missing");
@@ -54,7 +54,8 @@ void BM_Flags(benchmark::State& state) {
           const int i = (run + k) % 2;
           const auto start = std::chrono::steady_clock::now();
           steps[i].forward(layer[i], threads);
-          seconds[i].push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+          seconds[i].push_back(
+              std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
         }
         ratios.push_back(seconds[1].back() / seconds[0].back());
       }

@@ -23,8 +23,8 @@ double layer_flops(Index tokens, Index experts, Index k) {
 }
 
 // The experts' products of a forward pass alone, on rows that lie ready.
-void forward_products(const Layer& layer, const DispatchPlan<float>& plan,
-                      const RowBuffer<float>& x, Matrix<float>& hidden, RowBuffer<float>& y) {
+void forward_products(const Layer& layer, const DispatchPlan<float>& plan, const RowBuffer<float>& x,
+                      Matrix<float>& hidden, RowBuffer<float>& y) {
   for (Index e = 0; e < plan.num_experts(); ++e) {
     const Index begin = plan.expert_begin[e], rows = plan.rows_of(e);
     if (rows == 0) continue;
@@ -44,9 +44,8 @@ void BM_LayerForward(benchmark::State& state) {
   const auto forward = [&] { layer.forward(x, y, workspace, {}, Sequential{}); };
   forward();
   Matrix<float> hidden(tokens * k, kHidden);
-  const double products = best_seconds([&] {
-    forward_products(layer, workspace.routing.plan, workspace.x_rows, hidden, workspace.y_rows);
-  });
+  const double products = best_seconds(
+      [&] { forward_products(layer, workspace.routing.plan, workspace.x_rows, hidden, workspace.y_rows); });
   const double whole = best_seconds(forward);
   for (auto _ : state) {
     forward();

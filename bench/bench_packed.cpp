@@ -104,8 +104,7 @@ Routing<float> make_routing(const Shape& shape, Index tokens, bool skewed, Index
       choose(hot);
       ++i;
     }
-    for (; i < k; ++i, ++next)
-      choose(skewed ? (hot + 1 + next % (experts - 1)) % experts : next % experts);
+    for (; i < k; ++i, ++next) choose(skewed ? (hot + 1 + next % (experts - 1)) % experts : next % experts);
     chosen.token_begin.push_back(chosen.expert.size());
   }
   routing.plan.num_tokens = tokens;
@@ -203,12 +202,14 @@ class Layer : public AnyLayer {
  private:
   static PackedMoELayer<Format, E, TopKRouter<float>> make(const Shape& shape, bool dot) {
     Rng rng(1);
-    TopKRouter<float> router({.d_model = shape.d_model, .num_experts = shape.num_experts,
-                              .top_k = shape.top_k, .renormalise = shape.top_k > 1}, rng);
+    TopKRouter<float> router({.d_model = shape.d_model,
+                              .num_experts = shape.num_experts,
+                              .top_k = shape.top_k,
+                              .renormalise = shape.top_k > 1},
+                             rng);
     return pack<Format>(
         PackedParts<TopKRouter<float>>{.router = router, .num_shared_experts = shape.num_shared},
-        [&](Index e) { return make_expert<E>(shape, e); },
-        {.instruction_set = {}, .bf16_dot_product = dot});
+        [&](Index e) { return make_expert<E>(shape, e); }, {.instruction_set = {}, .bf16_dot_product = dot});
   }
 
   PackedMoELayer<Format, E, TopKRouter<float>> layer_;
@@ -218,8 +219,7 @@ class Layer : public AnyLayer {
 std::unique_ptr<AnyLayer> make_layer(const Shape& shape, Weights weights) {
   using Gated = GatedFeedForward<float>;
   using Plain = FeedForward<float, ReLU>;
-  if (shape.gated && weights == Weights::f32)
-    return std::make_unique<Layer<F32, Gated>>(shape, false);
+  if (shape.gated && weights == Weights::f32) return std::make_unique<Layer<F32, Gated>>(shape, false);
   const bool dot = weights == Weights::bf16_dot;
   if (shape.gated) return std::make_unique<Layer<BF16, Gated>>(shape, dot);
   if (weights == Weights::f32) return std::make_unique<Layer<F32, Plain>>(shape, false);
@@ -356,8 +356,8 @@ struct Runner {
   }
 };
 
-void run_row(benchmark::State& state, const Shape& shape, Weights weights, Index tokens,
-             Routed routed, int threads) {
+void run_row(benchmark::State& state, const Shape& shape, Weights weights, Index tokens, Routed routed,
+             int threads) {
   AnyLayer& layer = held().layer_of(shape, weights);
   const bool skewed = routed == Routed::skewed;
   Matrix<float> x;
@@ -367,8 +367,7 @@ void run_row(benchmark::State& state, const Shape& shape, Weights weights, Index
 
   std::vector<Runner> runners;
   runners.push_back({[&](std::size_t r) { layer.forward(x, batch.routings[r], threads); }});
-  if (skewed)
-    runners.push_back({[&](std::size_t r) { layer.forward(x, uniform.routings[r], threads); }});
+  if (skewed) runners.push_back({[&](std::size_t r) { layer.forward(x, uniform.routings[r], threads); }});
   Matrix<float> y;
   std::map<std::string, std::vector<std::size_t>> runners_of;
   std::size_t without_blas = 0;
@@ -417,8 +416,9 @@ void run_row(benchmark::State& state, const Shape& shape, Weights weights, Index
     if (!is_slow(i)) round += runners[i].seconds[0];
   const int rounds = shape.tiny ? 1 : std::clamp(int(0.6 / round), 1, 9);
   const bool once = runners[0].seconds[0] > 0.4 || shape.tiny;
-  const int block = once ? (runners[0].seconds[0] < 1 && !shape.tiny ? 2 : 1)
-                    : evict && rounds > 4 ? 1 : std::max(rounds > 4 ? 3 : 1, 5 / rounds);
+  const int block = once                  ? (runners[0].seconds[0] < 1 && !shape.tiny ? 2 : 1)
+                    : evict && rounds > 4 ? 1
+                                          : std::max(rounds > 4 ? 3 : 1, 5 / rounds);
   for (int i = 0; i < rounds; ++i) {
     for (std::size_t j = 0; j < without_blas; ++j) {
       if (is_slow(j)) continue;
@@ -461,8 +461,7 @@ void run_row(benchmark::State& state, const Shape& shape, Weights weights, Index
     std::this_thread::sleep_for(std::chrono::milliseconds(100));
 }
 
-void run_router_row(benchmark::State& state, const Shape& shape, Weights weights, Index tokens,
-                    int threads) {
+void run_router_row(benchmark::State& state, const Shape& shape, Weights weights, Index tokens, int threads) {
   AnyLayer& layer = held().layer_of(shape, weights);
   std::vector<Matrix<float>> x(8);
   for (std::size_t i = 0; i < x.size(); ++i) {
@@ -519,10 +518,8 @@ void run_pack_row(benchmark::State& state, const Shape& shape, Weights weights) 
 
 const Shape kTiny{"tiny", 64, 96, 8, 1, 2, true, true};
 const Shape kShapes[] = {
-    {"switch_base_8", 768, 3072, 8, 0, 1, false},
-    {"olmoe", 2048, 1024, 64, 0, 8},
-    {"qwen3_30b_a3b", 2048, 768, 128, 0, 8},
-    {"deepseek_v3_32_experts", 7168, 2048, 32, 1, 8},
+    {"switch_base_8", 768, 3072, 8, 0, 1, false}, {"olmoe", 2048, 1024, 64, 0, 8},
+    {"qwen3_30b_a3b", 2048, 768, 128, 0, 8},      {"deepseek_v3_32_experts", 7168, 2048, 32, 1, 8},
     {"mixtral_8x7b", 4096, 14336, 8, 0, 2},
 };
 
@@ -538,15 +535,16 @@ void add_row(const std::string& name, const F& f) {
                                    }
                                  }
                                })
-      ->Iterations(1)->UseManualTime()->Unit(benchmark::kMillisecond);
+      ->Iterations(1)
+      ->UseManualTime()
+      ->Unit(benchmark::kMillisecond);
 }
 
 void add_rows(const std::string& group, const Shape& shape, Weights weights,
               const std::vector<Index>& token_counts, const std::vector<Index>& on_one_thread) {
   const std::string layer = group + "/" + shape.name + "/" + kWeights[int(weights)];
-  add_row(layer + "/pack", [&shape, weights](benchmark::State& state) {
-    run_pack_row(state, shape, weights);
-  });
+  add_row(layer + "/pack",
+          [&shape, weights](benchmark::State& state) { run_pack_row(state, shape, weights); });
 #ifdef _OPENMP
   const std::vector<int> thread_counts{1, kMaxThreads};
 #else
@@ -558,8 +556,10 @@ void add_rows(const std::string& group, const Shape& shape, Weights weights,
         add_row(layer + "/threads:" + std::to_string(threads) + "/tokens:" + std::to_string(tokens) +
                     "/routing:" + kRouted[int(routed)],
                 [&shape, weights, tokens, routed, threads](benchmark::State& state) {
-                  if (routed == Routed::router) run_router_row(state, shape, weights, tokens, threads);
-                  else run_row(state, shape, weights, tokens, routed, threads);
+                  if (routed == Routed::router)
+                    run_router_row(state, shape, weights, tokens, threads);
+                  else
+                    run_row(state, shape, weights, tokens, routed, threads);
                 });
 }
 

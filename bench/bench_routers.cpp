@@ -40,9 +40,7 @@ void BM_ExpertChoiceRouter(benchmark::State& state) {
 }
 BENCHMARK(BM_TopKRouter)->ArgNames({"tokens", "experts"})->ArgsProduct({{64, 1024}, {8, 64}});
 BENCHMARK(BM_NoisyTopKRouter)->ArgNames({"tokens", "experts"})->ArgsProduct({{64, 1024}, {8, 64}});
-BENCHMARK(BM_ExpertChoiceRouter)
-    ->ArgNames({"tokens", "experts"})
-    ->ArgsProduct({{64, 1024}, {8, 64}});
+BENCHMARK(BM_ExpertChoiceRouter)->ArgNames({"tokens", "experts"})->ArgsProduct({{64, 1024}, {8, 64}});
 
 }  // namespace
 }  // namespace moe::bench

@@ -15,9 +15,7 @@ void BM_TopK(benchmark::State& state) {
     }
   count_tokens(state, tokens);
 }
-BENCHMARK(BM_TopK)
-    ->ArgNames({"tokens", "experts", "k"})
-    ->ArgsProduct({{4096}, {8, 64, 256}, {1, 2, 8}});
+BENCHMARK(BM_TopK)->ArgNames({"tokens", "experts", "k"})->ArgsProduct({{4096}, {8, 64, 256}, {1, 2, 8}});
 
 }  // namespace
 }  // namespace moe::bench

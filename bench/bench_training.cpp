@@ -42,8 +42,8 @@ struct EigenExpert {
     Matrix<float> d_hidden(x.rows(), d_ff());
     d_hidden.noalias() = d_y * parameters.w_down;
     const Matrix<float> d_up = (d_hidden.array() * gate * logistic.array()).matrix();
-    const Matrix<float> d_gate = (d_hidden.array() * up * logistic.array() *
-                                  (1 + gate * (1 - logistic.array()))).matrix();
+    const Matrix<float> d_gate =
+        (d_hidden.array() * up * logistic.array() * (1 + gate * (1 - logistic.array()))).matrix();
     grad.parameters.w_gate.noalias() += d_gate.transpose() * x;
     grad.parameters.w_up.noalias() += d_up.transpose() * x;
     d_x.noalias() = d_gate * parameters.w_gate;
@@ -59,9 +59,8 @@ struct Shape {
   const char* name;
   Index d_model, d_ff, num_experts, top_k;
 };
-constexpr Shape kShapes[] = {{"tiny", 64, 32, 8, 2},
-                             {"Qwen3-30B-A3B", 2048, 768, 128, 8},
-                             {"OLMoE", 2048, 1024, 64, 8}};
+constexpr Shape kShapes[] = {
+    {"tiny", 64, 32, 8, 2}, {"Qwen3-30B-A3B", 2048, 768, 128, 8}, {"OLMoE", 2048, 1024, 64, 8}};
 
 std::vector<Expert> zero_experts(const Shape& shape) {
   return std::vector<Expert>(std::size_t(shape.num_experts),
@@ -127,8 +126,10 @@ class Contender {
   }
   static void give_back(Layer& from, std::vector<Expert>& to) {
     for (std::size_t e = 0; e < to.size(); ++e) {
-      if constexpr (std::is_same_v<E, Expert>) to[e] = std::move(from.experts()[e]);
-      else to[e] = std::move(from.experts()[e].parameters);
+      if constexpr (std::is_same_v<E, Expert>)
+        to[e] = std::move(from.experts()[e]);
+      else
+        to[e] = std::move(from.experts()[e].parameters);
     }
   }
 
@@ -178,8 +179,8 @@ void BM_TrainingStep(benchmark::State& state) {
   for (Index e = 0; e < ours.plan().num_experts(); ++e) used_experts += ours.plan().rows_of(e) > 0 ? 1 : 0;
   // A multiply-add is two. Weights are read forward and backward, gradients are read and written.
   const double weights = 3.0 * double(shape.d_model * shape.d_ff);
-  const double flops = 6.0 * double(tokens * shape.top_k) * weights +
-                       6.0 * double(tokens * shape.num_experts * shape.d_model);
+  const double flops =
+      6.0 * double(tokens * shape.top_k) * weights + 6.0 * double(tokens * shape.num_experts * shape.d_model);
   const double bytes = 4.0 * sizeof(float) * used_experts * weights;
   state.SetLabel(shape.name);
   count_tokens(state, tokens);

@@ -48,8 +48,8 @@ inline constexpr int kChains = 12;
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -157,14 +157,13 @@ inline double peak_flops(InstructionSet set, int threads) {
   return detail::best_rate(threads, probes.per_round, probes.multiply_adds);
 }
 
-/// The same of products with weights in bfloat16, by what the kernels of a set multiply those with. A float that
-/// goes in as several numbers takes as many operations.
+/// The same of products with weights in bfloat16, by what the kernels of a set multiply those with. A float
+/// that goes in as several numbers takes as many operations.
 inline double peak_bf16_flops(InstructionSet set, bool rounded, int threads) {
   [[maybe_unused]] const kernels::DotProduct* const dot = kernels::find_dot(set, rounded);
 #if defined(__x86_64__)
   if (dot && set == InstructionSet::amx)
-    return detail::best_rate(threads, detail::kTileMultiplyAdds, detail::multiply_tiles) /
-           double(dot->parts);
+    return detail::best_rate(threads, detail::kTileMultiplyAdds, detail::multiply_tiles) / double(dot->parts);
   if (dot) return detail::best_rate(threads, detail::kDotsPerRound, detail::multiply_pairs);
 #endif
   return peak_flops(set, threads);
@@ -184,7 +183,7 @@ inline double bandwidth(int threads, Index megabytes = 512) {
     std::fill_n(buffer.get(), count, 1.0f);
     capacity = count;
   }
-  static Index position = 0;  // each way reads what was read longest ago
+  static Index position = 0;               // each way reads what was read longest ago
   constexpr Index kPart = Index(1) << 24;  // floats a thread: 64 MB
   const Index part = std::max<Index>(1, std::min(kPart, count / (4 * threads)) >> 15) << 15;
   const detail::Probes& probes = detail::probes(best_instruction_set());
@@ -193,12 +192,10 @@ inline double bandwidth(int threads, Index megabytes = 512) {
     if (position + threads * part > capacity) position = 0;
     const float* const from = buffer.get() + position;
     position += threads * part;
-    const double seconds =
-        detail::seconds_on(threads, [&](int t) { detail::sink = read(from + t * part); });
+    const double seconds = detail::seconds_on(threads, [&](int t) { detail::sink = read(from + t * part); });
     best = std::max(best, double(threads * part) * sizeof(float) / seconds);
   };
-  for (const auto& read : probes.read_streams)
-    measure([&](const float* from) { return read(from, part); });
+  for (const auto& read : probes.read_streams) measure([&](const float* from) { return read(from, part); });
   for (const auto& read : probes.read_ahead)
     for (const Index kilobytes : {64, 128})
       measure([&](const float* from) { return read(from, part, kilobytes * 256); });

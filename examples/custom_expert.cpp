@@ -35,16 +35,15 @@ class LowRank {
   // For training: the layer keeps cache_cols() scalars a row from forward to backward.
   moe::Index cache_cols() const { return 2 * w_in.rows(); }
 
-  void forward(const moe::ConstMatrixRef<S>& x, moe::MatrixRef<S> y,
-               moe::MatrixRef<S> cache) const {
+  void forward(const moe::ConstMatrixRef<S>& x, moe::MatrixRef<S> y, moe::MatrixRef<S> cache) const {
     auto inner = cache.leftCols(w_in.rows());  // [rows, rank]
     moe::linear(x, w_in, inner);
     moe::linear(inner, w_out, y);
   }
 
   // Writes d_x and adds to the weights of grad, which is a LowRank too.
-  void backward(const moe::ConstMatrixRef<S>& x, const moe::ConstMatrixRef<S>& d_y,
-                moe::MatrixRef<S> cache, moe::MatrixRef<S> d_x, LowRank& grad) const {
+  void backward(const moe::ConstMatrixRef<S>& x, const moe::ConstMatrixRef<S>& d_y, moe::MatrixRef<S> cache,
+                moe::MatrixRef<S> d_x, LowRank& grad) const {
     const auto inner = cache.leftCols(w_in.rows());
     auto d_inner = cache.rightCols(w_in.rows());
     moe::linear_backward_weight(d_y, inner, grad.w_out);
@@ -122,10 +121,8 @@ int main() {
     return moe::TopKRouter<float>({.d_model = 32, .num_experts = experts, .top_k = 1}, rng);
   };
   train("8 experts of low rank",
-        moe::MoELayer{moe::make_experts<LowRank<float>>(8, {.d_model = 32, .rank = 4}, rng),
-                      router(8)});
-  train("4 experts of low rank and, in turn, 4 feed-forward",
-        moe::MoELayer{std::move(mixed), router(8)});
+        moe::MoELayer{moe::make_experts<LowRank<float>>(8, {.d_model = 32, .rank = 4}, rng), router(8)});
+  train("4 experts of low rank and, in turn, 4 feed-forward", moe::MoELayer{std::move(mixed), router(8)});
 
   // The whole layer can be checked the same way.
   ok &= check("layer",

@@ -64,8 +64,7 @@ static_assert(moe::Router<ByteRouter>);
 // Gives each byte, the most frequent first, to the expert with the fewest training tokens so far.
 ByteRouter::Table balanced_table(const Text& text, Index num_experts) {
   std::array<Index, kBytes> count{}, order;
-  for (const Index position : text.positions(Split::train))
-    ++count[text.bytes[std::size_t(position) - 1]];
+  for (const Index position : text.positions(Split::train)) ++count[text.bytes[std::size_t(position) - 1]];
   std::iota(order.begin(), order.end(), Index(0));
   std::stable_sort(order.begin(), order.end(),
                    [&](Index a, Index b) { return count[std::size_t(a)] > count[std::size_t(b)]; });
@@ -89,8 +88,8 @@ void compare(const char* name, const Text& text, TrainingOptions options, int se
   for (int i = 0; i < seeds; ++i) {
     options.seed = std::uint64_t(i + 1);
     moe::Rng rng(options.seed);
-    auto experts = moe::make_experts<moe::FeedForward<float>>(
-        kExperts, {.d_model = kModelWidth, .d_ff = 256}, rng);
+    auto experts =
+        moe::make_experts<moe::FeedForward<float>>(kExperts, {.d_model = kModelWidth, .d_ff = 256}, rng);
     LanguageModel model(moe::MoELayer(std::move(experts), make_router(rng)), rng);
     train(model, text, options,
           [&](Index step, double, double seconds) { ms = 1000 * seconds / double(step + 1); });
@@ -110,8 +109,7 @@ int main(int argc, char** argv) try {
     const std::string name = argv[i];
     const int value = i + 1 < argc ? std::atoi(argv[i + 1]) : 0;
     if ((name != "--steps" && name != "--seeds") || value < 1) {
-      std::fprintf(stderr, "custom_router: %s: expected --steps N or --seeds N, N at least 1\n",
-                   argv[i]);
+      std::fprintf(stderr, "custom_router: %s: expected --steps N or --seeds N, N at least 1\n", argv[i]);
       return 2;
     }
     if (name == "--steps")
@@ -122,16 +120,15 @@ int main(int argc, char** argv) try {
 
   const Text text = load_text();
   const ByteRouter::Table table = balanced_table(text, kExperts);
-  std::printf("%td experts, %td steps of %td bytes, %d seed%s\n\n", kExperts, options.steps,
-              options.tokens, seeds, seeds > 1 ? "s" : "");
+  std::printf("%td experts, %td steps of %td bytes, %d seed%s\n\n", kExperts, options.steps, options.tokens,
+              seeds, seeds > 1 ? "s" : "");
   std::printf("%-26s %-16s %-16s %-8s %s\n", "router", "bits per byte", "largest / mean", "rate",
               "ms a step");
   compare("fixed, by the last byte", text, options, seeds,
           [&](moe::Rng&) { return ByteRouter(kModelWidth, kExperts, table); });
   options.balance = 0.05;
   compare("learned, top 1", text, options, seeds, [&](moe::Rng& rng) {
-    return moe::TopKRouter<float>({.d_model = kModelWidth, .num_experts = kExperts, .top_k = 1},
-                                  rng);
+    return moe::TopKRouter<float>({.d_model = kModelWidth, .num_experts = kExperts, .top_k = 1}, rng);
   });
 } catch (const std::exception& error) {
   std::fprintf(stderr, "custom_router: %s\n", error.what());

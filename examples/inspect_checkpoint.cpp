@@ -45,8 +45,8 @@ void print_storage(const std::vector<moe::LoadedTensor>& tensors) {
   }
   for (const auto& [copied, sum] : sums)
     std::printf("  %s: %ld, of %.3f million values\n",
-                copied.empty() ? "mapped tensors" : ("copied tensors (" + copied + ")").c_str(),
-                sum.first, double(sum.second) / 1e6);
+                copied.empty() ? "mapped tensors" : ("copied tensors (" + copied + ")").c_str(), sum.first,
+                double(sum.second) / 1e6);
 }
 
 moe::Matrix<float> random_tokens(moe::Index d_model) {
@@ -57,8 +57,7 @@ moe::Matrix<float> random_tokens(moe::Index d_model) {
 }
 
 void print_sizes(const moe::Matrix<float>& x, const moe::Matrix<float>& y) {
-  std::printf("root mean square of x %.3f, of y %.3f\n",
-              double(x.norm()) / std::sqrt(double(x.size())),
+  std::printf("root mean square of x %.3f, of y %.3f\n", double(x.norm()) / std::sqrt(double(x.size())),
               double(y.norm()) / std::sqrt(double(y.size())));
 }
 
@@ -71,12 +70,13 @@ void inspect(const Model& published, const moe::Checkpoint& checkpoint, moe::Ind
   const auto [layer, tensors] = moe::load_mapped_layer<float>(model, checkpoint, layer_index);
   std::printf("layer %ld: %.1f million parameters\n", long(layer_index),
               double(moe::num_parameters(layer)) / 1e6);
-  for (const auto& [part, text] : moe::describe(layer))
-    std::printf("  %s: %s\n", part.c_str(), text.c_str());
+  for (const auto& [part, text] : moe::describe(layer)) std::printf("  %s: %s\n", part.c_str(), text.c_str());
   const moe::Losses& losses = model.losses;
   std::printf("  losses in training:");
-  for (const auto& [name, coefficient] : {std::pair{"balance", losses.balance}, {"z", losses.z},
-                                          {"importance", losses.importance}, {"load", losses.load},
+  for (const auto& [name, coefficient] : {std::pair{"balance", losses.balance},
+                                          {"z", losses.z},
+                                          {"importance", losses.importance},
+                                          {"load", losses.load},
                                           {"device", losses.device}})
     if (coefficient != 0) std::printf(" %s %g", name, coefficient);
   std::printf(losses.balance == 0 && losses.importance == 0 ? " none known\n" : "\n");

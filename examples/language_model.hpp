@@ -147,8 +147,7 @@ struct Head {
   explicit Head(Index d_model) : w(Matrix::Zero(kBytes, d_model)) {}
 
   // loss[t] = -log p(target of t), in nats; d_logits = gradient of the mean loss.
-  void forward(const Matrix& x, const Batch& batch, std::vector<float>& loss,
-               Matrix& d_logits) const {
+  void forward(const Matrix& x, const Batch& batch, std::vector<float>& loss, Matrix& d_logits) const {
     loss.resize(std::size_t(x.rows()));
     d_logits.resize(x.rows(), kBytes);
     moe::for_each_block(x.rows(), kExecutor, [&](Index begin, Index end, Index) {
@@ -221,8 +220,7 @@ struct DenseLayer {
                        cache.hidden.middleRows(begin, count), d_x.middleRows(begin, count), own);
     });
     for (const Expert& own : cache.grad)
-      Expert::visit([](const ParameterInfo&, auto& to, const auto& from) { to += from; },
-                    grad.network, own);
+      Expert::visit([](const ParameterInfo&, auto& to, const auto& from) { to += from; }, grad.network, own);
   }
 
   template <class F, class... Self>
@@ -277,8 +275,7 @@ struct LanguageModel {
     norm_out.backward(cache.d_normed, cache.norm_out, cache.d_y, grad.norm_out);
     if constexpr (kHasRouter) {
       moe::RoutingGradient<float> extra;
-      if (balance > 0)
-        extra = float(balance) * moe::load_balancing_loss(cache.layer.routing).gradient;
+      if (balance > 0) extra = float(balance) * moe::load_balancing_loss(cache.layer.routing).gradient;
       layer.backward(cache.d_y, cache.layer, grad.layer, extra, cache.d_normed);
     } else {
       layer.backward(cache.d_y, cache.layer, grad.layer, cache.d_normed);
@@ -311,8 +308,8 @@ class Adam {
         [&](const ParameterInfo& info, auto& p, auto& g, auto& m, auto& v) {
           if (info.kind != moe::Kind::parameter) return;
           for (Index i = 0; i < p.size(); i += kBlock)
-            blocks_.push_back({p.data() + i, g.data() + i, m.data() + i, v.data() + i,
-                               std::min(kBlock, p.size() - i)});
+            blocks_.push_back(
+                {p.data() + i, g.data() + i, m.data() + i, v.data() + i, std::min(kBlock, p.size() - i)});
         },
         model, grad, m_, v_);
     ++steps_;
@@ -401,8 +398,7 @@ void predict(const Model& model, const Text& text, const std::vector<Index>& pos
   Batch batch;
   for (Index begin = 0; begin < Index(positions.size()); begin += kTokens) {
     batch.resize(std::min(kTokens, Index(positions.size()) - begin));
-    for (Index t = 0; t < batch.tokens(); ++t)
-      batch.set(t, text, positions[std::size_t(begin + t)]);
+    for (Index t = 0; t < batch.tokens(); ++t) batch.set(t, text, positions[std::size_t(begin + t)]);
     model.forward(batch, nullptr, cache);
     f(batch, cache);
   }

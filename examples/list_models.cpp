@@ -31,28 +31,26 @@ std::string compared(std::optional<moe::Index> computed, double published) {
 }
 
 template <class M>
-void print_row(const M& model, const std::string& top_k, moe::Index shared,
-               const std::string& total, const std::string& active) {
+void print_row(const M& model, const std::string& top_k, moe::Index shared, const std::string& total,
+               const std::string& active) {
   const auto number = [](moe::Index i) { return static_cast<long>(i); };
-  std::printf("%-22s %7ld %6ld %7ld %5s %7ld   %-25s %s\n", model.name.data(),
-              number(model.d_model()), number(model.d_ff), number(model.num_experts()),
-              top_k.c_str(), number(shared), total.c_str(), active.c_str());
+  std::printf("%-22s %7ld %6ld %7ld %5s %7ld   %-25s %s\n", model.name.data(), number(model.d_model()),
+              number(model.d_ff), number(model.num_experts()), top_k.c_str(), number(shared), total.c_str(),
+              active.c_str());
 }
 
 }  // namespace
 
 int main() {
-  std::printf("%-22s %7s %6s %7s %5s %7s   %-25s %s\n", "model", "d_model", "d_ff", "experts",
-              "top_k", "shared", "parameters (published)", "active for a token (published)");
+  std::printf("%-22s %7s %6s %7s %5s %7s   %-25s %s\n", "model", "d_model", "d_ff", "experts", "top_k",
+              "shared", "parameters (published)", "active for a token (published)");
   moe::for_each_model([](const auto& model) {
     const double active = model.published.active;
-    print_row(model, std::to_string(model.experts_per_token()),
-              model.shared_experts * model.shared_d_ff,
+    print_row(model, std::to_string(model.experts_per_token()), model.shared_experts * model.shared_d_ff,
               compared(model.total_parameters(), model.published.total),
               active > 0 ? compared(model.active_parameters(), active) : "-");
   });
   moe::for_each_soft_model([](const auto& model) {
-    print_row(model, "all", 0,
-              compared(model.total_parameters(), model.published.total), "-");
+    print_row(model, "all", 0, compared(model.total_parameters(), model.published.total), "-");
   });
 }

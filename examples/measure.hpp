@@ -48,8 +48,7 @@ Measured measure(const Model& model, const Text& text, const std::vector<Index>&
       const auto kind = [&](Index t) { return std::size_t(batch.kind[std::size_t(t)]); };
       const auto last = [&](Index t) { return batch.context(t, kContext - 1); };
       count(result.by_kind, text.num_kinds(), kind);
-      count(result.by_class, Index(kByteClasses.size()),
-            [&](Index t) { return class_of(last(t)); });
+      count(result.by_class, Index(kByteClasses.size()), [&](Index t) { return class_of(last(t)); });
       count(result.by_byte, kBytes, [&](Index t) { return std::size_t(last(t)); });
       count(result.by_byte_and_kind, kBytes * text.num_kinds(),
             [&](Index t) { return last(t) * nats.size() + kind(t); });
@@ -57,8 +56,7 @@ Measured measure(const Model& model, const Text& text, const std::vector<Index>&
   });
   for (std::size_t kind = 0; kind < nats.size(); ++kind)
     result.kind_bits.push_back(nats[kind] / bytes[kind] / std::numbers::ln2);
-  result.bits =
-      std::accumulate(nats.begin(), nats.end(), 0.0) / double(positions.size()) / std::numbers::ln2;
+  result.bits = std::accumulate(nats.begin(), nats.end(), 0.0) / double(positions.size()) / std::numbers::ln2;
   return result;
 }
 

@@ -3,9 +3,8 @@
 
 int main() {
   moe::Rng rng(42);
-  moe::MoELayer layer{
-      moe::make_experts<moe::GatedFeedForward<float>>(8, {.d_model = 64, .d_ff = 128}, rng),
-      moe::TopKRouter<float>({.d_model = 64, .num_experts = 8, .top_k = 2}, rng)};
+  moe::MoELayer layer{moe::make_experts<moe::GatedFeedForward<float>>(8, {.d_model = 64, .d_ff = 128}, rng),
+                      moe::TopKRouter<float>({.d_model = 64, .num_experts = 8, .top_k = 2}, rng)};
   using Layer = decltype(layer);
   moe::Matrix<float> x(100, 64);  // [tokens, d_model]
   moe::fill_normal(x, 1.0, rng);

@@ -104,10 +104,9 @@ struct Report {
     return result;
   }
 
-  static void text(std::ostream& svg, double x, double y, const char* style,
-                   const std::string& what) {
-    svg << "<text x=\"" << fixed(x, 1) << "\" y=\"" << fixed(y, 1) << "\" class=\"" << style
-        << "\">" << escaped(what) << "</text>\n";
+  static void text(std::ostream& svg, double x, double y, const char* style, const std::string& what) {
+    svg << "<text x=\"" << fixed(x, 1) << "\" y=\"" << fixed(y, 1) << "\" class=\"" << style << "\">"
+        << escaped(what) << "</text>\n";
   }
 
   static void write_table(std::ostream& html, const Table& table) {
@@ -145,28 +144,25 @@ struct Report {
 
     html << "<h2>" << escaped(chart_title) << "</h2>\n<div class=legend>";
     for (const Line& line : lines)
-      html << "<span><svg width=28 height=10><line x1=0 y1=5 x2=28 y2=5 class=\"line c"
-           << line.color << (line.dashed ? " dashed" : "") << "\"/></svg> " << escaped(line.name)
-           << "</span>";
+      html << "<span><svg width=28 height=10><line x1=0 y1=5 x2=28 y2=5 class=\"line c" << line.color
+           << (line.dashed ? " dashed" : "") << "\"/></svg> " << escaped(line.name) << "</span>";
     html << "</div>\n<div class=wide><svg viewBox=\"0 0 " << kWidth << ' ' << kHeight
          << "\" class=chart role=img aria-label=\"" << escaped(chart_title) << "\">\n";
     for (double y = y_least; y < y_most + unit / 2; y += unit) {
-      html << "<line class=grid x1=" << kLeft << " x2=" << kWidth - kRight
-           << " y1=" << fixed(at_y(y), 1) << " y2=" << fixed(at_y(y), 1) << " />\n";
+      html << "<line class=grid x1=" << kLeft << " x2=" << kWidth - kRight << " y1=" << fixed(at_y(y), 1)
+           << " y2=" << fixed(at_y(y), 1) << " />\n";
       text(html, kLeft - 8, at_y(y) + 4, "tick end", fixed(y, 1));
     }
     for (int i = 0; i <= 4; ++i)
       text(html, at_x(x_most * i / 4), kHeight - kBottom + 20, i == 4 ? "tick end" : "tick middle",
            grouped(std::llround(x_most * i / 4)));
     text(html, (kLeft + kWidth - kRight) / 2, kHeight - 6, "axis middle", x_title);
-    html << "<text class=\"axis middle\" transform=\"translate(16,"
-         << (kTop + kHeight - kBottom) / 2 << ") rotate(-90)\">" << escaped(y_title) << "</text>\n";
-    html << "<clipPath id=plot><rect x=" << kLeft << " y=" << kTop
-         << " width=" << kWidth - kLeft - kRight << " height=" << kHeight - kTop - kBottom
-         << " /></clipPath>\n<g clip-path=\"url(#plot)\">\n";
+    html << "<text class=\"axis middle\" transform=\"translate(16," << (kTop + kHeight - kBottom) / 2
+         << ") rotate(-90)\">" << escaped(y_title) << "</text>\n";
+    html << "<clipPath id=plot><rect x=" << kLeft << " y=" << kTop << " width=" << kWidth - kLeft - kRight
+         << " height=" << kHeight - kTop - kBottom << " /></clipPath>\n<g clip-path=\"url(#plot)\">\n";
     for (const Line& line : lines) {
-      html << "<polyline class=\"line c" << line.color << (line.dashed ? " dashed" : "")
-           << "\" points=\"";
+      html << "<polyline class=\"line c" << line.color << (line.dashed ? " dashed" : "") << "\" points=\"";
       for (std::size_t i = 0; i < line.x.size(); ++i)
         html << fixed(at_x(line.x[i]), 1) << ',' << fixed(at_y(line.y[i]), 1) << ' ';
       html << "\"/>\n";
@@ -174,9 +170,8 @@ struct Report {
     for (const Line& line : lines)
       for (std::size_t i = 0; i < line.x.size(); ++i)
         html << "<circle class=\"dot c" << line.color << "\" cx=" << fixed(at_x(line.x[i]), 1)
-             << " cy=" << fixed(at_y(line.y[i]), 1) << " r=6><title>" << escaped(line.name)
-             << ", step " << grouped(std::llround(line.x[i])) << ": " << fixed(line.y[i], 3)
-             << "</title></circle>\n";
+             << " cy=" << fixed(at_y(line.y[i]), 1) << " r=6><title>" << escaped(line.name) << ", step "
+             << grouped(std::llround(line.x[i])) << ": " << fixed(line.y[i], 3) << "</title></circle>\n";
     html << "</g></svg></div>\n<p class=note>";
     if (y_top > y_most) html << "The chart is cut at " << fixed(y_most, 1) << ". ";
     html << escaped(chart_note) << "</p>\n";
@@ -187,15 +182,14 @@ struct Report {
     const double cell = std::clamp(400.0 / double(map.columns.size()), 40.0, 64.0);
     const double width = kLeft + cell * double(map.columns.size()) + 66;
     const double height = kTop + kCellHeight * double(map.rows.size()) + 14;
-    html << "<figure><h2>" << escaped(map.title) << "</h2>\n<svg viewBox=\"0 0 " << width << ' '
-         << height << "\" width=" << width << " height=" << height << " role=img aria-label=\""
-         << escaped(map.title) << "\">\n";
+    html << "<figure><h2>" << escaped(map.title) << "</h2>\n<svg viewBox=\"0 0 " << width << ' ' << height
+         << "\" width=" << width << " height=" << height << " role=img aria-label=\"" << escaped(map.title)
+         << "\">\n";
     text(html, kLeft + cell * double(map.columns.size()) / 2, 14, "axis middle", map.column_title);
     text(html, 0, kTop - 10, "axis", map.row_title);
     for (std::size_t column = 0; column < map.columns.size(); ++column)
-      html << "<text class=tick transform=\"translate("
-           << fixed(kLeft + cell * (double(column) + 0.5), 1) << ',' << kTop - 8
-           << ") rotate(-35)\">" << escaped(map.columns[column]) << "</text>\n";
+      html << "<text class=tick transform=\"translate(" << fixed(kLeft + cell * (double(column) + 0.5), 1)
+           << ',' << kTop - 8 << ") rotate(-35)\">" << escaped(map.columns[column]) << "</text>\n";
     for (std::size_t row = 0; row < map.rows.size(); ++row) {
       const double gap = row + 1 == map.rows.size() ? 6 : 0;  // before the sum of all
       const double y = kTop + kCellHeight * double(row) + gap;
@@ -205,18 +199,16 @@ struct Report {
       for (std::size_t column = 0; column < map.columns.size(); ++column) {
         const double share = total > 0 ? map.counts[row][column] / total : 0;
         const double x = kLeft + cell * double(column);
-        html << "<g><title>" << escaped(map.rows[row]) << ", " << escaped(map.columns[column])
-             << ": " << grouped(std::llround(map.counts[row][column])) << " of "
-             << grouped(std::llround(total)) << " tokens, " << fixed(100 * share, 1)
-             << "%</title><rect class=empty x=" << fixed(x, 1) << " y=" << y
-             << " width=" << fixed(cell - 2, 1) << " height=" << kCellHeight - 2
-             << " /><rect class=cell fill-opacity=" << fixed(share, 3) << " x=" << fixed(x, 1)
+        html << "<g><title>" << escaped(map.rows[row]) << ", " << escaped(map.columns[column]) << ": "
+             << grouped(std::llround(map.counts[row][column])) << " of " << grouped(std::llround(total))
+             << " tokens, " << fixed(100 * share, 1) << "%</title><rect class=empty x=" << fixed(x, 1)
              << " y=" << y << " width=" << fixed(cell - 2, 1) << " height=" << kCellHeight - 2
-             << " />";
+             << " /><rect class=cell fill-opacity=" << fixed(share, 3) << " x=" << fixed(x, 1) << " y=" << y
+             << " width=" << fixed(cell - 2, 1) << " height=" << kCellHeight - 2 << " />";
         if (share >= 0.005)
           html << "<text class=\"value middle" << (share > 0.75 ? " on" : "")
-               << "\" x=" << fixed(x + cell / 2 - 1, 1) << " y=" << y + 15 << ">"
-               << fixed(100 * share, 0) << "</text>";
+               << "\" x=" << fixed(x + cell / 2 - 1, 1) << " y=" << y + 15 << ">" << fixed(100 * share, 0)
+               << "</text>";
         html << "</g>\n";
       }
     }
@@ -224,8 +216,8 @@ struct Report {
     const double x = kLeft + cell * double(map.columns.size()) + 14;
     for (int i = 0; i <= 4; ++i) {
       html << "<rect class=empty x=" << x << " y=" << kTop + 20 * i << " width=14 height=20 />"
-           << "<rect class=cell fill-opacity=" << fixed(i / 4.0, 2) << " x=" << x
-           << " y=" << kTop + 20 * i << " width=14 height=20 />\n";
+           << "<rect class=cell fill-opacity=" << fixed(i / 4.0, 2) << " x=" << x << " y=" << kTop + 20 * i
+           << " width=14 height=20 />\n";
       text(html, x + 18, kTop + 20 * i + 14, "tick", std::to_string(25 * i) + "%");
     }
     html << "</svg></figure>\n";

@@ -66,15 +66,13 @@ struct Text {
     constexpr Index kChunks = 50;
     const Index size = Index(content.size()), begin = Index(bytes.size());
     if (size < kChunks * 4 * kContext)
-      throw std::runtime_error(name + " has " + std::to_string(size) +
-                               " bytes, expected at least " +
+      throw std::runtime_error(name + " has " + std::to_string(size) + " bytes, expected at least " +
                                std::to_string(kChunks * 4 * kContext));
     if (kinds.size() == 255) throw std::runtime_error(name + " is one kind too many: at most 255");
     for (Index chunk = 0; chunk < kChunks; ++chunk) {
       const std::size_t which = chunk % 10 == 8 ? 1 : chunk % 10 == 9 ? 2 : 0;
       const Index end = begin + size * (chunk + 1) / kChunks;
-      for (Index i = begin + size * chunk / kChunks + kContext; i < end; ++i)
-        split[which].push_back(i);
+      for (Index i = begin + size * chunk / kChunks + kContext; i < end; ++i) split[which].push_back(i);
     }
     kind_of.insert(kind_of.end(), content.size(), Byte(kinds.size()));
     bytes.insert(bytes.end(), content.begin(), content.end());
@@ -85,8 +83,7 @@ struct Text {
 
 inline std::string read_file(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
-  if (!file || std::filesystem::is_directory(path))
-    throw std::runtime_error("cannot read " + path.string());
+  if (!file || std::filesystem::is_directory(path)) throw std::runtime_error("cannot read " + path.string());
   std::string content{std::istreambuf_iterator<char>(file), {}};
   if (file.bad()) throw std::runtime_error("cannot read " + path.string());
   return content;

@@ -65,8 +65,7 @@ struct Variant {
 //   expert choice          2.293    2.425    2.400    2.312    2.266    2.434    2.709
 constexpr std::array<double, 7> kRates = {0.004, 0.0063, 0.01, 0.016, 0.025, 0.04, 0.063};
 constexpr int kTuningSeeds = 2;
-constexpr double kRateMoE = 0.01, kRateDense = 0.016, kRateUnbalanced = 0.01,
-                 kRateExpertChoice = 0.025;
+constexpr double kRateMoE = 0.01, kRateDense = 0.016, kRateUnbalanced = 0.01, kRateExpertChoice = 0.025;
 
 std::vector<Variant> list_variants(const Settings& settings) {
   std::vector<Variant> variants = {{"MoE", LayerKind::top_k, settings.balance, kRateMoE},
@@ -75,8 +74,7 @@ std::vector<Variant> list_variants(const Settings& settings) {
     variants.push_back({"MoE, no balance loss", LayerKind::top_k, 0, kRateUnbalanced});
   if (settings.expert_choice) {
     variants.push_back({"expert choice", LayerKind::expert_choice, 0, kRateExpertChoice});
-    variants.push_back(
-        {"MoE, one kind a batch", LayerKind::top_k, settings.balance, kRateMoE, true});
+    variants.push_back({"MoE, one kind a batch", LayerKind::top_k, settings.balance, kRateMoE, true});
     variants.push_back(
         {"expert choice, one kind a batch", LayerKind::expert_choice, 0, kRateExpertChoice, true});
   }
@@ -89,8 +87,8 @@ void with_model(const Variant& variant, const Settings& settings, std::uint64_t 
   using Expert = moe::FeedForward<float>;
   moe::Rng rng(seed);
   const auto moe_model = [&](auto router) {
-    auto experts = moe::make_experts<Expert>(settings.experts,
-                                             {.d_model = kModelWidth, .d_ff = settings.d_ff}, rng);
+    auto experts =
+        moe::make_experts<Expert>(settings.experts, {.d_model = kModelWidth, .d_ff = settings.d_ff}, rng);
     f(LanguageModel(moe::MoELayer(std::move(experts), std::move(router)), rng));
   };
   switch (variant.layer) {
@@ -98,13 +96,12 @@ void with_model(const Variant& variant, const Settings& settings, std::uint64_t 
       return moe_model(moe::TopKRouter<float>(
           {.d_model = kModelWidth, .num_experts = settings.experts, .top_k = settings.top_k}, rng));
     case LayerKind::expert_choice:
-      return moe_model(moe::ExpertChoiceRouter<float>({.d_model = kModelWidth,
-                                                       .num_experts = settings.experts,
-                                                       .capacity = double(settings.top_k)},
-                                                      rng));
+      return moe_model(moe::ExpertChoiceRouter<float>(
+          {.d_model = kModelWidth, .num_experts = settings.experts, .capacity = double(settings.top_k)},
+          rng));
     case LayerKind::dense:
-      return f(LanguageModel(
-          DenseLayer{Expert({.d_model = kModelWidth, .d_ff = settings.dense_d_ff()}, rng)}, rng));
+      return f(LanguageModel(DenseLayer{Expert({.d_model = kModelWidth, .d_ff = settings.dense_d_ff()}, rng)},
+                             rng));
   }
 }
 
@@ -115,8 +112,7 @@ struct Run {
   Measured mixed;                                  // in batches of all kinds
   Measured one_kind;  // in batches of one kind; only for a router that looks at the whole batch
   double ms_per_step = 0;
-  std::uint64_t hash =
-      0xcbf29ce484222325u;  // FNV-1a of the trained parameters and the bits per byte
+  std::uint64_t hash = 0xcbf29ce484222325u;  // FNV-1a of the trained parameters and the bits per byte
 
   void add_to_hash(const void* data, std::size_t size) {
     for (std::size_t i = 0; i < size; ++i)
@@ -144,17 +140,14 @@ class Progress {
     std::fprintf(stderr, "\r%s\x1b[K", line.c_str());
   }
   void end_run(const std::string& what) const {
-    std::fprintf(stderr, "%s%s (%s)\n", terminal_ ? "\r\x1b[K" : "", what.c_str(),
-                 time_left().c_str());
+    std::fprintf(stderr, "%s%s (%s)\n", terminal_ ? "\r\x1b[K" : "", what.c_str(), time_left().c_str());
   }
 
  private:
   std::string time_left() const {
-    const double seconds =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
     const int left = int(seconds * double(total_ - done_) / double(done_) + 0.5);
-    return std::to_string(left / 60) + (left % 60 < 10 ? ":0" : ":") + std::to_string(left % 60) +
-           " left";
+    return std::to_string(left / 60) + (left % 60 < 10 ? ":0" : ":") + std::to_string(left % 60) + " left";
   }
 
   bool terminal_ = false;
@@ -176,8 +169,8 @@ std::vector<Index> shuffled(const Text& text, Split split, bool one_kind) {
 }
 
 // Trains a new model of the variant and measures it on a split that it has not seen.
-Run train_and_measure(const Variant& variant, const Settings& settings, const Text& text,
-                      std::uint64_t seed, Split split, Progress& progress) {
+Run train_and_measure(const Variant& variant, const Settings& settings, const Text& text, std::uint64_t seed,
+                      Split split, Progress& progress) {
   Run run;
   const TrainingOptions options{.steps = settings.steps,
                                 .tokens = kTokens,
@@ -239,10 +232,10 @@ void tune(std::vector<Variant>& variants, const Settings& settings, const Text& 
   const Index tuned =
       std::count_if(variants.begin(), variants.end(), [](const Variant& v) { return !v.one_kind; });
   Progress progress(tuned * Index(kRates.size()) * kTuningSeeds * settings.steps);
-  Report::Table table{"Validation bits per byte by learning rate, mean of " +
-                          std::to_string(kTuningSeeds) + " seeds",
-                      {""},
-                      {}};
+  Report::Table table{
+      "Validation bits per byte by learning rate, mean of " + std::to_string(kTuningSeeds) + " seeds",
+      {""},
+      {}};
   for (const double rate : kRates) table.header.push_back(fixed(rate, 4));
   for (Variant& variant : variants) {
     if (variant.one_kind) {
@@ -258,8 +251,7 @@ void tune(std::vector<Variant>& variants, const Settings& settings, const Text& 
       double bits = 0;
       for (int i = 0; i < kTuningSeeds; ++i) {
         const std::uint64_t seed = settings.seed + std::uint64_t(settings.seeds + i);
-        bits += train_and_measure(variant, settings, text, seed, Split::validation, progress)
-                    .mixed.bits /
+        bits += train_and_measure(variant, settings, text, seed, Split::validation, progress).mixed.bits /
                 kTuningSeeds;
       }
       row.push_back(fixed(bits, 3));
@@ -284,8 +276,7 @@ std::string largest(const std::vector<double>& counts, const Names& names) {
   for (std::size_t i = 0; i < std::min<std::size_t>(3, order.size()); ++i) {
     const double share = total > 0 ? counts[order[i]] / total : 0;
     if (share < 0.05) break;
-    result +=
-        (i > 0 ? ", " : "") + std::string(names[order[i]]) + " " + fixed(100 * share, 0) + "%";
+    result += (i > 0 ? ", " : "") + std::string(names[order[i]]) + " " + fixed(100 * share, 0) + "%";
   }
   return result.empty() ? "-" : result;
 }
@@ -326,47 +317,42 @@ std::vector<std::string> describe(const Settings& settings, const Text& text) {
              grouped(text.kind_begin[kind + 1] - text.kind_begin[kind]);
   const std::uint64_t last = settings.seed + std::uint64_t(settings.seeds) - 1;
   return {"Bytes of text: " + kinds + "; 80% to train, 10% to validate, 10% held out.",
-          "MoE: " + std::to_string(settings.experts) + " experts of d_ff " +
-              grouped(settings.d_ff) + ", top_k " + std::to_string(settings.top_k) +
-              ", balance loss " + fixed(settings.balance, 3) + "; " + grouped(settings.flops()) +
-              " operations a token, router included.",
+          "MoE: " + std::to_string(settings.experts) + " experts of d_ff " + grouped(settings.d_ff) +
+              ", top_k " + std::to_string(settings.top_k) + ", balance loss " + fixed(settings.balance, 3) +
+              "; " + grouped(settings.flops()) + " operations a token, router included.",
           "MoE: " + describe_parameters(settings, LayerKind::top_k) + ".",
           "Dense: d_ff " + grouped(settings.dense_d_ff()) + "; " +
               grouped(4 * kModelWidth * settings.dense_d_ff()) + " operations a token; " +
               describe_parameters(settings, LayerKind::dense) + ".",
           "Both: d_model " + std::to_string(kModelWidth) + ", context " + std::to_string(kContext) +
-              " bytes, " + grouped(settings.steps) + " training steps of " + grouped(kTokens) +
-              " bytes, " + (last > settings.seed ? "seeds " : "seed ") +
-              std::to_string(settings.seed) +
+              " bytes, " + grouped(settings.steps) + " training steps of " + grouped(kTokens) + " bytes, " +
+              (last > settings.seed ? "seeds " : "seed ") + std::to_string(settings.seed) +
               (last > settings.seed ? " to " + std::to_string(last) : "") + "."};
 }
 
-Report::Table bits_table(const std::vector<Variant>& variants,
-                         const std::vector<std::vector<Run>>& runs, const Text& text) {
+Report::Table bits_table(const std::vector<Variant>& variants, const std::vector<std::vector<Run>>& runs,
+                         const Text& text) {
   const std::size_t seeds = runs[0].size();
-  Report::Table table{"Held-out bits per byte" + (seeds > 1 ? ", mean +- standard deviation over " +
-                                                                  std::to_string(seeds) + " seeds"
-                                                            : ""),
-                      {"", "learning rate", "all"},
-                      {}};
+  Report::Table table{
+      "Held-out bits per byte" +
+          (seeds > 1 ? ", mean +- standard deviation over " + std::to_string(seeds) + " seeds" : ""),
+      {"", "learning rate", "all"},
+      {}};
   for (const std::string& kind : text.kinds) table.header.push_back(kind);
   for (std::size_t v = 0; v < variants.size(); ++v) {
     auto& row = table.rows.emplace_back();
     row = {variants[v].name, fixed(variants[v].rate, 4),
            over(runs[v], [](const Run& run) { return run.mixed.bits; }).show(3)};
     for (std::size_t kind = 0; kind < text.kinds.size(); ++kind)
-      row.push_back(
-          over(runs[v], [&](const Run& run) { return run.mixed.kind_bits[kind]; }).show(3));
+      row.push_back(over(runs[v], [&](const Run& run) { return run.mixed.kind_bits[kind]; }).show(3));
   }
   return table;
 }
 
-Report::Table balance_table(const std::vector<Variant>& variants,
-                            const std::vector<std::vector<Run>>& runs) {
-  Report::Table table{
-      "Balance on held-out text (unused: less than 1% of an even share of the tokens)",
-      {"", "standard deviation / mean", "largest / mean", "unused experts", "bits per byte"},
-      {}};
+Report::Table balance_table(const std::vector<Variant>& variants, const std::vector<std::vector<Run>>& runs) {
+  Report::Table table{"Balance on held-out text (unused: less than 1% of an even share of the tokens)",
+                      {"", "standard deviation / mean", "largest / mean", "unused experts", "bits per byte"},
+                      {}};
   for (std::size_t v = 0; v < variants.size(); ++v) {
     if (variants[v].layer == LayerKind::dense) continue;
     const auto of_load = [&](auto f, int digits) {
@@ -381,22 +367,19 @@ Report::Table balance_table(const std::vector<Variant>& variants,
 }
 
 Report::Table expert_table(const Run& run, const Text& text, std::uint64_t seed) {
-  Report::Table table{
-      "What the experts of the MoE with seed " + std::to_string(seed) +
-          " serve, on held-out text (at most three entries, of at least 5%)",
-      {"expert", "tokens", "share", "kinds of text", "classes of the last byte"},
-      {}};
+  Report::Table table{"What the experts of the MoE with seed " + std::to_string(seed) +
+                          " serve, on held-out text (at most three entries, of at least 5%)",
+                      {"expert", "tokens", "share", "kinds of text", "classes of the last byte"},
+                      {}};
   const moe::IndexVector load = load_of(run.mixed.by_kind);
   const auto row = [&](const std::string& name, Index tokens, const std::vector<double>& kinds,
                        const std::vector<double>& classes) {
-    table.rows.push_back({name, grouped(tokens),
-                          fixed(100 * double(tokens) / double(load.sum()), 1) + "%",
+    table.rows.push_back({name, grouped(tokens), fixed(100 * double(tokens) / double(load.sum()), 1) + "%",
                           largest(kinds, text.kinds), largest(classes, kByteClasses)});
   };
   std::vector<double> all_kinds(text.kinds.size()), all_classes(kByteClasses.size());
   for (Index e = 0; e < load.size(); ++e) {
-    const auto &kinds = run.mixed.by_kind[std::size_t(e)],
-               &classes = run.mixed.by_class[std::size_t(e)];
+    const auto &kinds = run.mixed.by_kind[std::size_t(e)], &classes = run.mixed.by_class[std::size_t(e)];
     row(std::to_string(e), load[e], kinds, classes);
     for (std::size_t i = 0; i < kinds.size(); ++i) all_kinds[i] += kinds[i];
     for (std::size_t i = 0; i < classes.size(); ++i) all_classes[i] += classes[i];
@@ -427,11 +410,10 @@ std::vector<std::string> conclusions(const std::vector<Variant>& variants,
     return information(run.mixed.by_byte_and_kind) - information(run.mixed.by_byte);
   });
   const std::string entropy = about(&Measured::by_kind, entropy_of_expert);
-  lines.push_back("Which expert a token goes to has an entropy of " + entropy + " bits. Of these " +
-                  entropy + " bits the kind of text explains " +
-                  about(&Measured::by_kind, information) + ", the class of the last byte " +
-                  about(&Measured::by_class, information) + ", the last byte itself " +
-                  about(&Measured::by_byte, information) +
+  lines.push_back("Which expert a token goes to has an entropy of " + entropy + " bits. Of these " + entropy +
+                  " bits the kind of text explains " + about(&Measured::by_kind, information) +
+                  ", the class of the last byte " + about(&Measured::by_class, information) +
+                  ", the last byte itself " + about(&Measured::by_byte, information) +
                   ", the last byte and the kind together " + more.show(2) +
                   " more than the byte alone (mutual information).");
   return lines;
@@ -447,8 +429,7 @@ Report::Table expert_choice_table(const std::vector<Variant>& variants,
     const bool couples = variants[v].layer == LayerKind::expert_choice;
     table.rows.push_back(
         {variants[v].name, over(runs[v], [](const Run& run) { return run.mixed.bits; }).show(3),
-         couples ? over(runs[v], [](const Run& run) { return run.one_kind.bits; }).show(3)
-                 : "the same",
+         couples ? over(runs[v], [](const Run& run) { return run.one_kind.bits; }).show(3) : "the same",
          over(runs[v], [](const Run& run) { return run.ms_per_step; }).show(1)});
   }
   return table;
@@ -463,8 +444,7 @@ std::vector<std::size_t> pattern_order(const Counts& counts) {
     const double total = std::accumulate(counts[e].begin(), counts[e].end(), 0.0);
     return std::pair(best - counts[e].begin(), total > 0 ? -*best / total : 0);
   };
-  std::stable_sort(order.begin(), order.end(),
-                   [&](std::size_t a, std::size_t b) { return key(a) < key(b); });
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return key(a) < key(b); });
   return order;
 }
 
@@ -476,8 +456,7 @@ void write_report(const Settings& settings, const Text& text, const std::vector<
   report.tables = std::move(tables);
   report.notes = conclusions(variants, runs);
   report.chart_title = "Loss curves";
-  if (settings.seeds > 1)
-    report.chart_title += ", mean over " + std::to_string(settings.seeds) + " seeds";
+  if (settings.seeds > 1) report.chart_title += ", mean over " + std::to_string(settings.seeds) + " seeds";
   report.x_title = "training step";
   report.y_title = "bits per byte";
   const Index sample = std::min(kSample, Index(text.positions(Split::validation).size()));
@@ -497,9 +476,12 @@ void write_report(const Settings& settings, const Text& text, const std::vector<
   const moe::IndexVector load = load_of(measured.by_kind);
   const auto add_map = [&](const std::string& columns, const Counts& counts, auto names) {
     Report::HeatMap map{
-        "Experts by " + columns + ": seed " + std::to_string(settings.seed) +
-            ", held-out text, % of a row",
-        "expert (tokens)", columns, {}, {names.begin(), names.end()}, {}};
+        "Experts by " + columns + ": seed " + std::to_string(settings.seed) + ", held-out text, % of a row",
+        "expert (tokens)",
+        columns,
+        {},
+        {names.begin(), names.end()},
+        {}};
     std::vector<double> all(counts[0].size());
     for (const std::size_t e : pattern_order(measured.by_class)) {
       map.rows.push_back("expert " + std::to_string(e) + " (" + grouped(load[Index(e)]) + ")");
@@ -542,10 +524,8 @@ std::vector<Option> list_options(Settings& s) {
   return {
       {"--seed", "N", "first seed; each seed of a model draws other weights and batches (1)",
        [&](const std::string& v) { s.seed = parse<std::uint64_t>("--seed", v, 0, 1000000000); }},
-      {"--seeds", "N", "how many seeds to train every model with (3)",
-       index(s.seeds, "--seeds", 1, 100)},
-      {"--steps", "N", "training steps of 1,024 bytes (2000)",
-       index(s.steps, "--steps", 1, 1000000)},
+      {"--seeds", "N", "how many seeds to train every model with (3)", index(s.seeds, "--seeds", 1, 100)},
+      {"--steps", "N", "training steps of 1,024 bytes (2000)", index(s.steps, "--steps", 1, 1000000)},
       {"--experts", "N", "experts of the MoE layer (16)", index(s.experts, "--experts", 1, 4096)},
       {"--top-k", "N", "experts that a token uses (1)", index(s.top_k, "--top-k", 1, 4096)},
       {"--d-ff", "N", "hidden width of an expert (256); the dense layer's follows from it",
@@ -570,15 +550,13 @@ std::vector<Option> list_options(Settings& s) {
 }
 
 void print_help(const std::vector<Option>& options) {
-  std::cout
-      << "usage: train_text [options]\n\n"
-         "Trains a byte-level language model with a Mixture-of-Experts layer, and a dense one "
-         "with as\nmany operations a token. Prints how well they predict text that was held "
-         "out and what the\nexperts serve, and writes a report. The number in parentheses is "
-         "the default.\n\n";
+  std::cout << "usage: train_text [options]\n\n"
+               "Trains a byte-level language model with a Mixture-of-Experts layer, and a dense one "
+               "with as\nmany operations a token. Prints how well they predict text that was held "
+               "out and what the\nexperts serve, and writes a report. The number in parentheses is "
+               "the default.\n\n";
   for (const Option& option : options)
-    std::cout << "  "
-              << padded(option.name + (option.value ? " " + std::string(option.value) : ""), 18)
+    std::cout << "  " << padded(option.name + (option.value ? " " + std::string(option.value) : ""), 18)
               << option.help << '\n';
   std::cout << "  " << padded("--help", 18) << "this text\n";
 }
@@ -592,8 +570,8 @@ bool parse_arguments(int argc, char** argv, Settings& settings) {
       print_help(options);
       return false;
     }
-    const auto option = std::find_if(options.begin(), options.end(),
-                                     [&](const Option& o) { return argument == o.name; });
+    const auto option =
+        std::find_if(options.begin(), options.end(), [&](const Option& o) { return argument == o.name; });
     if (option == options.end())
       throw std::invalid_argument("unknown option " + argument + "; --help lists the options");
     if (option->value != nullptr && ++i == argc)
@@ -602,8 +580,7 @@ bool parse_arguments(int argc, char** argv, Settings& settings) {
   }
   if (settings.top_k > settings.experts)
     throw std::invalid_argument("--top-k is " + std::to_string(settings.top_k) +
-                                ", expected at most --experts, " +
-                                std::to_string(settings.experts));
+                                ", expected at most --experts, " + std::to_string(settings.experts));
   return true;
 }
 
@@ -625,14 +602,13 @@ void demonstrate(const Settings& settings) {
   for (const Variant& variant : variants) {
     runs.emplace_back();
     for (Index i = 0; i < settings.seeds; ++i) {
-      runs.back().push_back(train_and_measure(
-          variant, settings, text, settings.seed + std::uint64_t(i), Split::test, progress));
+      runs.back().push_back(train_and_measure(variant, settings, text, settings.seed + std::uint64_t(i),
+                                              Split::test, progress));
       hash = std::rotl(hash, 1) ^ runs.back().back().hash;
     }
   }
 
-  std::vector<Report::Table> tables = {bits_table(variants, runs, text),
-                                       balance_table(variants, runs)};
+  std::vector<Report::Table> tables = {bits_table(variants, runs, text), balance_table(variants, runs)};
   if (settings.expert_choice) tables.push_back(expert_choice_table(variants, runs));
   for (const Report::Table& table : tables) print(table);
   print(expert_table(runs[0][0], text, settings.seed));
@@ -640,8 +616,7 @@ void demonstrate(const Settings& settings) {
   std::printf("Checksum of all trained parameters and held-out results: %016llx\n",
               static_cast<unsigned long long>(hash));
   write_report(settings, text, variants, runs, tables);
-  std::cout << "Curves and heat maps: " << std::filesystem::absolute(settings.report).string()
-            << '\n';
+  std::cout << "Curves and heat maps: " << std::filesystem::absolute(settings.report).string() << '\n';
 }
 
 }  // namespace

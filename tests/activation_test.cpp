@@ -82,15 +82,12 @@ TYPED_TEST(UnaryActivation, DerivativeIsTheDifferenceQuotient) {
   const TypeParam act;
   const double step = 1e-5;
   for (double x = -6.05; x < 6; x += 0.1)
-    EXPECT_NEAR(act.derivative(x), (act.forward(x + step) - act.forward(x - step)) / (2 * step),
-                1e-9)
-        << x;
+    EXPECT_NEAR(act.derivative(x), (act.forward(x + step) - act.forward(x - step)) / (2 * step), 1e-9) << x;
 }
 
 template <class U>
 class GatedActivation : public testing::Test {};
-using Gated =
-    testing::Types<moe::SwiGLU, moe::GEGLU, moe::GEGLUTanh, moe::ReGLU, moe::ClampedSwiGLU>;
+using Gated = testing::Types<moe::SwiGLU, moe::GEGLU, moe::GEGLUTanh, moe::ReGLU, moe::ClampedSwiGLU>;
 TYPED_TEST_SUITE(GatedActivation, Gated);
 
 TYPED_TEST(GatedActivation, DerivativesAreTheDifferenceQuotients) {
@@ -99,11 +96,9 @@ TYPED_TEST(GatedActivation, DerivativesAreTheDifferenceQuotients) {
   for (double g = -8.05; g < 9; g += 0.7) {
     for (double u = -9.03; u < 9; u += 0.9) {
       const auto slope = glu.derivative(g, u);
-      EXPECT_NEAR(slope.by_gate, (glu.forward(g + step, u) - glu.forward(g - step, u)) / (2 * step),
-                  1e-7)
+      EXPECT_NEAR(slope.by_gate, (glu.forward(g + step, u) - glu.forward(g - step, u)) / (2 * step), 1e-7)
           << g << ' ' << u;
-      EXPECT_NEAR(slope.by_up, (glu.forward(g, u + step) - glu.forward(g, u - step)) / (2 * step),
-                  1e-7)
+      EXPECT_NEAR(slope.by_up, (glu.forward(g, u + step) - glu.forward(g, u - step)) / (2 * step), 1e-7)
           << g << ' ' << u;
     }
   }
@@ -116,8 +111,7 @@ template <class S>
 Vector<S> inputs(Index n, std::uint64_t seed) {
   moe::Rng rng(seed);
   Vector<S> x(n);
-  for (Index i = 0; i < n; ++i)
-    x[i] = i % 11 == 0 ? S(0) : S(rng.normal() * std::exp(rng.uniform(-3, 4)));
+  for (Index i = 0; i < n; ++i) x[i] = i % 11 == 0 ? S(0) : S(rng.normal() * std::exp(rng.uniform(-3, 4)));
   return x;
 }
 
@@ -165,7 +159,8 @@ TYPED_TEST(GatedActivation, OfTheLargestNumbersIsANumber) {
   for (const float size : {1e15f, 2e19f, std::numeric_limits<float>::max()})
     for (const float g : {size, -size}) {
       const auto slope = glu.derivative(g, 0.5f);
-      for (const float v : {glu.forward(g, 0.5f), slope.by_gate, slope.by_up}) EXPECT_FALSE(std::isnan(v)) << g;
+      for (const float v : {glu.forward(g, 0.5f), slope.by_gate, slope.by_up})
+        EXPECT_FALSE(std::isnan(v)) << g;
     }
 }
 
@@ -185,8 +180,7 @@ void gated_pack_form_equals_scalar_form(const U& glu) {
   moe::activate_gated_backward(glu, n, g.data(), u.data(), d.data(), d_g.data(), d_u.data());
   for (Index i = 0; i < n; ++i) {
     const auto slope = glu.derivative(g[i], u[i]);
-    const S by_gate_terms =
-        (S(1) + std::min(std::abs(g[i] * g[i]), S(100))) * (S(1) + std::abs(u[i]));
+    const S by_gate_terms = (S(1) + std::min(std::abs(g[i] * g[i]), S(100))) * (S(1) + std::abs(u[i]));
     expect_close(out[i], glu.forward(g[i], u[i]), g[i] * (S(1) + std::abs(u[i])));
     expect_close(d_g[i], S(-0.75) * S(slope.by_gate), by_gate_terms);
     expect_close(d_u[i], S(-0.75) * S(slope.by_up), g[i]);
@@ -356,8 +350,7 @@ TEST(Activation, OnesOfTheUserNeedTheScalarFormOnly) {
     for (Index i = 0; i < n; ++i) EXPECT_EQ(out[i], x[i] > 0 ? x[i] * x[i] : 0);
     moe::activate_gated(Bilinear{}, n, x.data(), u.data(), out.data());
     Vector<float> d_g(n), d_u(n);
-    moe::activate_gated_backward(Bilinear{}, n, x.data(), u.data(), out.data(), d_g.data(),
-                                 d_u.data());
+    moe::activate_gated_backward(Bilinear{}, n, x.data(), u.data(), out.data(), d_g.data(), d_u.data());
     for (Index i = 0; i < n; ++i) {
       EXPECT_EQ(out[i], x[i] * u[i]);
       EXPECT_EQ(d_g[i], out[i] * u[i]);

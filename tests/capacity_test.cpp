@@ -143,8 +143,7 @@ TEST(Capacity, IsWhatTheRuleSays) {
       for (Index multiple = 1; multiple < 6; ++multiple)
         for (Index tokens = 0; tokens < 40; ++tokens)
           for (const double factor : {0.0, 0.3, 1.0, 1.25, 2.0, 9.0}) {
-            const Index seats =
-                expert_capacity(tokens, 6, 2, factor, {rounding, minimum, multiple});
+            const Index seats = expert_capacity(tokens, 6, 2, factor, {rounding, minimum, multiple});
             const Index plain = expert_capacity(tokens, 6, 2, factor, {rounding});
             ASSERT_LE(seats, tokens);
             ASSERT_GE(seats, std::min(tokens, std::max(plain, minimum)));
@@ -192,8 +191,7 @@ TEST(Capacity, RefusesWhatIsOutOfRange) {
   EXPECT_THROW(expert_capacity(10, 8, -1, 1.0), std::invalid_argument);
   EXPECT_THROW(expert_capacity(10, 8, 2, -0.5), std::invalid_argument);
   EXPECT_THROW(expert_capacity(10, 8, 2, kInf), std::invalid_argument);
-  EXPECT_THROW(expert_capacity(10, 8, 2, std::numeric_limits<double>::quiet_NaN()),
-               std::invalid_argument);
+  EXPECT_THROW(expert_capacity(10, 8, 2, std::numeric_limits<double>::quiet_NaN()), std::invalid_argument);
 }
 
 // ---- apply_capacity.
@@ -205,8 +203,7 @@ struct Seating {
   Matrix<double> scores, probs;
   BatchInfo info;
 
-  Seating(Index experts, const std::vector<Token>& tokens, BatchInfo batch = {})
-      : info(std::move(batch)) {
+  Seating(Index experts, const std::vector<Token>& tokens, BatchInfo batch = {}) : info(std::move(batch)) {
     moe::begin_routing(Index(tokens.size()), experts, info, routing, "test");
     for (std::size_t t = 0; t < tokens.size(); ++t) {
       for (const auto& [expert, gate] : tokens[t]) {
@@ -219,8 +216,7 @@ struct Seating {
 
   void seat(const std::vector<Index>& capacity, Overflow overflow = Overflow::drop,
             Priority priority = Priority::token_order) {
-    const IndexVector seats =
-        Eigen::Map<const IndexVector>(capacity.data(), Index(capacity.size()));
+    const IndexVector seats = Eigen::Map<const IndexVector>(capacity.data(), Index(capacity.size()));
     moe::apply_capacity(routing.chosen, scores, seats, overflow, priority, info, routing.plan,
                         routing.scratch, &probs);
   }
@@ -233,9 +229,7 @@ struct Seating {
                          plan.token.begin() + plan.expert_begin[e + 1]);
     return lists;
   }
-  std::vector<Dropped> dropped() const {
-    return {routing.plan.dropped.begin(), routing.plan.dropped.end()};
-  }
+  std::vector<Dropped> dropped() const { return {routing.plan.dropped.begin(), routing.plan.dropped.end()}; }
   std::vector<Index> passed() const {
     return {routing.plan.passed_through.begin(), routing.plan.passed_through.end()};
   }
@@ -286,14 +280,11 @@ TEST(ApplyCapacity, ByTheLargestProbabilityIsNotByTheLargestRenormalisedGate) {
     moe::Routing<double> routing;
     moe::begin_routing(2, 3, {}, routing, "test");
     routing.router_logits = p.colwise().reverse().array().log();
-    moe::route_by_logits({.gate = {.renormalise = true},
-                          .top_k = 2,
-                          .capacity_factor = 0.7,
-                          .priority = priority},
-                         {}, {}, routing, moe::Sequential{});
+    moe::route_by_logits(
+        {.gate = {.renormalise = true}, .top_k = 2, .capacity_factor = 0.7, .priority = priority}, {}, {},
+        routing, moe::Sequential{});
     ASSERT_EQ(routing.plan.num_assignments(), 2);
-    for (const Index t : routing.plan.token)
-      EXPECT_EQ(t, priority == Priority::token_max_gate ? 0 : 1);
+    for (const Index t : routing.plan.token) EXPECT_EQ(t, priority == Priority::token_max_gate ? 0 : 1);
   }
 }
 
@@ -308,8 +299,7 @@ TEST(ApplyCapacity, KeepsTheGatesAndNamesTheChoices) {
 }
 
 TEST(ApplyCapacity, WithoutOverflowSeatsEverything) {
-  for (const auto priority :
-       {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate}) {
+  for (const auto priority : {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate}) {
     Seating s(3, kFour);
     s.seat({4}, Overflow::drop, priority);
     EXPECT_EQ(s.tokens_of_experts(), (Lists{{0, 1, 2, 3}, {0, 2, 3}, {1}}));
@@ -322,9 +312,8 @@ TEST(ApplyCapacity, WithoutOverflowSeatsEverything) {
 
 TEST(ApplyCapacity, GivesTiesToTheLowerToken) {
   const std::vector<Token> equal(4, Token{{1, .5}, {0, .5}});
-  for (const auto priority :
-       {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate,
-        Priority::token_max_prob}) {
+  for (const auto priority : {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate,
+                              Priority::token_max_prob}) {
     Seating s(2, equal);
     s.probs = Matrix<double>::Constant(4, 2, .5);
     s.seat({3}, Overflow::drop, priority);
@@ -343,16 +332,11 @@ TEST(ApplyCapacity, OfZeroDropsEverything) {
     s.scores = Matrix<double>::Zero(4, 3);
     s.seat({0}, overflow);
     EXPECT_EQ(s.tokens_of_experts(), (Lists{{}, {}, {}}));
-    EXPECT_EQ(s.dropped(), (Drops{{0, 0, 0},
-                                  {1, 0, 0},
-                                  {2, 0, 0},
-                                  {3, 1, 0},
-                                  {0, 1, 1},
-                                  {1, 2, 1},
-                                  {2, 1, 1},
-                                  {3, 0, 1}}));
-    EXPECT_EQ(s.passed(), overflow == Overflow::pass_through ? (std::vector<Index>{0, 1, 2, 3})
-                                                             : std::vector<Index>{});
+    EXPECT_EQ(
+        s.dropped(),
+        (Drops{{0, 0, 0}, {1, 0, 0}, {2, 0, 0}, {3, 1, 0}, {0, 1, 1}, {1, 2, 1}, {2, 1, 1}, {3, 0, 1}}));
+    EXPECT_EQ(s.passed(),
+              overflow == Overflow::pass_through ? (std::vector<Index>{0, 1, 2, 3}) : std::vector<Index>{});
   }
 }
 
@@ -510,8 +494,7 @@ TEST(Capacity, NeverDropsABalancedBatchAtFactorOne) {
             choices[std::size_t(t)].emplace_back((t * k + i) % experts, 1.0 / double(k));
         Seating s(experts, choices);
         s.seat({expert_capacity(tokens, experts, k, 1.0)});
-        ASSERT_TRUE(s.dropped().empty())
-            << tokens << " tokens, " << experts << " experts, k = " << k;
+        ASSERT_TRUE(s.dropped().empty()) << tokens << " tokens, " << experts << " experts, k = " << k;
       }
     }
   }
@@ -522,8 +505,7 @@ TEST(Capacity, OneLessDropsFromABalancedBatch) {
        {std::tuple<Index, Index, Index>{24, 4, 1}, {24, 4, 2}, {24, 6, 3}}) {
     std::vector<Token> choices(static_cast<std::size_t>(tokens));
     for (Index t = 0; t < tokens; ++t)
-      for (Index i = 0; i < k; ++i)
-        choices[std::size_t(t)].emplace_back((t * k + i) % experts, 1.0);
+      for (Index i = 0; i < k; ++i) choices[std::size_t(t)].emplace_back((t * k + i) % experts, 1.0);
     Seating s(experts, choices);
     s.seat({expert_capacity(tokens, experts, k, 1.0) - 1});
     EXPECT_EQ(Index(s.dropped().size()), experts);

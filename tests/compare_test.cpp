@@ -27,8 +27,7 @@ TEST(Compare, MeasuresTheLargestDifference) {
 
 TEST(Compare, NoticesWhatIsNotFiniteAtAnyPlaceInEither) {
   const Matrix<float> a = Matrix<float>::Constant(3, 5, 2);
-  for (const float bad :
-       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()})
+  for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()})
     for (Index i = 0; i < a.size(); ++i) {
       Matrix<float> b = a, zero = Matrix<float>::Zero(3, 5);
       b.data()[i] = zero.data()[i] = bad;

@@ -102,10 +102,10 @@ TYPED_TEST(HierarchicalRouterLaws, OutputsAreTheFormula) {
     for (Index i = 0; i < 2; ++i) {
       const Matrix<S> zi = reference::logits(x, router.children()[std::size_t(i)].w_router);
       const Index j = reference::best_expert(zi, t, {});
-      const S gate =
-          reference::gate_of(z, t, i, true, {0, 1}) * reference::gate_of(zi, t, j, false, {j});
-      y.row(t) += gate * reference::expert_output(layer.experts()[std::size_t(i * 3 + j)],
-                                                  reference::row_of(x, t)).transpose();
+      const S gate = reference::gate_of(z, t, i, true, {0, 1}) * reference::gate_of(zi, t, j, false, {j});
+      y.row(t) +=
+          gate * reference::expert_output(layer.experts()[std::size_t(i * 3 + j)], reference::row_of(x, t))
+                     .transpose();
     }
   EXPECT_TRUE(equal_to_rounding(kind.forward(layer, x), y));
 }
@@ -196,8 +196,7 @@ TYPED_TEST(HierarchicalRouterLaws, ATokenWhoseGroupHasNoAvailableExpertIsPoisone
     const auto routing = route_logits(2, many_groups, of_groups, of_leaves);
     EXPECT_EQ(routing.plan.token_state[0], TokenState::poisoned);
     for (const Index t : {1, 2})  // one group is enough where one is chosen
-      EXPECT_EQ(routing.plan.token_state[t],
-                many_groups ? TokenState::poisoned : TokenState::valid);
+      EXPECT_EQ(routing.plan.token_state[t], many_groups ? TokenState::poisoned : TokenState::valid);
     EXPECT_EQ(routing.plan.num_assignments(), many_groups ? 0 : 4);
     EXPECT_EQ(routing.levels[0].plan.num_valid_tokens(), many_groups ? 0 : 2);
   }

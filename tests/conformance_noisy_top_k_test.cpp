@@ -17,8 +17,7 @@ struct NoisyTopK {
   }
 };
 
-[[maybe_unused]] const bool checked =
-    check_routers<NoisyTopK<float>, NoisyTopK<double>>("NoisyTopK");
+[[maybe_unused]] const bool checked = check_routers<NoisyTopK<float>, NoisyTopK<double>>("NoisyTopK");
 
 }  // namespace
 

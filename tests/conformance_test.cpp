@@ -39,9 +39,8 @@ struct VariantOf {
     check_experts<FeedForwardOf<float, moe::ReLU, false>, FeedForwardOf<double, moe::ReLU, false>,
                   FeedForwardOf<float, moe::GELU, true>, FeedForwardOf<double, moe::GELU, true>,
                   GatedOf<float, moe::SwiGLU, false>, GatedOf<double, moe::SwiGLU, false>,
-                  GatedOf<float, moe::ClampedSwiGLU, true>,
-                  GatedOf<double, moe::ClampedSwiGLU, true>, VariantOf<float>, VariantOf<double>>(
-        "All");
+                  GatedOf<float, moe::ClampedSwiGLU, true>, GatedOf<double, moe::ClampedSwiGLU, true>,
+                  VariantOf<float>, VariantOf<double>>("All");
 
 }  // namespace
 

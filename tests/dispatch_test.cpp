@@ -236,8 +236,7 @@ TEST(Combine, BackwardIsItsAdjoint) {
     moe::combine_backward(poison(d_y, plan), rows, plan, d_rows, d_gate);
     double expected = 0;
     for (Index t = 0; t < plan.num_tokens; ++t) {
-      const bool passed =
-          std::binary_search(plan.passed_through.begin(), plan.passed_through.end(), t);
+      const bool passed = std::binary_search(plan.passed_through.begin(), plan.passed_through.end(), t);
       if (plan.token_state[t] == TokenState::valid && !passed) expected += y.row(t).dot(d_y.row(t));
       EXPECT_EQ(y.row(t).array().isNaN().all(), plan.token_state[t] == TokenState::poisoned);
     }
@@ -365,23 +364,24 @@ TEST(RunExperts, BackwardIsThatOfEveryExpertAlone) {
 
 // A column-major matrix of tokens would be read as if its rows lay side by side.
 template <class M>
-constexpr bool kDispatches = requires(const M& x, const DispatchPlan<double>& plan,
-                                      RowBuffer<double>& rows) { moe::dispatch(x, plan, rows); };
+constexpr bool kDispatches = requires(const M& x, const DispatchPlan<double>& plan, RowBuffer<double>& rows) {
+  moe::dispatch(x, plan, rows);
+};
 template <class X, class Y>
-constexpr bool kCombines =
-    requires(const RowBuffer<double>& rows, const DispatchPlan<double>& plan, const X& x, Y& y) {
-      moe::combine(rows, plan, x, y);
-    };
+constexpr bool kCombines = requires(const RowBuffer<double>& rows, const DispatchPlan<double>& plan,
+                                    const X& x, Y& y) {
+  moe::combine(rows, plan, x, y);
+};
 template <class D>
-constexpr bool kGoesBack =
-    requires(const D& d_y, RowBuffer<double>& rows, const DispatchPlan<double>& plan,
-             Buffer<double>& d_gate) { moe::combine_backward(d_y, rows, plan, rows, d_gate); };
+constexpr bool kGoesBack = requires(const D& d_y, RowBuffer<double>& rows, const DispatchPlan<double>& plan,
+                                    Buffer<double>& d_gate) {
+  moe::combine_backward(d_y, rows, plan, rows, d_gate);
+};
 template <class X, class D, class Dx>
-constexpr bool kGoesBackToX =
-    requires(const RowBuffer<double>& rows, const DispatchPlan<double>& plan, const X& x,
-             const D& d_y, Dx& d_x, Buffer<double>& d_gate) {
-      moe::dispatch_backward(rows, plan, x, d_y, d_x, d_gate);
-    };
+constexpr bool kGoesBackToX = requires(const RowBuffer<double>& rows, const DispatchPlan<double>& plan,
+                                       const X& x, const D& d_y, Dx& d_x, Buffer<double>& d_gate) {
+  moe::dispatch_backward(rows, plan, x, d_y, d_x, d_gate);
+};
 using RowMajor = Matrix<double>;
 using ColumnMajor = Eigen::MatrixXd;
 using Strided = Eigen::Map<RowMajor, 0, Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>>;

@@ -38,8 +38,7 @@ Routing<double> route(const TopK& router, const Matrix<double>& x, const BatchIn
 
 // A layer of experts that return what they get.
 moe::MoELayer<Copy, TopK> copy_layer(const TopK& router) {
-  return {std::vector<Copy>(std::size_t(router.num_experts()), Copy({.d_model = router.d_model()})),
-          router};
+  return {std::vector<Copy>(std::size_t(router.num_experts()), Copy({.d_model = router.d_model()})), router};
 }
 
 double silu(double v) { return v / (1 + std::exp(-v)); }
@@ -144,8 +143,7 @@ TEST(Divergences, LogitsThatBfloat16MakesEqualAreNot) {
 // In float the sigmoids of both are 1. A selection by sigmoids sees a tie, one by logits does not.
 TEST(Divergences, SigmoidsThatRoundToOneAreRankedByLogits) {
   ASSERT_EQ(1 / (1 + std::exp(-20.f)), 1 / (1 + std::exp(-30.f)));
-  moe::TopKRouter<float> router(
-      {.d_model = 2, .num_experts = 2, .top_k = 1, .score = moe::Score::sigmoid});
+  moe::TopKRouter<float> router({.d_model = 2, .num_experts = 2, .top_k = 1, .score = moe::Score::sigmoid});
   router.w_router.setIdentity();
   Routing<float> routing;
   router.route(Matrix<float>{{20, 30}}, {}, routing);
@@ -184,8 +182,7 @@ TEST(Divergences, GatesScaleTheBiasOfAnExpert) {
 // Hugging Face's Mixtral and PhiMoE jitter what experts get, too. Gates have a sum of 1 and experts
 // return x: so must the layer, whatever the jitter of the router.
 TEST(Divergences, JitterDoesNotReachExperts) {
-  const auto layer =
-      copy_layer(identity_router({.top_k = 2, .renormalise = true, .jitter = .5}, 2));
+  const auto layer = copy_layer(identity_router({.top_k = 2, .renormalise = true, .jitter = .5}, 2));
   const Matrix<double> x{{1, 2}, {-3, .5}};
   moe::Rng rng(1);
   moe::MoELayer<Copy, TopK>::Cache cache;
@@ -242,8 +239,8 @@ TEST(Divergences, ARandomSecondExpertIsDrawnByItsNormalisedGate) {
   moe::begin_routing(1, 4, {}, routing, "test");
   routing.router_logits = z;
   moe::route_by_logits(
-      {.gate = {.renormalise = true}, .top_k = 2, .second_threshold = .5, .second_draws = &draw},
-      {}, {}, routing, moe::Sequential{});
+      {.gate = {.renormalise = true}, .top_k = 2, .second_threshold = .5, .second_draws = &draw}, {}, {},
+      routing, moe::Sequential{});
   ASSERT_EQ(routing.chosen.expert, (Chosen{0, 1}));
   EXPECT_NEAR(routing.chosen.gate[0], 4.0 / 7, 1e-15);
   EXPECT_NEAR(routing.chosen.gate[1], 3.0 / 7, 1e-15);
@@ -251,8 +248,7 @@ TEST(Divergences, ARandomSecondExpertIsDrawnByItsNormalisedGate) {
 
 // mesh draws second experts in inference, too; here it takes an Rng to draw.
 TEST(Divergences, InferenceTakesEverySecondExpert) {
-  const TopK router =
-      identity_router({.top_k = 2, .random_second_threshold = .5, .renormalise = true}, 2);
+  const TopK router = identity_router({.top_k = 2, .random_second_threshold = .5, .renormalise = true}, 2);
   const auto routing = route(router, Matrix<double>{{5, 0}});  // a gate of .0067
   EXPECT_EQ(routing.chosen.expert, (Chosen{0, 1}));
 }
@@ -273,8 +269,7 @@ TEST(Divergences, TheLossOfLayersTogetherIsNotTheMeanOfTheirs) {
 // lingvo, mesh, flaxformer and V-MoE take the mean of the losses of groups. The plain loss is of
 // the batch, whatever its groups; that of each group, of all choices or of the first, is asked for.
 TEST(Divergences, TheLossOfABatchIsNotTheMeanOfItsGroups) {
-  const Matrix<double> x{
-      {800, 0}, {800, 0}, {0, 800}, {0, 800}};  // a group each for expert 0 and 1
+  const Matrix<double> x{{800, 0}, {800, 0}, {0, 800}, {0, 800}};  // a group each for expert 0 and 1
   const BatchInfo info{.group_begin = IndexVector{{0, 2, 4}}};
   const auto one = route(identity_router({.top_k = 1}, 2), x, info);
   EXPECT_NEAR(moe::load_balancing_loss(one).value, 1, 1e-14);
@@ -282,8 +277,7 @@ TEST(Divergences, TheLossOfABatchIsNotTheMeanOfItsGroups) {
   const auto two = route(identity_router({.top_k = 2}, 2), x, info);
   const auto first = moe::demand_per_expert(two, 1);
   EXPECT_NEAR(moe::load_balancing_loss(two, first, 4).value, 1, 1e-14);
-  EXPECT_NEAR(moe::sequence_balance_loss(two, info, moe::most_probable_choices(two, 1)).value, 2,
-              1e-14);
+  EXPECT_NEAR(moe::sequence_balance_loss(two, info, moe::most_probable_choices(two, 1)).value, 2, 1e-14);
 }
 
 // The plain loss counts the experts that ran; what scores alone would choose is counted where it is
@@ -294,8 +288,8 @@ TEST(Divergences, ABalanceLossCountsTheExpertsThatRanUnlessTold) {
   router.selection_bias << 0, 1;
   const auto routing = route(router, Matrix<double>{{std::log(1.5), 0}});
   EXPECT_NEAR(moe::load_balancing_loss(routing).value, 2 * .4, 1e-15);
-  EXPECT_NEAR(moe::sequence_balance_loss(routing, {}, moe::most_probable_choices(routing, 1)).value,
-              2 * .6, 1e-15);
+  EXPECT_NEAR(moe::sequence_balance_loss(routing, {}, moe::most_probable_choices(routing, 1)).value, 2 * .6,
+              1e-15);
 }
 
 // p = (3/4, 1/4). A second softmax would make it (.622, .378), and the z-loss ln(e^.75 + e^.25)^2.

@@ -208,9 +208,7 @@ TEST(Errors, OfTheGround) {
        },
        {"w_up", "[2, 4]", "[2, 3]"}},
 #ifdef _OPENMP
-      {"OpenMP: for_each",
-       [] { moe::OpenMP{-2}.for_each(3, [](Index, Index) {}); },
-       {"OpenMP", "-2", "0"}},
+      {"OpenMP: for_each", [] { moe::OpenMP{-2}.for_each(3, [](Index, Index) {}); }, {"OpenMP", "-2", "0"}},
       {"OpenMP: concurrency", [] { moe::OpenMP{-2}.concurrency(); }, {"-2", "0"}},
 #endif
   });
@@ -220,8 +218,7 @@ TEST(Errors, OfTheGround) {
 
 TEST(Errors, OfProducts) {
   // x [5, 4], w [3, 4], y [5, 3].
-  const auto linear = [](Index x_rows, Index x_cols, Index w_rows, Index w_cols, Index y_rows,
-                         Index y_cols) {
+  const auto linear = [](Index x_rows, Index x_cols, Index w_rows, Index w_cols, Index y_rows, Index y_cols) {
     return [=] {
       Matrix<double> y = ones(y_rows, y_cols);
       moe::linear(ones(x_rows, x_cols), ones(w_rows, w_cols), y);
@@ -271,8 +268,8 @@ TEST(Errors, OfScores) {
       moe::router_linear(ones(5, 4), ones(3, w_cols), logits, moe::Sequential{});
     };
   };
-  const auto backward = [](Index d_z_rows, Index d_z_cols, Index d_w_rows, Index d_w_cols,
-                           Index d_x_rows, Index d_x_cols) {
+  const auto backward = [](Index d_z_rows, Index d_z_cols, Index d_w_rows, Index d_w_cols, Index d_x_rows,
+                           Index d_x_cols) {
     return [=] {
       Matrix<double> d_w = ones(d_w_rows, d_w_cols), d_x = ones(d_x_rows, d_x_cols);
       moe::router_linear_backward(ones(5, 4), ones(3, 4), ones(d_z_rows, d_z_cols), d_w, d_x,
@@ -301,9 +298,7 @@ void expect_bad_info(const char* where, const std::function<void(const BatchInfo
       {"mask", [&] { call(with_mask(4)); }, {where, "mask", "4", "5"}},
       {"long mask", [&] { call(with_mask(6)); }, {where, "mask", "6", "5"}},
       {"token_ids", [&] { call(with_ids(7)); }, {where, "token_ids", "7", "5"}},
-      {"one group_begin",
-       [&] { call(with_groups(IndexVector{{5}})); },
-       {where, "group_begin", "1", "2"}},
+      {"one group_begin", [&] { call(with_groups(IndexVector{{5}})); }, {where, "group_begin", "1", "2"}},
       {"groups' begin",
        [&] {
          call(with_groups(IndexVector{{1, 5}}));
@@ -416,9 +411,7 @@ void expect_bad_plan(const char* where, const std::function<void(const Routing&)
          p.token_state.resize(6);
        }),
        {where, "6", "5"}},
-      {"token too large",
-       bad([](auto& p) { p.token[p.expert_begin[1] - 1] = 5; }),
-       {where, "token 5 of 5"}},
+      {"token too large", bad([](auto& p) { p.token[p.expert_begin[1] - 1] = 5; }), {where, "token 5 of 5"}},
       {"token negative", bad([](auto& p) { p.token[0] = -1; }), {where, "token -1 of 5"}},
       {"tokens descend",
        bad([](auto& p) {
@@ -447,9 +440,7 @@ void expect_bad_plan(const char* where, const std::function<void(const Routing&)
          p.passed_through = {1, 5};
        }),
        {where, "passed_through[1]", "token 5 of 5"}},
-      {"passed_through negative",
-       bad([](auto& p) { p.passed_through = {-1}; }),
-       {where, "token -1 of 5"}},
+      {"passed_through negative", bad([](auto& p) { p.passed_through = {-1}; }), {where, "token -1 of 5"}},
       {"passed_through descends",
        bad([](auto& p) {
          p.passed_through = {4, 2};
@@ -493,8 +484,8 @@ TEST(Errors, OfAPlan) {
       [&](const Routing& r) {
         RowBuffer<double> y_rows;
         moe::ExpertScratch<double> scratch;
-        moe::run_experts(std::span<const Gated>(experts), r.plan, rows(r.plan.num_assignments()),
-                         y_rows, scratch);
+        moe::run_experts(std::span<const Gated>(experts), r.plan, rows(r.plan.num_assignments()), y_rows,
+                         scratch);
       },
       false);
   expect_bad_plan(
@@ -503,8 +494,8 @@ TEST(Errors, OfAPlan) {
         RowBuffer<double> y_rows;
         moe::ExpertScratch<double> scratch;
         moe::ExpertCache<double> cache;
-        moe::run_experts(std::span<const Gated>(experts), r.plan, rows(r.plan.num_assignments()),
-                         y_rows, cache, scratch);
+        moe::run_experts(std::span<const Gated>(experts), r.plan, rows(r.plan.num_assignments()), y_rows,
+                         cache, scratch);
       },
       false);
   expect_bad_plan(
@@ -514,11 +505,12 @@ TEST(Errors, OfAPlan) {
         moe::ExpertCache<double> cache;
         std::vector<Gated> grads = experts;
         const auto d_rows = rows(r.plan.num_assignments());
-        moe::run_experts_backward(std::span<const Gated>(experts), r.plan, d_rows, d_rows, cache,
-                                  d_x_rows, std::span<Gated>(grads));
+        moe::run_experts_backward(std::span<const Gated>(experts), r.plan, d_rows, d_rows, cache, d_x_rows,
+                                  std::span<Gated>(grads));
       },
       false);
-  expect_bad_plan("unserved_tokens", [](const Routing& r) { moe::unserved_tokens(r); }, false);
+  expect_bad_plan(
+      "unserved_tokens", [](const Routing& r) { moe::unserved_tokens(r); }, false);
   const Layer layer = make_layer(), shared = make_layer(true);
   expect_bad_plan("MoELayer::forward", [&](const Routing& r) { layer.forward(input(), r); });
   expect_bad_plan("MoELayer::forward", [&](const Routing& r) { shared.forward(input(), r); });
@@ -553,9 +545,7 @@ TEST(Errors, OfAPlan) {
        },
        {"MoELayer::forward", "4", "3"}},
       {"an empty routing", [&] { layer.forward(input(), Routing()); }, {"0", "5"}},
-      {"a routing of another batch",
-       [&] { layer.forward(ones(7, kModel), good_routing()); },
-       {"5", "7"}},
+      {"a routing of another batch", [&] { layer.forward(ones(7, kModel), good_routing()); }, {"5", "7"}},
       {"mark_poisoned_rows",
        [] {
          Routing r = good_routing();
@@ -576,9 +566,7 @@ void expect_bad_choices(const char* where, const std::function<void(Routing&)>& 
   };
   expect_errors({
       {"tokens", bad([](auto& c) { c.token_begin.resize(5); }), {where, "5", "6"}},
-      {"begin",
-       bad([](auto& c) { c.token_begin[0] = 1; }),
-       {where, "from 1 to 10", "from 0 to 10"}},
+      {"begin", bad([](auto& c) { c.token_begin[0] = 1; }), {where, "from 1 to 10", "from 0 to 10"}},
       {"end", bad([](auto& c) { c.token_begin[5] = 12; }), {where, "from 0 to 12", "from 0 to 10"}},
       {"descends", bad([](auto& c) { c.token_begin[1] = 8; }), {where, "token_begin[2] = 4", "8"}},
       {"gates", bad([](auto& c) { c.gate.resize(9); }), {where, "9", "10"}},
@@ -643,8 +631,8 @@ TEST(Errors, OfChoices) {
 // ---- Capacity.
 
 TEST(Errors, OfCapacity) {
-  const auto apply = [](IndexVector capacity, Overflow overflow, Priority priority,
-                        void (*spoil)(Routing&), Matrix<double> scores = ones(5, 3)) {
+  const auto apply = [](IndexVector capacity, Overflow overflow, Priority priority, void (*spoil)(Routing&),
+                        Matrix<double> scores = ones(5, 3)) {
     return [=] {
       Routing r = spoilt(spoil);
       moe::apply_capacity(r.chosen, scores, capacity, overflow, priority, {}, r.plan, r.scratch);
@@ -674,8 +662,7 @@ TEST(Errors, OfCapacity) {
       {"count_valid_tokens",
        [] {
          IndexVector valid;
-         moe::count_valid_tokens(spoilt([](Routing& r) { r.plan.token_state.resize(4); }).plan, {},
-                                 valid);
+         moe::count_valid_tokens(spoilt([](Routing& r) { r.plan.token_state.resize(4); }).plan, {}, valid);
        },
        {"count_valid_tokens", "4", "5"}},
       {"no capacity",
@@ -705,16 +692,15 @@ TEST(Errors, OfCapacity) {
       {"an order of probabilities without them",
        [] {
          Routing r = spoilt([](Routing&) {});
-         moe::apply_capacity(r.chosen, ones(5, 3), IndexVector(IndexVector::Ones(1)),
-                             Overflow::drop, Priority::token_max_prob, {}, r.plan, r.scratch);
+         moe::apply_capacity(r.chosen, ones(5, 3), IndexVector(IndexVector::Ones(1)), Overflow::drop,
+                             Priority::token_max_prob, {}, r.plan, r.scratch);
        },
        {"apply_capacity", "token_max_prob", "probs"}},
       {"NaN has no place in an order of probabilities",
        [] {
          Routing r = spoilt([](Routing& spoil) { spoil.router_probs(3, 1) = kNan; });
-         moe::apply_capacity(r.chosen, ones(5, 3), IndexVector(IndexVector::Ones(1)),
-                             Overflow::drop, Priority::token_max_prob, {}, r.plan, r.scratch,
-                             &r.router_probs);
+         moe::apply_capacity(r.chosen, ones(5, 3), IndexVector(IndexVector::Ones(1)), Overflow::drop,
+                             Priority::token_max_prob, {}, r.plan, r.scratch, &r.router_probs);
        },
        {"token 3 of 5", "NaN"}},
   });
@@ -742,14 +728,13 @@ TEST(Errors, OfDispatch) {
       moe::combine_backward(ones(d_y_rows, d_y_cols), rows(row_count), plan, d_rows, d_gate);
     };
   };
-  const auto dispatch_backward = [&](Index row_count, std::pair<Index, Index> x,
-                                     std::pair<Index, Index> d_y, std::pair<Index, Index> d_x,
-                                     Index gates) {
+  const auto dispatch_backward = [&](Index row_count, std::pair<Index, Index> x, std::pair<Index, Index> d_y,
+                                     std::pair<Index, Index> d_x, Index gates) {
     return [=] {
       Matrix<double> out = ones(d_x.first, d_x.second);
       Buffer<double> d_gate = filled(gates);
-      moe::dispatch_backward(rows(row_count), on_inputs, ones(x.first, x.second),
-                             ones(d_y.first, d_y.second), out, d_gate);
+      moe::dispatch_backward(rows(row_count), on_inputs, ones(x.first, x.second), ones(d_y.first, d_y.second),
+                             out, d_gate);
     };
   };
   const auto run = [&](Index count, Index row_count, Index cols, bool cached) {
@@ -759,15 +744,13 @@ TEST(Errors, OfDispatch) {
       moe::ExpertScratch<double> scratch;
       moe::ExpertCache<double> cache;
       if (cached)
-        moe::run_experts(std::span<const Gated>(some), plan, rows(row_count, cols), y_rows, cache,
-                         scratch);
+        moe::run_experts(std::span<const Gated>(some), plan, rows(row_count, cols), y_rows, cache, scratch);
       else
-        moe::run_experts(std::span<const Gated>(some), plan, rows(row_count, cols), y_rows,
-                         scratch);
+        moe::run_experts(std::span<const Gated>(some), plan, rows(row_count, cols), y_rows, scratch);
     };
   };
-  const auto run_backward = [&](Index count, Index grad_count, Index x_count, Index d_y_count,
-                                Index d_y_cols, const moe::DispatchPlan<double>& cached) {
+  const auto run_backward = [&](Index count, Index grad_count, Index x_count, Index d_y_count, Index d_y_cols,
+                                const moe::DispatchPlan<double>& cached) {
     return [=, &plan] {
       const auto some = make_experts(count);
       auto grads = make_experts(grad_count);
@@ -775,11 +758,10 @@ TEST(Errors, OfDispatch) {
       RowBuffer<double> y_rows, d_x_rows;
       moe::ExpertScratch<double> scratch;
       moe::ExpertCache<double> cache;
-      moe::run_experts(std::span<const Gated>(cached_experts), cached,
-                       rows(cached.num_assignments()), y_rows, cache, scratch);
-      moe::run_experts_backward(std::span<const Gated>(some), plan, rows(x_count),
-                                rows(d_y_count, d_y_cols), cache, d_x_rows,
-                                std::span<Gated>(grads));
+      moe::run_experts(std::span<const Gated>(cached_experts), cached, rows(cached.num_assignments()), y_rows,
+                       cache, scratch);
+      moe::run_experts_backward(std::span<const Gated>(some), plan, rows(x_count), rows(d_y_count, d_y_cols),
+                                cache, d_x_rows, std::span<Gated>(grads));
     };
   };
   Routing other_batch, other_experts;
@@ -803,35 +785,25 @@ TEST(Errors, OfDispatch) {
       {"dispatch_backward: rows",
        dispatch_backward(9, {5, 4}, {5, 4}, {5, 4}, 10),
        {"dispatch_backward", "9", "10"}},
-      {"dispatch_backward: x",
-       dispatch_backward(10, {6, 4}, {5, 4}, {5, 4}, 10),
-       {"x", "[6, 4]", "[5, 4]"}},
+      {"dispatch_backward: x", dispatch_backward(10, {6, 4}, {5, 4}, {5, 4}, 10), {"x", "[6, 4]", "[5, 4]"}},
       {"dispatch_backward: d_y",
        dispatch_backward(10, {5, 4}, {5, 7}, {5, 4}, 10),
        {"d_y", "[5, 7]", "[5, 4]"}},
-      {"dispatch_backward: d_x's rows",
-       dispatch_backward(10, {5, 4}, {5, 4}, {6, 4}, 10),
-       {"5", "6"}},
+      {"dispatch_backward: d_x's rows", dispatch_backward(10, {5, 4}, {5, 4}, {6, 4}, 10), {"5", "6"}},
       {"dispatch_backward: d_x's width",
        dispatch_backward(10, {5, 4}, {5, 4}, {5, 3}, 10),
        {"d_x", "[5, 3]", "[5, 4]"}},
-      {"dispatch_backward: d_gate",
-       dispatch_backward(10, {5, 4}, {5, 4}, {5, 4}, 8),
-       {"d_gate", "8", "10"}},
+      {"dispatch_backward: d_gate", dispatch_backward(10, {5, 4}, {5, 4}, {5, 4}, 8), {"d_gate", "8", "10"}},
       {"run_experts: experts", run(2, 10, 4, false), {"run_experts", "2", "3"}},
       {"run_experts: rows", run(3, 9, 4, false), {"run_experts", "9", "10"}},
       {"run_experts: width", run(3, 10, 5, false), {"5", "4"}},
       {"run_experts, cached: experts", run(4, 10, 4, true), {"run_experts", "4", "3"}},
       {"run_experts, cached: rows", run(3, 11, 4, true), {"run_experts", "11", "10"}},
       {"run_experts, cached: width", run(3, 10, 5, true), {"5", "4"}},
-      {"backward: experts",
-       run_backward(2, 3, 10, 10, 4, plan),
-       {"run_experts_backward", "2", "3"}},
+      {"backward: experts", run_backward(2, 3, 10, 10, 4, plan), {"run_experts_backward", "2", "3"}},
       {"backward: gradients", run_backward(3, 4, 10, 10, 4, plan), {"4", "3"}},
       {"backward: rows", run_backward(3, 3, 9, 10, 4, plan), {"x_rows", "9", "10"}},
-      {"backward: d_y's rows",
-       run_backward(3, 3, 10, 8, 4, plan),
-       {"d_y_rows", "[8, 4]", "[10, 4]"}},
+      {"backward: d_y's rows", run_backward(3, 3, 10, 8, 4, plan), {"d_y_rows", "[8, 4]", "[10, 4]"}},
       {"backward: d_y's width", run_backward(3, 3, 10, 10, 5, plan), {"[10, 5]", "[10, 4]"}},
       {"backward: cache of another batch",
        run_backward(3, 3, 10, 10, 4, other_batch.plan),
@@ -895,10 +867,24 @@ TEST(Errors, OfTokenChoice) {
        [] { moe::with_row(ones(3, 4), Vector<double>(Vector<double>::Ones(5)), "here"); },
        {"here", "5", "4"}},
       {"experts_without: expert", [] { moe::experts_without({3}, 3, 1, "here"); }, {"here", "3 of 3"}},
-      {"experts_without: negative", [] { moe::experts_without({0, -1}, 3, 1, "here"); }, {"-1 of 3"}},
-      {"experts_without: twice", [] { moe::experts_without({2, 2}, 3, 1, "here"); }, {"expert 2", "2 to remove"}},
-      {"experts_without: too few", [] { moe::experts_without({0}, 2, 2, "here"); }, {"here", "1 of 2", "at least 2"}},
-      {"take_rows", [] { moe::take_rows(ones(3, 4), {0, 1}, 4, "here", "m"); }, {"m", "[3, 4]", "[4, 4]"}},
+      {"experts_without: negative",
+       [] {
+         moe::experts_without({0, -1}, 3, 1, "here");
+       },
+       {"-1 of 3"}},
+      {"experts_without: twice",
+       [] {
+         moe::experts_without({2, 2}, 3, 1, "here");
+       },
+       {"expert 2", "2 to remove"}},
+      {"experts_without: too few",
+       [] { moe::experts_without({0}, 2, 2, "here"); },
+       {"here", "1 of 2", "at least 2"}},
+      {"take_rows",
+       [] {
+         moe::take_rows(ones(3, 4), {0, 1}, 4, "here", "m");
+       },
+       {"m", "[3, 4]", "[4, 4]"}},
   });
 }
 
@@ -920,8 +906,7 @@ void expect_bad_gradient(const std::function<void(const Gradient&)>& call) {
 }
 
 TEST(Errors, OfARoutingGradient) {
-  expect_bad_gradient(
-      [](const Gradient& g) { moe::check_routing_gradient(g, good_routing(), "check"); });
+  expect_bad_gradient([](const Gradient& g) { moe::check_routing_gradient(g, good_routing(), "check"); });
   expect_bad_gradient([](const Gradient& g) {
     Matrix<double> d_logits;
     moe::selection_backward({}, good_routing(), g, d_logits);
@@ -981,9 +966,7 @@ TEST(Errors, OfLosses) {
        [&] { moe::load_loss(spoilt(no_logits, noisy_routing())); },
        {"load_loss", "[5, 2]", "[5, 3]"}},
       {"load: draws", load([](auto& n) { n.draws = ones(6, 3); }), {"draws", "[6, 3]", "[5, 3]"}},
-      {"load: stddev",
-       load([](auto& n) { n.stddev = ones(5, 4); }),
-       {"stddev", "[5, 4]", "[5, 3]"}},
+      {"load: stddev", load([](auto& n) { n.stddev = ones(5, 4); }), {"stddev", "[5, 4]", "[5, 3]"}},
       {"load: noisy_logits",
        load([](auto& n) { n.noisy_logits = ones(1, 1); }),
        {"noisy_logits", "[1, 1]", "[5, 3]"}},
@@ -1061,12 +1044,8 @@ void expect_expert_errors(const char* name) {
       {"backward: d_y", backward({6, 4}, {5, wide}, {5, 4}, expert), {"d_y", "[6, 4]", "[5, 4]"}},
       {"backward: cache", backward({5, 4}, {5, 9}, {5, 4}, expert), {"cache", "[5, 9]", shape}},
       {"backward: d_x", backward({5, 4}, {5, wide}, {5, 3}, expert), {"d_x", "[5, 3]", "[5, 4]"}},
-      {"backward: grad's d_ff",
-       backward({5, 4}, {5, wide}, {5, 4}, make(4, 7)),
-       {"[7, 4]", "[6, 4]"}},
-      {"backward: grad's d_model",
-       backward({5, 4}, {5, wide}, {5, 4}, make(3, 6)),
-       {"[6, 3]", "[6, 4]"}},
+      {"backward: grad's d_ff", backward({5, 4}, {5, wide}, {5, 4}, make(4, 7)), {"[7, 4]", "[6, 4]"}},
+      {"backward: grad's d_model", backward({5, 4}, {5, wide}, {5, 4}, make(3, 6)), {"[6, 3]", "[6, 4]"}},
       {"backward: grad without biases",
        backward({5, 4}, {5, wide}, {5, 4}, make(4, 6, false)),
        {"b_", "[0, 1]", "[6, 1]"}},
@@ -1087,9 +1066,7 @@ TEST(Errors, OfExperts) {
       {"VariantExpert: visit",
        [&] { Either::visit([](const auto&, auto&, auto&) {}, gated, plain); },
        {"VariantExpert", "0", "1"}},
-      {"VariantExpert: forward",
-       [&] { plain.forward(ones(5, 3), y, cache); },
-       {"[5, 3]", "[5, 4]"}},
+      {"VariantExpert: forward", [&] { plain.forward(ones(5, 3), y, cache); }, {"[5, 3]", "[5, 4]"}},
       {"weights of another shape",
        [&] {
          Plain broken({.d_model = 4, .d_ff = 6}, rng);
@@ -1187,9 +1164,7 @@ void expect_router_errors(const char* name) {
                   r.noise = {ones(5, 3), ones(5, 2), ones(5, 3), 2};
                 }),
        {"stddev", "[5, 2]", "[5, 3]"}},
-      {"add_expert",
-       [&] { router.add_expert(Vector<double>::Ones(3)); },
-       {name, "add_expert", "3", "4"}},
+      {"add_expert", [&] { router.add_expert(Vector<double>::Ones(3)); }, {name, "add_expert", "3", "4"}},
       {"remove_expert", [&] { router.remove_expert(3); }, {name, "remove_expert", "3 of 3"}},
       {"remove_expert: negative", [&] { router.remove_expert(-1); }, {name, "-1 of 3"}},
       {"remove_expert: the last ones",
@@ -1280,8 +1255,7 @@ TEST(Errors, OfRouters) {
   expect_capacity_rule_errors<Noisy>("NoisyTopKRouter");
   expect_capacity_rule_errors<Sinkhorn>("SinkhornRouter");
   expect_capacity_rule_errors<ExpertChoice>("ExpertChoiceRouter");
-  expect_capacity_rule_errors<moe::HashRouter<double>>("HashRouter",
-                                                       {.table = IndexVector::Zero(9)});
+  expect_capacity_rule_errors<moe::HashRouter<double>>("HashRouter", {.table = IndexVector::Zero(9)});
   expect_errors({
       {"jitter negative", [] { make_router<TopK>({.jitter = -0.1}); }, {"jitter = -0.1", "[0, 1)"}},
       {"jitter of one", [] { make_router<TopK>({.jitter = 1}); }, {"jitter = 1", "[0, 1)"}},
@@ -1310,14 +1284,11 @@ TEST(Errors, OfRouters) {
        {"random_second_threshold = 0.2", "top_p", "0"}},
       {"second_threshold beside groups",
        [] {
-         make_router<TopK>(
-             {.top_k = 1, .second_threshold = 0.2, .group_limit = {.groups = 3, .kept = 2}});
+         make_router<TopK>({.top_k = 1, .second_threshold = 0.2, .group_limit = {.groups = 3, .kept = 2}});
        },
        {"second_threshold = 0.2", "0"}},
       {"two kinds of scores",
-       [] {
-         make_router<TopK>({.score = moe::Score::sigmoid, .softmax_before_selection = false});
-       },
+       [] { make_router<TopK>({.score = moe::Score::sigmoid, .softmax_before_selection = false}); },
        {"TopKRouter", "softmax"}},
       {"groups do not divide",
        [] { make_router<TopK>({.group_limit = {.groups = 2}}); },
@@ -1334,8 +1305,7 @@ TEST(Errors, OfRouters) {
       {"two best of one",
        [] {
          make_router<TopK>(
-             {.top_k = 1,
-              .group_limit = {.groups = 3, .kept = 2, .score = moe::GroupScore::top_two_sum}});
+             {.top_k = 1, .group_limit = {.groups = 3, .kept = 2, .score = moe::GroupScore::top_two_sum}});
        },
        {"groups of 1", "2"}},
       {"add_expert to groups",
@@ -1384,9 +1354,7 @@ TEST(Errors, OfRouters) {
        {"noise_epsilon = -1", "0"}},
       {"noise_epsilon infinite", [] { make_router<Noisy>({.noise_epsilon = kInf}); }, {"inf", "0"}},
       {"expert choice: capacity", [] { make_router<ExpertChoice>({.capacity = -2}); }, {"-2", "0"}},
-      {"expert choice: capacity NaN",
-       [] { make_router<ExpertChoice>({.capacity = kNan}); },
-       {"nan", "0"}},
+      {"expert choice: capacity NaN", [] { make_router<ExpertChoice>({.capacity = kNan}); }, {"nan", "0"}},
       {"expert choice: next_best",
        [] { make_router<ExpertChoice>({.overflow = Overflow::next_best}); },
        {"ExpertChoiceRouter", "next_best"}},
@@ -1469,8 +1437,7 @@ TEST(Errors, OfTheLayer) {
     };
   };
   Rng rng(11);
-  const TopK router_5({.d_model = 4, .num_experts = 5}, rng),
-      wide({.d_model = 9, .num_experts = 3}, rng);
+  const TopK router_5({.d_model = 4, .num_experts = 5}, rng), wide({.d_model = 9, .num_experts = 3}, rng);
   const Layer layer_5(make_experts(5), router_5), layer_9(make_experts(3, expert_options(9)), wide),
       other_ff(make_experts(3, expert_options(4, 8)), make_router<TopK>());
   expect_errors({
@@ -1593,9 +1560,7 @@ TEST(Errors, OfTheLayer) {
          layer.forward(ones(6, 4), good_routing(), c);
        },
        {"5", "6"}},
-      {"backward: d_y's rows",
-       backward(ones(6, 4), layer),
-       {"MoELayer::backward", "[6, 4]", "[5, 4]"}},
+      {"backward: d_y's rows", backward(ones(6, 4), layer), {"MoELayer::backward", "[6, 4]", "[5, 4]"}},
       {"backward: d_y's width", backward(ones(5, 3), layer), {"[5, 3]", "[5, 4]"}},
       {"backward: grad's experts", backward(input(), layer_5), {"grad", "5", "3"}},
       {"backward: grad's width", backward(input(), layer_9), {"grad", "9", "4"}},
@@ -1677,9 +1642,7 @@ TEST(Errors, OfCheckGradients) {
   };
   expect_errors({
       {"expert: x", [&] { moe::check_gradients(expert, ones(2, 3)); }, {"[2, 3]", "[2, 4]"}},
-      {"router: x",
-       [] { moe::check_gradients(make_router<TopK>(), ones(2, 3)); },
-       {"[2, 3]", "[2, 4]"}},
+      {"router: x", [] { moe::check_gradients(make_router<TopK>(), ones(2, 3)); }, {"[2, 3]", "[2, 4]"}},
       {"layer: x", [] { moe::check_gradients(make_layer(), ones(2, 3)); }, {"3", "4"}},
       {"step", with({.step = 0}), {"step = 0", "0"}},
       {"negative step", with({.step = -1}), {"step = -1", "0"}},
@@ -1701,8 +1664,7 @@ struct Broken : Plain {
 
 TEST(Errors, CheckGradientsReportsNotANumberAsTheWorst) {
   Rng rng(13);
-  const moe::GradientReport report =
-      moe::check_gradients(Broken({.d_model = 4, .d_ff = 6}, rng), input());
+  const moe::GradientReport report = moe::check_gradients(Broken({.d_model = 4, .d_ff = 6}, rng), input());
   EXPECT_GT(report.worst, 1e-6);
   EXPECT_EQ(report.where, "x");
 }

@@ -36,8 +36,8 @@ template <int kThreads>
 struct MakeOpenMP {
   moe::OpenMP executor{kThreads};
 };
-using Makers = testing::Types<MakeSequential, MakePool<1>, MakePool<3>, MakeOpenMP<0>,
-                              MakeOpenMP<1>, MakeOpenMP<2>, MakeOpenMP<3>>;
+using Makers = testing::Types<MakeSequential, MakePool<1>, MakePool<3>, MakeOpenMP<0>, MakeOpenMP<1>,
+                              MakeOpenMP<2>, MakeOpenMP<3>>;
 static_assert(std::is_same_v<moe::DefaultExecutor, moe::OpenMP>);
 static_assert(moe::Executor<moe::OpenMP>);
 #else
@@ -65,8 +65,7 @@ TYPED_TEST(ExecutorOf, RunsEveryTaskOnce) {
 }
 
 TYPED_TEST(ExecutorOf, NoTasksAreNoCalls) {
-  for (const Index n : {0, -1, -100})
-    this->maker_.executor.for_each(n, [&](Index, Index) { ADD_FAILURE(); });
+  for (const Index n : {0, -1, -100}) this->maker_.executor.for_each(n, [&](Index, Index) { ADD_FAILURE(); });
 }
 
 TYPED_TEST(ExecutorOf, WorkersAreBelowItsConcurrency) {
@@ -152,12 +151,11 @@ TYPED_TEST(ExecutorOf, ACallFromInsideATaskRunsOnItsThread) {
 
 TYPED_TEST(ExecutorOf, AnExceptionOfAnInnerCallReachesTheCaller) {
   const auto& executor = this->maker_.executor;
-  EXPECT_THROW(executor.for_each(4,
-                                 [&](Index, Index) {
-                                   executor.for_each(
-                                       3, [](Index, Index) { throw std::logic_error("inner"); });
-                                 }),
-               std::logic_error);
+  EXPECT_THROW(
+      executor.for_each(
+          4,
+          [&](Index, Index) { executor.for_each(3, [](Index, Index) { throw std::logic_error("inner"); }); }),
+      std::logic_error);
 }
 
 TYPED_TEST(ExecutorOf, BlocksCoverEveryRowOnce) {
@@ -266,9 +264,8 @@ class FullPool : public Eigen::ThreadPool {
 TEST(ThreadPoolExecutor, APoolThatRefusesATaskIsReportedAfterAllTasksHaveEnded) {
   FullPool pool;
   std::atomic<int> count{0};
-  EXPECT_THROW(
-      moe::ThreadPoolExecutor<FullPool>(pool).for_each(100, [&](Index, Index) { ++count; }),
-      std::bad_alloc);
+  EXPECT_THROW(moe::ThreadPoolExecutor<FullPool>(pool).for_each(100, [&](Index, Index) { ++count; }),
+               std::bad_alloc);
   EXPECT_EQ(count, 100);
 }
 

@@ -111,9 +111,9 @@ void NoRowsAreOrdinary() {
   const auto expert = Kind::make(5, 6, rng);
   const auto pass = Kind::run(expert, Matrix<S>(0, 5), Matrix<S>(0, 5));
   EXPECT_EQ(pass.y.rows(), 0);
-  Expert::visit([](const moe::ParameterInfo& info,
-                   const auto& g) { EXPECT_TRUE((g.array() == 0).all()) << info.name; },
-                pass.grad);
+  Expert::visit(
+      [](const moe::ParameterInfo& info, const auto& g) { EXPECT_TRUE((g.array() == 0).all()) << info.name; },
+      pass.grad);
 }
 
 template <class Kind>
@@ -212,8 +212,7 @@ bool check_experts(const std::string& name) {
   const auto add_tests = [&]<class Kind>(Kind) {
     const std::string suite = name + "/ExpertLaws/" + std::to_string(number++);
     add_test(suite, "ForwardEqualsTheReference", &ForwardEqualsTheReference<Kind>);
-    add_test(suite, "RowsDoNotDependOnTheRowsBesideThem",
-             &RowsDoNotDependOnTheRowsBesideThem<Kind>);
+    add_test(suite, "RowsDoNotDependOnTheRowsBesideThem", &RowsDoNotDependOnTheRowsBesideThem<Kind>);
     add_test(suite, "NoRowsAreOrdinary", &NoRowsAreOrdinary<Kind>);
     add_test(suite, "GradientsOfRowsAddUp", &GradientsOfRowsAddUp<Kind>);
     add_test(suite, "BackwardAddsToTheGradientAndCanBeRepeatedOnOneCache",

@@ -37,8 +37,7 @@ void use_soft() {
   Rng rng(1);
   using E = FeedForward<float>;
   const E::Options options{.d_model = 4, .d_ff = 4};
-  const SoftMoELayer<E> soft(make_experts<E>(4, options, rng), {.d_model = 4, .num_experts = 4},
-                             rng);
+  const SoftMoELayer<E> soft(make_experts<E>(4, options, rng), {.d_model = 4, .num_experts = 4}, rng);
   SoftMoELayer<E> grad = zeros_like(soft);
   SoftMoELayer<E>::Cache cache;
   SoftMoELayer<E>::Workspace workspace;
@@ -60,8 +59,7 @@ void check() {
   const TopKRouter<double> router({.d_model = 4, .num_experts = 4}, rng);
   const Matrix<double> x = Matrix<double>::Ones(2, 4);
   check_gradients(router, x);
-  check_gradients(
-      MoELayer(make_experts<FeedForward<double>>(4, {.d_model = 4, .d_ff = 4}, rng), router), x);
+  check_gradients(MoELayer(make_experts<FeedForward<double>>(4, {.d_model = 4, .d_ff = 4}, rng), router), x);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Gates and their gradients where logits lie far apart, against long double and formulas without differences of
-// numbers near 1: d_i - sum of q_j d_j is written as the sum of q_j (d_i - d_j).
+// Gates and their gradients where logits lie far apart, against long double and formulas without differences
+// of numbers near 1: d_i - sum of q_j d_j is written as the sum of q_j (d_i - d_j).
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -26,17 +26,24 @@ Long softplus(Long z) { return z > 0 ? z + std::log1p(std::exp(-z)) : std::log1p
 
 Long score_of(Score score, Long z) {
   switch (score) {
-    case Score::sigmoid: return sigmoid(z);
-    case Score::sqrt_softplus: return std::sqrt(softplus(z));
-    case Score::relu: return std::max<Long>(z, 0);
-    default: return std::exp(z);  // to be divided by their sum
+    case Score::sigmoid:
+      return sigmoid(z);
+    case Score::sqrt_softplus:
+      return std::sqrt(softplus(z));
+    case Score::relu:
+      return std::max<Long>(z, 0);
+    default:
+      return std::exp(z);  // to be divided by their sum
   }
 }
 Long slope_of(Score score, Long z) {
   switch (score) {
-    case Score::sigmoid: return sigmoid(z) * sigmoid(-z);
-    case Score::sqrt_softplus: return sigmoid(z) / (2 * std::sqrt(softplus(z)));
-    default: return z > 0 ? 1 : 0;
+    case Score::sigmoid:
+      return sigmoid(z) * sigmoid(-z);
+    case Score::sqrt_softplus:
+      return sigmoid(z) / (2 * std::sqrt(softplus(z)));
+    default:
+      return z > 0 ? 1 : 0;
   }
 }
 
@@ -47,7 +54,8 @@ Long pairwise(const Longs& weight, const Longs& d, std::size_t i) {
   return sum;
 }
 
-// The same with every term positive: what rounding errors are measured by, because terms may cancel by their own signs.
+// The same with every term positive: what rounding errors are measured by, because terms may cancel by their
+// own signs.
 Long pairwise_size(const Longs& weight, const Longs& d, std::size_t i) {
   Long sum = 0;
   for (std::size_t j = 0; j < d.size(); ++j) sum += weight[j] * std::abs(d[i] - d[j]);
@@ -79,9 +87,12 @@ Reference reference(const GateRule& rule, const Longs& z, std::size_t n, const L
   }
   const Longs d(d_gates.begin(), d_gates.begin() + std::ptrdiff_t(n));
   for (std::size_t i = 0; i < n; ++i) {
-    if (!rule.renormalise) d_score[i] = scale * d[i];
-    else if (floored) d_score[i] = scale * d[i] / sum;
-    else d_score[i] = scale * (pairwise(share, d, i) + Long(rule.epsilon) / sum * d[i]) / sum;
+    if (!rule.renormalise)
+      d_score[i] = scale * d[i];
+    else if (floored)
+      d_score[i] = scale * d[i] / sum;
+    else
+      d_score[i] = scale * (pairwise(share, d, i) + Long(rule.epsilon) / sum * d[i]) / sum;
   }
   for (std::size_t e = 0; e < z.size(); ++e)
     result.d_logits[e] = rule.score == Score::softmax ? score[e] * pairwise(score, d_score, e)
@@ -110,7 +121,8 @@ struct Case {
 };
 
 std::vector<Case> cases() {
-  const auto of = [](Score score, bool renormalise, double epsilon = 0, double minimum = 0, double scale = 1) {
+  const auto of = [](Score score, bool renormalise, double epsilon = 0, double minimum = 0,
+                     double scale = 1) {
     return GateRule{score, renormalise, epsilon, minimum, scale};
   };
   return {{"softmax", of(Score::softmax, false), true},
@@ -133,7 +145,8 @@ class GatePrecision : public testing::Test {};
 using Scalars = testing::Types<float, double>;
 TYPED_TEST_SUITE(GatePrecision, Scalars);
 
-// The winner is `gap` above the others; d_gates are such that no two terms of a sum cancel by their own signs.
+// The winner is `gap` above the others; d_gates are such that no two terms of a sum cancel by their own
+// signs.
 TYPED_TEST(GatePrecision, OfGatesAndGradientsHoldsAtEveryGap) {
   using S = TypeParam;
   constexpr Index kExperts = 6;
@@ -162,8 +175,8 @@ TYPED_TEST(GatePrecision, OfGatesAndGradientsHoldsAtEveryGap) {
           Vector<S> gates(n), d(n), d_z = Vector<S>::Zero(kExperts);
           for (Index i = 0; i < n; ++i) d[i] = S(d_gates[std::size_t(i)]);
           moe::compute_gates(c.rule, z.data(), probs.data(), n, experts, gates.data());
-          moe::compute_gates_backward(c.rule, z.data(), probs.data(), kExperts, n, experts, gates.data(), d.data(),
-                                      d_z.data());
+          moe::compute_gates_backward(c.rule, z.data(), probs.data(), kExperts, n, experts, gates.data(),
+                                      d.data(), d_z.data());
           const Reference expected = reference(c.rule, long_z, std::size_t(n), d_gates);
           const auto where = [&] {
             return c.name + ", base " + std::to_string(base) + ", gap " + std::to_string(gap) + ", winner " +
@@ -240,9 +253,10 @@ TYPED_TEST(GatePrecision, OfNormalisedScoresBackwardHoldsAtEveryGap) {
       Long sum = 1e-20L;
       for (const Long v : long_z) sum += score_of(score, v);
       for (std::size_t i = 0; i < 3; ++i)
-        EXPECT_LE(ulps(d_z[Index(i)], right.d_logits[i],
-                       (pairwise_size(right.gates, long_d, i) + 1e-20L / sum) / sum * slope_of(score, long_z[i])),
-                  24)
+        EXPECT_LE(
+            ulps(d_z[Index(i)], right.d_logits[i],
+                 (pairwise_size(right.gates, long_d, i) + 1e-20L / sum) / sum * slope_of(score, long_z[i])),
+            24)
             << gap << ", " << i;
     }
 }
@@ -265,8 +279,8 @@ TYPED_TEST(GatePrecision, OfAGateNearOneTrainsTheRouter) {
   EXPECT_EQ(grad.w_router(1, 0), -grad.w_router(0, 0));
 }
 
-// SparseMixer's second pick is left out of the softmax by a gap of 2 jitter |z|: with large logits the shares of near
-// ties are far apart as well.
+// SparseMixer's second pick is left out of the softmax by a gap of 2 jitter |z|: with large logits the shares
+// of near ties are far apart as well.
 TYPED_TEST(GatePrecision, OfSparseMixersSharesHoldsFarApart) {
   using S = TypeParam;
   moe::SparseMixerRouter<S> router({.d_model = 1, .num_experts = 3, .jitter = 0.2});

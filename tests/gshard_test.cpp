@@ -10,8 +10,8 @@
 
 #include "compare.hpp"
 
-// The routers of GShard, GLaM and ST-MoE against their authors' algorithm (Lepikhin et al. 2021, algorithm 1),
-// written down as mesh (_top_2_gating) and lingvo (Top2GatingOnLogits) have it: with masks and cumulative
+// The routers of GShard, GLaM and ST-MoE against their authors' algorithm (Lepikhin et al. 2021, algorithm
+// 1), written down as mesh (_top_2_gating) and lingvo (Top2GatingOnLogits) have it: with masks and cumulative
 // sums, group by group.
 namespace {
 
@@ -106,8 +106,7 @@ Tally expect_as_authors(const M& model, const Authors& training, const Authors& 
     for (Index e = 0; e < kExperts; ++e)
       for (Index a = plan.expert_begin[e]; a < plan.expert_begin[e + 1]; ++a)
         combine(plan.token[a], e) = plan.gate[a];
-    const Matrix<double> expected =
-        top_2_gating(routing.router_logits, trains ? training : inference, draws);
+    const Matrix<double> expected = top_2_gating(routing.router_logits, trains ? training : inference, draws);
     EXPECT_LT(largest_difference(combine, expected), 1e-8) << "round " << round;
     EXPECT_EQ((combine.array() > 0).count(), (expected.array() > 0).count());
     tally.dropped += plan.dropped.size();
@@ -118,15 +117,13 @@ Tally expect_as_authors(const M& model, const Authors& training, const Authors& 
 
 // Seats of 40 tokens at 8 experts: 2 * 40 / 8 = 10, up to a multiple of 4.
 TEST(GShard, RoutesAsItsAuthors) {
-  const Tally tally =
-      expect_as_authors(moe::gshard_600b, {Policy::random, 0.5, 12}, {Policy::all, 0, 12});
+  const Tally tally = expect_as_authors(moe::gshard_600b, {Policy::random, 0.5, 12}, {Policy::all, 0, 12});
   EXPECT_GT(tally.dropped, 100);
   EXPECT_GT(tally.left_out, 100);
 }
 
 TEST(GShard, RoutesGLaMAsItsAuthors) {
-  const Tally tally =
-      expect_as_authors(moe::glam_64b_64e, {Policy::all, 0, 12}, {Policy::all, 0, 12});
+  const Tally tally = expect_as_authors(moe::glam_64b_64e, {Policy::all, 0, 12}, {Policy::all, 0, 12});
   EXPECT_GT(tally.dropped, 100);
   EXPECT_EQ(tally.left_out, 0);
 }

@@ -40,8 +40,7 @@ Matrix<double> tokens(Index n) {
 
 Layer make_layer(const Router::Options& options) {
   Rng rng(2);
-  return {moe::make_experts<Expert>(options.num_experts, {.d_model = 3, .d_ff = 4}, rng),
-          Router(options)};
+  return {moe::make_experts<Expert>(options.num_experts, {.d_model = 3, .d_ff = 4}, rng), Router(options)};
 }
 
 TEST(HashRouter, SendsATokenWhereTheTableSays) {
@@ -102,8 +101,7 @@ TEST(HashRouter, ItsExpertsAreTrained) {
 TEST(HashRouter, BadArgumentsAreRefused) {
   EXPECT_THROW(Router({.d_model = 0, .num_experts = 2}), std::invalid_argument);
   EXPECT_THROW(Router({.d_model = 2, .num_experts = 0}), std::invalid_argument);
-  EXPECT_THROW(Router({.d_model = 2, .num_experts = 2, .table = IndexVector{{0, 2}}}),
-               std::invalid_argument);
+  EXPECT_THROW(Router({.d_model = 2, .num_experts = 2, .table = IndexVector{{0, 2}}}), std::invalid_argument);
   EXPECT_THROW(Router({.d_model = 2, .num_experts = 2, .overflow = Overflow::next_best}),
                std::invalid_argument);
   EXPECT_THROW(Router({.d_model = 2, .num_experts = 2, .capacity = -1}), std::invalid_argument);
@@ -114,8 +112,7 @@ TEST(HashRouter, BadArgumentsAreRefused) {
       layer.forward(tokens(2), {.token_ids = IndexVector{{0, id}}});
       ADD_FAILURE() << id;
     } catch (const std::invalid_argument& error) {
-      EXPECT_NE(std::string(error.what()).find("token 1 has id " + std::to_string(id)),
-                std::string::npos)
+      EXPECT_NE(std::string(error.what()).find("token 1 has id " + std::to_string(id)), std::string::npos)
           << error.what();
     }
   }
@@ -140,14 +137,13 @@ void for_each_layer(const std::function<void(const FullLayer<S>&, Rng&)>& f) {
       SCOPED_TRACE("capacity " + std::to_string(capacity.value_or(-1)) + ", overflow " +
                    std::to_string(int(overflow)));
       const typename E::Options options{.d_model = kDModel, .d_ff = 6, .bias = true};
-      FullLayer<S> layer(
-          moe::make_experts<E>(kNumExperts, options, rng),
-          moe::HashRouter<S>({.d_model = kDModel,
-                              .num_experts = kNumExperts,
-                              .table = moe::random_hash_table(kVocabulary, kNumExperts, rng),
-                              .capacity = capacity,
-                              .overflow = overflow}),
-          {moe::make_experts<E>(2, options, rng), true}, true);
+      FullLayer<S> layer(moe::make_experts<E>(kNumExperts, options, rng),
+                         moe::HashRouter<S>({.d_model = kDModel,
+                                             .num_experts = kNumExperts,
+                                             .table = moe::random_hash_table(kVocabulary, kNumExperts, rng),
+                                             .capacity = capacity,
+                                             .overflow = overflow}),
+                         {moe::make_experts<E>(2, options, rng), true}, true);
       laws::randomise(layer, rng);
       f(layer, rng);
     }
@@ -164,8 +160,7 @@ BatchInfo random_batch(Index n, Rng& rng) {
 
 // Tokens [begin, begin + count) of a batch.
 BatchInfo part_of(const BatchInfo& info, Index begin, Index count) {
-  return {.mask = info.mask.segment(begin, count),
-          .token_ids = info.token_ids.segment(begin, count)};
+  return {.mask = info.mask.segment(begin, count), .token_ids = info.token_ids.segment(begin, count)};
 }
 
 template <class S>
@@ -231,10 +226,9 @@ TYPED_TEST(HashRouterLaws, EveryChoiceIsSeatedWithinCapacityOrNamedAsDropped) {
       IndexVector wanted = IndexVector::Zero(kNumExperts);
       for (Index t = begin; t < end; ++t)
         if (info.mask[t]) ++wanted[options.table[info.token_ids[t]]];
-      const Index capacity =
-          options.capacity
-              ? Index(std::ceil(*options.capacity * double(wanted.sum()) / kNumExperts))
-              : tokens;
+      const Index capacity = options.capacity
+                                 ? Index(std::ceil(*options.capacity * double(wanted.sum()) / kNumExperts))
+                                 : tokens;
       for (Index e = 0; e < kNumExperts; ++e) seats += std::min(wanted[e], capacity);
     }
     EXPECT_EQ(plan.num_assignments(), seats);
@@ -262,8 +256,7 @@ TYPED_TEST(HashRouterLaws, PermutingTokensWithTheirIdsPermutesOutputs) {
       permuted_info.mask[t] = info.mask[from];
       permuted_info.token_ids[t] = info.token_ids[from];
     }
-    EXPECT_TRUE(
-        laws::equal_to_rounding(layer.forward(permuted, permuted_info, Sequential{}), expected));
+    EXPECT_TRUE(laws::equal_to_rounding(layer.forward(permuted, permuted_info, Sequential{}), expected));
   });
 }
 
@@ -272,12 +265,10 @@ TYPED_TEST(HashRouterLaws, RelabellingExpertsChangesNothing) {
   for_each_layer<TypeParam>([&](const auto& layer, Rng& rng) {
     auto options = layer.router().options();
     const auto shared = layer.shared_experts();
-    std::vector<moe::GatedFeedForward<TypeParam>> experts(layer.experts().begin(),
-                                                          layer.experts().end());
+    std::vector<moe::GatedFeedForward<TypeParam>> experts(layer.experts().begin(), layer.experts().end());
     const Index order[kNumExperts] = {2, 0, 3, 1};
     for (Index& expert : options.table) expert = order[expert];
-    for (Index e = 0; e < kNumExperts; ++e)
-      experts[std::size_t(order[e])] = layer.experts()[std::size_t(e)];
+    for (Index e = 0; e < kNumExperts; ++e) experts[std::size_t(order[e])] = layer.experts()[std::size_t(e)];
     FullLayer<TypeParam> relabelled(experts, moe::HashRouter<TypeParam>(options),
                                     {{shared.begin(), shared.end()}, true}, true);
     relabelled.w_shared_gate = layer.w_shared_gate;
@@ -309,8 +300,7 @@ TYPED_TEST(HashRouterLaws, AllTokensMayWantOneExpert) {
   for_each_layer<TypeParam>([&](const auto& layer, Rng& rng) {
     const auto& options = layer.router().options();
     const Matrix<TypeParam> x = laws::normal_matrix<TypeParam>(10, kDModel, rng);
-    const auto routing =
-        layer.route(x, BatchInfo{.token_ids = IndexVector::Constant(10, 3)}, Sequential{});
+    const auto routing = layer.route(x, BatchInfo{.token_ids = IndexVector::Constant(10, 3)}, Sequential{});
     // ceil(0.5 * 10 / 4) or ceil(1.0 * 10 / 4) seats.
     const Index seats = !options.capacity ? 10 : *options.capacity < 1 ? 2 : 3;
     IndexVector expected = IndexVector::Zero(kNumExperts);
@@ -385,8 +375,8 @@ TYPED_TEST(HashRouterLaws, APoisonedTokenCountsAsPadding) {
     Matrix<TypeParam> x = laws::normal_matrix<TypeParam>(20, kDModel, rng);
     const Matrix<TypeParam> d_y = laws::normal_matrix<TypeParam>(20, kDModel, rng);
     const Step<TypeParam> expected(layer, x, d_y, masked);
-    for (const TypeParam poison : {std::numeric_limits<TypeParam>::quiet_NaN(),
-                                   -std::numeric_limits<TypeParam>::infinity()}) {
+    for (const TypeParam poison :
+         {std::numeric_limits<TypeParam>::quiet_NaN(), -std::numeric_limits<TypeParam>::infinity()}) {
       x(5, 1) = poison;
       typename FullLayer<TypeParam>::Cache cache;
       Matrix<TypeParam> y = layer.forward(x, cache, info, Sequential{});
@@ -395,8 +385,7 @@ TYPED_TEST(HashRouterLaws, APoisonedTokenCountsAsPadding) {
       y.row(5).setZero();
       EXPECT_TRUE(laws::same_bits(y, expected.y));
       auto grad = moe::zeros_like(layer);
-      EXPECT_TRUE(
-          laws::same_bits(layer.backward(d_y, cache, grad, {}, Sequential{}), expected.d_x));
+      EXPECT_TRUE(laws::same_bits(layer.backward(d_y, cache, grad, {}, Sequential{}), expected.d_x));
       expect_same_parameters(grad, expected.grad);
     }
   });
@@ -475,11 +464,9 @@ TYPED_TEST(HashRouterLaws, EmptyAndFullyMaskedBatchesAreOrdinary) {
         EXPECT_EQ(m->cols(), kDModel);
         EXPECT_TRUE((m->array() == 0).all());
       }
-      FullLayer<TypeParam>::visit(
-          [](const moe::ParameterInfo& name, const auto& g) {
-            EXPECT_TRUE((g.array() == 0).all()) << name.name;
-          },
-          step.grad);
+      FullLayer<TypeParam>::visit([](const moe::ParameterInfo& name,
+                                     const auto& g) { EXPECT_TRUE((g.array() == 0).all()) << name.name; },
+                                  step.grad);
       EXPECT_EQ(moe::load_balancing_loss(step.cache.routing).value, 0);
       EXPECT_EQ(moe::importance_loss(step.cache.routing).value, 0);
     }
@@ -492,12 +479,10 @@ TYPED_TEST(HashRouterLaws, BackwardAddsToTheGradientAndCanBeRepeated) {
                             d_y = laws::normal_matrix<TypeParam>(20, kDModel, rng);
     Step<TypeParam> step(layer, x, d_y, random_batch(20, rng));
     auto twice = step.grad;
-    EXPECT_TRUE(
-        laws::same_bits(layer.backward(d_y, step.cache, twice, {}, Sequential{}), step.d_x));
+    EXPECT_TRUE(laws::same_bits(layer.backward(d_y, step.cache, twice, {}, Sequential{}), step.d_x));
     FullLayer<TypeParam>::visit(
         [](const moe::ParameterInfo& info, const auto& once, const auto& doubled) {
-          EXPECT_TRUE(
-              laws::equal_to_rounding(Matrix<TypeParam>(doubled), Matrix<TypeParam>(2 * once)))
+          EXPECT_TRUE(laws::equal_to_rounding(Matrix<TypeParam>(doubled), Matrix<TypeParam>(2 * once)))
               << info.name;
         },
         step.grad, twice);

@@ -74,8 +74,7 @@ struct Make<Hierarchy<Parent, Child>> {
     std::vector<Child> children;
     for (Index i = 0; i < shape.groups; ++i)
       children.push_back(make_level<Child>(shape.experts, shape.child_k, shape.renormalise, rng));
-    return {make_level<Parent>(shape.groups, shape.parent_k, shape.renormalise, rng),
-            std::move(children)};
+    return {make_level<Parent>(shape.groups, shape.parent_k, shape.renormalise, rng), std::move(children)};
   }
 };
 template <>
@@ -84,8 +83,7 @@ struct Make<Nested> {
     std::vector<Hierarchy<TopK>> children;
     for (Index i = 0; i < shape.groups; ++i)
       children.push_back(Make<Hierarchy<TopK>>::router({2, shape.experts / 2, 2, 1, false}, rng));
-    return {make_level<TopK>(shape.groups, shape.parent_k, shape.renormalise, rng),
-            std::move(children)};
+    return {make_level<TopK>(shape.groups, shape.parent_k, shape.renormalise, rng), std::move(children)};
   }
 };
 
@@ -93,16 +91,14 @@ template <class Router>
 LayerOf<Router> make_layer(const Shape& shape, Rng& rng) {
   Router router = Make<Router>::router(shape, rng);
   const Index leaves = router.num_experts();
-  LayerOf<Router> layer(
-      moe::make_experts<Expert>(leaves, {.d_model = kDModel, .d_ff = 3, .bias = true}, rng),
-      std::move(router));
+  LayerOf<Router> layer(moe::make_experts<Expert>(leaves, {.d_model = kDModel, .d_ff = 3, .bias = true}, rng),
+                        std::move(router));
   randomise(layer, rng);
   return layer;
 }
 
 template <class Router>
-moe::Routing<double> route(const Router& router, const Matrix<double>& x,
-                           const BatchInfo& info = {}) {
+moe::Routing<double> route(const Router& router, const Matrix<double>& x, const BatchInfo& info = {}) {
   moe::Routing<double> routing;
   router.route(x, info, routing, Sequential{});
   return routing;
@@ -204,15 +200,13 @@ TEST(HierarchicalRouterByHand, EqualsTheFormulaInThreeLoops) {
       for (Index t = 0; t < x.rows(); ++t) {
         const std::vector<Index> groups = best(z, t, parent_k);
         for (const Index i : groups) {
-          const Matrix<double> zi =
-              reference::logits(x, router.children()[std::size_t(i)].w_router);
+          const Matrix<double> zi = reference::logits(x, router.children()[std::size_t(i)].w_router);
           const std::vector<Index> experts = best(zi, t, child_k);
           for (const Index j : experts) {
             const double gate = reference::gate_of(z, t, i, renormalise, groups) *
                                 reference::gate_of(zi, t, j, renormalise, experts);
             const auto& expert = layer.experts()[std::size_t(i * shape.experts + j)];
-            y.row(t) +=
-                gate * reference::expert_output(expert, reference::row_of(x, t)).transpose();
+            y.row(t) += gate * reference::expert_output(expert, reference::row_of(x, t)).transpose();
           }
         }
       }
@@ -238,10 +232,10 @@ TEST(HierarchicalRouterByHand, WithAllExpertsOutputsAreTheDenseMixture) {
   Matrix<double> dense = Matrix<double>::Zero(11, kDModel);
   for (Index t = 0; t < 11; ++t)
     for (Index e = 0; e < 12; ++e)
-      dense.row(t) += share(layer.router().parent(), t, e / 4) *
-                      share(layer.router().children()[std::size_t(e / 4)], t, e % 4) *
-                      reference::expert_output(layer.experts()[std::size_t(e)],
-                                               reference::row_of(x, t)).transpose();
+      dense.row(t) +=
+          share(layer.router().parent(), t, e / 4) *
+          share(layer.router().children()[std::size_t(e / 4)], t, e % 4) *
+          reference::expert_output(layer.experts()[std::size_t(e)], reference::row_of(x, t)).transpose();
   EXPECT_TRUE(laws::equal_to_rounding(layer.forward(x, {}, Sequential{}), dense));
 }
 
@@ -251,8 +245,10 @@ TYPED_TEST(HierarchicalRouter, ChosenAreAllPairsTheBestFirstAndProbabilitiesSumT
   const Matrix<double> x = normal_matrix<double>(60, kDModel, rng);
   for (const bool training : {false, true}) {
     moe::Routing<double> routing;
-    if (training) router.route(x, rng, {}, routing, Sequential{});
-    else router.route(x, {}, routing, Sequential{});
+    if (training)
+      router.route(x, rng, {}, routing, Sequential{});
+    else
+      router.route(x, {}, routing, Sequential{});
     ASSERT_EQ(routing.levels.size(), 4u);
     moe::check_plan(routing.plan, 60, 12, "test");
     EXPECT_EQ(routing.plan.num_assignments(), 60 * 4);
@@ -299,8 +295,7 @@ TYPED_TEST(HierarchicalRouter, ImportanceOfLeavesIsThatOfTheProducts) {
     for (Index p = groups.token_begin[t]; p < groups.token_begin[t + 1]; ++p) {
       const auto& own = routing.levels[std::size_t(groups.expert[p]) + 1].chosen;
       for (Index c = own.token_begin[t]; c < own.token_begin[t + 1]; ++c)
-        importance[std::size_t(groups.expert[p] * 4 + own.expert[c])] +=
-            groups.gate[p] * own.gate[c];
+        importance[std::size_t(groups.expert[p] * 4 + own.expert[c])] += groups.gate[p] * own.gate[c];
     }
   double mean = 0, variance = 0;
   for (const double value : importance) mean += value / 12;
@@ -315,8 +310,8 @@ TEST(HierarchicalRouterLosses, BalanceOfLeavesReachesGroupsThatWereNotChosen) {
   const auto router = Make<Hierarchy<TopK>>::router({.parent_k = 1, .child_k = 4}, rng);
   const Matrix<double> x = normal_matrix<double>(20, kDModel, rng);
   const auto routing = route(router, x);
-  EXPECT_NEAR(moe::load_balancing_loss(routing).value,
-              moe::load_balancing_loss(routing.levels[0]).value, 1e-12);
+  EXPECT_NEAR(moe::load_balancing_loss(routing).value, moe::load_balancing_loss(routing.levels[0]).value,
+              1e-12);
   auto by_leaves = moe::zeros_like(router), by_groups = by_leaves;
   Matrix<double> d_x = Matrix<double>::Zero(20, kDModel), d_x2 = d_x;
   router.backward(x, routing, moe::load_balancing_loss(routing).gradient, d_x, by_leaves);
@@ -335,11 +330,12 @@ TEST(HierarchicalRouterLosses, ThoseThatNeedLogitsRefuse) {
   router.route(x, rng, {}, routing);
   EXPECT_THAT([&] { moe::router_z_loss(routing); },
               ThrowsMessage<std::invalid_argument>(HasSubstr("router_logits")));
-  EXPECT_THAT([&] { moe::importance_loss(routing, moe::Importance::probs); },
-              ThrowsMessage<std::invalid_argument>(
-                  HasSubstr("router_logits has shape [0, 0], expected [6, 12]")));
-  EXPECT_THAT([&] { moe::load_loss(routing); },
-              ThrowsMessage<std::invalid_argument>(HasSubstr("level 0 of 4 has noise: use hierarchical_load_loss")));
+  EXPECT_THAT(
+      [&] { moe::importance_loss(routing, moe::Importance::probs); },
+      ThrowsMessage<std::invalid_argument>(HasSubstr("router_logits has shape [0, 0], expected [6, 12]")));
+  EXPECT_THAT(
+      [&] { moe::load_loss(routing); },
+      ThrowsMessage<std::invalid_argument>(HasSubstr("level 0 of 4 has noise: use hierarchical_load_loss")));
   // A gradient of zeros by logits is accepted; one that is not zero is refused.
   moe::RoutingGradient<double> gradient;
   gradient.d_router_logits.setZero(6, 12);
@@ -363,8 +359,8 @@ void expect_gradients(Rng& rng, const std::function<moe::GradientReport(Matrix<d
   for (int redraw = 0; redraw < 50; ++redraw) {
     const moe::GradientReport report = check(normal_matrix<double>(6, kDModel, rng));
     if (report.crossed > 0) continue;
-    EXPECT_LE(report.worst, 1e-6)
-        << report.where << ": " << report.analytic << ", by differences " << report.numeric;
+    EXPECT_LE(report.worst, 1e-6) << report.where << ": " << report.analytic << ", by differences "
+                                  << report.numeric;
     EXPECT_GT(report.checked, 6 * kDModel);
     return;
   }
@@ -389,9 +385,8 @@ TYPED_TEST(HierarchicalRouter, GradientsOfTheRouterAreExact) {
         Shape{.groups = 2, .parent_k = 2, .child_k = 4}, Shape{.groups = 1, .parent_k = 1}})
     for (const auto& options : all_options(rng)) {
       const TypeParam router = Make<TypeParam>::router(shape, rng);
-      expect_gradients(rng, [&](const Matrix<double>& x) {
-        return moe::check_gradients(router, x, options);
-      });
+      expect_gradients(rng,
+                       [&](const Matrix<double>& x) { return moe::check_gradients(router, x, options); });
     }
 }
 
@@ -440,12 +435,9 @@ TEST(HierarchicalRouterLosses, LoadIsThatOfTheFormula) {
     level.noise.stddev = Matrix<double>::Constant(3, 2, 0.5);
     level.router_probs = Matrix<double>::Constant(3, 2, 0.5);
   };
-  fill(routing.levels[0], {true, true, true},
-       Matrix<double>{{0.7, 0.2}, {0.3, 0.9}, {0.6, 0.5}});
-  fill(routing.levels[1], {true, false, true},
-       Matrix<double>{{0.1, 0.4}, {9, 9}, {0.8, 0.2}});
-  fill(routing.levels[2], {false, true, false},
-       Matrix<double>{{9, 9}, {0.3, 0.0}, {9, 9}});
+  fill(routing.levels[0], {true, true, true}, Matrix<double>{{0.7, 0.2}, {0.3, 0.9}, {0.6, 0.5}});
+  fill(routing.levels[1], {true, false, true}, Matrix<double>{{0.1, 0.4}, {9, 9}, {0.8, 0.2}});
+  fill(routing.levels[2], {false, true, false}, Matrix<double>{{9, 9}, {0.3, 0.0}, {9, 9}});
   // A token is measured against the other expert's logit, at both levels: by differences over 0.5.
   const double first = phi(1.0) + phi(-1.2) + phi(0.2), second = phi(-1.0) + phi(1.2) + phi(-0.2);
   const double load[] = {first * (phi(-0.6) + phi(1.2)) / 2, first * (phi(0.6) + phi(-1.2)) / 2,
@@ -482,9 +474,8 @@ double level_losses(const moe::Routing<double>& routing,
   for (const auto& level : routing.levels) {
     const double weight = double(level.num_experts());
     moe::RoutingGradient<double> gradient;
-    for (const auto& loss :
-         {moe::load_balancing_loss(level), moe::importance_loss(level), moe::router_z_loss(level),
-          moe::load_loss(level, moe::LoadThreshold::one)}) {
+    for (const auto& loss : {moe::load_balancing_loss(level), moe::importance_loss(level),
+                             moe::router_z_loss(level), moe::load_loss(level, moe::LoadThreshold::one)}) {
       sum += weight * loss.value;
       gradient += weight * loss.gradient;
     }
@@ -519,13 +510,12 @@ TEST(HierarchicalRouterLosses, GradientsOfLossesOnLevelsAreExact) {
       for (Index t = 0; t < 6; ++t)
         if (!routing.is_valid(t)) valid_x.row(t).setZero();
       work.backward_levels(valid_x, routing, gradients, d_x, grad, Sequential{});
-      return moe::detail::compare_gradients(
-          moe::detail::gradient_arrays(work, grad, x, d_x), options,
-          [&](moe::detail::RoutingSignature& seen) {
-            route();
-            seen = moe::detail::RoutingSignature(routing);
-            return level_losses(routing);
-          });
+      return moe::detail::compare_gradients(moe::detail::gradient_arrays(work, grad, x, d_x), options,
+                                            [&](moe::detail::RoutingSignature& seen) {
+                                              route();
+                                              seen = moe::detail::RoutingSignature(routing);
+                                              return level_losses(routing);
+                                            });
     });
   }
 }
@@ -535,10 +525,9 @@ struct Strict : TopK {
   using TopK::TopK;
   template <class E = moe::DefaultExecutor>
   void backward(const moe::ConstMatrixRef<double>& x, const moe::Routing<double>& routing,
-                const moe::RoutingGradient<double>& gradient, moe::MatrixRef<double> d_x,
-                Strict& grad, const E& executor = {}) const {
-    for (Index t = 0; t < x.rows(); ++t)
-      EXPECT_EQ(x.row(t).norm() > 0, routing.is_valid(t)) << "row " << t;
+                const moe::RoutingGradient<double>& gradient, moe::MatrixRef<double> d_x, Strict& grad,
+                const E& executor = {}) const {
+    for (Index t = 0; t < x.rows(); ++t) EXPECT_EQ(x.row(t).norm() > 0, routing.is_valid(t)) << "row " << t;
     TopK::backward(x, routing, gradient, d_x, grad, executor);
   }
 };
@@ -578,8 +567,8 @@ struct Step {
   typename Layer::Cache cache;
 
   template <class E>
-  Step(const Layer& layer, const Matrix<double>& x, const Matrix<double>& d_y, Rng rng,
-       const BatchInfo& info, const E& executor)
+  Step(const Layer& layer, const Matrix<double>& x, const Matrix<double>& d_y, Rng rng, const BatchInfo& info,
+       const E& executor)
       : grad(moe::zeros_like(layer)) {
     layer.forward(x, rng, y, cache, info, executor);
     const auto balance = moe::load_balancing_loss(cache.routing);
@@ -636,8 +625,7 @@ TYPED_TEST(HierarchicalRouter, APoisonedTokenCountsAsPadding) {
   info.mask[5] = false;
   // The parent does not look at the last column, so that only children find the infinity.
   std::decay_t<decltype(layer.router().parent())>::visit(
-      [](const moe::ParameterInfo&, auto& w) { w.col(kDModel - 1).setZero(); },
-      layer.router().parent());
+      [](const moe::ParameterInfo&, auto& w) { w.col(kDModel - 1).setZero(); }, layer.router().parent());
   for (const bool by_child : {false, true}) {
     Matrix<double> x = normal_matrix<double>(12, kDModel, rng);
     const Step masked(layer, x, d_y, rng, info, Sequential{});
@@ -717,8 +705,10 @@ TEST(HierarchicalRouterGroups, AreRoutedAsIfAlone) {
         const Index first = alone.chosen.token_begin[t];
         ASSERT_EQ(to - from, alone.chosen.token_begin[t + 1] - first);
         for (Index c = from; c < to; ++c) {
-          EXPECT_EQ(whole.chosen.expert[c], alone.chosen.expert[first + c - from]) << "group " << g << ", token " << t;
-          EXPECT_EQ(whole.chosen.gate[c], alone.chosen.gate[first + c - from]) << "group " << g << ", token " << t;
+          EXPECT_EQ(whole.chosen.expert[c], alone.chosen.expert[first + c - from])
+              << "group " << g << ", token " << t;
+          EXPECT_EQ(whole.chosen.gate[c], alone.chosen.gate[first + c - from])
+              << "group " << g << ", token " << t;
         }
       }
     }
@@ -734,8 +724,7 @@ TYPED_TEST(HierarchicalRouter, ARoutingAndACacheCanBeReused) {
   typename LayerOf<TypeParam>::Cache cache;
   moe::Routing<double> routing;
   Matrix<double> y, d_x;
-  for (const Shape& shape :
-       {Shape{}, Shape{.groups = 2, .experts = 2, .parent_k = 1, .child_k = 1}, Shape{}})
+  for (const Shape& shape : {Shape{}, Shape{.groups = 2, .experts = 2, .parent_k = 1, .child_k = 1}, Shape{}})
     for (const Index tokens : {9, 0, 14}) {
       const auto layer = make_layer<TypeParam>(shape, rng);
       const Matrix<double> x = normal_matrix<double>(tokens, kDModel, rng);
@@ -808,15 +797,13 @@ TEST(HierarchicalRouterParameters, HaveNames) {
                                    "children.1.w_router", "children.1.w_noise"));
   EXPECT_THAT(names(Make<Nested>::router({.groups = 1, .parent_k = 1}, rng)),
               testing::ElementsAre("parent.w_router", "children.0.parent.w_router",
-                                   "children.0.children.0.w_router",
-                                   "children.0.children.1.w_router"));
+                                   "children.0.children.0.w_router", "children.0.children.1.w_router"));
   // Deeper than what fits on the stack.
-  using Deep = Hierarchy<TopK, Hierarchy<TopK, Hierarchy<TopK, Hierarchy<TopK, Hierarchy<TopK,
-               Hierarchy<TopK>>>>>>;
+  using Deep =
+      Hierarchy<TopK, Hierarchy<TopK, Hierarchy<TopK, Hierarchy<TopK, Hierarchy<TopK, Hierarchy<TopK>>>>>>;
   const TopK one({.d_model = 1, .num_experts = 1, .top_k = 1});
   const Deep deep(one, {{one, {{one, {{one, {{one, {{one, {one}}}}}}}}}}});
-  EXPECT_EQ(names(deep).back(),
-            "children.0.children.0.children.0.children.0.children.0.children.0.w_router");
+  EXPECT_EQ(names(deep).back(), "children.0.children.0.children.0.children.0.children.0.children.0.w_router");
 }
 
 TEST(HierarchicalRouterErrors, PartsThatDoNotFit) {
@@ -827,23 +814,30 @@ TEST(HierarchicalRouterErrors, PartsThatDoNotFit) {
     EXPECT_THAT(make, ThrowsMessage<std::invalid_argument>(HasSubstr(message)));
   };
   using Router = Hierarchy<TopK>;
-  expect([&] { Router(level(4, 3), {level(4, 2), level(4, 2)}); },
-         "2 children, but the parent has num_experts = 3");
+  expect(
+      [&] {
+        Router(level(4, 3), {level(4, 2), level(4, 2)});
+      },
+      "2 children, but the parent has num_experts = 3");
   expect([&] { Router(level(4, 1), {}); }, "0 children, but the parent has num_experts = 1");
-  expect([&] { Router(level(4, 2), {level(4, 2), level(5, 2)}); },
-         "child 1 has d_model = 5, but the parent has 4");
-  expect([&] { Router(level(4, 2), {level(4, 2), level(4, 3)}); },
-         "child 1 has num_experts = 3, but child 0 has 2");
+  expect(
+      [&] {
+        Router(level(4, 2), {level(4, 2), level(5, 2)});
+      },
+      "child 1 has d_model = 5, but the parent has 4");
+  expect(
+      [&] {
+        Router(level(4, 2), {level(4, 2), level(4, 3)});
+      },
+      "child 1 has num_experts = 3, but child 0 has 2");
   const TopK seated({.d_model = 4, .num_experts = 2, .top_k = 1, .capacity = 1.5});
   const TopK in_training({.d_model = 4, .num_experts = 2, .top_k = 1, .training_capacity = 2.5});
   expect([&] { Router(seated, {level(4, 2), level(4, 2)}); }, "the parent has capacity = 1.5");
-  expect([&] { Router(level(4, 2), {level(4, 2), in_training}); },
-         "child 1 has training_capacity = 2.5");
+  expect([&] { Router(level(4, 2), {level(4, 2), in_training}); }, "child 1 has training_capacity = 2.5");
   Rng rng(19);
   using Choice = moe::ExpertChoiceRouter<double>;
   const Choice choice({.d_model = 4, .num_experts = 2}, rng);
-  expect([&] { Hierarchy<Choice, TopK>(choice, {level(4, 2), level(4, 2)}); },
-         "the parent has capacity = 2");
+  expect([&] { Hierarchy<Choice, TopK>(choice, {level(4, 2), level(4, 2)}); }, "the parent has capacity = 2");
 }
 
 TEST(HierarchicalRouterErrors, CallsThatDoNotFit) {
@@ -867,12 +861,10 @@ TEST(HierarchicalRouterErrors, CallsThatDoNotFit) {
   routing.chosen.expert[0] = (routing.chosen.expert[0] + 1) % 12;
   expect(backward, "token 0");
   routing = route(router, x);
-  expect([&] { router.backward_levels(x, routing, {}, d_x, grad); },
-         "0 gradients, expected 1 + 3 children");
+  expect([&] { router.backward_levels(x, routing, {}, d_x, grad); }, "0 gradients, expected 1 + 3 children");
   moe::RoutingGradient<double> wrong;
   wrong.d_router_probs.setZero(5, 11);
-  expect([&] { router.backward(x, routing, wrong, d_x, grad); },
-         "d_router_probs has shape [5, 11]");
+  expect([&] { router.backward(x, routing, wrong, d_x, grad); }, "d_router_probs has shape [5, 11]");
   auto smaller = Make<Hierarchy<TopK>>::router({.groups = 2}, rng);
   expect([&] { router.backward(x, routing, {}, d_x, smaller); }, "2 children beside 3");
   router.children()[1].add_expert(moe::Vector<double>::Zero(kDModel));
@@ -915,8 +907,11 @@ TEST(HierarchicalRouterErrors, GateSides) {
   const TopK input = level(moe::GateSide::input), output = level(moe::GateSide::output);
   const Matrix<double> x = normal_matrix<double>(5, 4, rng);
   EXPECT_EQ(route(Hierarchy<TopK>(input, {input, input}), x).plan.gate_side, moe::GateSide::input);
-  EXPECT_THAT([&] { Hierarchy<TopK>(input, {input, output}); },
-              ThrowsMessage<std::invalid_argument>(HasSubstr("gates of child 1 and of the parent")));
+  EXPECT_THAT(
+      [&] {
+        Hierarchy<TopK>(input, {input, output});
+      },
+      ThrowsMessage<std::invalid_argument>(HasSubstr("gates of child 1 and of the parent")));
   EXPECT_THROW(Hierarchy<TopK>(output, {input, input}), std::invalid_argument);
   const Silent silent({.d_model = 4, .num_experts = 2, .top_k = 2, .gate_side = moe::GateSide::input}, rng);
   EXPECT_EQ(route(Hierarchy<TopK, Silent>(input, {silent, silent}), x).plan.gate_side, moe::GateSide::input);

@@ -36,8 +36,7 @@ Routing<S> route_logits(const Matrix<S>& logits, Index k, const BatchInfo& info 
   Routing<S> routing;
   moe::begin_routing(logits.rows(), logits.cols(), info, routing, "test");
   routing.router_logits = logits;
-  moe::route_by_logits({.gate = {.renormalise = true}, .top_k = k}, {}, info, routing,
-                       moe::Sequential{});
+  moe::route_by_logits({.gate = {.renormalise = true}, .top_k = k}, {}, info, routing, moe::Sequential{});
   return routing;
 }
 
@@ -83,8 +82,8 @@ BatchInfo masked(std::vector<bool> valid) {
 using LossFunction = std::function<Loss<double>(const Routing<double>&)>;
 
 // d compared with the difference quotient of `value` when any finite entry of `at` moves.
-void expect_gradient(const Matrix<double>& d, Matrix<double>& at,
-                     const std::function<double()>& value, double tolerance = 1e-8) {
+void expect_gradient(const Matrix<double>& d, Matrix<double>& at, const std::function<double()>& value,
+                     double tolerance = 1e-8) {
   ASSERT_EQ(d.rows(), at.rows());
   ASSERT_EQ(d.cols(), at.cols());
   const double step = 1e-6;
@@ -110,12 +109,9 @@ void expect_gradient(const Matrix<double>& d, Matrix<double>& at,
 TEST(LoadBalancing, OfAKnownBatch) {
   // Top-1: Switch Transformer, mesh_tensorflow, Tutel. Top-2: Megatron-LM, and half of Hugging
   // Face.
-  EXPECT_NEAR(moe::load_balancing_loss(route_logits(known_logits(), 1)).value, 1.416588236225243,
-              1e-14);
-  EXPECT_NEAR(moe::load_balancing_loss(route_logits(known_logits(), 2)).value, 1.146485625668751,
-              1e-14);
-  EXPECT_NEAR(2 * moe::load_balancing_loss(route_logits(known_logits(), 2)).value, 2.292971251,
-              1e-9);
+  EXPECT_NEAR(moe::load_balancing_loss(route_logits(known_logits(), 1)).value, 1.416588236225243, 1e-14);
+  EXPECT_NEAR(moe::load_balancing_loss(route_logits(known_logits(), 2)).value, 1.146485625668751, 1e-14);
+  EXPECT_NEAR(2 * moe::load_balancing_loss(route_logits(known_logits(), 2)).value, 2.292971251, 1e-9);
 }
 
 TEST(ZLoss, OfAKnownBatch) {
@@ -126,12 +122,10 @@ TEST(ImportanceLoss, OfAKnownBatch) {
   // Of probabilities (V-MoE), and of gates (Shazeer et al., without noise and with it).
   EXPECT_NEAR(moe::importance_loss(route_logits(known_logits(), 2), Importance::probs).value,
               0.15266023131134557, 1e-14);
-  EXPECT_NEAR(moe::importance_loss(route_logits(known_logits(), 2)).value, 0.32541631239424457,
-              1e-14);
+  EXPECT_NEAR(moe::importance_loss(route_logits(known_logits(), 2)).value, 0.32541631239424457, 1e-14);
   EXPECT_NEAR(moe::importance_loss(known_noisy()).value, 0.3506953888991423, 1e-14);
   // Noise does not enter V-MoE's importance.
-  EXPECT_NEAR(moe::importance_loss(known_noisy(), Importance::probs).value, 0.15266023131134557,
-              1e-14);
+  EXPECT_NEAR(moe::importance_loss(known_noisy(), Importance::probs).value, 0.15266023131134557, 1e-14);
 }
 
 TEST(LoadLoss, OfAKnownBatch) {
@@ -140,8 +134,7 @@ TEST(LoadLoss, OfAKnownBatch) {
   EXPECT_NEAR(moe::load_loss(known_noisy(), LoadThreshold::one).value, 0.11895809386810192, 1e-14);
   const auto expect_loads = [](LoadThreshold threshold, std::vector<double> loads) {
     const Routing<double> routing = known_noisy();
-    const Vector<double> values =
-        moe::detail::EstimatedLoad<double>(routing, threshold, "test").values;
+    const Vector<double> values = moe::detail::EstimatedLoad<double>(routing, threshold, "test").values;
     for (Index e = 0; e < 4; ++e) EXPECT_NEAR(values[e], loads[std::size_t(e)], 5e-9) << e;
   };
   expect_loads(LoadThreshold::two, {2.96237267, 2.60520486, 1.39118066, 1.04839424});
@@ -182,8 +175,7 @@ TEST(LoadBalancing, IsOneAtPerfectBalanceForEveryK) {
     for (Index t = 0; t < experts; ++t)
       for (Index e = 0; e < experts; ++e) z(t, (e + t) % experts) = row(0, e);
     for (Index k = 1; k <= experts; ++k)
-      EXPECT_NEAR(moe::load_balancing_loss(route_logits(z, k)).value, 1, 1e-14)
-          << experts << ' ' << k;
+      EXPECT_NEAR(moe::load_balancing_loss(route_logits(z, k)).value, 1, 1e-14) << experts << ' ' << k;
   }
 }
 
@@ -198,8 +190,7 @@ TEST(LoadBalancing, LooksAtDemandBeforeCapacity) {
   const auto options = moe::TopKRouter<double>::Options{.d_model = 4, .num_experts = 4, .top_k = 2};
   auto tight = options;
   tight.capacity = 0.25;
-  for (const auto overflow :
-       {moe::Overflow::drop, moe::Overflow::next_best, moe::Overflow::pass_through}) {
+  for (const auto overflow : {moe::Overflow::drop, moe::Overflow::next_best, moe::Overflow::pass_through}) {
     tight.overflow = overflow;
     moe::TopKRouter<double> router(tight, rng);
     router.w_router.setIdentity();
@@ -242,8 +233,7 @@ const std::vector<NamedLoss>& losses() {
   static const std::vector<NamedLoss> all = {
       {"load balancing", [](const auto& r) { return moe::load_balancing_loss(r); }},
       {"importance of gates", [](const auto& r) { return moe::importance_loss(r); }},
-      {"importance of probs",
-       [](const auto& r) { return moe::importance_loss(r, Importance::probs); }},
+      {"importance of probs", [](const auto& r) { return moe::importance_loss(r, Importance::probs); }},
       {"load, two thresholds", [](const auto& r) { return moe::load_loss(r); }},
       {"load, one threshold", [](const auto& r) { return moe::load_loss(r, LoadThreshold::one); }},
       {"z", [](const auto& r) { return moe::router_z_loss(r); }},
@@ -394,9 +384,8 @@ TEST(LoadLoss, GradientByTheLogitsAndByTheNoise) {
   for (const auto threshold : {LoadThreshold::two, LoadThreshold::one}) {
     for (Index k = 1; k <= 4; ++k) {
       SCOPED_TRACE(k);
-      Routing<double> routing =
-          route_noisy(random_matrix(6, 5, 16), random_matrix(6, 5, 17),
-                      (random_matrix(6, 5, 18).cwiseAbs().array() + 0.4).matrix(), k);
+      Routing<double> routing = route_noisy(random_matrix(6, 5, 16), random_matrix(6, 5, 17),
+                                            (random_matrix(6, 5, 18).cwiseAbs().array() + 0.4).matrix(), k);
       const auto value = [&] {
         auto& [draws, stddev, noisy, top_k] = routing.noise;
         noisy = routing.router_logits + draws.cwiseProduct(stddev);
@@ -438,8 +427,7 @@ TEST(LoadLoss, WithAllExpertsChosenIsTheCount) {
 }
 
 TEST(LoadLoss, WithNoiseOfZeroIsTheCount) {
-  const Routing<double> routing =
-      route_noisy(known_logits(), known_draws(), Matrix<double>::Zero(4, 4), 2);
+  const Routing<double> routing = route_noisy(known_logits(), known_draws(), Matrix<double>::Zero(4, 4), 2);
   const Loss<double> loss = moe::load_loss(routing);
   EXPECT_NEAR(loss.value, variation_of_demand(routing), 1e-14);
   EXPECT_TRUE((loss.gradient.d_router_logits.array() == 0).all());
@@ -450,8 +438,7 @@ TEST(LoadLoss, ATokenWithoutAThresholdCountsItsChoices) {
   Matrix<double> z = known_logits();
   const double inf = std::numeric_limits<double>::infinity();
   for (Index t = 0; t < 4; ++t) z(t, t) = z(t, (t + 1) % 4) = -inf;  // two available, two chosen
-  const Routing<double> routing =
-      route_noisy(z, known_draws(), Matrix<double>::Constant(4, 4, .8), 2);
+  const Routing<double> routing = route_noisy(z, known_draws(), Matrix<double>::Constant(4, 4, .8), 2);
   const Loss<double> loss = moe::load_loss(routing);
   EXPECT_NEAR(loss.value, variation_of_demand(routing), 1e-14);
   EXPECT_TRUE(loss.gradient.d_router_logits.allFinite());
@@ -677,8 +664,7 @@ TEST(BalanceFactor, ConvertsOtherLibrariesLosses) {
   const double ours = moe::load_balancing_loss(two).value;
   EXPECT_NEAR(ours, 1.146485626, 1e-9);  // Megatron-LM
   EXPECT_NEAR(ours * moe::balance_factor(BalanceConvention::tokens, 4, 2), 2.292971251, 1e-9);
-  const double first =
-      moe::load_balancing_loss(two, moe::demand_per_expert(two, 1), Index(4)).value;
+  const double first = moe::load_balancing_loss(two, moe::demand_per_expert(two, 1), Index(4)).value;
   EXPECT_NEAR(first, 1.416588236, 1e-9);  // GShard, Switch
   EXPECT_NEAR(first * moe::balance_factor(BalanceConvention::mean_product, 4, 1), 0.088536765, 1e-9);
   EXPECT_EQ(moe::balance_factor(BalanceConvention::choices, 8, 2), 1);
@@ -706,8 +692,8 @@ TEST(SequenceBalanceLoss, OfDeepSeekV3CountsTheScoresWithoutTheBias) {
   Routing<double> routing;
   moe::begin_routing(4, 4, {}, routing, "test");
   routing.router_logits = z;
-  moe::route_by_logits({.gate = {.score = moe::Score::sigmoid}}, Vector<double>{{-5, 0, 0, 5}}, {},
-                       routing, moe::Sequential{});
+  moe::route_by_logits({.gate = {.score = moe::Score::sigmoid}}, Vector<double>{{-5, 0, 0, 5}}, {}, routing,
+                       moe::Sequential{});
   const auto demand = moe::most_probable_choices(routing, 1);
   EXPECT_EQ(demand.expert, (moe::Buffer<Index>{0, 0, 0, 3}));
   const Loss<double> loss = moe::sequence_balance_loss(routing, {}, demand);
@@ -724,13 +710,11 @@ TEST(MostProbableChoices, AreThoseOfARouterThatSelectsByProbability) {
   const auto choices = moe::most_probable_choices(routing, 2);
   EXPECT_EQ(choices.expert, routing.chosen.expert);
   EXPECT_EQ(choices.token_begin, routing.chosen.token_begin);
-  for (Index c = 0; c < 2; ++c)
-    EXPECT_EQ(choices.gate[c], routing.router_probs(0, choices.expert[c]));
+  for (Index c = 0; c < 2; ++c) EXPECT_EQ(choices.gate[c], routing.router_probs(0, choices.expert[c]));
   EXPECT_EQ(moe::most_probable_choices(route_logits(Matrix<double>(0, 4), 2), 2).size(), 0);
   EXPECT_THROW(moe::most_probable_choices(routing, 0), std::invalid_argument);
   EXPECT_THROW(moe::most_probable_choices(routing, 5), std::invalid_argument);
-  EXPECT_THROW(moe::sequence_balance_loss(routing, info, moe::Choices<double>{}),
-               std::invalid_argument);
+  EXPECT_THROW(moe::sequence_balance_loss(routing, info, moe::Choices<double>{}), std::invalid_argument);
 }
 
 // Of one token: the square of the log of the sum of exponentials.

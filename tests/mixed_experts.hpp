@@ -8,8 +8,8 @@
 // Experts of the kinds that MoE++ has in one layer.
 namespace moe {
 
-using MixedExpert = VariantExpert<GatedFeedForward<float>, ZeroExpert<float>, CopyExpert<float>,
-                                  ConstantExpert<float>>;
+using MixedExpert =
+    VariantExpert<GatedFeedForward<float>, ZeroExpert<float>, CopyExpert<float>, ConstantExpert<float>>;
 
 // Eight experts: two of every kind.
 inline std::vector<MixedExpert> make_mixed_experts(Index d_model, Index d_ff, Rng& rng) {

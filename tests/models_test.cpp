@@ -49,8 +49,9 @@ TEST(Models, CountParametersAndOperations) {
   EXPECT_EQ(moe::openmoe_8b_32e.flops_per_token(), 2 * (2 * 4 * 2048 * 8192 + 32 * 2048));
 }
 
-// Every option of a model's layer that is not at its default, in words. Where a configuration file lies beside the
-// weights, its keys stand above the line; the others are from the papers and codes that the model's header names.
+// Every option of a model's layer that is not at its default, in words. Where a configuration file lies
+// beside the weights, its keys stand above the line; the others are from the papers and codes that the
+// model's header names.
 std::string options_of(const auto& model) {
   std::ostringstream text;
   using Options = std::decay_t<decltype(model.router)>;
@@ -70,9 +71,12 @@ std::string options_of(const auto& model) {
     const std::string exact = moe::detail::option_text(value);
     if (exact == of_defaults[i++]) return;
     std::ostringstream shortest;  // 0.8, not 0.80000000000000004
-    if constexpr (std::is_same_v<T, double>) shortest << value;
-    else if constexpr (std::is_same_v<T, std::optional<double>>) shortest << value.value();
-    else shortest << exact;
+    if constexpr (std::is_same_v<T, double>)
+      shortest << value;
+    else if constexpr (std::is_same_v<T, std::optional<double>>)
+      shortest << value.value();
+    else
+      shortest << exact;
     add(name, shortest.str());
   });
   if constexpr (requires { model.router.bias; }) {
@@ -92,8 +96,9 @@ std::string options_of(const auto& model) {
 TEST(Models, HaveEveryOptionThatTheirSourcesSay) {
   const std::string mesh =
       "top_k=1 jitter=0.01 capacity=2 training_capacity=1.25 capacity_rounding=down capacity_minimum=4";
-  const std::string lingvo = "renormalise=true renormalise_epsilon=1e-09 capacity=1 training_capacity=1 "
-                             "capacity_rounding=down capacity_minimum=4 capacity_multiple_of=4";
+  const std::string lingvo =
+      "renormalise=true renormalise_epsilon=1e-09 capacity=1 training_capacity=1 "
+      "capacity_rounding=down capacity_minimum=4 capacity_multiple_of=4";
   const std::map<std::string, std::string> sources = {
       // Section 5.1.
       {"Shazeer 2017", "d_model=512 num_experts=256 top_k=4 d_ff=1024"},
@@ -108,33 +113,41 @@ TEST(Models, HaveEveryOptionThatTheirSourcesSay) {
       {"Switch-Base-256", "d_model=768 num_experts=256 " + mesh + " d_ff=3072"},
       {"Switch-Large-128", "d_model=1024 num_experts=128 " + mesh + " d_ff=4096"},
       // Table 9; seats by flaxformer.
-      {"Switch-XXL", "d_model=4096 num_experts=128 top_k=1 jitter=0.01 capacity=4 training_capacity=1.25 "
-                     "capacity_rounding=nearest_even capacity_minimum=2 d_ff=10240"},
-      {"Switch-C", "d_model=2080 num_experts=2048 top_k=1 jitter=0.01 capacity=2 training_capacity=1 "
-                   "capacity_rounding=nearest_even capacity_minimum=2 d_ff=6144"},
+      {"Switch-XXL",
+       "d_model=4096 num_experts=128 top_k=1 jitter=0.01 capacity=4 training_capacity=1.25 "
+       "capacity_rounding=nearest_even capacity_minimum=2 d_ff=10240"},
+      {"Switch-C",
+       "d_model=2080 num_experts=2048 top_k=1 jitter=0.01 capacity=2 training_capacity=1 "
+       "capacity_rounding=nearest_even capacity_minimum=2 d_ff=6144"},
       // Noise of 1 / num_experts, factor of 1.05, seats in fours.
-      {"V-MoE-L/16", "d_model=1024 num_experts=32 noise_stddev=0.03125 capacity=1.05 training_capacity=1.05 "
-                     "capacity_multiple_of=4 d_ff=4096 expert_bias"},
+      {"V-MoE-L/16",
+       "d_model=1024 num_experts=32 noise_stddev=0.03125 capacity=1.05 training_capacity=1.05 "
+       "capacity_multiple_of=4 d_ff=4096 expert_bias"},
       // praxis, without a random second expert.
       {"GLaM 64B/64E", "d_model=8192 num_experts=64 " + lingvo + " d_ff=32768"},
       // Factors of 1.25 and 2 without top_k; second experts above 0.2, and drawn by gate / 0.2 in training.
-      {"ST-MoE-32B", "d_model=5120 num_experts=64 second_threshold=0.2 random_second_threshold=0.2 renormalise=true "
-                     "renormalise_epsilon=1e-09 capacity=1 training_capacity=0.625 capacity_rounding=nearest_even "
-                     "capacity_minimum=4 d_ff=20480"},
+      {"ST-MoE-32B",
+       "d_model=5120 num_experts=64 second_threshold=0.2 random_second_threshold=0.2 renormalise=true "
+       "renormalise_epsilon=1e-09 capacity=1 training_capacity=0.625 capacity_rounding=nearest_even "
+       "capacity_minimum=4 d_ff=20480"},
       // Capacity factor 2, which is the default.
       {"Expert Choice 8B/64E",
        "d_model=4096 num_experts=64 capacity_rounding=nearest_even capacity_minimum=4 d_ff=16384"},
-      // fairseq: 2 * tokens / experts in training; outputs dropped at a rate of 0.2 are scaled by 0.8 in inference.
-      {"NLLB-MoE 54B", "d_model=2048 num_experts=128 renormalise=true gate_scale=0.8 training_capacity=1 "
-                       "capacity_multiple_of=2 renormalise_after_drop=true d_ff=8192 expert_bias"},
+      // fairseq: 2 * tokens / experts in training; outputs dropped at a rate of 0.2 are scaled by 0.8 in
+      // inference.
+      {"NLLB-MoE 54B",
+       "d_model=2048 num_experts=128 renormalise=true gate_scale=0.8 training_capacity=1 "
+       "capacity_multiple_of=2 renormalise_after_drop=true d_ff=8192 expert_bias"},
       // params.json: moe {num_experts 8, num_experts_per_tok 2}.
       {"Mixtral 8x7B", "d_model=4096 num_experts=8 renormalise=true d_ff=14336"},
       {"Mixtral 8x22B", "d_model=6144 num_experts=8 renormalise=true d_ff=16384"},
       // Factors of 1.25 in training and 2 in inference, at least 4 seats, an even number of them.
-      {"OpenMoE-8B/32E", "d_model=2048 num_experts=32 capacity=2 training_capacity=1.25 capacity_rounding=down "
-                         "capacity_minimum=4 capacity_multiple_of=2 d_ff=8192"},
-      {"OpenMoE-34B/32E", "d_model=3072 num_experts=32 capacity=2 training_capacity=1.25 capacity_rounding=down "
-                          "capacity_minimum=4 capacity_multiple_of=2 d_ff=12288"},
+      {"OpenMoE-8B/32E",
+       "d_model=2048 num_experts=32 capacity=2 training_capacity=1.25 capacity_rounding=down "
+       "capacity_minimum=4 capacity_multiple_of=2 d_ff=8192"},
+      {"OpenMoE-34B/32E",
+       "d_model=3072 num_experts=32 capacity=2 training_capacity=1.25 capacity_rounding=down "
+       "capacity_minimum=4 capacity_multiple_of=2 d_ff=12288"},
       // run.py: num_experts 8, num_selected_experts 2, widening_factor 8.
       {"Grok-1", "d_model=6144 num_experts=8 d_ff=32768"},
       // config.json: moe_num_experts 16, moe_top_k 4, moe_normalize_expert_weights 1, ffn_hidden_size 10752.
@@ -145,11 +158,13 @@ TEST(Models, HaveEveryOptionThatTheirSourcesSay) {
       // norm_topk_prob false, n_shared_experts 2.
       {"DeepSeek-V2",
        "d_model=5120 num_experts=160 top_k=6 gate_scale=16 groups=8 kept_groups=3 d_ff=1536 shared=1x3072"},
-      // config.json: n_group 8, topk_group 4, topk_method noaux_tc, scoring_func sigmoid, norm_topk_prob true,
+      // config.json: n_group 8, topk_group 4, topk_method noaux_tc, scoring_func sigmoid, norm_topk_prob
+      // true,
       // routed_scaling_factor 2.5, n_shared_experts 1.
-      {"DeepSeek-V3", "d_model=7168 num_experts=256 top_k=8 score=sigmoid renormalise=true renormalise_epsilon=1e-20 "
-                      "gate_scale=2.5 groups=8 kept_groups=4 group_score=top_two_sum selection_bias d_ff=2048 "
-                      "shared=1x2048"},
+      {"DeepSeek-V3",
+       "d_model=7168 num_experts=256 top_k=8 score=sigmoid renormalise=true renormalise_epsilon=1e-20 "
+       "gate_scale=2.5 groups=8 kept_groups=4 group_score=top_two_sum selection_bias d_ff=2048 "
+       "shared=1x2048"},
       // config.json: norm_topk_prob false, shared_expert_intermediate_size 5632 and 20480.
       {"Qwen1.5-MoE-A2.7B", "d_model=2048 num_experts=60 top_k=4 d_ff=1408 gated_shared=1x5632"},
       {"Qwen2-57B-A14B", "d_model=3584 num_experts=64 top_k=8 d_ff=2560 gated_shared=1x20480"},
@@ -167,18 +182,25 @@ TEST(Models, HaveEveryOptionThatTheirSourcesSay) {
       {"Granite 3.0 1B-A400M", "d_model=1024 num_experts=32 top_k=8 renormalise=true d_ff=512"},
       {"Granite 3.0 3B-A800M", "d_model=1536 num_experts=40 top_k=8 renormalise=true d_ff=512"},
       // config.json: num_local_experts 16 and 128, num_experts_per_tok 1; sigmoid of the logit on the input.
-      {"Llama 4 Scout", "d_model=5120 num_experts=16 top_k=1 score=sigmoid gate_side=input d_ff=8192 shared=1x8192"},
+      {"Llama 4 Scout",
+       "d_model=5120 num_experts=16 top_k=1 score=sigmoid gate_side=input d_ff=8192 shared=1x8192"},
       {"Llama 4 Maverick",
        "d_model=5120 num_experts=128 top_k=1 score=sigmoid gate_side=input d_ff=8192 shared=1x8192"},
-      // config.json: moe_k 6, moe_num_experts 64, moe_num_shared_experts 2, moe_use_aux_free true, moe_norm_min 1e-12.
-      {"ERNIE-4.5-21B-A3B", "d_model=2560 num_experts=64 top_k=6 renormalise=true renormalise_minimum=1e-12 "
-                            "selection_bias d_ff=1536 shared=1x3072"},
-      // config.json: n_group 1, topk_group 1, norm_topk_prob true, routed_scaling_factor 2.5, n_shared_experts 1.
-      {"GLM-4.5", "d_model=5120 num_experts=160 top_k=8 score=sigmoid renormalise=true renormalise_epsilon=1e-20 "
-                  "gate_scale=2.5 selection_bias d_ff=1536 shared=1x1536"},
+      // config.json: moe_k 6, moe_num_experts 64, moe_num_shared_experts 2, moe_use_aux_free true,
+      // moe_norm_min 1e-12.
+      {"ERNIE-4.5-21B-A3B",
+       "d_model=2560 num_experts=64 top_k=6 renormalise=true renormalise_minimum=1e-12 "
+       "selection_bias d_ff=1536 shared=1x3072"},
+      // config.json: n_group 1, topk_group 1, norm_topk_prob true, routed_scaling_factor 2.5,
+      // n_shared_experts 1.
+      {"GLM-4.5",
+       "d_model=5120 num_experts=160 top_k=8 score=sigmoid renormalise=true renormalise_epsilon=1e-20 "
+       "gate_scale=2.5 selection_bias d_ff=1536 shared=1x1536"},
       // config.json: num_local_experts 32 and 128, experts_per_token 4, intermediate_size 2880.
-      {"gpt-oss-20b", "d_model=2880 num_experts=32 top_k=4 renormalise=true router_bias d_ff=2880 expert_bias"},
-      {"gpt-oss-120b", "d_model=2880 num_experts=128 top_k=4 renormalise=true router_bias d_ff=2880 expert_bias"},
+      {"gpt-oss-20b",
+       "d_model=2880 num_experts=32 top_k=4 renormalise=true router_bias d_ff=2880 expert_bias"},
+      {"gpt-oss-120b",
+       "d_model=2880 num_experts=128 top_k=4 renormalise=true router_bias d_ff=2880 expert_bias"},
       {"GPT-4 (a rumour)", "num_experts=8 renormalise=true d_ff=0"}};
   std::size_t models = 0;
   moe::for_each_model([&](const auto& model) {
@@ -224,8 +246,8 @@ TEST(Models, TotalsAreThosePublished) {
   EXPECT_GE(counted, 30);
 }
 
-// What a token uses, as published: within 1%, or equal when rounded as far as the published number is, a whole
-// number of billions or a tenth. Not so: OpenMoE, and four more (see docs/models.md).
+// What a token uses, as published: within 1%, or equal when rounded as far as the published number is, a
+// whole number of billions or a tenth. Not so: OpenMoE, and four more (see docs/models.md).
 TEST(Models, ActiveParametersAreThosePublished) {
   int counted = 0;
   moe::for_each_model([&](const auto& model) {
@@ -237,8 +259,7 @@ TEST(Models, ActiveParametersAreThosePublished) {
       return;
     ++counted;
     const double unit = std::fmod(published, 1e9) == 0 ? 1e9 : 1e8;
-    EXPECT_LE(std::abs(double(*active) - published), std::max(0.01 * published, unit / 2))
-        << model.name;
+    EXPECT_LE(std::abs(double(*active) - published), std::max(0.01 * published, unit / 2)) << model.name;
   });
   EXPECT_GE(counted, 17);
 }
@@ -247,8 +268,7 @@ TEST(Models, ASoftModelUsesAllOfItself) {
   const auto& model = moe::soft_moe_b16;
   EXPECT_EQ(model.active_parameters(), model.total_parameters());
   // 128 slots, 196 tokens: logits, slots and outputs cost 2 * 128 * 768 each; an expert works once a slot.
-  EXPECT_DOUBLE_EQ(model.flops_per_token(196),
-                   6.0 * 128 * 768 + 2.0 * 128 * 2 * 768 * 3072 / 196.0);
+  EXPECT_DOUBLE_EQ(model.flops_per_token(196), 6.0 * 128 * 768 + 2.0 * 128 * 2 * 768 * 3072 / 196.0);
   EXPECT_THROW(model.flops_per_token(0), std::invalid_argument);
 }
 
@@ -260,9 +280,9 @@ TEST(Models, AllButSevenHaveTensorNames) {
     if (model.tensors.w_router.empty()) without.push_back(model.name);
   });
   moe::for_each_soft_model([](const auto& model) { EXPECT_FALSE(model.tensors.w_slots.empty()); });
-  EXPECT_EQ(without, (std::vector<std::string_view>{"Shazeer 2017", "GShard 600B", "Switch-XXL",
-                                                    "GLaM 64B/64E", "ST-MoE-32B",
-                                                    "Expert Choice 8B/64E", "GPT-4 (a rumour)"}));
+  EXPECT_EQ(without,
+            (std::vector<std::string_view>{"Shazeer 2017", "GShard 600B", "Switch-XXL", "GLaM 64B/64E",
+                                           "ST-MoE-32B", "Expert Choice 8B/64E", "GPT-4 (a rumour)"}));
 }
 
 // Nothing stands for a number that does not follow from the sizes.
@@ -298,8 +318,8 @@ TEST(Models, OpenMoEHasMoreParametersThanItsAuthorsCount) {
   for (const auto& model : {moe::openmoe_8b_32e, moe::openmoe_34b_32e}) {
     const Index matrix = model.d_model() * model.d_ff, layers = model.around.layers;
     const Index experts = model.around.moe_layers * model.num_experts();
-    const Index counted = *model.total_parameters() - (layers + experts) * matrix -
-                          model.around.vocabulary * model.d_model();
+    const Index counted =
+        *model.total_parameters() - (layers + experts) * matrix - model.around.vocabulary * model.d_model();
     EXPECT_NEAR(double(counted) / model.published.total, 1, 0.02) << model.name;
   }
 }
@@ -321,8 +341,7 @@ TEST(Models, LayersRunForwardAndBackward) {
     EXPECT_TRUE(std::isfinite(loss.value));
     EXPECT_TRUE(layer.backward(y, cache, grad, loss.gradient).allFinite());
     Layer::visit(
-        [](const moe::ParameterInfo& info, const auto& g) { EXPECT_TRUE(g.allFinite()) << info.name; },
-        grad);
+        [](const moe::ParameterInfo& info, const auto& g) { EXPECT_TRUE(g.allFinite()) << info.name; }, grad);
   });
 }
 
@@ -331,23 +350,23 @@ TEST(Models, LayersRunForwardAndBackward) {
 TEST(Models, GiveExpertsTheSeatsThatTheirAuthorsGive) {
   const auto seats = [](const auto& model, bool training, Index tokens = 4096) {
     const auto& o = model.router;
-    return moe::expert_capacity(tokens, o.num_experts, o.top_k,
-                                training ? *o.training_capacity : *o.capacity, o.capacity_rule);
+    return moe::expert_capacity(tokens, o.num_experts, o.top_k, training ? *o.training_capacity : *o.capacity,
+                                o.capacity_rule);
   };
   EXPECT_EQ(seats(moe::gshard_600b, true), 4);
-  EXPECT_EQ(seats(moe::gshard_600b, true, 1024), 4);   // 1, up to 4
-  EXPECT_EQ(seats(moe::gshard_600b, true, 5120), 8);   // 5, up to 8
+  EXPECT_EQ(seats(moe::gshard_600b, true, 1024), 4);  // 1, up to 4
+  EXPECT_EQ(seats(moe::gshard_600b, true, 5120), 8);  // 5, up to 8
   EXPECT_EQ(seats(moe::glam_64b_64e, true), 128);
   EXPECT_EQ(seats(moe::glam_64b_64e, false), 128);
   EXPECT_EQ(seats(moe::st_moe_32b, true), 80);
   EXPECT_EQ(seats(moe::st_moe_32b, false), 128);
-  EXPECT_EQ(seats(moe::st_moe_32b, true, 100), 4);     // 1.95
+  EXPECT_EQ(seats(moe::st_moe_32b, true, 100), 4);  // 1.95
   EXPECT_EQ(seats(moe::switch_base_8, true), 640);
   EXPECT_EQ(seats(moe::switch_base_8, true, 100), 15);
   EXPECT_EQ(seats(moe::switch_base_8, false, 100), 25);
   EXPECT_EQ(seats(moe::switch_c, true), 2);
   EXPECT_EQ(seats(moe::switch_c, false), 4);
-  EXPECT_EQ(seats(moe::vmoe_l16, true), 272);          // 268.8, up to 272
+  EXPECT_EQ(seats(moe::vmoe_l16, true), 272);             // 268.8, up to 272
   EXPECT_EQ(seats(moe::openmoe_8b_32e, true, 100), 8);    // 7.8, and even
   EXPECT_EQ(seats(moe::openmoe_8b_32e, false, 100), 12);  // 12.5
   EXPECT_EQ(seats(moe::openmoe_8b_32e, true, 10), 4);
@@ -371,8 +390,7 @@ TEST(SoftModels, HaveTheParametersThatArePublished) {
     EXPECT_EQ(moe::num_parameters(moe::make_layer<double>(m, rng)), m.layer_parameters());
     EXPECT_EQ(moe::num_parameters(moe::make_empty_layer<double>(m)), m.layer_parameters());
   });
-  EXPECT_EQ(moe::soft_moe_b16.layer_parameters(),
-            128 * (2 * 768 * 3072 + 3072 + 768) + 128 * 768 + 1);
+  EXPECT_EQ(moe::soft_moe_b16.layer_parameters(), 128 * (2 * 768 * 3072 + 3072 + 768) + 128 * 768 + 1);
 }
 
 TEST(SoftModels, LayersRunForwardAndBackward) {
@@ -392,8 +410,7 @@ TEST(SoftModels, LayersRunForwardAndBackward) {
     EXPECT_TRUE(layer.backward(y, cache, grad).allFinite());
   });
   Rng rng(6);
-  EXPECT_THROW(moe::make_layer<float>(moe::soft_moe_b16.scaled_to(0, 5, 8), rng),
-               std::invalid_argument);
+  EXPECT_THROW(moe::make_layer<float>(moe::soft_moe_b16.scaled_to(0, 5, 8), rng), std::invalid_argument);
 }
 
 TEST(Models, SizesThatDoNotFitAreRefused) {
@@ -454,8 +471,7 @@ Routing<double> routing_of(const moe::Model<Unit, R>& model) {
   R<double> router(small(model).router, rng);
   moe::fill_normal(router.w_router, 0.7, rng);
   if constexpr (requires { router.selection_bias; })
-    for (Index e = 0; e < router.selection_bias.size(); ++e)
-      router.selection_bias[e] = e % 3 == 0 ? -5 : 5;
+    for (Index e = 0; e < router.selection_bias.size(); ++e) router.selection_bias[e] = e % 3 == 0 ? -5 : 5;
   Matrix<double> x(kTokens, 6);
   moe::fill_normal(x, 1.0, rng);
   Routing<double> routing;
@@ -501,13 +517,12 @@ TEST(ModelLosses, AreMeansOverGroups) {
   const auto expect_mean = [](const auto& model, bool first_only) {
     const auto routing = routing_of(model);
     const double k = first_only ? 1 : double(small(model).router.top_k);
-    const double mean =
-        (balance(routing, counts(routing, 0, 10, first_only), k * 10, 0, 10) +
-         balance(routing, counts(routing, 10, kTokens, first_only), k * 14, 10, kTokens)) / 2;
+    const double mean = (balance(routing, counts(routing, 0, 10, first_only), k * 10, 0, 10) +
+                         balance(routing, counts(routing, 10, kTokens, first_only), k * 14, 10, kTokens)) /
+                        2;
     moe::Losses losses = model.losses;
     losses.z = 0;
-    EXPECT_NEAR(moe::routing_loss(losses, routing, two_sequences()).value, 0.01 * mean, 1e-12)
-        << model.name;
+    EXPECT_NEAR(moe::routing_loss(losses, routing, two_sequences()).value, 0.01 * mean, 1e-12) << model.name;
   };
   expect_mean(moe::gshard_600b, true);
   expect_mean(moe::glam_64b_64e, true);
@@ -539,8 +554,7 @@ TEST(ModelLosses, HuggingFaceAddsUpChoices) {
   const auto expect_hugging_face = [](const auto& model, double coefficient) {
     const auto routing = routing_of(model);
     EXPECT_NEAR(moe::routing_loss(model.losses, routing).value,
-                coefficient *
-                    balance(routing, counts(routing, 0, kTokens, false), kTokens, 0, kTokens),
+                coefficient * balance(routing, counts(routing, 0, kTokens, false), kTokens, 0, kTokens),
                 1e-12)
         << model.name;
     EXPECT_EQ(model.losses.over_layers, moe::OverLayers::mean);
@@ -582,9 +596,9 @@ TEST(ModelLosses, DeepSeekV2BalancesSequencesAndDevices) {
   model.losses.devices = 4;
   const auto routing = routing_of(model);
   const double k = double(small(model).router.top_k);
-  const double sequences =
-      (balance(routing, counts(routing, 0, 10, false), k * 10, 0, 10) +
-       balance(routing, counts(routing, 10, kTokens, false), k * 14, 10, kTokens)) / 2;
+  const double sequences = (balance(routing, counts(routing, 0, 10, false), k * 10, 0, 10) +
+                            balance(routing, counts(routing, 10, kTokens, false), k * 14, 10, kTokens)) /
+                           2;
   const std::vector<double> count = counts(routing, 0, kTokens, false);
   double devices = 0;
   for (Index d = 0; d < 4; ++d) {
@@ -615,8 +629,8 @@ TEST(ModelLosses, DeepSeekV3CountsScoresWithoutBias) {
       }
     expected += balance(routing, count, double(k * (end - begin)), begin, end) / 2;
   }
-  EXPECT_NEAR(moe::routing_loss(moe::deepseek_v3.losses, routing, two_sequences()).value,
-              1e-4 * expected, 1e-12);
+  EXPECT_NEAR(moe::routing_loss(moe::deepseek_v3.losses, routing, two_sequences()).value, 1e-4 * expected,
+              1e-12);
   EXPECT_GT(std::abs(moe::sequence_balance_loss(routing, two_sequences()).value - expected), 0.01);
 }
 

@@ -41,8 +41,8 @@ double norm(const Layer& grad) {
 TEST(MoELayerMisuse, ABackwardThatThrowsLeavesTheGradientAsItWas) {
   const Matrix<double> x = tokens(6);
   {
-    const Layer layer = make_layer(
-        {.d_model = 4, .num_experts = 3, .top_k = 1, .softmax_before_selection = false});
+    const Layer layer =
+        make_layer({.d_model = 4, .num_experts = 3, .top_k = 1, .softmax_before_selection = false});
     Layer::Cache cache;
     Layer grad = zeros_like(layer);
     const Matrix<double> y = layer.forward(x, cache);
@@ -125,7 +125,9 @@ TEST(MoELayerMisuse, GatedSharedExpertsBesideGatesOfInputsAreRefusedWhenTheLayer
     ++asked;
     return E(options, rng);
   };
-  EXPECT_EQ(message_of([&] { pack<F32>(PackedParts<TopKRouter<float>>{input, 3, gates}, expert); }),
+  EXPECT_EQ(message_of([&] {
+              pack<F32>(PackedParts<TopKRouter<float>>{input, 3, gates}, expert);
+            }),
             "pack" + expected);
   EXPECT_EQ(asked, 0);
   EXPECT_NO_THROW(pack<F32>(PackedParts<TopKRouter<float>>{input, 3}, expert));
@@ -146,9 +148,8 @@ TEST(MoELayerMisuse, ParametersOfAnotherShapeAreRefused) {
 TEST(MoELayerMisuse, ACacheOfExpertsOfAnotherWidthIsRefused) {
   Rng rng(1);
   const Layer layer = make_layer({.d_model = 4, .num_experts = 3});
-  const Layer wider(make_experts<FeedForward<double>>(3, {.d_model = 4, .d_ff = 6}, rng),
-                    layer.router(), {make_experts<FeedForward<double>>(1, {.d_model = 4, .d_ff = 6}, rng)},
-                    true);
+  const Layer wider(make_experts<FeedForward<double>>(3, {.d_model = 4, .d_ff = 6}, rng), layer.router(),
+                    {make_experts<FeedForward<double>>(1, {.d_model = 4, .d_ff = 6}, rng)}, true);
   Layer::Cache cache;
   const Matrix<double> x = tokens(6);
   layer.forward(x, cache);
@@ -177,8 +178,7 @@ struct FirstExpertRouter {
   using Scalar = double;
   Index d_model() const { return 4; }
   Index num_experts() const { return 3; }
-  void route(const ConstMatrixRef<double>& x, const BatchInfo& info,
-             Routing<double>& routing) const {
+  void route(const ConstMatrixRef<double>& x, const BatchInfo& info, Routing<double>& routing) const {
     begin_routing(x.rows(), 3, info, routing, "FirstExpertRouter::route");
     mark_poisoned_rows(x, routing.plan);
     for (Index t = 0; t < x.rows(); ++t) {

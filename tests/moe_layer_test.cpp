@@ -33,8 +33,7 @@ using TopK = moe::TopKRouter<double>;
 using Noisy = moe::NoisyTopKRouter<double>;
 using Layer = moe::MoELayer<Gated, TopK>;
 
-static_assert(std::copyable<Layer> && std::copyable<Layer::Cache> &&
-              std::copyable<Layer::Workspace>);
+static_assert(std::copyable<Layer> && std::copyable<Layer::Cache> && std::copyable<Layer::Workspace>);
 
 constexpr Index kModel = 6;
 
@@ -59,10 +58,9 @@ Layer make_layer(Parts parts = {}) {
   parts.router.d_model = kModel;
   parts.router.num_experts = parts.experts;
   const Gated::Options expert{.d_model = kModel, .d_ff = parts.d_ff, .bias = true};
-  Layer layer(
-      moe::make_experts<Gated>(parts.experts, expert, rng), TopK(parts.router, rng),
-      {.experts = moe::make_experts<Gated>(parts.shared, expert, rng), .gated = parts.gated},
-      parts.output_bias);
+  Layer layer(moe::make_experts<Gated>(parts.experts, expert, rng), TopK(parts.router, rng),
+              {.experts = moe::make_experts<Gated>(parts.shared, expert, rng), .gated = parts.gated},
+              parts.output_bias);
   Layer::visit([&](const moe::ParameterInfo&, auto& p) { moe::fill_normal(p, 0.4, rng); }, layer);
   return layer;
 }
@@ -87,8 +85,7 @@ Matrix<double> expert_output(const Gated& expert, const Matrix<double>& x) {
 }
 
 void expect_same_parameters(const Layer& a, const Layer& b) {
-  Layer::visit([](const auto& info, const auto& p, const auto& q) { EXPECT_EQ(p, q) << info.name; },
-               a, b);
+  Layer::visit([](const auto& info, const auto& p, const auto& q) { EXPECT_EQ(p, q) << info.name; }, a, b);
 }
 
 BatchInfo masked(const std::vector<bool>& valid) {
@@ -101,8 +98,7 @@ BatchInfo masked(const std::vector<bool>& valid) {
 // ---- The formula.
 
 TEST(MoELayer, OutputIsTheGatedSumOfExpertsPlusSharedOnesPlusBias) {
-  const Layer layer =
-      make_layer({.router = {.top_k = 2}, .shared = 2, .gated = true, .output_bias = true});
+  const Layer layer = make_layer({.router = {.top_k = 2}, .shared = 2, .gated = true, .output_bias = true});
   const Matrix<double> x = random_matrix(9, kModel, 2);
   const Routing<double> routing = layer.route(x);
   const Matrix<double> y = layer.forward(x);
@@ -113,8 +109,7 @@ TEST(MoELayer, OutputIsTheGatedSumOfExpertsPlusSharedOnesPlusBias) {
                   expert_output(layer.experts()[std::size_t(routing.chosen.expert[c])], x.row(t));
     for (Index s = 0; s < 2; ++s) {
       const double z = layer.w_shared_gate.row(s).dot(x.row(t));
-      expected +=
-          1 / (1 + std::exp(-z)) * expert_output(layer.shared_experts()[std::size_t(s)], x.row(t));
+      expected += 1 / (1 + std::exp(-z)) * expert_output(layer.shared_experts()[std::size_t(s)], x.row(t));
     }
     EXPECT_TRUE(y.row(t).isApprox(expected.row(0), 1e-12)) << t;
   }
@@ -288,8 +283,7 @@ TEST(MoELayer, ACacheServesBatchesOfEverySize) {
   Layer::Cache reused;
   Layer::Workspace workspace;
   for (const Index tokens : {7, 30, 1, 0, 70, 7}) {
-    const Matrix<double> x = random_matrix(tokens, kModel, 20),
-                         d_y = random_matrix(tokens, kModel, 21);
+    const Matrix<double> x = random_matrix(tokens, kModel, 20), d_y = random_matrix(tokens, kModel, 21);
     Layer::Cache fresh;
     Matrix<double> y;
     EXPECT_EQ(layer.forward(x, reused), layer.forward(x, fresh));
@@ -334,8 +328,7 @@ TEST(MoELayer, RefusesAGradientOfAnotherShapeAndLeavesItAlone) {
   const auto refused = [&](const Parts& other) {
     Layer grad = moe::zeros_like(make_layer(other));
     EXPECT_THROW(layer.backward(x, cache, grad), std::invalid_argument);
-    Layer::visit([](const auto& info, const auto& p) { EXPECT_EQ(p.norm(), 0) << info.name; },
-                 grad);
+    Layer::visit([](const auto& info, const auto& p) { EXPECT_EQ(p.norm(), 0) << info.name; }, grad);
   };
   Parts other = parts;
   other.experts = 5;
@@ -409,8 +402,7 @@ TEST(MoELayer, MaskedRowsAreZeroAndPoisonedOnesNotANumber) {
   EXPECT_TRUE((d_x.row(1).array() == 0).all());
   EXPECT_TRUE((d_x.row(4).array() == 0).all());
   EXPECT_TRUE(d_x.allFinite());
-  Layer::visit([](const auto& name, const auto& p) { EXPECT_TRUE(p.allFinite()) << name.name; },
-               grad);
+  Layer::visit([](const auto& name, const auto& p) { EXPECT_TRUE(p.allFinite()) << name.name; }, grad);
   const Vector<double> sum = (d_y.row(0) + d_y.row(2) + d_y.row(3) + d_y.row(5)).transpose();
   EXPECT_TRUE(grad.b_output.isApprox(sum, 1e-13));
 }
@@ -470,8 +462,7 @@ TEST(MoELayer, AnAddedExpertStandsBehindTheRoutedOnes) {
 }
 
 TEST(MoELayer, RemovingAnExpertThatNobodyUsesChangesNothing) {
-  Layer layer =
-      make_layer({.experts = 5, .router = {.top_k = 2, .renormalise = true, .bias = true}});
+  Layer layer = make_layer({.experts = 5, .router = {.top_k = 2, .renormalise = true, .bias = true}});
   layer.router().b_router[1] = -1000;
   const Matrix<double> x = random_matrix(30, kModel, 34);
   const Matrix<double> y = layer.forward(x);
@@ -516,9 +507,7 @@ struct Fragile {
   Fragile& operator=(const Fragile&) = default;
   Fragile& operator=(Fragile&&) noexcept = default;
   Index d_model() const { return kModel; }
-  void forward(const moe::ConstMatrixRef<double>& x, moe::MatrixRef<double> y) const {
-    y = factor * x;
-  }
+  void forward(const moe::ConstMatrixRef<double>& x, moe::MatrixRef<double> y) const { y = factor * x; }
 };
 
 TEST(MoELayer, AnExceptionWhileAddingLeavesTheLayerAsItWas) {
@@ -579,8 +568,7 @@ struct EveryOther {  // token t goes to expert t % 2
   using Scalar = float;
   Index d_model() const { return 3; }
   Index num_experts() const { return 2; }
-  void route(const moe::ConstMatrixRef<float>& x, const BatchInfo& info,
-             Routing<float>& routing) const {
+  void route(const moe::ConstMatrixRef<float>& x, const BatchInfo& info, Routing<float>& routing) const {
     moe::begin_routing(x.rows(), num_experts(), info, routing, "EveryOther::route");
     for (Index t = 0; t < x.rows(); ++t) {
       if (routing.is_valid(t)) {
@@ -617,8 +605,7 @@ struct Fixed {
   Matrix<double> w = Matrix<double>::Constant(2, kModel, 0.3);
   Index d_model() const { return kModel; }
   Index num_experts() const { return 2; }
-  void route(const moe::ConstMatrixRef<double>& x, const BatchInfo& info,
-             Routing<double>& routing) const {
+  void route(const moe::ConstMatrixRef<double>& x, const BatchInfo& info, Routing<double>& routing) const {
     moe::begin_routing(x.rows(), 2, info, routing, "Fixed::route");
     routing.plan.gate_side = side;
     for (Index t = 0; t < x.rows(); ++t) {
@@ -631,8 +618,7 @@ struct Fixed {
     moe::dispatch_all(routing.chosen, routing.plan);
   }
   void backward(const moe::ConstMatrixRef<double>& x, const Routing<double>& routing,
-                const moe::RoutingGradient<double>& gradient, moe::MatrixRef<double> d_x,
-                Fixed& grad) const {
+                const moe::RoutingGradient<double>& gradient, moe::MatrixRef<double> d_x, Fixed& grad) const {
     const auto& plan = routing.plan;
     for (Index e = 0; e < 2; ++e) {
       for (Index a = plan.expert_begin[e]; a < plan.expert_begin[e + 1]; ++a) {
@@ -653,9 +639,8 @@ TEST(MoELayer, TrainsWithARouterOfTheUserAndGatesOnEitherSide) {
   using OwnLayer = moe::MoELayer<Gated, Fixed>;
   for (const auto side : {moe::GateSide::output, moe::GateSide::input}) {
     Rng rng(41);
-    const OwnLayer layer(
-        moe::make_experts<Gated>(2, {.d_model = kModel, .d_ff = 4}, rng), Fixed{side},
-        {.experts = moe::make_experts<Gated>(1, {.d_model = kModel, .d_ff = 3}, rng)});
+    const OwnLayer layer(moe::make_experts<Gated>(2, {.d_model = kModel, .d_ff = 4}, rng), Fixed{side},
+                         {.experts = moe::make_experts<Gated>(1, {.d_model = kModel, .d_ff = 3}, rng)});
     Matrix<double> x = random_matrix(5, kModel, 42);
     const Matrix<double> d_y = random_matrix(5, kModel, 43);
     // The formula: gate * f(x), or f(gate * x).
@@ -665,9 +650,8 @@ TEST(MoELayer, TrainsWithARouterOfTheUserAndGatesOnEitherSide) {
       for (Index e = 0; e < 2; ++e) {
         const double gate = std::tanh(x.row(t).dot(layer.router().w.row(e)));
         const Gated& expert = layer.experts()[std::size_t(e)];
-        expected += side == moe::GateSide::output
-                        ? Matrix<double>(gate * expert_output(expert, x.row(t)))
-                        : expert_output(expert, gate * x.row(t));
+        expected += side == moe::GateSide::output ? Matrix<double>(gate * expert_output(expert, x.row(t)))
+                                                  : expert_output(expert, gate * x.row(t));
       }
       EXPECT_TRUE(y.row(t).isApprox(expected.row(0), 1e-12));
     }
@@ -711,11 +695,10 @@ TEST(MoELayer, RefusesPartsThatDoNotFit) {
   EXPECT_THROW(Layer({}, router), std::invalid_argument);
   EXPECT_THROW(Layer(experts(2), router), std::invalid_argument);
   EXPECT_THROW(Layer(experts(4), router), std::invalid_argument);
-  EXPECT_THROW(Layer(experts(3), TopK({.d_model = 5, .num_experts = 3}, rng)),
-               std::invalid_argument);
-  EXPECT_THROW(Layer(experts(3), router,
-                     {.experts = moe::make_experts<Gated>(1, {.d_model = 7, .d_ff = 5}, rng)}),
-               std::invalid_argument);
+  EXPECT_THROW(Layer(experts(3), TopK({.d_model = 5, .num_experts = 3}, rng)), std::invalid_argument);
+  EXPECT_THROW(
+      Layer(experts(3), router, {.experts = moe::make_experts<Gated>(1, {.d_model = 7, .d_ff = 5}, rng)}),
+      std::invalid_argument);
   EXPECT_THROW(Layer(experts(3), router, {.experts = {}, .gated = true}), std::invalid_argument);
 }
 

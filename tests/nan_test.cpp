@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// A NaN stays one in every activation, forward and backward, plain and in the kernels of packed layers. Built twice:
-// once more with -ffast-math; hence NaN are made and found as bits.
+// A NaN stays one in every activation, forward and backward, plain and in the kernels of packed layers. Built
+// twice: once more with -ffast-math; hence NaN are made and found as bits.
 #include <gtest/gtest.h>
 
 #include <bit>
@@ -22,11 +22,14 @@ S nan_of(bool negative) {
   using Bits = std::conditional_t<sizeof(S) == 4, std::uint32_t, std::uint64_t>;
   const Bits quiet = std::bit_cast<Bits>(std::numeric_limits<S>::quiet_NaN());
   const Bits sign = Bits(1) << (8 * sizeof(S) - 1);
-  const volatile Bits bits = (quiet & ~sign) | (negative ? sign : Bits(0));  // no constant that a compiler works with
+  const volatile Bits bits =
+      (quiet & ~sign) | (negative ? sign : Bits(0));  // no constant that a compiler works with
   return std::bit_cast<S>(Bits(bits));
 }
 template <class S>
-bool is_nan(S value) { return number_kind(value) == NumberKind::nan; }
+bool is_nan(S value) {
+  return number_kind(value) == NumberKind::nan;
+}
 
 template <class A, class S>
 struct Of {
@@ -36,8 +39,8 @@ struct Of {
 
 template <class T>
 class UnaryNaN : public testing::Test {};
-using Unary = testing::Types<Of<ReLU, float>, Of<GELU, float>, Of<GELUTanh, float>, Of<SiLU, float>, Of<ReLU, double>,
-                             Of<GELU, double>, Of<GELUTanh, double>, Of<SiLU, double>>;
+using Unary = testing::Types<Of<ReLU, float>, Of<GELU, float>, Of<GELUTanh, float>, Of<SiLU, float>,
+                             Of<ReLU, double>, Of<GELU, double>, Of<GELUTanh, double>, Of<SiLU, double>>;
 TYPED_TEST_SUITE(UnaryNaN, Unary);
 
 // At every place of a pack and of what is left behind whole packs.

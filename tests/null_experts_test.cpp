@@ -254,8 +254,7 @@ TEST(NullExperts, KeepNothingAndHaveFewParameters) {
   EXPECT_EQ(rng(), Rng(5)());  // nothing drawn
   const auto constants = moe::make_experts<moe::ConstantExpert<float>>(2, {.d_model = 40}, rng);
   EXPECT_NE(constants[0].v, constants[1].v);
-  for (const Index cols :
-       {zeros[0].cache_cols(), copies[0].cache_cols(), constants[0].cache_cols()})
+  for (const Index cols : {zeros[0].cache_cols(), copies[0].cache_cols(), constants[0].cache_cols()})
     EXPECT_EQ(cols, 0);
   EXPECT_EQ(moe::num_parameters(zeros[0]), 0);
   EXPECT_EQ(moe::num_parameters(copies[0]), 0);
@@ -293,8 +292,7 @@ std::string refusal(const E& make) {
 template <class E>
 void expect_refusals(const std::string& name) {
   for (const Index d_model : {Index(0), Index(-1)}) {
-    const std::string expected =
-        name + ": d_model = " + std::to_string(d_model) + ", expected at least 1";
+    const std::string expected = name + ": d_model = " + std::to_string(d_model) + ", expected at least 1";
     Rng rng(7);
     EXPECT_EQ(refusal([&] { E({.d_model = d_model}); }), expected);
     EXPECT_EQ(refusal([&] { E({.d_model = d_model}, rng); }), expected);
@@ -348,8 +346,7 @@ template <class S>
 Layer<S> layer_of_all_kinds(Index d_model, bool shared, Rng& rng) {
   const auto four = [&](Index d_ff) {
     std::vector<AnyKind<S>> experts;
-    for (Index kind = 0; kind < 4; ++kind)
-      experts.push_back(make_kind<S>(kind, d_model, d_ff, rng));
+    for (Index kind = 0; kind < 4; ++kind) experts.push_back(make_kind<S>(kind, d_model, d_ff, rng));
     return experts;
   };
   std::vector<AnyKind<S>> experts = four(5);
@@ -359,8 +356,7 @@ Layer<S> layer_of_all_kinds(Index d_model, bool shared, Rng& rng) {
   Layer<S> layer(std::move(experts),
                  moe::TopKRouter<S>({.d_model = d_model, .num_experts = 8, .top_k = 2}, rng),
                  std::move(beside), shared);
-  Layer<S>::visit([&](const moe::ParameterInfo&, auto& p) { moe::fill_normal(p, 0.5, rng); },
-                  layer);
+  Layer<S>::visit([&](const moe::ParameterInfo&, auto& p) { moe::fill_normal(p, 0.5, rng); }, layer);
   return layer;
 }
 
@@ -383,8 +379,8 @@ TEST(NullExpertsInALayer, GiveTheReferencesOutput) {
       return std::vector<AnyKind<double>>(experts.begin(), experts.end());
     };
     const Matrix<double> expected =
-        reference::layer_output(x, list(layer.experts()), list(layer.shared_experts()),
-                                layer.w_shared_gate, layer.b_output, routing.plan);
+        reference::layer_output(x, list(layer.experts()), list(layer.shared_experts()), layer.w_shared_gate,
+                                layer.b_output, routing.plan);
     const Matrix<double> y = layer.forward(x);
     EXPECT_TRUE(y.isApprox(expected, 1e-12));
     Layer<double>::Cache cache;
@@ -403,8 +399,8 @@ TEST(NullExpertsInALayer, HaveExactGradients) {
     for (int draw = 0; draw < 200 && report.crossed > 0; ++draw) {  // until no choice is near
       moe::fill_normal(x, 1.0, rng);
       if (!every_expert_has_rows(layer.route(x).plan)) continue;
-      report = moe::check_gradients(
-          layer, x, {}, [](const auto& routing) { return moe::load_balancing_loss(routing); });
+      report = moe::check_gradients(layer, x, {},
+                                    [](const auto& routing) { return moe::load_balancing_loss(routing); });
     }
     EXPECT_EQ(report.crossed, 0);
     EXPECT_EQ(report.checked, x.size() + moe::num_parameters(layer));
@@ -422,16 +418,14 @@ struct Step {
   std::vector<Matrix<float>> gradients;
 
   template <class Executor>
-  Step(const LayerType& layer, const Matrix<float>& x, const BatchInfo& info,
-       const Executor& executor) {
+  Step(const LayerType& layer, const Matrix<float>& x, const BatchInfo& info, const Executor& executor) {
     typename LayerType::Cache cache;
     LayerType grad = moe::zeros_like(layer);
     inference = layer.forward(x, info, executor);
     y = layer.forward(x, cache, info, executor);
     d_x = layer.backward(y, cache, grad, {}, executor);
-    LayerType::visit(
-        [&](const moe::ParameterInfo&, const auto& g) { gradients.push_back(Matrix<float>(g)); },
-        grad);
+    LayerType::visit([&](const moe::ParameterInfo&, const auto& g) { gradients.push_back(Matrix<float>(g)); },
+                     grad);
   }
 };
 
@@ -522,8 +516,7 @@ TEST(NullExpertsInALayer, MayBeAllThatThereIs) {
   using Constants = moe::MoELayer<moe::ConstantExpert<float>, moe::TopKRouter<float>>;
   const Zeros zeros(moe::make_experts<moe::ZeroExpert<float>>(3, {.d_model = 8}, rng), router);
   const Copies copies(moe::make_experts<moe::CopyExpert<float>>(3, {.d_model = 8}, rng), router);
-  const Constants constants(moe::make_experts<moe::ConstantExpert<float>>(3, {.d_model = 8}, rng),
-                            router);
+  const Constants constants(moe::make_experts<moe::ConstantExpert<float>>(3, {.d_model = 8}, rng), router);
   EXPECT_EQ(moe::num_parameters(zeros), 3 * 8);  // the router's
   EXPECT_EQ(moe::num_parameters(copies), 3 * 8);
   EXPECT_EQ(moe::num_parameters(constants), 3 * 8 + 3 * 3 * 8);

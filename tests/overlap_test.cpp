@@ -33,7 +33,8 @@ void expect_refused(const std::function<void()>& call, const Matrix<S>& memory, 
     call();
     ADD_FAILURE() << what << ": no exception";
   } catch (const std::invalid_argument& error) {
-    EXPECT_NE(std::string(error.what()).find(" overlap: "), std::string::npos) << what << ": " << error.what();
+    EXPECT_NE(std::string(error.what()).find(" overlap: "), std::string::npos)
+        << what << ": " << error.what();
   }
   EXPECT_EQ(memory.data(), data) << what;
   EXPECT_TRUE(laws::same_bits(memory, before)) << what;
@@ -69,7 +70,8 @@ TEST(Overlap, OfAnyTwoBlocksOfAMatrixIsExact) {
       } catch (const std::invalid_argument&) {
         refused = true;
       }
-      ASSERT_EQ(refused, expected) << a.rows() << " x " << a.cols() << " beside " << b.rows() << " x " << b.cols();
+      ASSERT_EQ(refused, expected) << a.rows() << " x " << a.cols() << " beside " << b.rows() << " x "
+                                   << b.cols();
     }
   EXPECT_GT(apart, 1000);
   EXPECT_GT(overlapping, 1000);
@@ -200,8 +202,10 @@ TEST(Overlap, OfInputAndOutputIsRefusedBySoftLayers) {
     SoftMoEWorkspace<double> workspace;
     SoftMoECache<double> cache;
     auto grad = zeros_like(layer);
-    expect_blocks_refused<double>("inference", [&](const auto& x, auto& y) { layer.forward(x, y, workspace); });
-    expect_blocks_refused<double>("with a cache", [&](const auto& x, auto& y) { layer.forward(x, y, cache); });
+    expect_blocks_refused<double>("inference",
+                                  [&](const auto& x, auto& y) { layer.forward(x, y, workspace); });
+    expect_blocks_refused<double>("with a cache",
+                                  [&](const auto& x, auto& y) { layer.forward(x, y, cache); });
     expect_blocks_refused<double>("backward", [&](const auto& d_y, auto& d_x) {
       layer.forward(draws<double>(d_y.rows(), kModel), cache);
       layer.backward(d_y, cache, grad, d_x);
@@ -232,9 +236,13 @@ TEST(Overlap, OfTheCacheAndAnotherArgumentIsRefused) {
   cache.routing.noise.draws = cache.routing.input_factor = cache.routing.scratch.input = x;
   layer.backward(y, cache, grad, {}, d_x);
   Routing<double>& routing = cache.routing;
-  const std::vector<Matrix<double>*> arrays{
-      &cache.x, &routing.router_logits, &routing.router_probs, &routing.noise.draws, &routing.input_factor,
-      &routing.scratch.d_logits, &routing.scratch.input};
+  const std::vector<Matrix<double>*> arrays{&cache.x,
+                                            &routing.router_logits,
+                                            &routing.router_probs,
+                                            &routing.noise.draws,
+                                            &routing.input_factor,
+                                            &routing.scratch.d_logits,
+                                            &routing.scratch.input};
   for (Matrix<double>* in : arrays) {
     ASSERT_EQ(in->size(), 6 * kModel);
     expect_refused<double>([&] { layer.forward(*in, y, cache); }, *in, "x");
@@ -251,7 +259,8 @@ TEST(Overlap, OfTheCacheAndAnotherArgumentIsRefused) {
   }
   RoutingGradient<double>& own = cache.routing_gradient;
   own.d_router_logits = x;
-  expect_refused<double>([&] { layer.backward(x, cache, grad, own, d_x); }, own.d_router_logits, "its gradient");
+  expect_refused<double>([&] { layer.backward(x, cache, grad, own, d_x); }, own.d_router_logits,
+                         "its gradient");
   RoutingGradient<double> gradient;
   gradient.d_router_probs = x;
   expect_refused<double>([&] { layer.backward(x, cache, grad, gradient, gradient.d_router_probs); },
@@ -259,7 +268,8 @@ TEST(Overlap, OfTheCacheAndAnotherArgumentIsRefused) {
   Matrix<double>& by_router = grad.router().w_router;  // [kExperts, kModel]
   Matrix<double>& by_expert = grad.experts()[0].w_up;
   expect_refused<double>([&] { layer.backward(x, cache, grad, {}, by_router); }, by_router, "d_x in grad");
-  expect_refused<double>([&] { layer.backward(x, cache, grad, {}, by_expert); }, by_expert, "d_x in grad's expert");
+  expect_refused<double>([&] { layer.backward(x, cache, grad, {}, by_expert); }, by_expert,
+                         "d_x in grad's expert");
   const Matrix<double> four = x.topRows(kExperts);
   layer.forward(four, y, cache);
   expect_refused<double>([&] { layer.backward(by_router, cache, grad, {}, d_x); }, by_router, "d_y in grad");
@@ -285,7 +295,8 @@ TEST(Overlap, TheCachesOwnRoutingMayBeReplayed) {
   Layer grad = zeros_like(layer), expected_grad = grad;
   EXPECT_TRUE(laws::same_bits(layer.forward(other, cache.routing, cache),
                               layer.forward(other, copy, expected_cache)));
-  EXPECT_TRUE(laws::same_bits(layer.backward(x, cache, grad), layer.backward(x, expected_cache, expected_grad)));
+  EXPECT_TRUE(
+      laws::same_bits(layer.backward(x, cache, grad), layer.backward(x, expected_cache, expected_grad)));
 }
 
 // A level of the cache's routing would be freed while it is copied.
@@ -293,8 +304,9 @@ TEST(Overlap, OfALevelOfTheCachesRoutingIsRefused) {
   Rng rng(1);
   using Router = TopKRouter<double>;
   const Router parent({.d_model = kModel, .num_experts = 1, .top_k = 1}, rng);
-  const MoELayer layer(make_experts<FeedForward<double>>(kExperts, {.d_model = kModel, .d_ff = 5}, rng),
-                       HierarchicalRouter(parent, {Router({.d_model = kModel, .num_experts = kExperts}, rng)}));
+  const MoELayer layer(
+      make_experts<FeedForward<double>>(kExperts, {.d_model = kModel, .d_ff = 5}, rng),
+      HierarchicalRouter(parent, {Router({.d_model = kModel, .num_experts = kExperts}, rng)}));
   decltype(layer)::Cache cache;
   const Matrix<double> x = draws<double>(6, kModel);
   layer.forward(x, cache);
@@ -307,8 +319,8 @@ TEST(Overlap, OfALevelOfTheCachesRoutingIsRefused) {
 template <class Router>
 class OverlapOf : public testing::Test {};
 using Routers =
-    testing::Types<TopKRouter<double>, NoisyTopKRouter<double>, ExpertChoiceRouter<double>, SinkhornRouter<double>,
-                   SparseMixerRouter<double>, HierarchicalRouter<TopKRouter<double>>>;
+    testing::Types<TopKRouter<double>, NoisyTopKRouter<double>, ExpertChoiceRouter<double>,
+                   SinkhornRouter<double>, SparseMixerRouter<double>, HierarchicalRouter<TopKRouter<double>>>;
 TYPED_TEST_SUITE(OverlapOf, Routers);
 
 template <class Router>
@@ -332,8 +344,8 @@ TYPED_TEST(OverlapOf, RoutersIsRefused) {
     routing.noise.stddev = routing.scratch.d_noise = routing.scratch.ranking = x;
   };
   fill();
-  for (Matrix<double>* in : {&routing.router_probs, &routing.noise.stddev, &routing.scratch.d_noise,
-                             &routing.scratch.ranking}) {
+  for (Matrix<double>* in :
+       {&routing.router_probs, &routing.noise.stddev, &routing.scratch.d_noise, &routing.scratch.ranking}) {
     ASSERT_EQ(in->size(), 6 * kModel);
     expect_refused<double>([&] { router.route(*in, {}, routing); }, *in, "x in the routing");
     if constexpr (requires { router.route(x, rng, BatchInfo{}, routing); })
@@ -343,10 +355,12 @@ TYPED_TEST(OverlapOf, RoutersIsRefused) {
   RoutingGradient<double> gradient;
   gradient.d_router_probs = draws<double>(6, kExperts);
   Matrix<double> memory = draws<double>(9, kModel), d_x = memory.topRows(6);
-  const auto backward = [&](const ConstMatrixRef<double>& seen, MatrixRef<double> by_x, const auto& by_routing) {
+  const auto backward = [&](const ConstMatrixRef<double>& seen, MatrixRef<double> by_x,
+                            const auto& by_routing) {
     router.backward(seen, routing, by_routing, by_x, grad);
   };
-  expect_refused<double>([&] { backward(memory.topRows(6), memory.topRows(6), gradient); }, memory, "d_x is x");
+  expect_refused<double>([&] { backward(memory.topRows(6), memory.topRows(6), gradient); }, memory,
+                         "d_x is x");
   expect_refused<double>([&] { backward(memory.topRows(6), memory.bottomRows(6), gradient); }, memory,
                          "d_x holds rows of x");
   expect_refused<double>([&] { backward(x, gradient.d_router_probs, gradient); }, gradient.d_router_probs,
@@ -366,20 +380,24 @@ TYPED_TEST(OverlapOf, RoutersIsRefused) {
   const Index experts = by_logits->rows();
   router.route(x.topRows(experts), {}, routing);
   gradient = {};
-  expect_refused<double>([&] { backward(x.topRows(experts), *by_logits, gradient); }, *by_logits, "d_x in grad");
-  expect_refused<double>([&] { backward(*by_logits, d_x.topRows(experts), gradient); }, *by_logits, "x in grad");
+  expect_refused<double>([&] { backward(x.topRows(experts), *by_logits, gradient); }, *by_logits,
+                         "d_x in grad");
+  expect_refused<double>([&] { backward(*by_logits, d_x.topRows(experts), gradient); }, *by_logits,
+                         "x in grad");
   router.route(x, {}, routing);
   TypeParam own = router;
   EXPECT_THROW(own.backward(x, routing, gradient, d_x, own), std::invalid_argument);
 }
 
 TEST(Overlap, OfWhatAHashRouterReadsAndWritesIsRefused) {
-  const HashRouter<double> router({.d_model = kModel, .num_experts = kExperts, .table = IndexVector::Zero(3)});
+  const HashRouter<double> router(
+      {.d_model = kModel, .num_experts = kExperts, .table = IndexVector::Zero(3)});
   Routing<double> routing;
   BatchInfo info;
   info.token_ids = IndexVector::Ones(6);
   router.route(draws<double>(6, kModel), info, routing);
-  expect_refused<double>([&] { router.route(routing.router_probs, info, routing); }, routing.router_probs, "x");
+  expect_refused<double>([&] { router.route(routing.router_probs, info, routing); }, routing.router_probs,
+                         "x");
 }
 
 TEST(Overlap, OfDrawsAndTheRoutingIsRefused) {
@@ -419,7 +437,8 @@ TEST(Overlap, OfWhatDispatchAndCombineWriteIsRefused) {
   refused([&] { run_experts(experts, plan, rows, rows, cache, scratch); }, "run_experts with a cache");
   run_experts(experts, plan, rows, y_rows, cache, scratch);
   refused([&] { run_experts_backward(experts, plan, rows, y_rows, cache, rows, to); }, "d_x_rows and x_rows");
-  refused([&] { run_experts_backward(experts, plan, y_rows, rows, cache, rows, to); }, "d_x_rows and d_y_rows");
+  refused([&] { run_experts_backward(experts, plan, y_rows, rows, cache, rows, to); },
+          "d_x_rows and d_y_rows");
   const std::span<const FeedForward<double>> same(grads);
   EXPECT_THROW(run_experts_backward(same, plan, rows, y_rows, cache, d_rows, to), std::invalid_argument);
   refused([&] { combine(rows, plan, x, rows.block(3, 6)); }, "combine: y and rows");
@@ -458,7 +477,8 @@ void expect_products_refused() {
   refused([&] { linear(other, m.topRows(8), m.bottomRows(8)); }, "linear: y and w");
   refused([&] { linear_backward_input(m.topRows(8), other, m.bottomRows(8)); }, "linear_backward_input: d_y");
   refused([&] { linear_backward_input(other, m.topRows(8), m.bottomRows(8)); }, "linear_backward_input: w");
-  refused([&] { linear_backward_weight(m.topRows(8), other, m.bottomRows(8)); }, "linear_backward_weight: d_y");
+  refused([&] { linear_backward_weight(m.topRows(8), other, m.bottomRows(8)); },
+          "linear_backward_weight: d_y");
   refused([&] { linear_backward_weight(other, m.topRows(8), m.bottomRows(8)); }, "linear_backward_weight: x");
   refused([&] { add_bias(Eigen::Map<Vector<S>>(m.data() + 8, 8), m.topRows(2)); }, "add_bias");
   refused([&] { bias_backward(m.topRows(2), Eigen::Map<Vector<S>>(m.data() + 8, 8)); }, "bias_backward");
@@ -495,10 +515,13 @@ TYPED_TEST(OverlapOfAn, ExpertIsRefused) {
   Matrix<double> y = x, cache(6, expert.cache_cols());
   TypeParam grad = zeros_like(expert);
   expect_refused<double>([&] { expert.forward(m.topRows(6), m.bottomRows(6)); }, m, "y and x");
-  expect_refused<double>([&] { expert.forward(m.topRows(6), m.bottomRows(6), cache); }, m, "y and x, a cache");
+  expect_refused<double>([&] { expert.forward(m.topRows(6), m.bottomRows(6), cache); }, m,
+                         "y and x, a cache");
   expert.forward(x, y, cache);
-  expect_refused<double>([&] { expert.backward(m.topRows(6), x, cache, m.bottomRows(6), grad); }, m, "d_x and x");
-  expect_refused<double>([&] { expert.backward(x, m.topRows(6), cache, m.bottomRows(6), grad); }, m, "d_x and d_y");
+  expect_refused<double>([&] { expert.backward(m.topRows(6), x, cache, m.bottomRows(6), grad); }, m,
+                         "d_x and x");
+  expect_refused<double>([&] { expert.backward(x, m.topRows(6), cache, m.bottomRows(6), grad); }, m,
+                         "d_x and d_y");
   TypeParam::visit(
       [&](const ParameterInfo& info, auto& g) {
         if (g.rows() != 6 || g.cols() != kModel) return;

@@ -19,19 +19,20 @@
 namespace moe {
 namespace {
 
-using Any = VariantExpert<FeedForward<float, ReLU>, FeedForward<float, GELU>,
-                          FeedForward<float, GELUTanh>, FeedForward<float, SiLU>,
-                          GatedFeedForward<float, SwiGLU>, GatedFeedForward<float, GEGLU>,
-                          GatedFeedForward<float, GEGLUTanh>, GatedFeedForward<float, ReGLU>,
-                          GatedFeedForward<float, ClampedSwiGLU>>;
+using Any = VariantExpert<FeedForward<float, ReLU>, FeedForward<float, GELU>, FeedForward<float, GELUTanh>,
+                          FeedForward<float, SiLU>, GatedFeedForward<float, SwiGLU>,
+                          GatedFeedForward<float, GEGLU>, GatedFeedForward<float, GEGLUTanh>,
+                          GatedFeedForward<float, ReGLU>, GatedFeedForward<float, ClampedSwiGLU>>;
 
 template <class E>
 Any make(Index d_model, Index d_ff, bool bias, Rng& rng) {
   typename E::Options options{.d_model = d_model, .d_ff = d_ff, .bias = bias};
   E expert(options, rng);
-  E::visit([&](const ParameterInfo&, auto& p) {
-    if (p.cols() == 1) fill_normal(p, 0.5, rng);
-  }, expert);
+  E::visit(
+      [&](const ParameterInfo&, auto& p) {
+        if (p.cols() == 1) fill_normal(p, 0.5, rng);
+      },
+      expert);
   return expert;
 }
 
@@ -39,15 +40,24 @@ Any draw_expert(Index d_model, Rng& rng) {
   const Index d_ff = 1 + rng.index(70);
   const bool bias = rng.uniform() < 0.5;
   switch (rng.index(9)) {
-    case 0: return make<FeedForward<float, ReLU>>(d_model, d_ff, bias, rng);
-    case 1: return make<FeedForward<float, GELU>>(d_model, d_ff, bias, rng);
-    case 2: return make<FeedForward<float, GELUTanh>>(d_model, d_ff, bias, rng);
-    case 3: return make<FeedForward<float, SiLU>>(d_model, d_ff, bias, rng);
-    case 4: return make<GatedFeedForward<float, SwiGLU>>(d_model, d_ff, bias, rng);
-    case 5: return make<GatedFeedForward<float, GEGLU>>(d_model, d_ff, bias, rng);
-    case 6: return make<GatedFeedForward<float, GEGLUTanh>>(d_model, d_ff, bias, rng);
-    case 7: return make<GatedFeedForward<float, ReGLU>>(d_model, d_ff, bias, rng);
-    default: return make<GatedFeedForward<float, ClampedSwiGLU>>(d_model, d_ff, bias, rng);
+    case 0:
+      return make<FeedForward<float, ReLU>>(d_model, d_ff, bias, rng);
+    case 1:
+      return make<FeedForward<float, GELU>>(d_model, d_ff, bias, rng);
+    case 2:
+      return make<FeedForward<float, GELUTanh>>(d_model, d_ff, bias, rng);
+    case 3:
+      return make<FeedForward<float, SiLU>>(d_model, d_ff, bias, rng);
+    case 4:
+      return make<GatedFeedForward<float, SwiGLU>>(d_model, d_ff, bias, rng);
+    case 5:
+      return make<GatedFeedForward<float, GEGLU>>(d_model, d_ff, bias, rng);
+    case 6:
+      return make<GatedFeedForward<float, GEGLUTanh>>(d_model, d_ff, bias, rng);
+    case 7:
+      return make<GatedFeedForward<float, ReGLU>>(d_model, d_ff, bias, rng);
+    default:
+      return make<GatedFeedForward<float, ClampedSwiGLU>>(d_model, d_ff, bias, rng);
   }
 }
 
@@ -75,11 +85,10 @@ Kind<double, Unit> in_double(const Kind<float, Unit, Rest...>& e, const Round& r
 }
 
 using AnyDouble =
-    VariantExpert<FeedForward<double, ReLU>, FeedForward<double, GELU>,
-                  FeedForward<double, GELUTanh>, FeedForward<double, SiLU>,
-                  GatedFeedForward<double, SwiGLU>, GatedFeedForward<double, GEGLU>,
-                  GatedFeedForward<double, GEGLUTanh>, GatedFeedForward<double, ReGLU>,
-                  GatedFeedForward<double, ClampedSwiGLU>>;
+    VariantExpert<FeedForward<double, ReLU>, FeedForward<double, GELU>, FeedForward<double, GELUTanh>,
+                  FeedForward<double, SiLU>, GatedFeedForward<double, SwiGLU>,
+                  GatedFeedForward<double, GEGLU>, GatedFeedForward<double, GEGLUTanh>,
+                  GatedFeedForward<double, ReGLU>, GatedFeedForward<double, ClampedSwiGLU>>;
 
 DispatchPlan<double> in_double(const DispatchPlan<float>& plan) {
   DispatchPlan<double> wide;
@@ -94,34 +103,33 @@ DispatchPlan<double> in_double(const DispatchPlan<float>& plan) {
 }
 
 template <class Layer>
-Matrix<double> expected_output(const Layer& layer, const Matrix<float>& x,
-                               const Routing<float>& routing, bool round) {
+Matrix<double> expected_output(const Layer& layer, const Matrix<float>& x, const Routing<float>& routing,
+                               bool round) {
   const auto weight = [round](float w) { return round ? rounded(w) : double(w); };
   const auto widen = [&](auto experts) {
     std::vector<AnyDouble> wide;
     for (const auto& e : experts)
-      wide.push_back(std::visit([&](const auto& kind) { return AnyDouble(in_double(kind, weight)); },
-                                Any(e).get()));
+      wide.push_back(
+          std::visit([&](const auto& kind) { return AnyDouble(in_double(kind, weight)); }, Any(e).get()));
     return wide;
   };
-  return reference::layer_output<double>(
-      x.cast<double>(), widen(layer.experts()), widen(layer.shared_experts()),
-      layer.w_shared_gate.template cast<double>(), layer.b_output.template cast<double>(),
-      in_double(routing.plan));
+  return reference::layer_output<double>(x.cast<double>(), widen(layer.experts()),
+                                         widen(layer.shared_experts()),
+                                         layer.w_shared_gate.template cast<double>(),
+                                         layer.b_output.template cast<double>(), in_double(routing.plan));
 }
 
 std::vector<InstructionSet> available_sets() {
   std::vector<InstructionSet> sets;
-  for (const auto set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512,
-                         InstructionSet::amx})
+  for (const auto set :
+       {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512, InstructionSet::amx})
     if (is_available(set)) sets.push_back(set);
   return sets;
 }
 
 bool same_bits(const Matrix<float>& a, const Matrix<float>& b) {
   return a.rows() == b.rows() && a.cols() == b.cols() &&
-         (a.size() == 0 ||
-          std::memcmp(a.data(), b.data(), std::size_t(a.size()) * sizeof(float)) == 0);
+         (a.size() == 0 || std::memcmp(a.data(), b.data(), std::size_t(a.size()) * sizeof(float)) == 0);
 }
 
 // Rows that are NaN in both are taken out.
@@ -144,22 +152,22 @@ TEST(PackedMoELayer, IsTheLayerInDouble) {
     const Index tokens = rng.index(12), d_model = 1 + rng.index(75), experts = 1 + rng.index(6);
     const Index shared = std::max<Index>(0, rng.index(5) - 2);
     const bool scales_inputs = rng.uniform() < 0.15;
-    TopKRouter<float> router({.d_model = d_model,
-                              .num_experts = experts,
-                              .top_k = 1 + rng.index(experts),
-                              .renormalise = rng.uniform() < 0.5,
-                              .gate_side = scales_inputs ? GateSide::input : GateSide::output,
-                              .capacity = rng.uniform() < 0.5 ? std::optional(rng.uniform(0.3, 1.2))
-                                                              : std::nullopt,
-                              .overflow = Overflow(rng.index(3)),
-                              .allow_constant_gate = true},
-                             rng);
+    TopKRouter<float> router(
+        {.d_model = d_model,
+         .num_experts = experts,
+         .top_k = 1 + rng.index(experts),
+         .renormalise = rng.uniform() < 0.5,
+         .gate_side = scales_inputs ? GateSide::input : GateSide::output,
+         .capacity = rng.uniform() < 0.5 ? std::optional(rng.uniform(0.3, 1.2)) : std::nullopt,
+         .overflow = Overflow(rng.index(3)),
+         .allow_constant_gate = true},
+        rng);
     SharedExperts<Any> shared_experts{.gated = shared > 0 && !scales_inputs && rng.uniform() < 0.5};
     std::vector<Any> routed;
     for (Index e = 0; e < experts; ++e) routed.push_back(draw_expert(d_model, rng));
     for (Index s = 0; s < shared; ++s) shared_experts.experts.push_back(draw_expert(d_model, rng));
-    MoELayer<Any, TopKRouter<float>> layer(std::move(routed), std::move(router),
-                                           std::move(shared_experts), rng.uniform() < 0.3);
+    MoELayer<Any, TopKRouter<float>> layer(std::move(routed), std::move(router), std::move(shared_experts),
+                                           rng.uniform() < 0.3);
     if (layer.b_output.size() > 0) fill_normal(layer.b_output, 1.0, rng);
     if (layer.w_shared_gate.size() > 0) fill_normal(layer.w_shared_gate, 1.0, rng);
     Matrix<float> x(tokens, d_model);
@@ -212,9 +220,8 @@ Vector<S> hidden_of(const FeedForward<S, A>& e, const Vector<S>& x) {
 template <class S, class U>
 Vector<S> hidden_of(const GatedFeedForward<S, U>& e, const Vector<S>& x) {
   return reference::linear(x, e.w_gate, e.b_gate)
-      .binaryExpr(reference::linear(x, e.w_up, e.b_up), [&](S gate, S up) {
-        return reference::activate_gated(e.glu(), gate, up);
-      });
+      .binaryExpr(reference::linear(x, e.w_up, e.b_up),
+                  [&](S gate, S up) { return reference::activate_gated(e.glu(), gate, up); });
 }
 
 // The reference rounds x, the weights and hidden values. A hidden value between two bfloat16 may go either
@@ -229,12 +236,13 @@ TEST(PackedMoELayer, TheDotProductIsTheLayerInDoubleWithRoundedActivations) {
     std::vector<Any> drawn;
     for (Index e = 0; e < experts; ++e) drawn.push_back(draw_expert(d_model, rng));
     const MoELayer<Any, TopKRouter<float>> layer(
-        std::move(drawn), TopKRouter<float>({.d_model = d_model,
-                                             .num_experts = experts,
-                                             .top_k = 1 + rng.index(experts),
-                                             .gate_side = rng.uniform() < 0.2 ? GateSide::input : GateSide::output,
-                                             .allow_constant_gate = true},
-                                            rng));
+        std::move(drawn),
+        TopKRouter<float>({.d_model = d_model,
+                           .num_experts = experts,
+                           .top_k = 1 + rng.index(experts),
+                           .gate_side = rng.uniform() < 0.2 ? GateSide::input : GateSide::output,
+                           .allow_constant_gate = true},
+                          rng));
     Matrix<float> x(tokens, d_model);
     fill_normal(x, 1.0, rng);
     const Routing<float> routing = layer.route(x, {}, Sequential{});
@@ -368,7 +376,8 @@ TEST(PackedMoELayer, AddsExpertsInAscendingOrder) {
 // More rows than a product takes at once, and depths of several blocks and a rest in either product.
 TEST(PackedMoELayer, TakesManyRowsAndDeepProducts) {
   Rng rng(4);
-  for (const auto& [d_model, d_ff] : std::vector<std::pair<Index, Index>>{{1100, 24}, {2127, 24}, {40, 1301}}) {
+  for (const auto& [d_model, d_ff] :
+       std::vector<std::pair<Index, Index>>{{1100, 24}, {2127, 24}, {40, 1301}}) {
     const Layer layer = make_layer(d_model, d_ff, 1, 1, false);
     const Matrix<float> x = draw(2 * kernels::kMaxRows + 31, d_model, rng);
     const Matrix<double> exact = expected_output(layer, x, layer.route(x), false);
@@ -390,7 +399,8 @@ TEST(PackedMoELayer, TakesManyRowsAndDeepProducts) {
   }
 }
 
-// Few rows go through several panels from end to end, one row through two at a time, more rows block by block.
+// Few rows go through several panels from end to end, one row through two at a time, more rows block by
+// block.
 TEST(PackedMoELayer, FewRowsThroughDeepPanelsAreRowsOfABatch) {
   Rng rng(16);
   const Layer layer = make_layer(1101, 1301, 1, 1, false);
@@ -399,7 +409,8 @@ TEST(PackedMoELayer, FewRowsThroughDeepPanelsAreRowsOfABatch) {
   const Matrix<double> rounded = expected_output(layer, x, layer.route(x), true);
   const auto check = [&](const auto& fast, const Matrix<double>& expected, double tolerance) {
     const Matrix<float> y = fast.forward(x);
-    EXPECT_LE(relative_error(y.cast<double>().eval(), expected), tolerance) << name_of(fast.instruction_set());
+    EXPECT_LE(relative_error(y.cast<double>().eval(), expected), tolerance)
+        << name_of(fast.instruction_set());
     for (Index rows = 1; rows < 7; ++rows)
       EXPECT_TRUE(same_bits(fast.forward(x.topRows(rows)), y.topRows(rows)))
           << name_of(fast.instruction_set()) << ", " << rows << " rows";
@@ -422,15 +433,17 @@ TEST(PackedMoELayer, TakesExpertsOfSeveralBlocksAndSizes) {
       experts.push_back(Any(Gated({.d_model = 40, .d_ff = d_ff}, rng)));
     SharedExperts<Any> shared;
     if (side == GateSide::output) shared.experts.push_back(Any(Gated({.d_model = 40, .d_ff = 700}, rng)));
-    const MoELayer layer(std::move(experts),
-                         TopKRouter<float>({.d_model = 40, .num_experts = 3, .top_k = 2, .gate_side = side}, rng),
-                         std::move(shared));
+    const MoELayer layer(
+        std::move(experts),
+        TopKRouter<float>({.d_model = 40, .num_experts = 3, .top_k = 2, .gate_side = side}, rng),
+        std::move(shared));
     const Matrix<double> exact = expected_output(layer, x, layer.route(x), false);
     const Matrix<double> rounded = expected_output(layer, x, layer.route(x), true);
     for (const InstructionSet set : available_sets()) {
       const Matrix<float> y = pack<F32>(layer, {.instruction_set = set}).forward(x);
       EXPECT_LE(error_of(y, exact), 1e-5) << name_of(set);
-      EXPECT_LE(error_of(pack<BF16>(layer, {.instruction_set = set}).forward(x), rounded), 1e-5) << name_of(set);
+      EXPECT_LE(error_of(pack<BF16>(layer, {.instruction_set = set}).forward(x), rounded), 1e-5)
+          << name_of(set);
     }
     for (const InstructionSet set : sets_with_dot_products()) {
       const auto fast = pack<BF16>(layer, {.instruction_set = set, .bf16_dot_product = true});
@@ -498,7 +511,8 @@ void expect_poison_to_stay_in_its_row() {
     masked.mask[7] = false;
     const Matrix<float> expected = fast.forward(x, masked);
     EXPECT_TRUE((expected.row(7).array() == 0).all());
-    for (const float poison : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    for (const float poison :
+         {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
       x(7, 3) = poison;
       Matrix<float> y = fast.forward(x);
       EXPECT_TRUE(y.row(7).array().isNaN().all());
@@ -520,8 +534,7 @@ TEST(PackedMoELayer, ActivationsHoldAtTheirEnds) {
     const auto check = [&](kernels::Unit unit, const auto& activation) {
       std::vector<float> x(std::size_t(k.columns)), out(x.size());
       for (float scale : {1e-30f, 1e-3f, 1.0f, 30.0f, 90.0f, 1e4f, 1e30f}) {
-        for (std::size_t j = 0; j < x.size(); ++j)
-          x[j] = scale * (float(j) / float(x.size() - 1) * 2 - 1);
+        for (std::size_t j = 0; j < x.size(); ++j) x[j] = scale * (float(j) / float(x.size() - 1) * 2 - 1);
         k.activate({unit, false}, 1, x.data(), nullptr, out.data(), k.columns);
         for (std::size_t j = 0; j < x.size(); ++j) {
           const double expected = reference::activate(activation, double(x[j]));
@@ -555,9 +568,13 @@ TEST(PackedExpert, RoundsToBfloat16AsEigenDoes) {
 // An activation that the kernels do not know: the expert runs as it is.
 struct Cube {
   template <class T>
-  T forward(const T& x) const { return x * x * x; }
+  T forward(const T& x) const {
+    return x * x * x;
+  }
   template <class T>
-  T derivative(const T& x) const { return T(3) * x * x; }
+  T derivative(const T& x) const {
+    return T(3) * x * x;
+  }
 };
 
 TEST(PackedMoELayer, ExpertsWithoutAPackedFormRunAsTheyAre) {
@@ -579,9 +596,8 @@ TEST(PackedMoELayer, TakesExpertsOneAtATime) {
   const Layer layer = make_layer(48, 32, 5, 2);
   const auto whole = pack<F32>(layer);
   Index made = 0;
-  const auto fast = pack<F32>(
-      PackedParts<TopKRouter<float>>{layer.router(), 1, layer.w_shared_gate},
-      [&](Index e) {
+  const auto fast =
+      pack<F32>(PackedParts<TopKRouter<float>>{layer.router(), 1, layer.w_shared_gate}, [&](Index e) {
         EXPECT_EQ(e, made++);
         return e < 5 ? layer.experts()[std::size_t(e)] : layer.shared_experts()[0];
       });
@@ -615,9 +631,8 @@ TEST(PackedMoELayer, WeightsAsFloatsDoNotAskForAmx) {
   const Layer layer = make_layer(8, 8, 2, 1);
   EXPECT_NE(pack<F32>(layer).instruction_set(), InstructionSet::amx);
   EXPECT_NE(best_instruction_set(), InstructionSet::amx);
-  EXPECT_EQ(pack<BF16>(layer).instruction_set(), is_available(InstructionSet::amx)
-                                                     ? InstructionSet::amx
-                                                     : best_instruction_set());
+  EXPECT_EQ(pack<BF16>(layer).instruction_set(),
+            is_available(InstructionSet::amx) ? InstructionSet::amx : best_instruction_set());
 }
 
 TEST(PackedMoELayer, MemoryIsThatOfThePanels) {
@@ -647,9 +662,11 @@ TEST(PackedMoELayer, RefusesWhatDoesNotFit) {
   Matrix<float> x = Matrix<float>::Zero(3, 16);
   PackedWorkspace workspace;
   EXPECT_EQ(message_of([&] { fast.forward(x, x, workspace); }),
-            "PackedMoELayer::forward: y and x overlap: 3 x 64 bytes and 3 x 64 bytes, expected memory of their own");
+            "PackedMoELayer::forward: y and x overlap: 3 x 64 bytes and 3 x 64 bytes, expected memory of "
+            "their own");
   EXPECT_EQ(message_of([&] { fast.forward(x, routing, x, workspace); }),
-            "PackedMoELayer::forward: y and x overlap: 3 x 64 bytes and 3 x 64 bytes, expected memory of their own");
+            "PackedMoELayer::forward: y and x overlap: 3 x 64 bytes and 3 x 64 bytes, expected memory of "
+            "their own");
   PackedParts<TopKRouter<float>> parts{layer.router()};
   parts.b_output.resize(15);
   const auto first = [&](Index) -> const Gated& { return layer.experts()[0]; };
@@ -665,9 +682,7 @@ TEST(PackedMoELayer, RefusesWhatDoesNotFit) {
             "pack: w_shared_gate has shape [1, 16], expected [2, 16]");
   const Layer narrow = make_layer(15, 24, 4, 2);
   parts = {layer.router()};
-  EXPECT_EQ(message_of([&] {
-              pack<F32>(parts, [&](Index) -> const Gated& { return narrow.experts()[0]; });
-            }),
+  EXPECT_EQ(message_of([&] { pack<F32>(parts, [&](Index) -> const Gated& { return narrow.experts()[0]; }); }),
             "pack: expert 0 has d_model = 15, but the router has 16");
   for (const auto set : {InstructionSet::avx2, InstructionSet::avx512})
     if (!is_available(set)) {
@@ -676,10 +691,11 @@ TEST(PackedMoELayer, RefusesWhatDoesNotFit) {
     }
   EXPECT_EQ(message_of([&] { pack<F32>(layer, {.bf16_dot_product = true}); }),
             "pack: bf16_dot_product = true, but the weights are not packed as BF16, expected false");
-  EXPECT_EQ(message_of([&] {
-              pack<BF16>(layer, {.instruction_set = InstructionSet::portable, .bf16_dot_product = true});
-            }),
-            "pack: bf16_dot_product = true, but this processor has none for portable kernels, expected false");
+  EXPECT_EQ(
+      message_of([&] {
+        pack<BF16>(layer, {.instruction_set = InstructionSet::portable, .bf16_dot_product = true});
+      }),
+      "pack: bf16_dot_product = true, but this processor has none for portable kernels, expected false");
 }
 
 }  // namespace

@@ -29,8 +29,7 @@ using Layer = moe::MoELayer<Gated, TopK>;
 template <class Thing>
 std::vector<std::string> names_of(const Thing& thing) {
   std::vector<std::string> names;
-  Thing::visit([&](const ParameterInfo& info, const auto&) { names.emplace_back(info.name); },
-               thing);
+  Thing::visit([&](const ParameterInfo& info, const auto&) { names.emplace_back(info.name); }, thing);
   return names;
 }
 
@@ -76,18 +75,16 @@ TEST(Parameters, NamesAreDotted) {
 
 TEST(Parameters, WhatIsNotThereIsNotVisited) {
   moe::Rng rng(1);
-  EXPECT_EQ(names_of(Plain({.d_model = 2, .d_ff = 3}, rng)),
-            (std::vector<std::string>{"w_up", "w_down"}));
-  EXPECT_EQ(names_of(TopK({.d_model = 2, .num_experts = 3}, rng)),
-            (std::vector<std::string>{"w_router"}));
+  EXPECT_EQ(names_of(Plain({.d_model = 2, .d_ff = 3}, rng)), (std::vector<std::string>{"w_up", "w_down"}));
+  EXPECT_EQ(names_of(TopK({.d_model = 2, .num_experts = 3}, rng)), (std::vector<std::string>{"w_router"}));
   EXPECT_EQ(names_of(moe::NoisyTopKRouter<double>({.d_model = 2, .num_experts = 3}, rng)),
             (std::vector<std::string>{"w_router", "w_noise"}));
   EXPECT_EQ(names_of(moe::ExpertChoiceRouter<double>({.d_model = 2, .num_experts = 3}, rng)),
             (std::vector<std::string>{"w_router"}));
   const Layer bare(moe::make_experts<Gated>(1, {.d_model = 2, .d_ff = 3}, rng),
                    TopK({.d_model = 2, .num_experts = 1, .top_k = 1}, rng));
-  EXPECT_EQ(names_of(bare), (std::vector<std::string>{"router.w_router", "experts.0.w_gate",
-                                                      "experts.0.w_up", "experts.0.w_down"}));
+  EXPECT_EQ(names_of(bare), (std::vector<std::string>{"router.w_router", "experts.0.w_gate", "experts.0.w_up",
+                                                      "experts.0.w_down"}));
 }
 
 TEST(Parameters, APartWithoutANameKeepsItsNames) {
@@ -96,15 +93,14 @@ TEST(Parameters, APartWithoutANameKeepsItsNames) {
   const auto collect = [&](const ParameterInfo& info, auto&) { names.emplace_back(info.name); };
   moe::visit_part("", collect, kinds);
   moe::visit_part("a.b", collect, kinds);
-  EXPECT_EQ(names, (std::vector<std::string>{"weight", "table", "constant", "a.b.weight",
-                                             "a.b.table", "a.b.constant"}));
+  EXPECT_EQ(names, (std::vector<std::string>{"weight", "table", "constant", "a.b.weight", "a.b.table",
+                                             "a.b.constant"}));
 }
 
 TEST(Parameters, AreTheArraysOfTheLayerItself) {
   Layer layer = make_layer();
   std::map<std::string, const double*> at;
-  Layer::visit([&](const ParameterInfo& info, auto& p) { at[std::string(info.name)] = p.data(); },
-               layer);
+  Layer::visit([&](const ParameterInfo& info, auto& p) { at[std::string(info.name)] = p.data(); }, layer);
   EXPECT_EQ(at.at("router.w_router"), layer.router().w_router.data());
   EXPECT_EQ(at.at("experts.1.w_down"), layer.experts()[1].w_down.data());
   EXPECT_EQ(at.at("shared_experts.0.b_up"), layer.shared_experts()[0].b_up.data());
@@ -127,11 +123,9 @@ TEST(Parameters, LayersAreVisitedInLockstep) {
         layer, grad, momentum);
   }
   // m is 2 and then 3: every parameter has gone down by 5 / 8.
-  Layer::visit(
-      [](const ParameterInfo& info, const auto& p, const auto& was) {
-        EXPECT_TRUE((was - p).isApproxToConstant(0.625, 1e-12)) << info.name;
-      },
-      layer, before);
+  Layer::visit([](const ParameterInfo& info, const auto& p,
+                  const auto& was) { EXPECT_TRUE((was - p).isApproxToConstant(0.625, 1e-12)) << info.name; },
+               layer, before);
 }
 
 TEST(Parameters, LockstepRefusesThingsOfOtherShapes) {
@@ -147,10 +141,8 @@ TEST(Parameters, LockstepRefusesThingsOfOtherShapes) {
   EXPECT_THROW(visit(make_layer(2, 5, true, false), make_layer()), std::invalid_argument);
   EXPECT_THROW(visit(make_layer(), make_layer(2, 5, true, true, false)), std::invalid_argument);
   EXPECT_THROW(visit(make_layer(2, 5, true, true, false), make_layer()), std::invalid_argument);
-  EXPECT_THROW(visit(make_layer(), make_layer(2, 5, true, true, true, false)),
-               std::invalid_argument);
-  EXPECT_THROW(visit(make_layer(2, 5, true, true, true, false), make_layer()),
-               std::invalid_argument);
+  EXPECT_THROW(visit(make_layer(), make_layer(2, 5, true, true, true, false)), std::invalid_argument);
+  EXPECT_THROW(visit(make_layer(2, 5, true, true, true, false), make_layer()), std::invalid_argument);
   Kinds other;
   other.constant.resize(1, 3);
   EXPECT_THROW(visit(Kinds{}, other), std::invalid_argument);
@@ -186,15 +178,13 @@ TEST(Parameters, SetZeroLeavesBuffersAlone) {
   EXPECT_EQ(kinds.table, moe::IndexVector::Constant(5, 7));
   Layer layer = make_layer();
   moe::set_zero(layer);
-  Layer::visit([](const ParameterInfo&, const auto& p) { EXPECT_TRUE((p.array() == 0).all()); },
-               layer);
+  Layer::visit([](const ParameterInfo&, const auto& p) { EXPECT_TRUE((p.array() == 0).all()); }, layer);
 }
 
 TEST(Parameters, AreCountedByHand) {
   moe::Rng rng(3);
   EXPECT_EQ(moe::num_parameters(Kinds{}), 6);  // neither the buffer nor what is frozen
-  EXPECT_EQ(moe::num_parameters(Plain({.d_model = 3, .d_ff = 7, .bias = true}, rng)),
-            2 * 21 + 7 + 3);
+  EXPECT_EQ(moe::num_parameters(Plain({.d_model = 3, .d_ff = 7, .bias = true}, rng)), 2 * 21 + 7 + 3);
   // router 2 * 4 + 2, three experts of 3 * 20 + 5 + 5 + 4, shared gate 4, output bias 4
   EXPECT_EQ(moe::num_parameters(make_layer()), 10 + 3 * 74 + 4 + 4);
   // Mixtral 8x7B, one layer: 8 experts of 3 * 4096 * 14336 and a router of 8 * 4096, by shapes in
@@ -208,8 +198,7 @@ TEST(Parameters, AreCountedByHand) {
 TEST(Parameters, AVariantExpertShowsThoseOfItsKind) {
   moe::Rng rng(4);
   using Either = moe::VariantExpert<Plain, Gated>;
-  const Either plain = Plain({.d_model = 2, .d_ff = 3}, rng),
-               gated = Gated({.d_model = 2, .d_ff = 3}, rng);
+  const Either plain = Plain({.d_model = 2, .d_ff = 3}, rng), gated = Gated({.d_model = 2, .d_ff = 3}, rng);
   EXPECT_EQ(names_of(plain), (std::vector<std::string>{"w_up", "w_down"}));
   EXPECT_EQ(names_of(gated), (std::vector<std::string>{"w_gate", "w_up", "w_down"}));
   EXPECT_EQ(moe::num_parameters(plain), 12);

@@ -29,9 +29,7 @@ bool same_bytes(const M& a, const M& b) {
          std::memcmp(a.data(), b.data(), std::size_t(a.size()) * sizeof(*a.data())) == 0;
 }
 
-bool is_poisoned(Index t) {
-  return std::find(kPoisoned.begin(), kPoisoned.end(), t) != kPoisoned.end();
-}
+bool is_poisoned(Index t) { return std::find(kPoisoned.begin(), kPoisoned.end(), t) != kPoisoned.end(); }
 
 struct Step {
   Matrix<float> inference, y, d_x;
@@ -52,10 +50,8 @@ Step run(const Layer& layer, const Matrix<float>& x, const BatchInfo& info) {
   sequences.group_begin = IndexVector{{0, 1, std::min<Index>(40, x.rows()), x.rows()}};
   IndexVector device(layer.num_experts());
   for (Index e = 0; e < device.size(); ++e) device[e] = e % 2;
-  std::vector<Loss<float>> losses{load_balancing_loss(r),
-                                  importance_loss(r),
-                                  sequence_balance_loss(r, sequences),
-                                  device_balance_loss(r, device),
+  std::vector<Loss<float>> losses{load_balancing_loss(r), importance_loss(r),
+                                  sequence_balance_loss(r, sequences), device_balance_loss(r, device),
                                   relu_balance_loss(r, 1)};
   std::vector<LevelsLoss<float>> load_of_levels;
   for (const LoadThreshold threshold : {LoadThreshold::two, LoadThreshold::one}) {
@@ -73,8 +69,7 @@ Step run(const Layer& layer, const Matrix<float>& x, const BatchInfo& info) {
   RoutingGradient<float> of_losses;
   for (const Loss<float>& loss : losses) {
     step.losses.push_back(loss.value);
-    if constexpr (TrainableRouter<std::decay_t<decltype(layer.router())>>)
-      of_losses += loss.gradient;
+    if constexpr (TrainableRouter<std::decay_t<decltype(layer.router())>>) of_losses += loss.gradient;
   }
   // The output's gradient is what a loss would make of the output: NaN where that is NaN.
   const Matrix<float> d_y = step.y;
@@ -82,9 +77,8 @@ Step run(const Layer& layer, const Matrix<float>& x, const BatchInfo& info) {
   if constexpr (requires { grad.router().parent(); })
     for (const LevelsLoss<float>& load : load_of_levels)
       layer.router().backward_levels(cache.x, r, load.gradients, step.d_x, grad.router());
-  Layer::visit(
-      [&](const ParameterInfo&, const auto& g) { step.gradients.push_back(Matrix<float>(g)); },
-      grad);
+  Layer::visit([&](const ParameterInfo&, const auto& g) { step.gradients.push_back(Matrix<float>(g)); },
+               grad);
   return step;
 }
 
@@ -98,9 +92,8 @@ Step run(const SoftMoELayer<Expert>& layer, const Matrix<float>& x, const BatchI
   step.y = layer.forward(x, cache, info);
   const Matrix<float> d_y = step.y;
   step.d_x = layer.backward(d_y, cache, grad);
-  Layer::visit(
-      [&](const ParameterInfo&, const auto& g) { step.gradients.push_back(Matrix<float>(g)); },
-      grad);
+  Layer::visit([&](const ParameterInfo&, const auto& g) { step.gradients.push_back(Matrix<float>(g)); },
+               grad);
   return step;
 }
 
@@ -142,8 +135,7 @@ void expect_contained(Layer layer, const std::string& what) {
       EXPECT_TRUE(same_bytes(got.d_x, expected.d_x)) << what << ", d_x";
       ASSERT_EQ(got.losses.size(), expected.losses.size());
       if (!got.losses.empty()) {
-        EXPECT_EQ(std::memcmp(got.losses.data(), expected.losses.data(),
-                              got.losses.size() * sizeof(float)),
+        EXPECT_EQ(std::memcmp(got.losses.data(), expected.losses.data(), got.losses.size() * sizeof(float)),
                   0)
             << what << ", losses";
       }
@@ -156,38 +148,35 @@ void expect_contained(Layer layer, const std::string& what) {
 
 // A router whose gates scale inputs has no gated shared experts beside it.
 template <class Router>
-void expect_contained_with(const Router& router, const std::string& what,
-                           bool gated_shared = true) {
+void expect_contained_with(const Router& router, const std::string& what, bool gated_shared = true) {
   Rng rng(1);
   const Index d = router.d_model(), experts = router.num_experts();
   const typename GatedFeedForward<float>::Options gated{.d_model = d, .d_ff = 20, .bias = true};
   using Layer = MoELayer<GatedFeedForward<float>, Router>;
   expect_contained(Layer(make_experts<GatedFeedForward<float>>(experts, gated, rng), router), what);
-  expect_contained(
-      Layer(make_experts<GatedFeedForward<float>>(experts, gated, rng), router,
-            {make_experts<GatedFeedForward<float>>(1, gated, rng), gated_shared}, true),
-      what + " with a shared expert");
+  expect_contained(Layer(make_experts<GatedFeedForward<float>>(experts, gated, rng), router,
+                         {make_experts<GatedFeedForward<float>>(1, gated, rng), gated_shared}, true),
+                   what + " with a shared expert");
 }
 
 TEST(Poison, StaysInItsTokenWithTopK) {
   Rng rng(1);
   int i = 0;
   for (const Overflow overflow : {Overflow::drop, Overflow::next_best, Overflow::pass_through})
-    for (const Priority priority :
-         {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate,
-          Priority::token_max_prob})
-      expect_contained_with(TopKRouter<float>({.d_model = 12,
-                                               .num_experts = 5,
-                                               .top_k = 2,
-                                               .softmax_before_selection = ++i % 2 == 0,
-                                               .jitter = 0.1,
-                                               .capacity = 1.0,
-                                               .training_capacity = 0.7,
-                                               .overflow = overflow,
-                                               .priority = priority},
-                                              rng),
-                            "overflow " + std::to_string(int(overflow)) + ", priority " +
-                                std::to_string(int(priority)));
+    for (const Priority priority : {Priority::token_order, Priority::token_max_gate,
+                                    Priority::assignment_gate, Priority::token_max_prob})
+      expect_contained_with(
+          TopKRouter<float>({.d_model = 12,
+                             .num_experts = 5,
+                             .top_k = 2,
+                             .softmax_before_selection = ++i % 2 == 0,
+                             .jitter = 0.1,
+                             .capacity = 1.0,
+                             .training_capacity = 0.7,
+                             .overflow = overflow,
+                             .priority = priority},
+                            rng),
+          "overflow " + std::to_string(int(overflow)) + ", priority " + std::to_string(int(priority)));
 }
 
 TEST(Poison, StaysInItsTokenWithNoisyTopK) {
@@ -198,16 +187,15 @@ TEST(Poison, StaysInItsTokenWithNoisyTopK) {
 
 TEST(Poison, StaysInItsTokenWithExpertChoice) {
   Rng rng(1);
-  expect_contained_with(ExpertChoiceRouter<float>({.d_model = 12, .num_experts = 5,
-                                                   .overflow = Overflow::pass_through}, rng),
-                        "expert choice");
+  expect_contained_with(
+      ExpertChoiceRouter<float>({.d_model = 12, .num_experts = 5, .overflow = Overflow::pass_through}, rng),
+      "expert choice");
 }
 
 TEST(Poison, StaysInItsTokenWithReLURouting) {
   Rng rng(1);
   expect_contained_with(
-      TopKRouter<float>({.d_model = 12, .num_experts = 5, .top_k = 5, .score = Score::relu}, rng),
-      "ReLU");
+      TopKRouter<float>({.d_model = 12, .num_experts = 5, .top_k = 5, .score = Score::relu}, rng), "ReLU");
 }
 
 TEST(Poison, StaysInItsTokenWithOtherOptionsOfTopK) {
@@ -233,10 +221,8 @@ TEST(Poison, StaysInItsTokenWithOtherOptionsOfTopK) {
         .score = Score::sqrt_softplus,
         .bias = true,
         .training_capacity = 0.8}},
-      {"top-p",
-       {.d_model = 12, .num_experts = 6, .top_k = 6, .top_p = 0.4, .training_capacity = 0.5}},
-      {"second threshold",
-       {.d_model = 12, .num_experts = 6, .second_threshold = 0.2, .capacity = 1.0}},
+      {"top-p", {.d_model = 12, .num_experts = 6, .top_k = 6, .top_p = 0.4, .training_capacity = 0.5}},
+      {"second threshold", {.d_model = 12, .num_experts = 6, .second_threshold = 0.2, .capacity = 1.0}},
       {"random second experts",
        {.d_model = 12, .num_experts = 6, .random_second_threshold = 0.5, .renormalise = true}},
       {"noise", {.d_model = 12, .num_experts = 6, .noise_stddev = 0.5}},
@@ -246,17 +232,15 @@ TEST(Poison, StaysInItsTokenWithOtherOptionsOfTopK) {
   };
   for (const auto& [what, options] : rows) {
     Rng rng(1);
-    expect_contained_with(TopKRouter<float>(options, rng), what,
-                          options.gate_side != GateSide::input);
+    expect_contained_with(TopKRouter<float>(options, rng), what, options.gate_side != GateSide::input);
   }
 }
 
 TEST(Poison, StaysInItsTokenWithThreeWayExperts) {
   Rng rng(1);
-  expect_contained(
-      MoELayer(make_experts<ThreeWayFeedForward<float>>(5, {.d_model = 12, .d_ff = 20}, rng),
-               TopKRouter<float>({.d_model = 12, .num_experts = 5}, rng)),
-      "three-way experts");
+  expect_contained(MoELayer(make_experts<ThreeWayFeedForward<float>>(5, {.d_model = 12, .d_ff = 20}, rng),
+                            TopKRouter<float>({.d_model = 12, .num_experts = 5}, rng)),
+                   "three-way experts");
 }
 
 TEST(Poison, StaysInItsTokenWithNullExperts) {
@@ -264,8 +248,7 @@ TEST(Poison, StaysInItsTokenWithNullExperts) {
   const std::vector<MixedExpert> experts = make_mixed_experts(12, 20, rng);
   for (const GateSide side : {GateSide::output, GateSide::input})
     expect_contained(
-        MoELayer(experts,
-                 TopKRouter<float>({.d_model = 12, .num_experts = 8, .gate_side = side}, rng)),
+        MoELayer(experts, TopKRouter<float>({.d_model = 12, .num_experts = 8, .gate_side = side}, rng)),
         side == GateSide::input ? "null experts, gates of inputs" : "null experts");
 }
 
@@ -277,9 +260,8 @@ TEST(Poison, StaysInItsTokenWithSinkhorn) {
 
 TEST(Poison, StaysInItsTokenWithSparseMixer) {
   Rng rng(1);
-  expect_contained_with(
-      SparseMixerRouter<float>({.d_model = 12, .num_experts = 5, .jitter = 0.3}, rng),
-      "SparseMixer");
+  expect_contained_with(SparseMixerRouter<float>({.d_model = 12, .num_experts = 5, .jitter = 0.3}, rng),
+                        "SparseMixer");
 }
 
 TEST(Poison, StaysInItsTokenWithRoutersOfRouters) {
@@ -307,10 +289,8 @@ TEST(Poison, StaysInItsTokenInSoftMoE) {
   Rng rng(1);
   for (const bool normalise : {true, false})
     expect_contained(
-        SoftMoELayer(
-            make_experts<GatedFeedForward<float>>(5, {.d_model = 12, .d_ff = 20, .bias = true},
-                                                  rng),
-            {.d_model = 12, .num_experts = 5, .slots_per_expert = 2, .normalise = normalise}, rng),
+        SoftMoELayer(make_experts<GatedFeedForward<float>>(5, {.d_model = 12, .d_ff = 20, .bias = true}, rng),
+                     {.d_model = 12, .num_experts = 5, .slots_per_expert = 2, .normalise = normalise}, rng),
         normalise ? "Soft MoE" : "Soft MoE of plain dot products");
 }
 
@@ -319,8 +299,7 @@ TEST(Poison, ABatchOfPoisonedTokensOnlyIsNaNAndHasNoLoss) {
   const MoELayer layer(make_experts<FeedForward<float>>(3, {.d_model = 4, .d_ff = 5}, rng),
                        TopKRouter<float>({.d_model = 4, .num_experts = 3}, rng));
   const Step step = run(layer, Matrix<float>::Constant(7, 4, kNaN), {});
-  for (Index i = 0; i < step.y.size(); ++i)
-    EXPECT_EQ(number_kind(step.y.data()[i]), NumberKind::nan);
+  for (Index i = 0; i < step.y.size(); ++i) EXPECT_EQ(number_kind(step.y.data()[i]), NumberKind::nan);
   for (const float loss : step.losses) EXPECT_EQ(loss, 0.0f);
   EXPECT_TRUE((step.d_x.array() == 0).all());
   for (const Matrix<float>& g : step.gradients) EXPECT_TRUE((g.array() == 0).all());

@@ -55,8 +55,7 @@ void check_products(Index rows, Index in, Index out, moe::Rng& rng) {
                   d_y = random_matrix<S>(rows, out, rng);
   Strided<S> x_view(x), w_view(w), d_y_view(d_y);
   for (const Write write : {Write::replace, Write::add}) {
-    const Matrix<S> y_before = random_matrix<S>(rows, out, rng),
-                    d_x_before = random_matrix<S>(rows, in, rng);
+    const Matrix<S> y_before = random_matrix<S>(rows, out, rng), d_x_before = random_matrix<S>(rows, in, rng);
     const bool add = write == Write::add;
     Matrix<S> y = y_before, d_x = d_x_before;
     moe::linear(x, w, y, write);
@@ -116,8 +115,7 @@ TYPED_TEST(ProductOf, EqualsTripleLoopsOverManyOddShapes) {
   moe::Rng rng(1);
   const Index sizes[] = {0, 1, 2, 3, 5, 6, 7, 8, 9, 12, 13, 15, 16, 17, 24, 25, 31, 33, 48, 50};
   for (int i = 0; i < 150; ++i)
-    check_products<TypeParam>(sizes[rng.index(20)], sizes[rng.index(20)], sizes[rng.index(20)],
-                              rng);
+    check_products<TypeParam>(sizes[rng.index(20)], sizes[rng.index(20)], sizes[rng.index(20)], rng);
 }
 
 TYPED_TEST(ProductOf, EqualsTripleLoopsWhereADimensionIsZeroOrOne) {
@@ -136,8 +134,8 @@ TYPED_TEST(ProductOf, EqualsTripleLoopsAroundTheDepthAtWhichSumsAreCut) {
   }
 }
 
-// Rows of a weight of at least 2^16 numbers are multiplied far from each other: in widths of whole pages and others,
-// with columns left over and without.
+// Rows of a weight of at least 2^16 numbers are multiplied far from each other: in widths of whole pages and
+// others, with columns left over and without.
 TYPED_TEST(ProductOf, EqualsTripleLoopsWhereTheWeightIsLarge) {
   moe::Rng rng(4);
   for (const Index rows : {1, 2, 3, 5, 8}) {
@@ -329,8 +327,8 @@ Products multiply_with(InstructionSet set, const Matrix<float>& x, const Matrix<
   auto x_view = x_at.view(), w_view = w_at.view(), d_y_view = d_y_at.view(), y_view = y_at.view(),
        d_x_view = d_x_at.view(), d_w_view = d_w_at.view();
   table.linear(rows, in, out, x_view.data(), in + 5, w_view.data(), in + 5, y_view.data(), out + 5, add);
-  table.linear_backward_input(rows, in, out, d_y_view.data(), out + 5, w_view.data(), in + 5,
-                              d_x_view.data(), in + 5, add);
+  table.linear_backward_input(rows, in, out, d_y_view.data(), out + 5, w_view.data(), in + 5, d_x_view.data(),
+                              in + 5, add);
   table.linear_backward_weight(rows, in, out, d_y_view.data(), out + 5, x_view.data(), in + 5,
                                d_w_view.data(), in + 5);
   for (auto* at : {&y_at, &d_x_at, &d_w_at}) EXPECT_TRUE(at->margins_are_untouched());
@@ -343,7 +341,8 @@ struct Reference {
   Index depth;
   Reference(const Matrix<float>& a, const Matrix<float>& b)
       : product(a.cast<double>() * b.cast<double>()),
-        magnitude(a.cwiseAbs().cast<double>() * b.cwiseAbs().cast<double>()), depth(a.cols()) {}
+        magnitude(a.cwiseAbs().cast<double>() * b.cwiseAbs().cast<double>()),
+        depth(a.cols()) {}
 
   // |got - (before + product)| is within the rounding of a sum.
   void expect(const Matrix<float>& got, const Matrix<float>& before, bool add) const {
@@ -358,8 +357,8 @@ struct Reference {
 TEST(FloatProducts, EverySetOfKernelsEqualsDoublesOverManyOddShapes) {
   moe::Rng rng(10);
   const Index rows_of[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 16, 17, 25, 31, 64, 96, 97, 200, 300};
-  const Index widths[] = {1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 48, 63, 64, 65, 80, 127, 128, 129, 191,
-                          200, 255, 256, 257, 300, 511, 512, 513, 600};
+  const Index widths[] = {1,  2,  3,   4,   7,   8,   9,   15,  16,  17,  31,  33,  48,  63,  64,
+                          65, 80, 127, 128, 129, 191, 200, 255, 256, 257, 300, 511, 512, 513, 600};
   for (int i = 0; i < 40; ++i) {
     const Index rows = rows_of[i % 20], in = widths[rng.index(30)], out = widths[rng.index(30)];
     SCOPED_TRACE(testing::Message() << "rows " << rows << ", in " << in << ", out " << out);
@@ -397,9 +396,9 @@ TEST(FloatProducts, ARowsBitsDoNotDependOnTheRowsBesideItInAnySet) {
     const Products all = multiply_with(set, x, w, d_y, before, true);
     for (const Index rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 24, 31}) {
       const Index first = rng.index(most - rows + 1);
-      const Products some = multiply_with(
-          set, x.middleRows(first, rows), w, d_y.middleRows(first, rows),
-          {before.y.topRows(rows), before.d_x.topRows(rows), before.d_w}, true);
+      const Products some =
+          multiply_with(set, x.middleRows(first, rows), w, d_y.middleRows(first, rows),
+                        {before.y.topRows(rows), before.d_x.topRows(rows), before.d_w}, true);
       EXPECT_TRUE((some.y.array() == all.y.middleRows(first, rows).array()).all()) << rows;
       EXPECT_TRUE((some.d_x.array() == all.d_x.middleRows(first, rows).array()).all()) << rows;
     }

@@ -95,8 +95,7 @@ Vector<S> expert_output(const moe::GatedFeedForward<S, Unit>& expert, const Vect
   const Vector<S> gate = linear(x, expert.w_gate, expert.b_gate);
   const Vector<S> up = linear(x, expert.w_up, expert.b_up);
   Vector<S> hidden(gate.size());
-  for (Index i = 0; i < hidden.size(); ++i)
-    hidden[i] = activate_gated(expert.glu(), gate[i], up[i]);
+  for (Index i = 0; i < hidden.size(); ++i) hidden[i] = activate_gated(expert.glu(), gate[i], up[i]);
   return linear(hidden, expert.w_down, expert.b_down);
 }
 
@@ -131,8 +130,7 @@ Vector<S> routed_sum(Index t, const Vector<S>& x, const std::vector<Expert>& exp
       for (Index j = 0; j < x.size(); ++j)
         if (scale_input) input[j] *= plan.gate[a];
       const Vector<S> output = expert_output(at(experts, e), input);
-      for (Index j = 0; j < x.size(); ++j)
-        sum[j] += scale_input ? output[j] : plan.gate[a] * output[j];
+      for (Index j = 0; j < x.size(); ++j) sum[j] += scale_input ? output[j] : plan.gate[a] * output[j];
     }
   }
   return sum;
@@ -147,8 +145,7 @@ Matrix<S> layer_output(const Matrix<S>& x, const std::vector<Expert>& experts,
   for (Index t = 0; t < x.rows(); ++t) {
     if (plan.token_state[t] != moe::TokenState::valid) {
       const bool masked = plan.token_state[t] == moe::TokenState::masked;
-      for (Index j = 0; j < x.cols(); ++j)
-        y(t, j) = masked ? S(0) : std::numeric_limits<S>::quiet_NaN();
+      for (Index j = 0; j < x.cols(); ++j) y(t, j) = masked ? S(0) : std::numeric_limits<S>::quiet_NaN();
       continue;
     }
     const Vector<S> row = row_of(x, t);
@@ -251,8 +248,7 @@ moe::TokenState state_of(const Matrix<S>& z, Index t, const moe::BatchInfo& info
 
 // The gate of an expert that is one of those `in_use`.
 template <class S>
-S gate_of(const Matrix<S>& z, Index t, Index e, bool gates_sum_to_one,
-          const std::vector<Index>& in_use) {
+S gate_of(const Matrix<S>& z, Index t, Index e, bool gates_sum_to_one, const std::vector<Index>& in_use) {
   return softmax(z, t, e, gates_sum_to_one ? in_use : numbers(0, z.cols()));
 }
 
@@ -288,21 +284,16 @@ Index seats_of_an_expert(const Decision<S>& decision, Group group, Index experts
   for (Index t = group.begin; t < group.end; ++t)
     if (at(decision.state, t) == moe::TokenState::valid) ++tokens;
   Index seats = 0;
-  while (seats < tokens &&
-         double(seats) < factor * double(top_k) * double(tokens) / double(experts))
-    ++seats;
+  while (seats < tokens && double(seats) < factor * double(top_k) * double(tokens) / double(experts)) ++seats;
   return seats;
 }
 
 // The group's choices, as indices, in the order in which they are seated.
 template <class S>
-std::vector<Index> in_order_of_priority(const Decision<S>& decision, Group group,
-                                        moe::Priority priority) {
+std::vector<Index> in_order_of_priority(const Decision<S>& decision, Group group, moe::Priority priority) {
   const std::vector<Choice<S>>& choices = decision.choices;
   std::vector<Index> order;
-  const auto belongs = [&](const Choice<S>& c) {
-    return c.token >= group.begin && c.token < group.end;
-  };
+  const auto belongs = [&](const Choice<S>& c) { return c.token >= group.begin && c.token < group.end; };
   if (priority == moe::Priority::assignment_gate) {
     for (;;) {  // of the choices that are left, the first with the largest gate
       Index next = -1;
@@ -325,8 +316,7 @@ std::vector<Index> in_order_of_priority(const Decision<S>& decision, Group group
         S own = 0;
         for (const Choice<S>& c : choices) {
           if (c.token != t) continue;
-          const S value =
-              priority == moe::Priority::token_max_gate ? c.gate : decision.probs(t, c.expert);
+          const S value = priority == moe::Priority::token_max_gate ? c.gate : decision.probs(t, c.expert);
           if (value > own) own = value;
         }
         if (own > largest) {
@@ -374,8 +364,7 @@ std::vector<Index> full_experts(const std::vector<Choice<S>>& choices, Group gro
 template <class S>
 void seat_group(const Matrix<S>& z, const Rule& rule, Group group, Decision<S>& decision) {
   std::vector<Choice<S>>& choices = decision.choices;
-  const Index seats =
-      seats_of_an_expert(decision, group, z.cols(), rule.top_k, *rule.capacity_factor);
+  const Index seats = seats_of_an_expert(decision, group, z.cols(), rule.top_k, *rule.capacity_factor);
   const std::vector<Index> order = in_order_of_priority(decision, group, rule.priority);
   for (const Index c : order)
     if (!contains(full_experts(choices, group, z.cols(), seats), at(choices, c).expert))
@@ -395,8 +384,7 @@ void seat_group(const Matrix<S>& z, const Rule& rule, Group group, Decision<S>& 
 // The states and probabilities of a batch; nothing chosen yet. A token is poisoned where its logits
 // say so, with or without noise.
 template <class S>
-Decision<S> begin_decision(const Matrix<S>& clean_z, const Matrix<S>& z,
-                           const moe::BatchInfo& info) {
+Decision<S> begin_decision(const Matrix<S>& clean_z, const Matrix<S>& z, const moe::BatchInfo& info) {
   Decision<S> decision;
   decision.probs.resize(z.rows(), z.cols());
   for (Index t = 0; t < z.rows(); ++t) {
@@ -404,8 +392,7 @@ Decision<S> begin_decision(const Matrix<S>& clean_z, const Matrix<S>& z,
     if (state == moe::TokenState::valid) state = state_of(z, t, info);
     decision.state.push_back(state);
     for (Index e = 0; e < z.cols(); ++e)
-      decision.probs(t, e) =
-          state == moe::TokenState::valid ? softmax(z, t, e, numbers(0, z.cols())) : S(0);
+      decision.probs(t, e) = state == moe::TokenState::valid ? softmax(z, t, e, numbers(0, z.cols())) : S(0);
   }
   return decision;
 }
@@ -438,8 +425,7 @@ Decision<S> token_choice(const Matrix<S>& clean_z, const Matrix<S>& z, const Rul
   const bool next_best = rule.overflow == moe::Overflow::next_best;
   for (Choice<S>& c : choices)
     if (c.seat >= 0 && (next_best || (rule.renormalise_after_drop && rule.gates_sum_to_one)))
-      c.seat_gate =
-          gate_of(z, c.token, c.seat, rule.gates_sum_to_one, seats_of_token(choices, c.token));
+      c.seat_gate = gate_of(z, c.token, c.seat, rule.gates_sum_to_one, seats_of_token(choices, c.token));
   if (rule.overflow == moe::Overflow::pass_through) {
     for (Index t = 0; t < z.rows(); ++t) {
       bool has_choices = false;

@@ -52,8 +52,7 @@ AnyExpert<S> draw_expert(Index d_model, Rng& rng) {
   if (kind == 1) return moe::FeedForward<S, moe::GELU>({d_model, d_ff, bias, {}}, rng);
   if (kind == 2) return moe::FeedForward<S, moe::GELUTanh>({d_model, d_ff, bias, {}}, rng);
   if (kind == 3) return moe::GatedFeedForward<S, moe::SwiGLU>({d_model, d_ff, bias, {}}, rng);
-  return moe::GatedFeedForward<S, moe::ClampedSwiGLU>({d_model, d_ff, bias, {1.702, 0.8, 1.0}},
-                                                      rng);
+  return moe::GatedFeedForward<S, moe::ClampedSwiGLU>({d_model, d_ff, bias, {1.702, 0.8, 1.0}}, rng);
 }
 
 template <class S>
@@ -107,8 +106,7 @@ Matrix<S> draw_input(const Setup& setup, Rng& rng) {
   moe::fill_normal(x, 1.0, rng);
   if (setup.tokens > 0 && rng.uniform() < 0.15) {
     S& entry = x(rng.index(setup.tokens), rng.index(setup.d_model));
-    entry = rng.uniform() < 0.5 ? std::numeric_limits<S>::quiet_NaN()
-                                : std::numeric_limits<S>::infinity();
+    entry = rng.uniform() < 0.5 ? std::numeric_limits<S>::quiet_NaN() : std::numeric_limits<S>::infinity();
   }
   return x;
 }
@@ -200,13 +198,12 @@ Logits<S> logits_of(const moe::NoisyTopKRouter<S>& router, const Matrix<S>& x,
                     const moe::Routing<S>& routing) {
   const Matrix<S> z = reference::logits(x, router.w_router);
   if (routing.noise.empty()) return {z, z};
-  return {z, reference::noisy_logits(x, router.w_router, router.w_noise,
-                                     router.options().noise_epsilon, routing.noise.draws)};
+  return {z, reference::noisy_logits(x, router.w_router, router.w_noise, router.options().noise_epsilon,
+                                     routing.noise.draws)};
 }
 
 template <class S>
-Logits<S> logits_of(const moe::ExpertChoiceRouter<S>& router, const Matrix<S>& x,
-                    const moe::Routing<S>&) {
+Logits<S> logits_of(const moe::ExpertChoiceRouter<S>& router, const Matrix<S>& x, const moe::Routing<S>&) {
   const Matrix<S> z = reference::logits(x, router.w_router);
   return {z, z};
 }
@@ -240,8 +237,8 @@ bool choices_are_clear(const Matrix<S>& z, Index t, Index count) {
 // Whether the gates by which tokens compete are clearly apart. Gates that are 1 by construction tie
 // exactly, in the library as in the reference.
 template <class S>
-bool priorities_are_clear(const reference::Decision<S>& decision, const reference::Rule& rule,
-                          Index experts, const moe::BatchInfo& info) {
+bool priorities_are_clear(const reference::Decision<S>& decision, const reference::Rule& rule, Index experts,
+                          const moe::BatchInfo& info) {
   if (rule.priority == Priority::token_order) return true;
   const auto& choices = decision.choices;
   const auto is_one = [&](const reference::Choice<S>& c) {
@@ -252,19 +249,17 @@ bool priorities_are_clear(const reference::Decision<S>& decision, const referenc
   for (const auto group : reference::groups_of(info, Index(decision.state.size()))) {
     for (const auto& a : choices) {
       for (const auto& b : choices) {
-        const bool compared =
-            rule.priority != Priority::assignment_gate
-                ? a.rank == 0 && b.rank == 0 && a.token < b.token
-                : &a < &b && (rule.overflow == Overflow::next_best || a.expert == b.expert);
+        const bool compared = rule.priority != Priority::assignment_gate
+                                  ? a.rank == 0 && b.rank == 0 && a.token < b.token
+                                  : &a < &b && (rule.overflow == Overflow::next_best || a.expert == b.expert);
         if (!compared || a.token < group.begin || b.token >= group.end) continue;
         if (rule.priority == Priority::token_max_prob) {
-          const double distance = double(decision.probs(a.token, a.expert)) -
-                                  double(decision.probs(b.token, b.expert));
+          const double distance =
+              double(decision.probs(a.token, a.expert)) - double(decision.probs(b.token, b.expert));
           if (std::abs(distance) < kClear<S> && experts > 1) return false;
           continue;
         }
-        if (std::abs(double(a.gate - b.gate)) < kClear<S> && !(is_one(a) && is_one(b)))
-          return false;
+        if (std::abs(double(a.gate - b.gate)) < kClear<S> && !(is_one(a) && is_one(b))) return false;
       }
     }
   }
@@ -280,8 +275,7 @@ std::vector<bool> clear_tokens(const Router& router, const Setup& setup, const M
   const Index count = all_compete && rule.overflow == Overflow::next_best ? z.cols() : rule.top_k;
   std::vector<bool> clear;
   for (Index t = 0; t < z.rows(); ++t)
-    clear.push_back(reference::at(decision.state, t) != TokenState::valid ||
-                    choices_are_clear(z, t, count));
+    clear.push_back(reference::at(decision.state, t) != TokenState::valid || choices_are_clear(z, t, count));
   if (!all_compete) return clear;
   const bool all = std::count(clear.begin(), clear.end(), false) == 0 &&
                    priorities_are_clear(decision, rule, z.cols(), setup.info);
@@ -289,8 +283,8 @@ std::vector<bool> clear_tokens(const Router& router, const Setup& setup, const M
 }
 
 template <class S>
-std::vector<bool> clear_tokens(const moe::ExpertChoiceRouter<S>&, const Setup& setup,
-                               const Matrix<S>& z, const reference::Decision<S>& decision) {
+std::vector<bool> clear_tokens(const moe::ExpertChoiceRouter<S>&, const Setup& setup, const Matrix<S>& z,
+                               const reference::Decision<S>& decision) {
   const auto is_taken = [&](Index t, Index e) {
     return std::any_of(decision.choices.begin(), decision.choices.end(),
                        [&](const auto& c) { return c.token == t && c.expert == e; });
@@ -326,8 +320,8 @@ std::vector<reference::Choice<S>> choices_of(const moe::Routing<S>& routing) {
           gate = plan.gate[a];
         }
       }
-      list.push_back({t, c - routing.chosen.token_begin[t], routing.chosen.expert[c],
-                      routing.chosen.gate[c], seat, gate});
+      list.push_back({t, c - routing.chosen.token_begin[t], routing.chosen.expert[c], routing.chosen.gate[c],
+                      seat, gate});
     }
   }
   return list;
@@ -365,15 +359,13 @@ void expect_same_routing(const moe::Routing<S>& routing, const Logits<S>& z,
       ASSERT_NEAR(double(routing.router_probs(t, e)), double(decision.probs(t, e)), kTolerance<S>);
       const double largest = std::max(1.0, std::abs(double(z.clean(t, e))));
       if (std::isfinite(z.clean(t, e)) && routing.is_valid(t)) {
-        ASSERT_NEAR(double(routing.router_logits(t, e)), double(z.clean(t, e)),
-                    kTolerance<S> * largest);
+        ASSERT_NEAR(double(routing.router_logits(t, e)), double(z.clean(t, e)), kTolerance<S> * largest);
       }
     }
   }
   const std::vector<moe::Dropped> dropped(routing.plan.dropped.begin(), routing.plan.dropped.end());
   EXPECT_EQ(filtered(dropped, keep), filtered(decision.dropped, keep));
-  const std::vector<Index> passed(routing.plan.passed_through.begin(),
-                                  routing.plan.passed_through.end());
+  const std::vector<Index> passed(routing.plan.passed_through.begin(), routing.plan.passed_through.end());
   const auto keep_token = [&](Index t) { return bool(clear[std::size_t(t)]); };
   EXPECT_EQ(filtered(passed, keep_token), filtered(decision.passed_through, keep_token));
 }
@@ -384,8 +376,7 @@ void expect_same_output(const Matrix<S>& actual, const Matrix<S>& expected) {
   ASSERT_EQ(actual.cols(), expected.cols());
   double largest = 0;
   for (Index i = 0; i < expected.size(); ++i)
-    if (!std::isnan(expected.data()[i]))
-      largest = std::max(largest, std::abs(double(expected.data()[i])));
+    if (!std::isnan(expected.data()[i])) largest = std::max(largest, std::abs(double(expected.data()[i])));
   for (Index t = 0; t < expected.rows(); ++t) {
     for (Index j = 0; j < expected.cols(); ++j) {
       if (std::isnan(expected(t, j))) {
@@ -432,8 +423,7 @@ void check_configuration(std::uint64_t seed, Count& count) {
   const Router router = draw_router(setup, static_cast<Router*>(nullptr), rng);
   const std::vector<AnyExpert<S>> experts = draw_experts<S>(setup.experts, setup.d_model, rng);
   const std::vector<AnyExpert<S>> shared = draw_experts<S>(setup.shared, setup.d_model, rng);
-  moe::MoELayer<AnyExpert<S>, Router> layer(experts, router, {shared, setup.gated},
-                                            setup.output_bias);
+  moe::MoELayer<AnyExpert<S>, Router> layer(experts, router, {shared, setup.gated}, setup.output_bias);
   if (setup.gated) moe::fill_normal(layer.w_shared_gate, 0.5, rng);
   if (setup.output_bias) moe::fill_normal(layer.b_output, 1.0, rng);
   const Matrix<S> x = draw_input<S>(setup, rng);
@@ -452,8 +442,8 @@ void check_configuration(std::uint64_t seed, Count& count) {
     routing.plan.gate_side = moe::GateSide::input;
     y = layer.forward(x, routing, moe::Sequential{});
   }
-  expect_same_output(y, reference::layer_output(x, experts, shared, layer.w_shared_gate,
-                                                layer.b_output, routing.plan));
+  expect_same_output(
+      y, reference::layer_output(x, experts, shared, layer.w_shared_gate, layer.b_output, routing.plan));
 
   const Logits<S> z = logits_of(router, x, routing);
   const reference::Decision<S> decision = decide(router, setup, z);
@@ -569,8 +559,7 @@ struct OneSeatEach : testing::Test {
 
 TEST_F(OneSeatEach, GoesToTheFirstTokenInTokenOrder) {
   expect(Overflow::drop, Priority::token_order, {0, -1, -1}, {{1, 0, 0}, {2, 0, 0}}, {});
-  expect(Overflow::pass_through, Priority::token_order, {0, -1, -1}, {{1, 0, 0}, {2, 0, 0}},
-         {1, 2});
+  expect(Overflow::pass_through, Priority::token_order, {0, -1, -1}, {{1, 0, 0}, {2, 0, 0}}, {1, 2});
 }
 
 TEST_F(OneSeatEach, GoesToTheSurestTokenByGate) {
@@ -600,8 +589,8 @@ TEST(ReferenceMoE, AddsUpALayerByHand) {
   experts.pop_back();
   moe::DispatchPlan<double> plan;
   plan.num_tokens = 5;
-  plan.token_state = {TokenState::valid, TokenState::valid, TokenState::masked,
-                      TokenState::poisoned, TokenState::valid};
+  plan.token_state = {TokenState::valid, TokenState::valid, TokenState::masked, TokenState::poisoned,
+                      TokenState::valid};
   plan.expert_begin = {0, 2, 3};
   plan.token = {0, 1, 1};
   plan.gate = {0.5, 0.25, 0.75};
@@ -616,8 +605,8 @@ TEST(ReferenceMoE, AddsUpALayerByHand) {
 
   // Half of the shared expert, by a sigmoid of 0.
   const Matrix<double> gated{{1 + 3 + 10}, {7 + 6 + 10}, {0}, {std::nan("")}, {-3 - 1.5 + 10}};
-  expect_same_output(
-      reference::layer_output(x, experts, {shared}, Matrix<double>{{0}}, b_output, plan), gated);
+  expect_same_output(reference::layer_output(x, experts, {shared}, Matrix<double>{{0}}, b_output, plan),
+                     gated);
 
   // Gates scale inputs: 1 * (0.5 * 2), 1 * (0.25 * 4) + 2 * (0.75 * 4): the same, as ReLU is linear
   // along a ray.

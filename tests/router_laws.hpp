@@ -88,8 +88,7 @@ Matrix<S> take_rows(const Matrix<S>& m, const std::vector<Index>& rows) {
 inline std::vector<Index> shuffled(Index n, Rng& rng) {
   std::vector<Index> order(static_cast<std::size_t>(n));
   std::iota(order.begin(), order.end(), Index(0));
-  for (Index i = n - 1; i > 0; --i)
-    std::swap(order[std::size_t(i)], order[std::size_t(rng.index(i + 1))]);
+  for (Index i = n - 1; i > 0; --i) std::swap(order[std::size_t(i)], order[std::size_t(rng.index(i + 1))]);
   return order;
 }
 
@@ -150,11 +149,9 @@ struct RouterKind {
   static RouterKind of() {
     RouterKind kind{&Traits::make, Traits::kTokensChoose, Traits::kGatesSumToOne};
     if constexpr (requires { &Traits::gate; }) kind.gate = &Traits::gate;
-    if constexpr (requires { Traits::kExpertsAreAlike; })
-      kind.experts_are_alike = Traits::kExpertsAreAlike;
+    if constexpr (requires { Traits::kExpertsAreAlike; }) kind.experts_are_alike = Traits::kExpertsAreAlike;
     if constexpr (requires { Traits::kIsDynamic; }) kind.is_dynamic = Traits::kIsDynamic;
-    if constexpr (requires { Traits::kSeatsFollowTopK; })
-      kind.seats_follow_top_k = Traits::kSeatsFollowTopK;
+    if constexpr (requires { Traits::kSeatsFollowTopK; }) kind.seats_follow_top_k = Traits::kSeatsFollowTopK;
     if constexpr (requires { Traits::kTrainingCouplesTokens; })
       kind.training_couples_tokens = Traits::kTrainingCouplesTokens;
     if constexpr (requires { Traits::kHasCapacity; }) kind.has_capacity = Traits::kHasCapacity;
@@ -188,15 +185,13 @@ struct RouterKind {
   }
   LayerType make_layer(const Wish& wish, Rng& rng) const {
     R router = make_router(wish, rng);
-    LayerType layer(moe::make_experts<ExpertType>(
-                        wish.num_experts, {.d_model = wish.d_model, .d_ff = 7, .bias = true}, rng),
+    LayerType layer(moe::make_experts<ExpertType>(wish.num_experts,
+                                                  {.d_model = wish.d_model, .d_ff = 7, .bias = true}, rng),
                     std::move(router));
     return layer;
   }
   // A router whose gates scale inputs has no gated shared experts beside it.
-  static bool scales_inputs(const R& router) {
-    return moe::gate_side_of(router) == moe::GateSide::input;
-  }
+  static bool scales_inputs(const R& router) { return moe::gate_side_of(router) == moe::GateSide::input; }
   // A layer with shared experts and an output bias.
   LayerType make_full_layer(const Wish& wish, Rng& rng) const {
     const typename ExpertType::Options options{.d_model = wish.d_model, .d_ff = 7, .bias = true};
@@ -208,8 +203,7 @@ struct RouterKind {
     return layer;
   }
 
-  static moe::Routing<Scalar> route(const R& router, const Matrix<Scalar>& x,
-                                    const BatchInfo& info = {}) {
+  static moe::Routing<Scalar> route(const R& router, const Matrix<Scalar>& x, const BatchInfo& info = {}) {
     moe::Routing<Scalar> routing;
     router.route(x, info, routing, Sequential{});
     return routing;
@@ -223,8 +217,7 @@ struct RouterKind {
       router.route(x, info, routing, Sequential{});
     return routing;
   }
-  static Matrix<Scalar> forward(const LayerType& layer, const Matrix<Scalar>& x,
-                                const BatchInfo& info = {}) {
+  static Matrix<Scalar> forward(const LayerType& layer, const Matrix<Scalar>& x, const BatchInfo& info = {}) {
     return layer.forward(x, info, Sequential{});
   }
 
@@ -237,9 +230,7 @@ struct RouterKind {
   }
 
   // The routing of exactly these logits [tokens, experts]; minus infinity included.
-  moe::Routing<Scalar> route_logits(Wish wish, const Matrix<Scalar>& logits) const
-    requires kHasLogits
-  {
+  moe::Routing<Scalar> route_logits(Wish wish, const Matrix<Scalar>& logits) const requires kHasLogits {
     const Scalar huge = sizeof(Scalar) == 4 ? Scalar(0x1p100) : Scalar(0x1p600);
     Rng rng(1);
     wish.d_model = wish.num_experts = logits.cols();
@@ -263,11 +254,9 @@ struct RouterKind {
     if (!has_capacity) return wishes;
     for (const double capacity : {0.4, 0.75, 1.0, 2.0}) {
       for (const Overflow overflow : {Overflow::drop, Overflow::next_best, Overflow::pass_through})
-        for (const Priority priority :
-             {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate,
-              Priority::token_max_prob}) {
-          if (!tokens_choose &&
-              (overflow == Overflow::next_best || priority != Priority::token_order))
+        for (const Priority priority : {Priority::token_order, Priority::token_max_gate,
+                                        Priority::assignment_gate, Priority::token_max_prob}) {
+          if (!tokens_choose && (overflow == Overflow::next_best || priority != Priority::token_order))
             continue;
           wish.capacity = capacity;
           wish.overflow = overflow;
@@ -280,8 +269,8 @@ struct RouterKind {
 
   // Calls f(routing, wish, info) for routings of every kind: k, capacity, masks and groups; in
   // inference and in training.
-  void for_each_routing(const std::function<void(const moe::Routing<Scalar>&, const Wish&,
-                                                 const BatchInfo&)>& f) const {
+  void for_each_routing(
+      const std::function<void(const moe::Routing<Scalar>&, const Wish&, const BatchInfo&)>& f) const {
     Rng rng(7);
     for (const Index experts : {1, 3, 6}) {
       for (Index k = 1; k <= experts; ++k) {  // where k is fixed, as many rounds of that
@@ -343,8 +332,8 @@ void AnExpertNeverHasMoreTokensOfAGroupThanItsCapacity(const RouterKind<R>& kind
       for (Index t = group.begin; t < group.end; ++t) valid += routing.is_valid(t);
       double demand = *wish.capacity * double(wish.top_k) * double(valid);
       if (kind.is_dynamic && !kind.seats_follow_top_k)
-        demand = *wish.capacity * double(routing.chosen.token_begin[group.end] -
-                                         routing.chosen.token_begin[group.begin]);
+        demand = *wish.capacity *
+                 double(routing.chosen.token_begin[group.end] - routing.chosen.token_begin[group.begin]);
       const Index seats = std::min(valid, Index(std::ceil(demand / double(wish.num_experts))));
       for (Index e = 0; e < wish.num_experts; ++e) {
         Index taken = 0;
@@ -395,8 +384,8 @@ void EveryChoiceIsSeatedOrNamedAsDropped(const RouterKind<R>& kind) {
       const auto& list = plan.passed_through;
       const bool passes = std::count(list.begin(), list.end(), t) > 0;
       const bool wants_nobody = kind.is_dynamic && chosen_by(routing, t).empty();
-      const bool expected = wish.overflow == Overflow::pass_through && routing.is_valid(t) &&
-                            !wants_nobody && experts_of(seats, t).empty();
+      const bool expected = wish.overflow == Overflow::pass_through && routing.is_valid(t) && !wants_nobody &&
+                            experts_of(seats, t).empty();
       ASSERT_EQ(passes, expected) << "token " << t;
       passed += passes;
     }
@@ -439,8 +428,7 @@ void GatesOfATokenSumToOneOrLess(const RouterKind<R>& kind) {
         continue;
       }
       double sum = 0, seated = 0, probs = 0;
-      for (Index c = chosen.token_begin[t]; c < chosen.token_begin[t + 1]; ++c)
-        sum += double(chosen.gate[c]);
+      for (Index c = chosen.token_begin[t]; c < chosen.token_begin[t + 1]; ++c) sum += double(chosen.gate[c]);
       for (const Seat& seat : seats) seated += seat.token == t ? seat.gate : 0;
       for (Index e = 0; e < wish.num_experts; ++e) probs += double(routing.router_probs(t, e));
       if (!kind.is_dynamic || !chosen_by(routing, t).empty()) {
@@ -597,8 +585,8 @@ void PaddingGetsNoGradientAndGivesNone(const RouterKind<R>& kind) {
     const auto backward = [&](Layer& grad) {
       typename Layer::Cache cache;
       layer.forward(x, cache, info, Sequential{});
-      auto losses = moe::load_balancing_loss(cache.routing).gradient +
-                    moe::importance_loss(cache.routing).gradient;
+      auto losses =
+          moe::load_balancing_loss(cache.routing).gradient + moe::importance_loss(cache.routing).gradient;
       if (kind.kHasLogits) losses += moe::router_z_loss(cache.routing).gradient;
       return layer.backward(d_y, cache, grad, losses, Sequential{});
     };
@@ -674,8 +662,7 @@ void GroupsAreRoutedAsIfAlone(const RouterKind<R>& kind) {
         seat.token += begin;
         seats.push_back(seat);
       }
-      EXPECT_TRUE(
-          same_bits(Matrix<S>(y.middleRows(begin, count)), kind.forward(layer, x_part, part)))
+      EXPECT_TRUE(same_bits(Matrix<S>(y.middleRows(begin, count)), kind.forward(layer, x_part, part)))
           << "group " << g;
     }
     std::sort(seats.begin(), seats.end(), [](const Seat& a, const Seat& b) {
@@ -756,8 +743,7 @@ void OutputsAddUpInAscendingExpertsSharedOnesLast(const RouterKind<R>& kind) {
     expert.forward(x.row(t), y);
     expected.row(t) += y;
   };
-  for (const Seat& seat : seats_of(routing.plan))
-    add(layer.experts()[std::size_t(seat.expert)], seat.token);
+  for (const Seat& seat : seats_of(routing.plan)) add(layer.experts()[std::size_t(seat.expert)], seat.token);
   for (const Expert& expert : layer.shared_experts())
     for (Index t = 0; t < 20; ++t) add(expert, t);
   EXPECT_TRUE(same_bits(layer.forward(x, routing, Sequential{}), expected));
@@ -779,8 +765,7 @@ void AnEmptyBatchIsOrdinary(const RouterKind<R>& kind) {
     typename Layer::Cache cache;
     layer.forward(x, rng, cache, {}, Sequential{});
     const auto& routing = cache.routing;
-    std::vector<moe::Loss<S>> losses{moe::load_balancing_loss(routing),
-                                     moe::importance_loss(routing)};
+    std::vector<moe::Loss<S>> losses{moe::load_balancing_loss(routing), moe::importance_loss(routing)};
     if (kind.kHasLogits)
       losses.insert(losses.end(), {moe::importance_loss(routing, moe::Importance::probs),
                                    moe::load_loss(routing), moe::router_z_loss(routing)});
@@ -865,11 +850,9 @@ void ExpertsWithoutTokensGetNoGradientFromTheOutput(const RouterKind<R>& kind) {
     using Expert = typename RouterKind<R>::ExpertType;
     const bool used = cache.routing.plan.rows_of(e) > 0;
     empty += !used;
-    Expert::visit(
-        [&](const moe::ParameterInfo& info, const auto& g) {
-          EXPECT_EQ((g.array() == 0).all(), !used) << e << " " << info.name;
-        },
-        grad.experts()[std::size_t(e)]);
+    Expert::visit([&](const moe::ParameterInfo& info,
+                      const auto& g) { EXPECT_EQ((g.array() == 0).all(), !used) << e << " " << info.name; },
+                  grad.experts()[std::size_t(e)]);
   }
   EXPECT_GE(empty, 3);
 }
@@ -886,8 +869,7 @@ void TiesGoToTheLowerExpertAndToTheLowerToken(const RouterKind<R>& kind) {
     if (wish.capacity) seats = std::min<Index>(6, Index(std::ceil(*wish.capacity * 2 * 6 / 4)));
     std::vector<Seat> expected;
     for (Index e = 0; e < (kind.tokens_choose ? 2 : 4); ++e)
-      for (Index t = 0; t < seats; ++t)
-        expected.push_back({e, t, double(kind.gate_of(level, t, e, {0, 1}))});
+      for (Index t = 0; t < seats; ++t) expected.push_back({e, t, double(kind.gate_of(level, t, e, {0, 1}))});
     EXPECT_EQ(seats_of(routing.plan), expected);
   }
   // Some tied, some not.
@@ -906,10 +888,8 @@ void UnavailableExpertsAreNeverUsed(const RouterKind<R>& kind) {
   using S = typename R::Scalar;
   constexpr S kNever = -reference::kInfinity<S>;
   // Token 0 may use one expert only, token 1 two of them, token 2 all, and token 3 none.
-  const Matrix<S> logits{{kNever, 1, kNever, kNever},
-                         {3, kNever, 0, kNever},
-                         {1, 2, 3, 4},
-                         {kNever, kNever, kNever, kNever}};
+  const Matrix<S> logits{
+      {kNever, 1, kNever, kNever}, {3, kNever, 0, kNever}, {1, 2, 3, 4}, {kNever, kNever, kNever, kNever}};
   for (Wish wish : kind.all_wishes({.top_k = 3})) {
     const auto routing = kind.route_logits(wish, logits);
     EXPECT_EQ(routing.plan.token_state[3], TokenState::poisoned);
@@ -921,8 +901,7 @@ void UnavailableExpertsAreNeverUsed(const RouterKind<R>& kind) {
     }
     if (kind.is_dynamic) continue;
     for (Index t = 0; t < 3; ++t)
-      for (Index e = 0; e < 4; ++e)
-        EXPECT_EQ(routing.router_probs(t, e) == 0, logits(t, e) == kNever);
+      for (Index e = 0; e < 4; ++e) EXPECT_EQ(routing.router_probs(t, e) == 0, logits(t, e) == kNever);
     if (!wish.capacity) {
       EXPECT_EQ(seated, 1 + 2 + (kind.tokens_choose ? wish.top_k : 4));
     }
@@ -960,9 +939,8 @@ void ParametersHaveNamesAndTheirGradientsTheSameShapes(const RouterKind<R>& kind
       },
       layer, grad, layer);
   EXPECT_EQ(moe::num_parameters(layer), count);
-  for (const char* name : {kind.kHasLogits ? "router.w_router" : "router.parent.w_router",
-                           "experts.0.w_up", "experts.3.b_down", "shared_experts.1.w_down",
-                           "b_output"})
+  for (const char* name : {kind.kHasLogits ? "router.w_router" : "router.parent.w_router", "experts.0.w_up",
+                           "experts.3.b_down", "shared_experts.1.w_down", "b_output"})
     EXPECT_TRUE(names.count(name)) << name;
   EXPECT_EQ(names.count("w_shared_gate"), !kind.scales_inputs(layer.router()));
 
@@ -1028,8 +1006,7 @@ bool check_routers(const std::string& name) {
         {"GroupsAreRoutedAsIfAlone", &GroupsAreRoutedAsIfAlone<R>},
         {"ARoutingCanBeReplayed", &ARoutingCanBeReplayed<R>},
         {"AWorkspaceAndACacheCanBeReused", &AWorkspaceAndACacheCanBeReused<R>},
-        {"OutputsAddUpInAscendingExpertsSharedOnesLast",
-         &OutputsAddUpInAscendingExpertsSharedOnesLast<R>},
+        {"OutputsAddUpInAscendingExpertsSharedOnesLast", &OutputsAddUpInAscendingExpertsSharedOnesLast<R>},
         {"AnEmptyBatchIsOrdinary", &AnEmptyBatchIsOrdinary<R>},
         {"ABatchOfPaddingIsOrdinary", &ABatchOfPaddingIsOrdinary<R>},
         {"OneExpertAloneIsThatExpert", &OneExpertAloneIsThatExpert<R>},
@@ -1037,17 +1014,14 @@ bool check_routers(const std::string& name) {
          &ExpertsWithoutTokensGetNoGradientFromTheOutput<R>},
         {"ParametersHaveNamesAndTheirGradientsTheSameShapes",
          &ParametersHaveNamesAndTheirGradientsTheSameShapes<R>},
-        {"BackwardAddsToTheGradientAndCanBeRepeated",
-         &BackwardAddsToTheGradientAndCanBeRepeated<R>},
+        {"BackwardAddsToTheGradientAndCanBeRepeated", &BackwardAddsToTheGradientAndCanBeRepeated<R>},
     };
     if constexpr (RouterKind<R>::kHasLogits)
-      laws.insert(
-          laws.end(),
-          {{"WithAllExpertsOutputsAreTheDenseMixture", &WithAllExpertsOutputsAreTheDenseMixture<R>},
-           {"AllTokensMayWantOneExpert", &AllTokensMayWantOneExpert<R>},
-           {"TiesGoToTheLowerExpertAndToTheLowerToken",
-            &TiesGoToTheLowerExpertAndToTheLowerToken<R>},
-           {"UnavailableExpertsAreNeverUsed", &UnavailableExpertsAreNeverUsed<R>}});
+      laws.insert(laws.end(),
+                  {{"WithAllExpertsOutputsAreTheDenseMixture", &WithAllExpertsOutputsAreTheDenseMixture<R>},
+                   {"AllTokensMayWantOneExpert", &AllTokensMayWantOneExpert<R>},
+                   {"TiesGoToTheLowerExpertAndToTheLowerToken", &TiesGoToTheLowerExpertAndToTheLowerToken<R>},
+                   {"UnavailableExpertsAreNeverUsed", &UnavailableExpertsAreNeverUsed<R>}});
     const std::string suite = name + "/RouterLaws/" + std::to_string(number++);
     for (const auto& [law, check] : laws) add_test(suite, law, [=, check = check] { check(kind); });
   };

@@ -143,16 +143,14 @@ TEST(TopKRouter, GivesTiesToTheLowerExpert) {
 }
 
 TEST(TopKRouter, AllExpertsMayBeChosen) {
-  const auto routing =
-      route(identity_router<TopK>({.top_k = 4, .renormalise = true}), known_logits());
+  const auto routing = route(identity_router<TopK>({.top_k = 4, .renormalise = true}), known_logits());
   EXPECT_EQ(tokens_of_experts(routing), Lists(4, {0, 1, 2, 3}));
   const auto one = route(identity_router<TopK>({.top_k = 1}, 1), Matrix<double>{{-7.}});
   EXPECT_EQ(one.plan.gate[0], 1);
 }
 
 TEST(TopKRouter, CapacityOfInferenceIsNotThatOfTraining) {
-  const auto router =
-      identity_router<TopK>({.top_k = 2, .capacity = 1.0, .training_capacity = 0.5});
+  const auto router = identity_router<TopK>({.top_k = 2, .capacity = 1.0, .training_capacity = 0.5});
   const auto inference = route(router, known_logits());
   EXPECT_EQ(tokens_of_experts(inference), (Lists{{0, 1}, {0, 1}, {2}, {3}}));
   ASSERT_EQ(inference.plan.dropped.size(), 2);
@@ -194,11 +192,10 @@ TEST(TopKRouter, GatesStayThoseOfDemandUnlessRenormalisedAfterDrop) {
 
 TEST(TopKRouter, NextBestMakesGatesOverTheFinalSet) {
   for (const bool renormalise : {false, true}) {
-    const auto routing = route(identity_router<TopK>({.top_k = 2,
-                                                      .renormalise = renormalise,
-                                                      .capacity = 1.0,
-                                                      .overflow = Overflow::next_best}),
-                               known_logits());
+    const auto routing =
+        route(identity_router<TopK>(
+                  {.top_k = 2, .renormalise = renormalise, .capacity = 1.0, .overflow = Overflow::next_best}),
+              known_logits());
     // Token 2 loses expert 0 and token 3 expert 1. With experts 0 and 1 full, token 2 takes expert
     // 3 beside its expert 2, and token 3 expert 2 beside its expert 3.
     EXPECT_EQ(tokens_of_experts(routing), (Lists{{0, 1}, {0, 1}, {2, 3}, {2, 3}}));
@@ -215,8 +212,8 @@ TEST(TopKRouter, NextBestMakesGatesOverTheFinalSet) {
 }
 
 TEST(TopKRouter, UnavailableExpertsAreNeverChosenAndNeverNextBest) {
-  auto router = identity_router<TopK>(
-      {.top_k = 3, .bias = true, .capacity = 1.0, .overflow = Overflow::next_best});
+  auto router =
+      identity_router<TopK>({.top_k = 3, .bias = true, .capacity = 1.0, .overflow = Overflow::next_best});
   router.b_router << 0, -kInf, 0, -kInf;
   const auto routing = route(router, known_logits());
   for (Index t = 0; t < 4; ++t) {
@@ -234,9 +231,9 @@ TEST(TopKRouter, MaskedAndPoisonedTokensGoNowhere) {
   x(2, 0) = kInf;  // infinity times zero is NaN in the other logits
   x(4, 3) = kNan;
   const auto routing = route(router, x, masked({1, 1, 1, 1, 0, 1, 0, 1}));
-  const std::vector<TokenState> expected = {
-      TokenState::valid,  TokenState::poisoned, TokenState::poisoned, TokenState::valid,
-      TokenState::masked, TokenState::valid,    TokenState::masked,   TokenState::valid};
+  const std::vector<TokenState> expected = {TokenState::valid,  TokenState::poisoned, TokenState::poisoned,
+                                            TokenState::valid,  TokenState::masked,   TokenState::valid,
+                                            TokenState::masked, TokenState::valid};
   for (Index t = 0; t < 8; ++t) {
     EXPECT_TRUE(routing.plan.token_state[t] == expected[std::size_t(t)]) << t;
     const bool valid = expected[std::size_t(t)] == TokenState::valid;
@@ -336,12 +333,11 @@ TEST(TopKRouter, BackwardByHand) {
 }
 
 TEST(RoutingGradient, ASumThatThrowsChangesNothing) {
-  const moe::RoutingGradient<double> one{.d_router_logits = Matrix<double>::Ones(2, 3),
-                                         .d_gate = {1, 2}};
+  const moe::RoutingGradient<double> one{.d_router_logits = Matrix<double>::Ones(2, 3), .d_gate = {1, 2}};
   moe::RoutingGradient<double> sum = one;
-  EXPECT_THROW(sum += (moe::RoutingGradient<double>{.d_router_logits = one.d_router_logits,
-                                                    .d_gate = {1, 2, 3}}),
-               std::invalid_argument);
+  EXPECT_THROW(
+      sum += (moe::RoutingGradient<double>{.d_router_logits = one.d_router_logits, .d_gate = {1, 2, 3}}),
+      std::invalid_argument);
   EXPECT_EQ(sum.d_router_logits, one.d_router_logits);
   EXPECT_EQ(sum.d_gate, one.d_gate);
   sum += one;
@@ -353,8 +349,8 @@ TEST(TopKRouter, ASecondExpertBelowTheThresholdIsLeftOut) {
   // Gates of the two best are 0.731 and 0.269 (computed with Python), of the others nothing.
   const Matrix<double> x{{1, .5, -.25, 2}};
   for (const double threshold : {0.2, 0.3}) {
-    const auto router = identity_router<TopK>(
-        {.top_k = 2, .second_threshold = threshold, .renormalise = true});
+    const auto router =
+        identity_router<TopK>({.top_k = 2, .second_threshold = threshold, .renormalise = true});
     const Routing<double> routing = route(router, x);
     ASSERT_EQ(routing.chosen.size(), threshold < 0.25 ? 2 : 1);
     EXPECT_EQ(routing.chosen.expert[0], 3);
@@ -376,7 +372,8 @@ TEST(TopKRouter, ASecondGateOfExactlyTheThresholdIsLeftOut) {
   const Matrix<double> x = Matrix<double>::Zero(1, 2);  // gates of exactly one half
   for (const bool above : {false, true}) {
     const double threshold = above ? std::nextafter(.5, 0.0) : .5;
-    const auto router = identity_router<TopK>({.top_k = 2, .second_threshold = threshold, .renormalise = true}, 2);
+    const auto router =
+        identity_router<TopK>({.top_k = 2, .second_threshold = threshold, .renormalise = true}, 2);
     EXPECT_EQ(chosen_by(route(router, x), 0), above ? (std::vector<Index>{0, 1}) : (std::vector<Index>{0}));
   }
 }
@@ -404,8 +401,7 @@ TEST(TopKRouter, ARandomSecondExpertIsTakenWhereItsDrawIsBelowItsShareOfTheThres
     for (int i = 0; i < 40 * 4; ++i) expected.normal();   // noise
     Index taken = 0;
     for (Index t = 0; t < 40; ++t) {
-      const IndexVector best =
-          moe::top_k(Vector<double>(routing.noise.noisy_logits.row(t).transpose()), 3);
+      const IndexVector best = moe::top_k(Vector<double>(routing.noise.noisy_logits.row(t).transpose()), 3);
       double sum = 0;
       for (const Index e : best) sum += routing.router_probs(t, e);
       std::vector<Index> experts{best[0]};
@@ -421,8 +417,10 @@ TEST(TopKRouter, ARandomSecondExpertIsTakenWhereItsDrawIsBelowItsShareOfTheThres
     }
     EXPECT_EQ(rng, expected);
     const Index valid = routing.plan.num_valid_tokens();
-    if (threshold == 1e-9) EXPECT_EQ(taken, 3 * valid);
-    else EXPECT_TRUE(valid < taken && taken < 3 * valid) << taken;
+    if (threshold == 1e-9)
+      EXPECT_EQ(taken, 3 * valid);
+    else
+      EXPECT_TRUE(valid < taken && taken < 3 * valid) << taken;
     // Inference draws nothing: a gate above 0.3, as second_threshold says.
     const Routing<double> inference = route(router, x, info);
     for (Index t = 0; t < 40; ++t)
@@ -438,8 +436,8 @@ TEST(TopKRouter, ARandomSecondExpertIsTakenAsOftenAsItsGateSays) {
   Matrix<double> x(20000, 4);
   x.rowwise() = Matrix<double>{{1, .5, -.25, 2}}.row(0);
   for (const double threshold : {0.2, 0.5, 1.0}) {
-    const auto router = identity_router<TopK>(
-        {.top_k = 2, .random_second_threshold = threshold, .renormalise = true});
+    const auto router =
+        identity_router<TopK>({.top_k = 2, .random_second_threshold = threshold, .renormalise = true});
     Rng rng(22);
     Routing<double> routing;
     router.route(x, rng, {}, routing);
@@ -452,10 +450,8 @@ TEST(TopKRouter, ARandomSecondExpertIsTakenAsOftenAsItsGateSays) {
 TEST(TopKRouter, ARandomSecondExpertThatIsLeftOutTakesNoSeat) {
   Matrix<double> x(400, 4);
   x.rowwise() = Matrix<double>{{1, .5, -.25, 2}}.row(0);
-  const auto router = identity_router<TopK>({.top_k = 2,
-                                             .random_second_threshold = 1,
-                                             .renormalise = true,
-                                             .training_capacity = 0.1});  // 20 seats
+  const auto router = identity_router<TopK>(
+      {.top_k = 2, .random_second_threshold = 1, .renormalise = true, .training_capacity = 0.1});  // 20 seats
   Rng rng(23);
   Routing<double> routing;
   router.route(x, rng, {}, routing);
@@ -507,8 +503,7 @@ TEST(CapacityRules, AreThoseOfEveryRouterWithACapacity) {
     EXPECT_EQ(seats_of_one<moe::HashRouter<double>>(rule, {.table = IndexVector::Zero(1)}), seats);
   }
   // Of four experts by ReLU each token takes one: seats follow from the 17 choices.
-  EXPECT_EQ(seats_of_one<TopK>({moe::Rounding::up, 6, 4},
-                               {.top_k = 4, .score = moe::Score::relu}), 8);
+  EXPECT_EQ(seats_of_one<TopK>({moe::Rounding::up, 6, 4}, {.top_k = 4, .score = moe::Score::relu}), 8);
 }
 
 // ---- Routers that choose as many experts as they need.
@@ -516,17 +511,14 @@ TEST(CapacityRules, AreThoseOfEveryRouterWithACapacity) {
 // An expert whose logit is not positive has a gate of zero and is never used: not for its selection bias, nor
 // as the next best.
 TEST(ReLURouting, UsesExpertsWithPositiveLogitsOnly) {
-  auto biased = identity_router<TopK>(
-      {.top_k = 4, .score = moe::Score::relu, .selection_bias = true});
+  auto biased = identity_router<TopK>({.top_k = 4, .score = moe::Score::relu, .selection_bias = true});
   biased.selection_bias << 0, 5, 0, 0;
   Routing<double> routing;
   biased.route(Matrix<double>{{1, -2, -1, .5}}, {}, routing);
   EXPECT_EQ(chosen_by(routing, 0), (std::vector<Index>{0, 3}));
 
-  const auto full = identity_router<TopK>({.top_k = 4,
-                                           .score = moe::Score::relu,
-                                           .capacity = 1.0,
-                                           .overflow = Overflow::next_best});
+  const auto full = identity_router<TopK>(
+      {.top_k = 4, .score = moe::Score::relu, .capacity = 1.0, .overflow = Overflow::next_best});
   // 4 choices of 4 experts: one seat each. The first token has expert 0, the second wants it and has
   // no other positive logit; the third goes on to expert 2.
   full.route(Matrix<double>{{3, -1, -1, -1}, {2, -1, -2, 0}, {1, -1, .5, -1}}, {}, routing);
@@ -599,8 +591,7 @@ TEST(NoisyTopKRouter, InferenceHasNoNoise) {
   EXPECT_TRUE(routing.noise.empty());
   EXPECT_EQ(routing.router_logits, known_logits());
   EXPECT_EQ(&routing.selection_logits(), &routing.router_logits);
-  const auto mixtral =
-      route(identity_router<TopK>({.top_k = 2, .renormalise = true}), known_logits());
+  const auto mixtral = route(identity_router<TopK>({.top_k = 2, .renormalise = true}), known_logits());
   EXPECT_EQ(routing.plan, mixtral.plan);  // the gates are the softmax of the chosen
 }
 
@@ -640,8 +631,7 @@ TEST(NoisyTopKRouter, ChoosesByTheNoisyLogitsWithTheirSoftmaxAsGates) {
       const auto gates = gates_of(routing, t);
       const auto noisy = routing.noise.noisy_logits.row(t);
       changed += best[0] != chosen_by(route(router, known_logits()), t)[0];
-      for (Index e = 0; e < 4; ++e)
-        EXPECT_TRUE(e == best[0] || e == best[1] || noisy[e] < noisy[best[1]]);
+      for (Index e = 0; e < 4; ++e) EXPECT_TRUE(e == best[0] || e == best[1] || noisy[e] < noisy[best[1]]);
       EXPECT_NEAR(gates[0], 1 / (1 + std::exp(noisy[best[1]] - noisy[best[0]])), 1e-14);
       EXPECT_NEAR(gates[0] + gates[1], 1, 1e-15);
     }
@@ -650,8 +640,7 @@ TEST(NoisyTopKRouter, ChoosesByTheNoisyLogitsWithTheirSoftmaxAsGates) {
 }
 
 TEST(NoisyTopKRouter, SoftplusDoesNotOverflow) {
-  auto router =
-      identity_router<Noisy>({.top_k = 1, .noise_epsilon = 0, .allow_constant_gate = true});
+  auto router = identity_router<Noisy>({.top_k = 1, .noise_epsilon = 0, .allow_constant_gate = true});
   router.w_noise.setIdentity();
   Rng rng(14);
   Routing<double> routing;
@@ -701,8 +690,7 @@ TEST(ExpertChoiceRouter, ExpertsAreAlwaysFull) {
 }
 
 TEST(ExpertChoiceRouter, GivesTiesToTheLowerToken) {
-  const auto routing =
-      route(identity_router<ExpertChoice>({.capacity = 1.0}, 2), Matrix<double>::Ones(6, 2));
+  const auto routing = route(identity_router<ExpertChoice>({.capacity = 1.0}, 2), Matrix<double>::Ones(6, 2));
   EXPECT_EQ(tokens_of_experts(routing), (Lists{{0, 1, 2}, {0, 1, 2}}));
 }
 
@@ -786,8 +774,7 @@ TYPED_TEST(AnyRouter, ExpertsComeAndGo) {
   EXPECT_EQ(route(router, known_logits()).num_experts(), 5);
   router.remove_expert(1);
   EXPECT_EQ(router.num_experts(), 4);
-  EXPECT_EQ(router.w_router,
-            (Matrix<double>{{1, 0, 0, 0}, {.5, 0, 1, 0}, {0, 0, 0, 1}, {9, 8, 7, 6}}));
+  EXPECT_EQ(router.w_router, (Matrix<double>{{1, 0, 0, 0}, {.5, 0, 1, 0}, {0, 0, 0, 1}, {9, 8, 7, 6}}));
   EXPECT_THROW(router.remove_expert(4), std::invalid_argument);
   EXPECT_THROW(router.remove_expert(-1), std::invalid_argument);
   EXPECT_THROW(router.add_expert(Vector<double>::Zero(3)), std::invalid_argument);
@@ -866,8 +853,7 @@ TEST(TokenChoiceRouters, ConstantGatesAreRefusedInTrainingOnly) {
   EXPECT_FALSE(trains(identity_router<TopK>({.top_k = 1, .softmax_before_selection = false})));
   EXPECT_FALSE(trains(identity_router<Noisy>({.top_k = 1})));
   route(identity_router<Noisy>({.top_k = 1}), known_logits());  // inference is fine
-  EXPECT_TRUE(trains(
-      identity_router<TopK>({.top_k = 1, .renormalise = true, .allow_constant_gate = true})));
+  EXPECT_TRUE(trains(identity_router<TopK>({.top_k = 1, .renormalise = true, .allow_constant_gate = true})));
   EXPECT_TRUE(trains(identity_router<Noisy>({.top_k = 1, .allow_constant_gate = true})));
   EXPECT_TRUE(trains(identity_router<TopK>({.top_k = 1})));
   EXPECT_TRUE(trains(identity_router<TopK>({.top_k = 2, .renormalise = true})));

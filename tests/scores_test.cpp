@@ -28,8 +28,7 @@ struct Row {
   }
   Vector<double> gates(const GateRule& recipe, const IndexVector& experts) const {
     Vector<double> gates(experts.size());
-    moe::compute_gates(recipe, logits.data(), probs.data(), experts.size(), experts.data(),
-                       gates.data());
+    moe::compute_gates(recipe, logits.data(), probs.data(), experts.size(), experts.data(), gates.data());
     return gates;
   }
   // The gradient by the logits of <d_gates, gates>.
@@ -99,9 +98,9 @@ TEST(Gates, GradientsAreDifferenceQuotients) {
         Vector<double> up = z, down = z;
         up[e] += step;
         down[e] -= step;
-        const double numeric = (d_gates.dot(Row(up).gates(recipe, best)) -
-                                d_gates.dot(Row(down).gates(recipe, best))) /
-                               (2 * step);
+        const double numeric =
+            (d_gates.dot(Row(up).gates(recipe, best)) - d_gates.dot(Row(down).gates(recipe, best))) /
+            (2 * step);
         EXPECT_NEAR(d[e], numeric, 1e-9) << "k " << k << ", expert " << e;
       }
     }
@@ -151,8 +150,7 @@ TEST(Gates, OneRenormalisedGateIsExactlyOneAndTeachesNothing) {
   const Row row(Vector<double>{{.1, 2.7, -.25, .3}});
   const IndexVector best{{1}};
   EXPECT_EQ(row.gates(kOfChosen, best)[0], 1.0);
-  const Vector<double> d =
-      row.backward(kOfChosen, best, Vector<double>{{3.14}});
+  const Vector<double> d = row.backward(kOfChosen, best, Vector<double>{{3.14}});
   EXPECT_TRUE((d.array() == 0).all());
 }
 
@@ -187,8 +185,8 @@ TEST(Gates, BackwardAddsToWhatIsThere) {
   const Vector<double> gates = row.gates(kOfAll, best), d_gates{{2}};
   const Vector<double> alone = row.backward(kOfAll, best, d_gates);
   Vector<double> d = Vector<double>::Constant(3, 10);
-  moe::compute_gates_backward(kOfAll, row.logits.data(), row.probs.data(), Index(3), Index(1),
-                              best.data(), gates.data(), d_gates.data(), d.data());
+  moe::compute_gates_backward(kOfAll, row.logits.data(), row.probs.data(), Index(3), Index(1), best.data(),
+                              gates.data(), d_gates.data(), d.data());
   for (Index e = 0; e < 3; ++e) EXPECT_NEAR(d[e], 10 + alone[e], 1e-14);
 }
 
@@ -202,8 +200,7 @@ TEST(Scores, OfAKnownRow) {
   const Vector<double> sigmoid = row.gates(v3, best);
   EXPECT_NEAR(sigmoid[0], 1.36612276, 5e-9);
   EXPECT_NEAR(sigmoid[1], 1.13387724, 5e-9);
-  const Vector<double> softplus =
-      row.gates({.score = Score::sqrt_softplus, .renormalise = true}, best);
+  const Vector<double> softplus = row.gates({.score = Score::sqrt_softplus, .renormalise = true}, best);
   EXPECT_NEAR(softplus[0], 0.559980374, 1e-9);
   EXPECT_NEAR(softplus[1], 0.440019626, 1e-9);
   EXPECT_NEAR(row.gates({.score = Score::sigmoid}, IndexVector{{3}})[0], 0.880797078, 1e-9);
@@ -323,7 +320,10 @@ TEST(RouterLinear, FewTokensAreSplitByExpertsAndGiveTheBitsOfMany) {
       const Counting blocks_of_experts{workers};
       moe::router_linear(x.topRows(tokens), w, few, blocks_of_experts);
       // Experts go in registers of 16 or, for more than 8 tokens, in panels of 64.
-      const Index blocks = tokens <= 8 ? (workers < 3 ? workers : workers == 3 ? 3 : 5) : std::min<Index>(workers, 2);
+      const Index blocks = tokens <= 8 ? (workers < 3    ? workers
+                                          : workers == 3 ? 3
+                                                         : 5)
+                                       : std::min<Index>(workers, 2);
       EXPECT_EQ(blocks_of_experts.tasks, blocks) << workers << " workers, " << tokens << " tokens";
       EXPECT_TRUE((few.array() == many.topRows(tokens).array()).all()) << tokens;
     }

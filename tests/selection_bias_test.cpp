@@ -48,9 +48,7 @@ TEST(SelectionBias, SelectsAndDoesNotLeakIntoGates) {
   EXPECT_NEAR(routing.chosen.gate[0], 0.373264235, 1e-9);
   EXPECT_NEAR(routing.chosen.gate[1], 2.12673577, 1e-8);
   // What the gates would be if the bias leaked.
-  const auto biased = [&](moe::Index e) {
-    return 1 / (1 + std::exp(-x(0, e))) + router.selection_bias[e];
-  };
+  const auto biased = [&](moe::Index e) { return 1 / (1 + std::exp(-x(0, e))) + router.selection_bias[e]; };
   const double leaked = 2.5 * biased(7) / (biased(7) + biased(5));
   EXPECT_NEAR(leaked, 1.2750354, 1e-7);
   EXPECT_NEAR(2.5 - leaked, 1.2249646, 1e-7);
@@ -88,21 +86,21 @@ TEST(SelectionBias, IsABufferWithoutAGradient) {
   EXPECT_EQ(grad.selection_bias.size(), 0);
   EXPECT_EQ(moe::num_parameters(router), 12);
   bool seen = false;
-  Router::visit(
-      [&](const moe::ParameterInfo& info, const auto&) {
-        seen |= info.name == "selection_bias" && info.kind == moe::Kind::buffer;
-      },
-      router);
+  Router::visit([&](const moe::ParameterInfo& info,
+                    const auto&) { seen |= info.name == "selection_bias" && info.kind == moe::Kind::buffer; },
+                router);
   EXPECT_TRUE(seen);
 }
 
 // What cannot be ranked is refused before anything is routed by it; minus infinity keeps every token away.
 TEST(SelectionBias, ThatIsNotANumberIsRefused) {
-  Router router({.d_model = 3, .num_experts = 3, .top_k = 2, .score = moe::Score::sigmoid, .selection_bias = true});
+  Router router(
+      {.d_model = 3, .num_experts = 3, .top_k = 2, .score = moe::Score::sigmoid, .selection_bias = true});
   router.w_router.setIdentity();
   const Matrix<double> x{{1, 2, 3}, {-1, 0.5, 2}};
   moe::Routing<double> routing;
-  for (const double bad : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+  for (const double bad :
+       {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
     router.selection_bias << 0, bad, 0.5;
     try {
       router.route(x, {}, routing);
@@ -135,8 +133,7 @@ TEST(SelectionBias, ARankingThatIsNotANumberPoisonsItsToken) {
 
 TEST(SelectionBias, ComesAndGoesWithExperts) {
   moe::Rng rng(4);
-  Router router({.d_model = 3, .num_experts = 3, .top_k = 1, .bias = true, .selection_bias = true},
-                rng);
+  Router router({.d_model = 3, .num_experts = 3, .top_k = 1, .bias = true, .selection_bias = true}, rng);
   router.selection_bias << 1, 2, 3;
   router.add_expert(Vector<double>::Ones(3));
   EXPECT_EQ(router.selection_bias, (Vector<double>{{1, 2, 3, 0}}));

@@ -53,11 +53,12 @@ TEST(SinkhornRouter, ThePlanHasEvenRowsAndColumns) {
   for (Index t = 0; t < 40; ++t) EXPECT_NEAR(plan.row(t).sum(), t == 7 ? 0 : 1.0 / 39, 1e-5);
 }
 
-// Two tokens and two experts with exp(z) = (2, 1), (1, 1), by hand. Experts' factors are 6/7 and 6/5 after one
-// iteration, which changes them by 6/35 on average; 1224/1435 and 1224/1015 after two, by about 0.005.
+// Two tokens and two experts with exp(z) = (2, 1), (1, 1), by hand. Experts' factors are 6/7 and 6/5 after
+// one iteration, which changes them by 6/35 on average; 1224/1435 and 1224/1015 after two, by about 0.005.
 TEST(SinkhornRouter, BalancingEndsByItsToleranceOrItsNumberOfIterations) {
   const Matrix<double> z{{std::log(2.0), 0}, {0, 0}};
-  const Matrix<double> one{{2.0 / 7, 1.0 / 5}, {3.0 / 14, 3.0 / 10}}, two{{12.0 / 41, 6.0 / 29}, {17.0 / 82, 17.0 / 58}};
+  const Matrix<double> one{{2.0 / 7, 1.0 / 5}, {3.0 / 14, 3.0 / 10}},
+      two{{12.0 / 41, 6.0 / 29}, {17.0 / 82, 17.0 / 58}};
   const Matrix<double> balanced{{std::sqrt(2.0) / (2 + 2 * std::sqrt(2.0)), 1 / (2 + 2 * std::sqrt(2.0))},
                                 {1 / (2 + 2 * std::sqrt(2.0)), std::sqrt(2.0) / (2 + 2 * std::sqrt(2.0))}};
   moe::Buffer<moe::TokenState> state;
@@ -65,7 +66,8 @@ TEST(SinkhornRouter, BalancingEndsByItsToleranceOrItsNumberOfIterations) {
   const auto plan_of = [&](double tolerance, Index max_iterations) {
     moe::Buffer<double> factors, sums;
     Matrix<double> plan(2, 2);
-    moe::detail::balance_by_sinkhorn(z, state, Index(0), Index(2), tolerance, max_iterations, plan, factors, sums);
+    moe::detail::balance_by_sinkhorn(z, state, Index(0), Index(2), tolerance, max_iterations, plan, factors,
+                                     sums);
     return plan;
   };
   EXPECT_TRUE(plan_of(0, 1).isApprox(one, 1e-7));
@@ -87,9 +89,7 @@ TEST(SinkhornRouter, FarLogitsAreOrdinary) {
 }
 
 TEST(SinkhornRouter, OptionsOutOfRangeAreRefused) {
-  const auto make = [](Router::Options options) {
-    return [=] { Router{options}; };
-  };
+  const auto make = [](Router::Options options) { return [=] { Router{options}; }; };
   const Router::Options good{.d_model = 4, .num_experts = 3};
   auto bad = good;
   bad.d_model = 0;

@@ -47,8 +47,7 @@ template <class S>
 using Gated = moe::GatedFeedForward<S>;
 using Layer = SoftMoELayer<Plain<double>>;
 
-static_assert(std::copyable<Layer> && std::copyable<Layer::Cache> &&
-              std::copyable<Layer::Workspace>);
+static_assert(std::copyable<Layer> && std::copyable<Layer::Cache> && std::copyable<Layer::Workspace>);
 
 // An expert for inference only: three times its input.
 struct Triple {
@@ -61,8 +60,7 @@ static_assert(moe::Expert<Triple> && !moe::TrainableExpert<Triple>);
 
 // A layer whose parameters all differ from zero, the scale included.
 template <class E>
-SoftMoELayer<E> make_layer(const SoftMoEOptions& options, Rng& rng, bool bias = true,
-                           Index d_ff = 5) {
+SoftMoELayer<E> make_layer(const SoftMoEOptions& options, Rng& rng, bool bias = true, Index d_ff = 5) {
   const typename E::Options expert{.d_model = options.d_model, .d_ff = d_ff, .bias = bias};
   SoftMoELayer<E> layer(moe::make_experts<E>(options.num_experts, expert, rng), options, rng);
   randomise(layer, rng);
@@ -112,8 +110,7 @@ Step<typename L::S> run(const L& layer, const Matrix<typename L::S>& x, const Ba
   step.logits = cache.logits;
   step.dispatch = cache.dispatch;
   step.combine = cache.combine;
-  L::visit([&](const ParameterInfo&,
-               const auto& g) { step.gradients.push_back(Matrix<typename L::S>(g)); },
+  L::visit([&](const ParameterInfo&, const auto& g) { step.gradients.push_back(Matrix<typename L::S>(g)); },
            grad);
   return step;
 }
@@ -190,9 +187,8 @@ TEST(SoftMoELayer, LogitsAreScaledCosinesWithEpsilonUnderTheRoot) {
 // Slot e * slots_per_expert + p belongs to expert e, in every group.
 TEST(SoftMoELayer, EverySlotGoesToItsExpert) {
   Rng rng(1);
-  SoftMoELayer layer(
-      moe::make_experts<Plain<double>>(3, {.d_model = 4, .d_ff = 5, .bias = true}, rng),
-      {.d_model = 4, .num_experts = 3, .slots_per_expert = 2, .normalise = false}, rng);
+  SoftMoELayer layer(moe::make_experts<Plain<double>>(3, {.d_model = 4, .d_ff = 5, .bias = true}, rng),
+                     {.d_model = 4, .num_experts = 3, .slots_per_expert = 2, .normalise = false}, rng);
   for (Index e = 0; e < 3; ++e) {
     auto& expert = layer.experts()[std::size_t(e)];
     expert.w_down.setZero();
@@ -289,8 +285,7 @@ BatchInfo random_info(Index tokens, Rng& rng) {
   if (rng.index(2) == 0) {
     info.group_begin.setZero(2 + rng.index(4));
     info.group_begin[info.group_begin.size() - 1] = tokens;
-    for (Index g = 1; g + 1 < info.group_begin.size(); ++g)
-      info.group_begin[g] = rng.index(tokens + 1);
+    for (Index g = 1; g + 1 < info.group_begin.size(); ++g) info.group_begin[g] = rng.index(tokens + 1);
     std::sort(info.group_begin.begin(), info.group_begin.end());
   }
   if (rng.index(2) == 0) {
@@ -316,8 +311,7 @@ void expect_like_the_reference(double tolerance) {
     const bool bias = rng.index(2) == 0;
     const auto layer = make_layer<E<S>>(options, rng, bias);
     const auto exact = converted(layer, make_layer<E<double>>(options, rng, bias));
-    const Matrix<S> x =
-        normal_matrix<S>(big ? 70 + rng.index(200) : rng.index(13), options.d_model, rng);
+    const Matrix<S> x = normal_matrix<S>(big ? 70 + rng.index(200) : rng.index(13), options.d_model, rng);
     const BatchInfo info = random_info(x.rows(), rng);
     const Reference expected = reference(exact, x.template cast<double>(), info);
     typename SoftMoELayer<E<S>>::Workspace workspace;
@@ -350,8 +344,8 @@ TEST(SoftMoELayer, EqualsTheReferenceInFloat) {
 // ---- Gradients.
 
 template <class E>
-moe::GradientReport check_layer(const SoftMoELayer<E>& layer, Matrix<double> x,
-                                const BatchInfo& info, double step = 1e-5) {
+moe::GradientReport check_layer(const SoftMoELayer<E>& layer, Matrix<double> x, const BatchInfo& info,
+                                double step = 1e-5) {
   SoftMoELayer<E> work = layer, grad = moe::zeros_like(layer);
   typename SoftMoELayer<E>::Cache cache;
   Rng rng(3);
@@ -359,8 +353,8 @@ moe::GradientReport check_layer(const SoftMoELayer<E>& layer, Matrix<double> x,
   Matrix<double> y, d_x;
   work.forward(x, y, cache, info, Sequential{});
   layer.backward(d_y, cache, grad, d_x, Sequential{});
-  return moe::detail::compare_gradients(moe::detail::gradient_arrays(work, grad, x, d_x),
-                                        {.step = step}, [&](moe::detail::RoutingSignature&) {
+  return moe::detail::compare_gradients(moe::detail::gradient_arrays(work, grad, x, d_x), {.step = step},
+                                        [&](moe::detail::RoutingSignature&) {
                                           work.forward(x, y, cache, info, Sequential{});
                                           return d_y.cwiseProduct(y).sum();
                                         });
@@ -399,10 +393,9 @@ TEST(SoftMoELayer, GradientsAreExact) {
 
 TEST(SoftMoELayer, GradientsAreExactOverManyBlocksOfTokensAndColumns) {
   Rng rng(22);
-  const Layer layer = make_layer<Plain<double>>(
-      {.d_model = 150, .num_experts = 33, .slots_per_expert = 2}, rng, true, 1);
-  const Matrix<double> x = normal_matrix<double>(140, 150, rng),
-                       d_y = normal_matrix<double>(140, 150, rng);
+  const Layer layer =
+      make_layer<Plain<double>>({.d_model = 150, .num_experts = 33, .slots_per_expert = 2}, rng, true, 1);
+  const Matrix<double> x = normal_matrix<double>(140, 150, rng), d_y = normal_matrix<double>(140, 150, rng);
   const BatchInfo info = grouped({0, 130, 140});
   const Matrix<double> direction = normal_matrix<double>(140, 150, rng);
   Layer along = layer, grad = moe::zeros_like(layer);
@@ -412,13 +405,12 @@ TEST(SoftMoELayer, GradientsAreExactOverManyBlocksOfTokensAndColumns) {
   const Matrix<double> d_x = layer.backward(d_y, cache, grad, Sequential{});
   // The derivative in one direction of everything at once.
   double analytic = d_x.cwiseProduct(direction).sum();
-  Layer::visit([&](const ParameterInfo&, const auto& a,
-                   const auto& g) { analytic += a.cwiseProduct(g).sum(); },
-               along, grad);
+  Layer::visit(
+      [&](const ParameterInfo&, const auto& a, const auto& g) { analytic += a.cwiseProduct(g).sum(); }, along,
+      grad);
   const auto value = [&](double step) {
     Layer moved = layer;
-    Layer::visit([&](const ParameterInfo&, auto& p, const auto& a) { p += step * a; }, moved,
-                 along);
+    Layer::visit([&](const ParameterInfo&, auto& p, const auto& a) { p += step * a; }, moved, along);
     return d_y.cwiseProduct(moved.forward(x + step * direction, info, Sequential{})).sum();
   };
   const double h = 1e-5, numeric = (value(h) - value(-h)) / (2 * h);
@@ -460,16 +452,14 @@ TEST(SoftMoELayer, SharesOfAGroupAndOfATokenAddUpToOne) {
     EXPECT_EQ(w.dispatch.col(s).segment(5, 2).sum(), 0);
     EXPECT_NEAR(w.dispatch.col(s).segment(7, 5).sum(), 1, 1e-12);
   }
-  for (Index t = 0; t < 12; ++t)
-    EXPECT_NEAR(w.combine.row(t).sum(), info.mask[t] ? 1 : 0, 1e-12) << t;
+  for (Index t = 0; t < 12; ++t) EXPECT_NEAR(w.combine.row(t).sum(), info.mask[t] ? 1 : 0, 1e-12) << t;
 }
 
 TEST(SoftMoELayer, PermutingTokensPermutesOutputs) {
   Rng rng(6);
   const Layer layer = small_layer();
   const Index tokens = 100;
-  const Matrix<double> x = normal_matrix<double>(tokens, 4, rng),
-                       d_y = normal_matrix<double>(tokens, 4, rng);
+  const Matrix<double> x = normal_matrix<double>(tokens, 4, rng), d_y = normal_matrix<double>(tokens, 4, rng);
   std::vector<Index> order(std::size_t(tokens), 0);
   std::iota(order.begin(), order.end(), Index(0));
   for (Index t = tokens - 1; t > 0; --t)
@@ -492,8 +482,7 @@ TEST(SoftMoELayer, AGroupIsABatchOfItsOwn) {
   Rng rng(7);
   const Layer layer = small_layer();
   const std::vector<Index> begin{0, 1, 71, 71, 201};
-  const Matrix<double> x = normal_matrix<double>(201, 4, rng),
-                       d_y = normal_matrix<double>(201, 4, rng);
+  const Matrix<double> x = normal_matrix<double>(201, 4, rng), d_y = normal_matrix<double>(201, 4, rng);
   const auto together = run(layer, x, grouped({0, 1, 71, 71, 201}), d_y);
   for (std::size_t g = 0; g + 1 < begin.size(); ++g) {
     const Index first = begin[g], count = begin[g + 1] - first;
@@ -607,8 +596,7 @@ TEST(SoftMoELayer, AnExpertThatOverflowsDoesNotReachMaskedTokens) {
   const auto step = run(layer, x, masked(7, {2, 6}), d_y);
   const Matrix<double> zero = Matrix<double>::Zero(1, 4);
   for (const Matrix<double>* rows : {&step.y, &step.inference, &step.d_x})
-    for (Index t = 0; t < 7; ++t)
-      EXPECT_EQ(same_bits(&(*rows)(t, 0), zero.data(), 4), t == 2 || t == 6) << t;
+    for (Index t = 0; t < 7; ++t) EXPECT_EQ(same_bits(&(*rows)(t, 0), zero.data(), 4), t == 2 || t == 6) << t;
 }
 
 // Where the sum of squares overflows, the direction is still known.
@@ -696,16 +684,13 @@ void expect_same_everywhere(const L& layer, const std::string& what) {
 TEST(SoftMoELayer, ResultsAreTheSameForEveryExecutor) {
   Rng rng(1);
   expect_same_everywhere(
-      make_layer<Plain<float>>({.d_model = 33, .num_experts = 7, .slots_per_expert = 3}, rng, true,
-                               37),
+      make_layer<Plain<float>>({.d_model = 33, .num_experts = 7, .slots_per_expert = 3}, rng, true, 37),
       "normalised");
   expect_same_everywhere(
-      make_layer<Gated<float>>({.d_model = 150, .num_experts = 90, .normalise = false}, rng, false,
-                               9),
+      make_layer<Gated<float>>({.d_model = 150, .num_experts = 90, .normalise = false}, rng, false, 9),
       "many experts");
   expect_same_everywhere(
-      make_layer<Gated<float>>({.d_model = 20, .num_experts = 1, .slots_per_expert = 300}, rng,
-                               false, 9),
+      make_layer<Gated<float>>({.d_model = 20, .num_experts = 1, .slots_per_expert = 300}, rng, false, 9),
       "many slots");
 }
 
@@ -716,8 +701,7 @@ TEST(SoftMoELayer, ManyCallersMayShareALayer) {
   const Matrix<double> expected = layer.forward(x, BatchInfo{}, Sequential{});
   std::vector<Matrix<double>> results(4);
   std::vector<std::thread> callers;
-  for (auto& y : results)
-    callers.emplace_back([&] { y = layer.forward(x, BatchInfo{}, Sequential{}); });
+  for (auto& y : results) callers.emplace_back([&] { y = layer.forward(x, BatchInfo{}, Sequential{}); });
   for (std::thread& caller : callers) caller.join();
   for (const auto& y : results) EXPECT_TRUE(same_bits(y, expected));
 }
@@ -751,22 +735,19 @@ TEST(SoftMoELayer, NamesAndCountsItsParameters) {
   Rng rng(1);
   const auto names = [](const auto& layer) {
     std::vector<std::string> list;
-    layer.visit([&](const ParameterInfo& info, const auto&) { list.emplace_back(info.name); },
-                layer);
+    layer.visit([&](const ParameterInfo& info, const auto&) { list.emplace_back(info.name); }, layer);
     return list;
   };
   const SoftMoEOptions options{.d_model = 4, .num_experts = 2, .slots_per_expert = 3};
   const auto layer = make_layer<Plain<double>>(options, rng, false);
-  EXPECT_THAT(names(layer),
-              testing::ElementsAre("w_slots", "scale", "experts.0.w_up", "experts.0.w_down",
-                                   "experts.1.w_up", "experts.1.w_down"));
+  EXPECT_THAT(names(layer), testing::ElementsAre("w_slots", "scale", "experts.0.w_up", "experts.0.w_down",
+                                                 "experts.1.w_up", "experts.1.w_down"));
   EXPECT_EQ(moe::num_parameters(layer), 6 * 4 + 1 + 2 * 2 * 4 * 5);
   EXPECT_EQ(layer.num_slots(), 6);
   EXPECT_EQ(layer.experts().size(), 2u);
   EXPECT_EQ(norm(moe::zeros_like(layer)), 0.0);
   EXPECT_TRUE(moe::zeros_like(layer).options().normalise);
-  const auto plain =
-      make_layer<Plain<double>>({.d_model = 4, .num_experts = 2, .normalise = false}, rng);
+  const auto plain = make_layer<Plain<double>>({.d_model = 4, .num_experts = 2, .normalise = false}, rng);
   EXPECT_THAT(names(plain), testing::Not(testing::Contains("scale")));
   const SoftMoELayer<Triple> fixed({{}, {}}, {.d_model = 2, .num_experts = 2});
   EXPECT_THAT(names(fixed), testing::ElementsAre("w_slots", "scale"));
@@ -797,8 +778,7 @@ TEST(SoftMoELayer, RefusesWhatDoesNotFit) {
   Rng rng(1);
   const auto experts = [](Index count, Index d_model) {
     Rng fresh(1);
-    return moe::make_experts<Plain<double>>(count, {.d_model = d_model, .d_ff = 5, .bias = true},
-                                            fresh);
+    return moe::make_experts<Plain<double>>(count, {.d_model = d_model, .d_ff = 5, .bias = true}, fresh);
   };
   const SoftMoEOptions options{.d_model = 4, .num_experts = 3, .slots_per_expert = 2};
   const Layer layer(experts(3, 4), options, rng);
@@ -808,8 +788,7 @@ TEST(SoftMoELayer, RefusesWhatDoesNotFit) {
   const Layer fewer_slots(experts(3, 4), {.d_model = 4, .num_experts = 3}, rng),
       fewer_experts(experts(2, 4), {.d_model = 4, .num_experts = 2, .slots_per_expert = 3}, rng),
       narrow(experts(3, 3), {.d_model = 3, .num_experts = 3, .slots_per_expert = 2}, rng),
-      plain(experts(3, 4),
-            {.d_model = 4, .num_experts = 3, .slots_per_expert = 2, .normalise = false}, rng);
+      plain(experts(3, 4), {.d_model = 4, .num_experts = 3, .slots_per_expert = 2, .normalise = false}, rng);
   Layer wide = layer;
   for (auto& e : wide.experts()) e = Plain<double>({.d_model = 4, .d_ff = 6, .bias = true});
   Layer one_wide = layer;  // two experts could take their gradients before the third refuses
@@ -841,8 +820,7 @@ TEST(SoftMoELayer, RefusesWhatDoesNotFit) {
   };
   const std::vector<Case> cases{
       {[&] { Layer({}, {.d_model = 0, .num_experts = 1}); }, "d_model = 0, expected at least 1"},
-      {[&] { Layer({}, {.d_model = 4, .num_experts = 0}); },
-       "num_experts = 0, expected at least 1"},
+      {[&] { Layer({}, {.d_model = 4, .num_experts = 0}); }, "num_experts = 0, expected at least 1"},
       {[&] { Layer(experts(1, 4), {.d_model = 4, .num_experts = 1, .slots_per_expert = -1}); },
        "slots_per_expert = -1, expected at least 1"},
       {[&] { Layer(experts(2, 4), options); }, "2 experts, expected num_experts = 3"},
@@ -866,8 +844,7 @@ TEST(SoftMoELayer, RefusesWhatDoesNotFit) {
       {[&] { layer.backward(x, cache, grad, x); }, "backward: d_x and d_y overlap"},
       {[&] { changed.backward(before, cache, grad); }, "w_slots has shape [5, 4], expected [6, 4]"},
       {[&] { from(unused); }, "d_model = 0"},
-      {[&] { from(cache_of(narrow, 6)); },
-       "d_model = 3, 3 experts and 6 slots, expected 4, 3 and 6"},
+      {[&] { from(cache_of(narrow, 6)); }, "d_model = 3, 3 experts and 6 slots, expected 4, 3 and 6"},
       {[&] { from(cache_of(fewer_slots, 6)); }, "3 experts and 3 slots, expected 4, 3 and 6"},
       {[&] { from(cache_of(fewer_experts, 6)); }, "2 experts and 6 slots, expected 4, 3 and 6"},
       {[&] { from(cache_of(layer, 7)); }, "d_y has shape [6, 4], expected [7, 4]"},

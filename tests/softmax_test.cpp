@@ -29,8 +29,8 @@ Vector<S> softmax_of(const Vector<S>& logits) {
 
 // Logits, their softmax and their log-sum-exp, computed with Python in double.
 const Vector<double> kLogits{{1, .5, -.25, 2, -1, .75, 0, -2}};
-const Vector<double> kProbs{{0.168261792, 0.102055936, 0.0482078106, 0.457382973, 0.0227717573,
-                             0.131042416, 0.0619000541, 0.00837726136}};
+const Vector<double> kProbs{{0.168261792, 0.102055936, 0.0482078106, 0.457382973, 0.0227717573, 0.131042416,
+                             0.0619000541, 0.00837726136}};
 constexpr double kLogSumExp = 2.7822342245942675;
 
 template <class S>
@@ -42,8 +42,7 @@ TYPED_TEST(SoftmaxOf, AKnownRowIsAsComputedElsewhere) {
   using S = TypeParam;
   const Vector<S> logits = kLogits.cast<S>(), p = softmax_of(logits);
   for (Index i = 0; i < 8; ++i) EXPECT_NEAR(double(p[i]), kProbs[i], 1e-7) << i;
-  EXPECT_NEAR(double(moe::log_sum_exp(Index(8), logits.data())), kLogSumExp,
-              sizeof(S) == 4 ? 1e-6 : 1e-15);
+  EXPECT_NEAR(double(moe::log_sum_exp(Index(8), logits.data())), kLogSumExp, sizeof(S) == 4 ? 1e-6 : 1e-15);
 }
 
 TYPED_TEST(SoftmaxOf, LargeLogitsDoNotOverflow) {
@@ -174,8 +173,7 @@ TEST(Softmax, TheGradientOfLogSumExpIsTheSoftmax) {
     up[i] += step;
     down[i] -= step;
     const double numeric =
-        (moe::log_sum_exp(Index(8), up.data()) - moe::log_sum_exp(Index(8), down.data())) /
-        (2 * step);
+        (moe::log_sum_exp(Index(8), up.data()) - moe::log_sum_exp(Index(8), down.data())) / (2 * step);
     EXPECT_NEAR(p[i], numeric, 1e-9);
   }
 }

@@ -79,13 +79,12 @@ TEST(SparseMixerRouter, BackwardIsExactInInference) {
   Index fit = 0;
   for (int round = 0; round < 30; ++round) {
     const Layer layer = make_layer(rng, 0.4);
-    const auto report =
-        moe::check_gradients(layer, normal(5, 4, rng), {}, [](const moe::Routing<double>& r) {
-          moe::Loss<double> loss = moe::load_balancing_loss(r);
-          loss.gradient += moe::router_z_loss(r).gradient;
-          loss.value += moe::router_z_loss(r).value;
-          return loss;
-        });
+    const auto report = moe::check_gradients(layer, normal(5, 4, rng), {}, [](const moe::Routing<double>& r) {
+      moe::Loss<double> loss = moe::load_balancing_loss(r);
+      loss.gradient += moe::router_z_loss(r).gradient;
+      loss.value += moe::router_z_loss(r).value;
+      return loss;
+    });
     if (report.crossed > 0 || report.worst > 1) continue;  // an expert joined or left a softmax
     EXPECT_LT(report.worst, 1e-6) << report.where;
     ++fit;
@@ -166,8 +165,7 @@ TEST(SparseMixerRouter, TheEstimatorIsTheDerivativeOfTheShares) {
                                   routing.router_logits.row(c / 2).maxCoeff();
     }
     // And the gates of assignments, which the plan has in another order than the choices.
-    for (Index a = 0; a < routing.plan.num_assignments(); ++a)
-      gradient.d_gate.push_back(rng.uniform(-1, 1));
+    for (Index a = 0; a < routing.plan.num_assignments(); ++a) gradient.d_gate.push_back(rng.uniform(-1, 1));
     weights.assign(gradient.d_chosen_gate.begin(), gradient.d_chosen_gate.end());
     for (Index a = 0; a < routing.plan.num_assignments(); ++a)
       weights[std::size_t(routing.plan.choice[a])] += gradient.d_gate[a];
@@ -251,8 +249,10 @@ TEST(SparseMixerRouter, APoisonedTokenChangesNoOtherRow) {
   x(2, 0) = std::numeric_limits<double>::quiet_NaN();
   const Matrix<double> poisoned = layer.forward(x);
   for (Index t = 0; t < 6; ++t) {
-    if (t == 2) EXPECT_TRUE(poisoned.row(t).array().isNaN().all());
-    else EXPECT_EQ(poisoned.row(t), masked.row(t));
+    if (t == 2)
+      EXPECT_TRUE(poisoned.row(t).array().isNaN().all());
+    else
+      EXPECT_EQ(poisoned.row(t), masked.row(t));
   }
 }
 

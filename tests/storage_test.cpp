@@ -95,10 +95,12 @@ TEST(MappedMatrix, RefusesWhatIsNoMatrix) {
                  "MappedMatrix: shape [-1, 4], expected at least 0");
   expect_refused([&] { MappedMatrix<float>(std::shared_ptr<const float>(), 2, 3); },
                  "MappedMatrix: no values, expected 6");
-  const auto* const odd =
-      reinterpret_cast<const float*>(reinterpret_cast<const char*>(bytes->data()) + 3);
-  expect_refused([&] { MappedMatrix<float>({bytes, odd}, 1, 2); },
-                 "MappedMatrix: the address is 3 bytes past a multiple of 4");
+  const auto* const odd = reinterpret_cast<const float*>(reinterpret_cast<const char*>(bytes->data()) + 3);
+  expect_refused(
+      [&] {
+        MappedMatrix<float>({bytes, odd}, 1, 2);
+      },
+      "MappedMatrix: the address is 3 bytes past a multiple of 4");
   EXPECT_EQ(MappedMatrix<float>(std::shared_ptr<const float>(), 0, 3).cols(), 3);
 }
 
@@ -107,18 +109,18 @@ TEST(MappedMatrix, RefusesWhatIsNoMatrix) {
 template <class Owned, class Mapped>
 concept SameExceptForTraining =
     moe::TrainableExpert<Owned> && moe::BufferedExpert<Owned> && moe::BufferedExpert<Mapped> &&
-    !moe::TrainableExpert<Mapped> && std::copyable<Mapped> &&
-    std::constructible_from<Owned, typename Owned::Options> &&
+    !moe::TrainableExpert<Mapped> &&
+    std::copyable<Mapped> && std::constructible_from<Owned, typename Owned::Options> &&
     !std::constructible_from<Mapped, typename Mapped::Options> &&
     !std::constructible_from<Mapped, typename Mapped::Options, Rng&>;
 static_assert(SameExceptForTraining<GatedFeedForward<float>, GatedFeedForward<float, moe::SwiGLU, Mapped>>);
 static_assert(SameExceptForTraining<moe::FeedForward<double>, moe::FeedForward<double, moe::ReLU, Mapped>>);
 
 template <class E>
-concept HasBackward =
-    requires(const E& expert, E& grad, const Matrix<typename E::Scalar>& x, Matrix<typename E::Scalar> y) {
-      expert.backward(x, x, y, y, grad);
-    };
+concept HasBackward = requires(const E& expert, E& grad, const Matrix<typename E::Scalar>& x,
+                               Matrix<typename E::Scalar> y) {
+  expert.backward(x, x, y, y, grad);
+};
 static_assert(HasBackward<GatedFeedForward<float>>);
 static_assert(!HasBackward<GatedFeedForward<float, moe::SwiGLU, Mapped>>);
 
@@ -126,7 +128,9 @@ template <class S>
 auto mapped(const GatedFeedForward<S, moe::ClampedSwiGLU>& e) {
   using E = GatedFeedForward<S, moe::ClampedSwiGLU, Mapped>;
   E result{{.d_model = e.d_model(), .d_ff = e.d_ff(), .bias = e.has_bias(), .glu = e.glu()},
-           MappedMatrix<S>(e.w_gate), MappedMatrix<S>(e.w_up), MappedMatrix<S>(e.w_down)};
+           MappedMatrix<S>(e.w_gate),
+           MappedMatrix<S>(e.w_up),
+           MappedMatrix<S>(e.w_down)};
   result.b_gate = e.b_gate;
   result.b_up = e.b_up;
   result.b_down = e.b_down;
@@ -136,7 +140,8 @@ template <class S>
 auto mapped(const moe::FeedForward<S, moe::GELU>& e) {
   using E = moe::FeedForward<S, moe::GELU, Mapped>;
   E result{{.d_model = e.d_model(), .d_ff = e.d_ff(), .bias = e.has_bias()},
-           MappedMatrix<S>(e.w_up), MappedMatrix<S>(e.w_down)};
+           MappedMatrix<S>(e.w_up),
+           MappedMatrix<S>(e.w_down)};
   result.b_up = e.b_up;
   result.b_down = e.b_down;
   return result;

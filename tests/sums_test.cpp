@@ -19,8 +19,8 @@ using moe::Matrix;
 using moe::Routing;
 using moe::Vector;
 
-// A routing of many tokens, every one of which chose one expert, a second for every third token. Probabilities are
-// near each other, as those of a balanced router are.
+// A routing of many tokens, every one of which chose one expert, a second for every third token.
+// Probabilities are near each other, as those of a balanced router are.
 template <class S>
 Routing<S> many_tokens(Index tokens, Index experts) {
   Routing<S> r;
@@ -99,31 +99,37 @@ TEST(Sums, OfABiasGradientOverAMillionRowsAreRoundedOnce) {
   }
 }
 
-// The bound that product.hpp states, for every set of kernels, at the worst input: equal terms, whose rounding errors
-// all have one sign.
+// The bound that product.hpp states, for every set of kernels, at the worst input: equal terms, whose
+// rounding errors all have one sign.
 TEST(Sums, OfAWeightGradientOverAMillionRowsKeepTheirBound) {
   const Index rows = 1 << 20;
-  const Matrix<float> d_y = Matrix<float>::Constant(rows, 2, 0.1f), x = Matrix<float>::Constant(rows, 3, 0.3f);
+  const Matrix<float> d_y = Matrix<float>::Constant(rows, 2, 0.1f),
+                      x = Matrix<float>::Constant(rows, 3, 0.3f);
   const double right = double(0.1f) * double(0.3f) * double(rows);
-  for (const auto set : {moe::InstructionSet::portable, moe::InstructionSet::avx2, moe::InstructionSet::avx512}) {
+  for (const auto set :
+       {moe::InstructionSet::portable, moe::InstructionSet::avx2, moe::InstructionSet::avx512}) {
     if (!moe::is_available(set)) continue;
     Matrix<float> d_w = Matrix<float>::Zero(2, 3);
-    moe::kernels::find_dense(set)->linear_backward_weight(rows, 3, 2, d_y.data(), 2, x.data(), 3, d_w.data(), 3);
+    moe::kernels::find_dense(set)->linear_backward_weight(rows, 3, 2, d_y.data(), 2, x.data(), 3, d_w.data(),
+                                                          3);
     const double bound = (256 + double(rows) / 256) * 0x1p-24;
     for (Index i = 0; i < 2; ++i)
       for (Index j = 0; j < 3; ++j)
-        EXPECT_LE(std::abs(double(d_w(i, j)) - right), bound * right) << moe::name_of(set) << ": " << d_w(i, j);
+        EXPECT_LE(std::abs(double(d_w(i, j)) - right), bound * right)
+            << moe::name_of(set) << ": " << d_w(i, j);
   }
 }
 
-// Equal terms again: cut at 256 the error is at most that of 64 roundings of the sum, in one chain of 4,096 it is
-// over 200.
+// Equal terms again: cut at 256 the error is at most that of 64 roundings of the sum, in one chain of 4,096
+// it is over 200.
 TEST(Sums, OfLinearAreCutAtEvery256) {
   for (const Index rows : {1, 3, 6, 8, 9, 40, 200}) {
     const Index in = 4096, out = 20;
-    const Matrix<float> x = Matrix<float>::Constant(rows, in, 0.1f), w = Matrix<float>::Constant(out, in, 0.3f);
+    const Matrix<float> x = Matrix<float>::Constant(rows, in, 0.1f),
+                        w = Matrix<float>::Constant(out, in, 0.3f);
     const double right = double(0.1f) * double(0.3f) * double(in);
-    for (const auto set : {moe::InstructionSet::portable, moe::InstructionSet::avx2, moe::InstructionSet::avx512}) {
+    for (const auto set :
+         {moe::InstructionSet::portable, moe::InstructionSet::avx2, moe::InstructionSet::avx512}) {
       if (!moe::is_available(set)) continue;
       Matrix<float> y(rows, out);
       moe::kernels::find_dense(set)->linear(rows, in, out, x.data(), in, w.data(), in, y.data(), out, false);
@@ -134,8 +140,8 @@ TEST(Sums, OfLinearAreCutAtEvery256) {
   }
 }
 
-// What a layer adds up over its tokens: biases of the router, of experts and of the output, weights, and a constant
-// expert's vector. 65,536 equal tokens; the gradients are then those of one token times as many.
+// What a layer adds up over its tokens: biases of the router, of experts and of the output, weights, and a
+// constant expert's vector. 65,536 equal tokens; the gradients are then those of one token times as many.
 template <class S, class E>
 auto gradient_of_equal_tokens(std::vector<E> experts, Index tokens) {
   moe::TopKRouter<S> router({.d_model = 3, .num_experts = 2, .top_k = 2, .bias = true});
@@ -173,7 +179,8 @@ void expect_no_digits_lost() {
   ASSERT_EQ(many.size(), one.size());
   for (std::size_t i = 0; i < many.size(); ++i) {
     const Matrix<double> right = double(kTokens) * one[i].second;
-    EXPECT_LE((many[i].second - right).cwiseAbs().maxCoeff(), 2e-5 * right.cwiseAbs().maxCoeff()) << many[i].first;
+    EXPECT_LE((many[i].second - right).cwiseAbs().maxCoeff(), 2e-5 * right.cwiseAbs().maxCoeff())
+        << many[i].first;
   }
 }
 

@@ -37,8 +37,7 @@ struct ThreeWayOf {
   }
 };
 
-[[maybe_unused]] const bool checked =
-    check_experts<ThreeWayOf<float>, ThreeWayOf<double>>("ThreeWay");
+[[maybe_unused]] const bool checked = check_experts<ThreeWayOf<float>, ThreeWayOf<double>>("ThreeWay");
 
 }  // namespace
 
@@ -99,8 +98,8 @@ TEST(ThreeWayFeedForward, HasExactGradients) {
       SCOPED_TRACE(testing::Message() << "d_model " << d_model << ", d_ff " << d_ff);
       const Expert expert({.d_model = d_model, .d_ff = d_ff}, rng);
       const auto report = moe::check_gradients(expert, random_matrix(4, d_model, 4));
-      EXPECT_LE(report.worst, 1e-6)
-          << report.where << ": " << report.analytic << ", by differences " << report.numeric;
+      EXPECT_LE(report.worst, 1e-6) << report.where << ": " << report.analytic << ", by differences "
+                                    << report.numeric;
       EXPECT_EQ(report.crossed, 0);
       EXPECT_EQ(report.checked, 4 * d_model + 4 * d_model * d_ff);
     }

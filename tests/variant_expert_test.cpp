@@ -57,9 +57,8 @@ void expect_same(const Either& either, const E& expert) {
   expert.backward(x, d_y, cache_expected, d_x_expected, grad_expected);
   EXPECT_EQ(d_x, d_x_expected);
   const Either expected = grad_expected;
-  Either::visit(
-      [](const auto& info, const auto& a, const auto& b) { EXPECT_EQ(a, b) << info.name; }, grad,
-      expected);
+  Either::visit([](const auto& info, const auto& a, const auto& b) { EXPECT_EQ(a, b) << info.name; }, grad,
+                expected);
 }
 
 TEST(VariantExpert, IsTheKindItWasMadeOf) {
@@ -90,8 +89,7 @@ TEST(VariantExpert, RefusesAGradientOfAnotherKind) {
   } catch (const std::invalid_argument& error) {
     EXPECT_STREQ(error.what(), "VariantExpert: kind 1 where kind 0 is expected");
   }
-  EXPECT_THROW(Either::visit([](const auto&, auto&, auto&) {}, either, grad),
-               std::invalid_argument);
+  EXPECT_THROW(Either::visit([](const auto&, auto&, auto&) {}, either, grad), std::invalid_argument);
 }
 
 Layer mixed_layer() {
@@ -126,9 +124,7 @@ TEST(VariantExpert, ALayerOfThemTrains) {
   layer.backward(d_y, cache, grad);
   Layer work = layer;
   const double step = 1e-6;
-  const auto objective = [&] {
-    return work.forward(x, {}, moe::Sequential{}).cwiseProduct(d_y).sum();
-  };
+  const auto objective = [&] { return work.forward(x, {}, moe::Sequential{}).cwiseProduct(d_y).sum(); };
   Layer::visit(
       [&](const moe::ParameterInfo& info, auto& p, const auto& g) {
         for (Index i = 0; i < p.size(); ++i) {

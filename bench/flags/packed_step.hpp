@@ -3,8 +3,8 @@
 
 #include <cstddef>
 
-// A packed layer behind C functions, for bench_flags: compiled into two libraries, with flags for this processor
-// and with plain -O2. Nothing of the standard library or of Eigen crosses from one to the other.
+// A packed layer behind C functions, for bench_flags: compiled into two libraries, with flags for this
+// processor and with plain -O2. Nothing of the standard library or of Eigen crosses from one to the other.
 namespace moe::bench {
 
 struct PackedStep {

@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include <dnnl.hpp>
 #include <omp.h>
+#include <dnnl.hpp>
 
 namespace moe::bench {
 namespace {
@@ -23,7 +23,9 @@ template <class T>
 class OneDnnPeer : public Peer {
  public:
   OneDnnPeer(const PeerWeights& weights, int max_threads)
-      : d_model_(weights.d_model), d_ff_(weights.d_ff), gated_(weights.gated),
+      : d_model_(weights.d_model),
+        d_ff_(weights.d_ff),
+        gated_(weights.gated),
         workers_(std::size_t(max_threads)) {
     // The format that oneDNN prefers for many rows does for few rows, too.
     const memory::desc up = preferred(kManyRows, d_model_, d_ff_, kType);
@@ -65,7 +67,9 @@ class OneDnnPeer : public Peer {
         up(p.hidden, engine_, w.up.data()), y(p.out, engine_, out);
     const auto run = [&](const dnnl::matmul& product, memory& from, memory& weight, memory& to) {
       std::unordered_map<int, memory> arguments{
-          {DNNL_ARG_SRC, from}, {DNNL_ARG_WEIGHTS, weight}, {DNNL_ARG_DST, to},
+          {DNNL_ARG_SRC, from},
+          {DNNL_ARG_WEIGHTS, weight},
+          {DNNL_ARG_DST, to},
           {DNNL_ARG_SCRATCHPAD, memory(p.scratch_of(product), engine_, w.scratch.data())}};
       if (&product == &p.up && gated_)
         arguments.insert({DNNL_ARG_ATTR_MULTIPLE_POST_OP(0) | DNNL_ARG_SRC_1, gate});
@@ -103,8 +107,8 @@ class OneDnnPeer : public Peer {
   static memory::desc plain(Index rows, Index columns, memory::data_type type) {
     return {{rows, columns}, type, memory::format_tag::ab};
   }
-  static dnnl::matmul::primitive_desc describe(Index rows, const memory::desc& weight,
-                                               memory::data_type to, dnnl::post_ops after = {}) {
+  static dnnl::matmul::primitive_desc describe(Index rows, const memory::desc& weight, memory::data_type to,
+                                               dnnl::post_ops after = {}) {
     dnnl::primitive_attr attributes;
     attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);
     attributes.set_post_ops(after);
@@ -136,12 +140,18 @@ class OneDnnPeer : public Peer {
     const auto gate = describe(rows, up_[0].get_desc(), kType, gated_ ? activation : multiply);
     const auto up = describe(rows, up_[0].get_desc(), kType, multiply);
     const auto down = describe(rows, down_[0].get_desc(), memory::data_type::f32);
-    const std::size_t scratch =
-        std::max({gate.scratchpad_desc().get_size(), up.scratchpad_desc().get_size(),
-                  down.scratchpad_desc().get_size()});
-    return {dnnl::matmul(gate), dnnl::matmul(up), dnnl::matmul(down),
-            plain(rows, d_model_, kType), hidden, plain(rows, d_model_, memory::data_type::f32),
-            gate.scratchpad_desc(), up.scratchpad_desc(), down.scratchpad_desc(), Index(scratch)};
+    const std::size_t scratch = std::max({gate.scratchpad_desc().get_size(), up.scratchpad_desc().get_size(),
+                                          down.scratchpad_desc().get_size()});
+    return {dnnl::matmul(gate),
+            dnnl::matmul(up),
+            dnnl::matmul(down),
+            plain(rows, d_model_, kType),
+            hidden,
+            plain(rows, d_model_, memory::data_type::f32),
+            gate.scratchpad_desc(),
+            up.scratchpad_desc(),
+            down.scratchpad_desc(),
+            Index(scratch)};
   }
 
   static void convert(Index n, const float* from, float* to) { std::copy_n(from, n, to); }

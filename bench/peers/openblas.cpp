@@ -32,10 +32,11 @@ class OpenBlasPeer : public Peer {
   // y [rows, out] = x [rows, in] w^T; a single row is a product with a vector.
   static void multiply(Index rows, const float* x, const Matrix<float>& w, float* y) {
     const int out = int(w.rows()), in = int(w.cols());
-    if (rows == 1) cblas_sgemv(CblasRowMajor, CblasNoTrans, out, in, 1, w.data(), in, x, 1, 0, y, 1);
+    if (rows == 1)
+      cblas_sgemv(CblasRowMajor, CblasNoTrans, out, in, 1, w.data(), in, x, 1, 0, y, 1);
     else
-      cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, int(rows), out, in, 1, x, in, w.data(), in,
-                  0, y, out);
+      cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, int(rows), out, in, 1, x, in, w.data(), in, 0, y,
+                  out);
   }
 
   const PeerWeights& weights_;

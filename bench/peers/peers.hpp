@@ -15,7 +15,7 @@ namespace moe::bench {
 /// larger than a cache need not all be in memory.
 struct PeerWeights {
   Index d_model = 0, d_ff = 0, num_experts = 0;
-  bool gated = true;                       ///< SwiGLU; otherwise ReLU between two products
+  bool gated = true;  ///< SwiGLU; otherwise ReLU between two products
   std::vector<Matrix<float>> gate, up, down;
 
   std::size_t of(Index expert) const { return std::size_t(expert) % up.size(); }
@@ -98,8 +98,10 @@ struct PeerRows {
   void activate(bool gated) {
     auto g = gate.matrix().array();
     auto u = up.matrix().array();
-    if (gated) u *= g / (1 + (-g).exp());
-    else u = u.max(0.0f);
+    if (gated)
+      u *= g / (1 + (-g).exp());
+    else
+      u = u.max(0.0f);
   }
 };
 

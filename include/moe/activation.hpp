@@ -23,7 +23,9 @@ using Pack = Eigen::Array<S, 16, 1>;
 
 /// An activation or gated unit whose functions take packs as well as scalars.
 template <class Activation>
-concept TakesPacks = requires { requires Activation::takes_packs; };
+concept TakesPacks = requires {
+  requires Activation::takes_packs;
+};
 
 /// The derivatives of a gated unit by the gate and by the linear branch.
 template <class T>
@@ -35,24 +37,36 @@ namespace detail {
 
 // `value`, but x where that is NaN: comparisons, and under -ffast-math more, would make a number of one.
 template <class S>
-S or_nan(S value, S x) { return is_nan(x) ? x : value; }
+S or_nan(S value, S x) {
+  return is_nan(x) ? x : value;
+}
 template <class S>
 Pack<S> or_nan(const Pack<S>& value, const Pack<S>& x) {
   return value.binaryExpr(x, [](S v, S from) { return or_nan(v, from); });
 }
 
 template <class S>
-S exponential(S x) { return std::exp(x); }
+S exponential(S x) {
+  return std::exp(x);
+}
 template <class S>
-Pack<S> exponential(const Pack<S>& x) { return x.exp(); }
+Pack<S> exponential(const Pack<S>& x) {
+  return x.exp();
+}
 
 template <class S>
-S hyperbolic_tangent(S x) { return std::tanh(x); }
+S hyperbolic_tangent(S x) {
+  return std::tanh(x);
+}
 template <class S>
-Pack<S> hyperbolic_tangent(const Pack<S>& x) { return x.tanh(); }
+Pack<S> hyperbolic_tangent(const Pack<S>& x) {
+  return x.tanh();
+}
 
 template <class S>
-S error_function(S x) { return std::erf(x); }
+S error_function(S x) {
+  return std::erf(x);
+}
 template <class S>
 Pack<S> error_function(const Pack<S>& x) {
   return x.unaryExpr([](S v) { return std::erf(v); });
@@ -99,17 +113,25 @@ Pack<S> inside(const Pack<S>& x, S low, S high) {
 }
 
 template <class T>
-struct ScalarOf { using Type = T; };
+struct ScalarOf {
+  using Type = T;
+};
 template <class S>
-struct ScalarOf<Pack<S>> { using Type = S; };
+struct ScalarOf<Pack<S>> {
+  using Type = S;
+};
 template <class T>
 using Scalar = typename ScalarOf<T>::Type;
 
 // Where the slope of a GELU has reached its limits, 0 and 1, and squares do not overflow. Not for a NaN.
 template <class S>
-S within_100(S x) { return (std::min)((std::max)(x, S(-100)), S(100)); }
+S within_100(S x) {
+  return (std::min)((std::max)(x, S(-100)), S(100));
+}
 template <class S>
-Pack<S> within_100(const Pack<S>& x) { return ((x.max)(S(-100)).min)(S(100)); }
+Pack<S> within_100(const Pack<S>& x) {
+  return ((x.max)(S(-100)).min)(S(100));
+}
 
 // 1 / (1 + exp(-x)).
 template <class T>
@@ -124,9 +146,13 @@ T logistic(const T& x) {
 struct ReLU {
   static constexpr bool takes_packs = true;
   template <class T>
-  T forward(const T& x) const { return detail::positive_part(x); }
+  T forward(const T& x) const {
+    return detail::positive_part(x);
+  }
   template <class T>
-  T derivative(const T& x) const { return detail::step(x); }
+  T derivative(const T& x) const {
+    return detail::step(x);
+  }
 };
 
 /// x Phi(x) with the exact normal distribution function (PyTorch's default).
@@ -162,14 +188,14 @@ struct GELUTanh {
     using S = detail::Scalar<T>;
     const T x = detail::within_100(any);
     const T t = detail::hyperbolic_tangent(inner(x));
-    const T slope = S(0.5) * (S(1) + t) +
-                    S(0.5) * x * (S(1) - t * t) * (scale<S> * (S(1) + S(3 * 0.044715) * x * x));
+    const T slope =
+        S(0.5) * (S(1) + t) + S(0.5) * x * (S(1) - t * t) * (scale<S> * (S(1) + S(3 * 0.044715) * x * x));
     return detail::or_nan(slope, any);
   }
 
  private:
   template <class S>
-  static constexpr S scale = S(std::numbers::sqrt2 * std::numbers::inv_sqrtpi);
+  static constexpr S scale = S(std::numbers::sqrt2* std::numbers::inv_sqrtpi);
   template <class T>
   static T inner(const T& x) {
     using S = detail::Scalar<T>;
@@ -181,7 +207,9 @@ struct GELUTanh {
 struct SiLU {
   static constexpr bool takes_packs = true;
   template <class T>
-  T forward(const T& x) const { return x * detail::logistic(x); }
+  T forward(const T& x) const {
+    return x * detail::logistic(x);
+  }
   template <class T>
   T derivative(const T& x) const {
     using S = detail::Scalar<T>;
@@ -196,7 +224,9 @@ struct Glu {
   static constexpr bool takes_packs = TakesPacks<Activation>;
   Activation activation{};
   template <class T>
-  T forward(const T& g, const T& u) const { return activation.forward(g) * u; }
+  T forward(const T& g, const T& u) const {
+    return activation.forward(g) * u;
+  }
   template <class T>
   GluDerivative<T> derivative(const T& g, const T& u) const {
     return {T(activation.derivative(g) * u), T(activation.forward(g))};
@@ -308,8 +338,8 @@ void activate_gated(const Unit& glu, Index n, const S* g, const S* u, S* out) {
 
 /// d_g[i] and d_u[i] from d_out[i]; d_g may be d_out itself. O(n).
 template <class Unit, class S>
-void activate_gated_backward(const Unit& glu, Index n, const S* g, const S* u, const S* d_out,
-                             S* d_g, S* d_u) {
+void activate_gated_backward(const Unit& glu, Index n, const S* g, const S* u, const S* d_out, S* d_g,
+                             S* d_u) {
   detail::for_each_pack<S>(n, [&](Index i, Index count) {
     const Pack<S> gate = detail::load_pack(g + i, count), up = detail::load_pack(u + i, count);
     const Pack<S> d = detail::load_pack(d_out + i, count);

@@ -26,9 +26,7 @@ struct LineAllocator {
   LineAllocator() = default;
   template <class U>
   LineAllocator(const LineAllocator<U>&) {}
-  T* allocate(std::size_t n) {
-    return static_cast<T*>(::operator new(n * sizeof(T), kAlign));
-  }
+  T* allocate(std::size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kAlign)); }
   void deallocate(T* p, std::size_t) { ::operator delete(p, kAlign); }
   friend bool operator==(const LineAllocator&, const LineAllocator&) { return true; }
 };
@@ -150,9 +148,7 @@ class RowBuffer {
   Eigen::Map<const Matrix<S>> matrix() const { return {data(), rows_, cols_}; }
   /// Rows [begin, begin + count).
   Eigen::Map<Matrix<S>> block(Index begin, Index count) { return {row(begin), count, cols_}; }
-  Eigen::Map<const Matrix<S>> block(Index begin, Index count) const {
-    return {row(begin), count, cols_};
-  }
+  Eigen::Map<const Matrix<S>> block(Index begin, Index count) const { return {row(begin), count, cols_}; }
 
  private:
   Buffer<S> storage_;

@@ -44,30 +44,27 @@ struct CapacityRule {
 
 /// Throws std::invalid_argument unless the rule is in range.
 inline void check_capacity_rule(const CapacityRule& rule, const char* where) {
-  require(rule.minimum >= 0, where, ": capacity_rule.minimum = ", rule.minimum,
-          ", expected at least 0");
+  require(rule.minimum >= 0, where, ": capacity_rule.minimum = ", rule.minimum, ", expected at least 0");
   require(rule.multiple_of >= 1, where, ": capacity_rule.multiple_of = ", rule.multiple_of,
           ", expected at least 1");
 }
 
 /// Seats that each expert has for `tokens` valid tokens: capacity_factor * top_k * tokens /
 /// num_experts, then made whole as `rule` says, and at most `tokens`: nobody could take more, because a
-/// token sits at most once at an expert. The product is made in double, which errs by up to 2^-51 of it; so within
-/// 2^-50 of a whole number, or of a half, it is that number: 1.05 * 6 * 80 / 8 is 63 seats, not the 64 of
-/// 63.00000000000001 rounded up. With the default rule a factor of 1 never drops from a balanced batch. O(1).
-/// Throws std::invalid_argument for a negative or not finite factor, and for counts and rules out of range.
-/// Authors who do not multiply by top_k (mesh, lingvo, flaxformer) have capacity_factor * top_k as their factor.
-/// Example: expert_capacity(100, 8, 2, 1.25) is 32.
+/// token sits at most once at an expert. The product is made in double, which errs by up to 2^-51 of it; so
+/// within 2^-50 of a whole number, or of a half, it is that number: 1.05 * 6 * 80 / 8 is 63 seats, not the 64
+/// of 63.00000000000001 rounded up. With the default rule a factor of 1 never drops from a balanced batch.
+/// O(1). Throws std::invalid_argument for a negative or not finite factor, and for counts and rules out of
+/// range. Authors who do not multiply by top_k (mesh, lingvo, flaxformer) have capacity_factor * top_k as
+/// their factor. Example: expert_capacity(100, 8, 2, 1.25) is 32.
 inline Index expert_capacity(Index tokens, Index num_experts, Index top_k, double capacity_factor,
                              const CapacityRule& rule = {}) {
   require(tokens >= 0, "expert_capacity: tokens = ", tokens, ", expected at least 0");
-  require(num_experts >= 1, "expert_capacity: num_experts = ", num_experts,
-          ", expected at least 1");
+  require(num_experts >= 1, "expert_capacity: num_experts = ", num_experts, ", expected at least 1");
   require(top_k >= 0 && top_k <= num_experts, "expert_capacity: top_k = ", top_k,
           " is not between 0 and num_experts = ", num_experts);
   require(number_kind(capacity_factor) == NumberKind::finite && capacity_factor >= 0,
-          "expert_capacity: capacity_factor = ", capacity_factor,
-          ", expected a finite number of at least 0");
+          "expert_capacity: capacity_factor = ", capacity_factor, ", expected a finite number of at least 0");
   check_capacity_rule(rule, "expert_capacity");
   if (tokens == 0) return 0;
   double share = capacity_factor * double(top_k) * double(tokens) / double(num_experts);
@@ -223,14 +220,13 @@ void dispatch_all(const Choices<S>& chosen, DispatchPlan<S>& plan) {
 /// other, and for gates or probabilities that can not be ordered.
 template <class S>
 void apply_capacity(const Choices<S>& chosen, const Matrix<S>& scores, const IndexVector& capacity,
-                    Overflow overflow, Priority priority, const BatchInfo& info,
-                    DispatchPlan<S>& plan, RoutingScratch<S>& scratch,
-                    const Matrix<S>* probs = nullptr) {
+                    Overflow overflow, Priority priority, const BatchInfo& info, DispatchPlan<S>& plan,
+                    RoutingScratch<S>& scratch, const Matrix<S>* probs = nullptr) {
   const Index tokens = plan.num_tokens, experts = plan.num_experts();
   check_choices(chosen, tokens, experts, "apply_capacity");
   for (Index c = 0; priority != Priority::token_order && c < chosen.size(); ++c)
-    require(number_kind(chosen.gate[c]) != NumberKind::nan, "apply_capacity: the gate of choice ", c,
-            " of ", chosen.size(), " is NaN");
+    require(number_kind(chosen.gate[c]) != NumberKind::nan, "apply_capacity: the gate of choice ", c, " of ",
+            chosen.size(), " is NaN");
   if (priority == Priority::token_max_prob) {
     require(probs != nullptr, "apply_capacity: token_max_prob without probs");
     require_shape(*probs, tokens, experts, "apply_capacity", "probs");
@@ -242,10 +238,8 @@ void apply_capacity(const Choices<S>& chosen, const Matrix<S>& scores, const Ind
   require(capacity.size() == info.num_groups(), "apply_capacity: ", capacity.size(),
           " capacities, expected one for each of ", info.num_groups(), " groups");
   for (Index g = 0; g < capacity.size(); ++g)
-    require(capacity[g] >= 0, "apply_capacity: capacity[", g, "] = ", capacity[g],
-            ", expected at least 0");
-  if (overflow == Overflow::next_best)
-    require_shape(scores, tokens, experts, "apply_capacity", "scores");
+    require(capacity[g] >= 0, "apply_capacity: capacity[", g, "] = ", capacity[g], ", expected at least 0");
+  if (overflow == Overflow::next_best) require_shape(scores, tokens, experts, "apply_capacity", "scores");
 
   Buffer<Index>& seat = scratch.seat;  // the expert at which a choice is seated, or -1
   seat.reserve(chosen.expert.capacity());
@@ -256,8 +250,7 @@ void apply_capacity(const Choices<S>& chosen, const Matrix<S>& scores, const Ind
   plan.passed_through.clear();
 
   for (Index g = 0; g < info.num_groups(); ++g) {
-    detail::order_choices(chosen, probs, priority, info.begin_of(g), info.end_of(g, tokens),
-                          scratch);
+    detail::order_choices(chosen, probs, priority, info.begin_of(g), info.end_of(g, tokens), scratch);
     scratch.load.assign(experts, 0);
     for (const Index c : scratch.order) {
       const Index e = chosen.expert[c];

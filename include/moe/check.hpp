@@ -23,15 +23,16 @@ template <class... Parts>
 /// Throws unless `ok`. The message is built only then.
 template <class... Parts>
 void require(bool ok, const Parts&... parts) {
-  if (!ok) [[unlikely]] fail(parts...);
+  if (!ok) [[unlikely]]
+    fail(parts...);
 }
 
 /// Throws unless a matrix has the expected shape: "where: what has shape [3, 5], expected [4, 5]".
 template <class M>
 void require_shape(const M& m, std::ptrdiff_t rows, std::ptrdiff_t cols, std::string_view where,
                    std::string_view what) {
-  require(m.rows() == rows && m.cols() == cols, where, ": ", what, " has shape [", m.rows(), ", ",
-          m.cols(), "], expected [", rows, ", ", cols, "]");
+  require(m.rows() == rows && m.cols() == cols, where, ": ", what, " has shape [", m.rows(), ", ", m.cols(),
+          "], expected [", rows, ", ", cols, "]");
 }
 
 namespace detail {
@@ -64,8 +65,9 @@ Extent extent_of(const A& a) {
   }
 }
 
-// Whether two arrays of which none is empty and whose bytes from the first to the last intertwine share a byte.
-// Exact but for runs that follow each other at different distances: there arrays that interleave count as one.
+// Whether two arrays of which none is empty and whose bytes from the first to the last intertwine share a
+// byte. Exact but for runs that follow each other at different distances: there arrays that interleave count
+// as one.
 inline bool runs_meet(const Extent& a, const Extent& b) {
   if (b.begin < a.begin) return runs_meet(b, a);
   const auto offset = std::ptrdiff_t(b.begin - a.begin);
@@ -76,7 +78,8 @@ inline bool runs_meet(const Extent& a, const Extent& b) {
 
 // Whether two arrays share a byte. Most lie far apart: two comparisons.
 inline bool overlap(const Extent& a, const Extent& b) {
-  if (a.end() <= b.begin || b.end() <= a.begin) [[likely]] return false;
+  if (a.end() <= b.begin || b.end() <= a.begin) [[likely]]
+    return false;
   return !a.empty() && !b.empty() && runs_meet(a, b);
 }
 
@@ -92,15 +95,16 @@ void for_each_extent(const A& a, const F& f) {
 }  // namespace detail
 
 /// Throws unless `a`, which a call writes, shares no memory with each of the others, which stand behind their
-/// names: require_apart("linear", "y", y, "x", x, "w", w). All are matrices whose rows are contiguous, vectors,
-/// Buffers, or what consists of such and lists them by for_each_array: a workspace, a cache, a routing.
+/// names: require_apart("linear", "y", y, "x", x, "w", w). All are matrices whose rows are contiguous,
+/// vectors, Buffers, or what consists of such and lists them by for_each_array: a workspace, a cache, a
+/// routing.
 template <class A, class B, class... Rest>
 void require_apart(std::string_view where, std::string_view what_a, const A& a, std::string_view what_b,
                    const B& b, const Rest&... rest) {
   detail::for_each_extent(b, [&](const detail::Extent& of_b) {
     detail::for_each_extent(a, [&](const detail::Extent& of_a) {
-      require(!detail::overlap(of_a, of_b), where, ": ", what_a, " and ", what_b, " overlap: ", of_a,
-              " and ", of_b, ", expected memory of their own");
+      require(!detail::overlap(of_a, of_b), where, ": ", what_a, " and ", what_b, " overlap: ", of_a, " and ",
+              of_b, ", expected memory of their own");
     });
   });
   if constexpr (sizeof...(Rest) > 0) require_apart(where, what_a, a, rest...);

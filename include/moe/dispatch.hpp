@@ -42,8 +42,8 @@ void for_each_assignment(const DispatchPlan<S>& plan, Index begin, Index end, co
 template <class S>
 void require_rows(const RowBuffer<S>& rows, const DispatchPlan<S>& plan, const char* where,
                   const char* what) {
-  require(rows.rows() == plan.num_assignments(), where, ": ", what, " has ", rows.rows(),
-          " rows, expected ", plan.num_assignments(), " assignments");
+  require(rows.rows() == plan.num_assignments(), where, ": ", what, " has ", rows.rows(), " rows, expected ",
+          plan.num_assignments(), " assignments");
 }
 
 // out [tokens, d_model] = for each token the sum over its assignments a, in ascending expert, of
@@ -54,8 +54,8 @@ void sum_rows(const DispatchPlan<S>& plan, const RowBuffer<S>& rows, const Passe
   for_each_block(plan.num_tokens, executor, [&](Index begin, Index end, Index) {
     out.middleRows(begin, end - begin).setZero();
     const Index* const last = plan.passed_through.end();
-    for (const Index* t = std::lower_bound(plan.passed_through.begin(), last, begin);
-         t != last && *t < end; ++t)
+    for (const Index* t = std::lower_bound(plan.passed_through.begin(), last, begin); t != last && *t < end;
+         ++t)
       out.row(*t) = passed.row(*t);
     for_each_assignment(plan, begin, end, [&](Index a, Index t) {
       add_scaled(rows.cols(), weight(a), rows.row(a), &out(t, 0));
@@ -140,8 +140,8 @@ void combine_backward(const Dy& d_y, const RowBuffer<S>& rows, const DispatchPla
 /// index (times their gates where gates scale inputs, with d_gate[a] = <d_rows[a], x[token[a]]>),
 /// plus d_y's row where the plan passes the token through. O((tokens + assignments) * d_model).
 template <TokenMatrix X, TokenMatrix Dy, class S, TokenMatrix Dx, Executor E = DefaultExecutor>
-void dispatch_backward(const RowBuffer<S>& d_rows, const DispatchPlan<S>& plan, const X& x,
-                       const Dy& d_y, Dx&& d_x, Buffer<S>& d_gate, const E& executor = {}) {
+void dispatch_backward(const RowBuffer<S>& d_rows, const DispatchPlan<S>& plan, const X& x, const Dy& d_y,
+                       Dx&& d_x, Buffer<S>& d_gate, const E& executor = {}) {
   check_plan(plan, d_x.rows(), plan.num_experts(), "dispatch_backward");
   detail::require_rows(d_rows, plan, "dispatch_backward", "d_rows");
   require_shape(d_x, plan.num_tokens, d_rows.cols(), "dispatch_backward", "d_x");
@@ -149,8 +149,8 @@ void dispatch_backward(const RowBuffer<S>& d_rows, const DispatchPlan<S>& plan, 
   const bool scale = plan.gate_side == GateSide::input;
   if (scale) {
     require_shape(x, plan.num_tokens, d_rows.cols(), "dispatch_backward", "x");
-    require(d_gate.size() == plan.num_assignments(), "dispatch_backward: d_gate has ",
-            d_gate.size(), " entries, expected ", plan.num_assignments(), " assignments");
+    require(d_gate.size() == plan.num_assignments(), "dispatch_backward: d_gate has ", d_gate.size(),
+            " entries, expected ", plan.num_assignments(), " assignments");
     require_apart("dispatch_backward", "d_x", d_x, "x", x, "d_gate", d_gate);
     require_apart("dispatch_backward", "d_gate", d_gate, "x", x, "plan", plan);
   }
@@ -199,8 +199,8 @@ class ExpertCache {
     require(rows_.size() == plan.num_experts(), where, ": the cache is of ", rows_.size(),
             " experts, expected ", plan.num_experts());
     for (Index e = 0; e < rows_.size(); ++e)
-      require(rows_[e] == plan.rows_of(e), where, ": the cache has ", rows_[e],
-              " rows of expert ", e, ", expected ", plan.rows_of(e));
+      require(rows_[e] == plan.rows_of(e), where, ": the cache has ", rows_[e], " rows of expert ", e,
+              ", expected ", plan.rows_of(e));
     for (Index e = 0; e < cols_.size(); ++e)
       require(cols_[e] == experts[std::size_t(e)].cache_cols(), where, ": the cache has ", cols_[e],
               " columns for expert ", e, ", expected ", experts[std::size_t(e)].cache_cols());
@@ -256,9 +256,8 @@ struct ExpertScratch {
 /// y_rows [assignments, d_model]: every expert on its rows of x_rows, for inference. Experts and
 /// blocks of their rows are tasks of the executor.
 template <class S, class Ex, Executor E = DefaultExecutor>
-void run_experts(std::span<const Ex> experts, const DispatchPlan<S>& plan,
-                 const RowBuffer<S>& x_rows, RowBuffer<S>& y_rows, ExpertScratch<S>& scratch,
-                 const E& executor = {}) {
+void run_experts(std::span<const Ex> experts, const DispatchPlan<S>& plan, const RowBuffer<S>& x_rows,
+                 RowBuffer<S>& y_rows, ExpertScratch<S>& scratch, const E& executor = {}) {
   require(Index(experts.size()) == plan.num_experts(), "run_experts: ", experts.size(),
           " experts, expected the plan's ", plan.num_experts());
   check_plan_arrays(plan, "run_experts");
@@ -278,9 +277,8 @@ void run_experts(std::span<const Ex> experts, const DispatchPlan<S>& plan,
     auto y = y_rows.block(plan.expert_begin[e] + begin, count);
     if constexpr (BufferedExpert<Ex>) {
       expert.forward(x, y,
-                     Eigen::Map<Matrix<S>>(
-                         scratch.rows.data() + worker * detail::kExpertRows * widest, count,
-                         expert.cache_cols()));
+                     Eigen::Map<Matrix<S>>(scratch.rows.data() + worker * detail::kExpertRows * widest, count,
+                                           expert.cache_cols()));
     } else {
       expert.forward(x, y);
     }
@@ -289,9 +287,9 @@ void run_experts(std::span<const Ex> experts, const DispatchPlan<S>& plan,
 
 /// The same, keeping in `cache` what run_experts_backward needs.
 template <class S, TrainableExpert Ex, Executor E = DefaultExecutor>
-void run_experts(std::span<const Ex> experts, const DispatchPlan<S>& plan,
-                 const RowBuffer<S>& x_rows, RowBuffer<S>& y_rows, ExpertCache<S>& cache,
-                 ExpertScratch<S>& scratch, const E& executor = {}) {
+void run_experts(std::span<const Ex> experts, const DispatchPlan<S>& plan, const RowBuffer<S>& x_rows,
+                 RowBuffer<S>& y_rows, ExpertCache<S>& cache, ExpertScratch<S>& scratch,
+                 const E& executor = {}) {
   require(Index(experts.size()) == plan.num_experts(), "run_experts: ", experts.size(),
           " experts, expected the plan's ", plan.num_experts());
   check_plan_arrays(plan, "run_experts");
@@ -312,9 +310,8 @@ void run_experts(std::span<const Ex> experts, const DispatchPlan<S>& plan,
 /// experts' parameters, one task an expert. An expert without rows costs nothing.
 template <class S, TrainableExpert Ex, Executor E = DefaultExecutor>
 void run_experts_backward(std::span<const Ex> experts, const DispatchPlan<S>& plan,
-                          const RowBuffer<S>& x_rows, const RowBuffer<S>& d_y_rows,
-                          ExpertCache<S>& cache, RowBuffer<S>& d_x_rows, std::span<Ex> grads,
-                          const E& executor = {}) {
+                          const RowBuffer<S>& x_rows, const RowBuffer<S>& d_y_rows, ExpertCache<S>& cache,
+                          RowBuffer<S>& d_x_rows, std::span<Ex> grads, const E& executor = {}) {
   const Index count = plan.num_experts();
   require(Index(experts.size()) == count && Index(grads.size()) == count,
           "run_experts_backward: ", experts.size(), " experts and ", grads.size(),

@@ -101,8 +101,8 @@ namespace detail {
 // that waits for it.
 inline constinit thread_local bool inside_task = false;
 
-// How the caller of a pool and its helpers part. A pool may start a helper long after the call, which does not
-// wait for it then: the helpers own this together with the caller.
+// How the caller of a pool and its helpers part. A pool may start a helper long after the call, which does
+// not wait for it then: the helpers own this together with the caller.
 class Helpers {
  public:
   // A helper's part: runs f, which may use what is the caller's, unless the call has ended.

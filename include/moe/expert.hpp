@@ -25,30 +25,30 @@ concept Expert = requires(const E& expert, const ConstMatrixRef<typename E::Scal
 /// An expert that works in memory of its caller, `cache_cols()` scalars a row: this forward allocates
 /// nothing.
 template <class E>
-concept BufferedExpert =
-    Expert<E> && requires(const E& expert, const ConstMatrixRef<typename E::Scalar>& x,
-                          MatrixRef<typename E::Scalar> y, MatrixRef<typename E::Scalar> cache) {
-      { expert.cache_cols() } -> std::convertible_to<Index>;
-      expert.forward(x, y, cache);
-    };
+concept BufferedExpert = Expert<E> &&
+    requires(const E& expert, const ConstMatrixRef<typename E::Scalar>& x, MatrixRef<typename E::Scalar> y,
+             MatrixRef<typename E::Scalar> cache) {
+  { expert.cache_cols() } -> std::convertible_to<Index>;
+  expert.forward(x, y, cache);
+};
 
 /// An expert with a backward pass. What backward needs of the forward pass stands in a block of the
 /// layer's cache: forward fills it, backward may use what it does not need as scratch, but must leave
 /// it fit for another backward. backward writes d_x and adds to the parameters of `grad`, an expert of
 /// the same type.
 template <class E>
-concept TrainableExpert =
-    BufferedExpert<E> &&
+concept TrainableExpert = BufferedExpert<E> &&
     requires(const E& expert, E& grad, const ConstMatrixRef<typename E::Scalar>& x,
              MatrixRef<typename E::Scalar> y, MatrixRef<typename E::Scalar> cache) {
-      expert.backward(x, x, cache, y, grad);
-      E::visit([](const ParameterInfo&, auto&...) {}, grad);
-    };
+  expert.backward(x, x, cache, y, grad);
+  E::visit([](const ParameterInfo&, auto&...) {}, grad);
+};
 
 /// Throws std::invalid_argument unless x and y of an expert's forward pass are [rows, d_model] and lie apart.
 /// An expert begins with this. O(1).
 template <Expert E, class S = typename E::Scalar>
-void check_expert_forward(const E& expert, const ConstMatrixRef<S>& x, const MatrixRef<S>& y, const char* where) {
+void check_expert_forward(const E& expert, const ConstMatrixRef<S>& x, const MatrixRef<S>& y,
+                          const char* where) {
   require_shape(x, x.rows(), expert.d_model(), where, "x");
   require_shape(y, x.rows(), expert.d_model(), where, "y");
   require_apart(where, "y", y, "x", x);
@@ -66,7 +66,8 @@ void check_expert_forward(const E& expert, const ConstMatrixRef<S>& x, const Mat
 /// The same for a backward pass; `grad` has the parameters' shapes and is another expert.
 template <class E, class S = typename E::Scalar>
 void check_expert_backward(const E& expert, const ConstMatrixRef<S>& x, const ConstMatrixRef<S>& d_y,
-                           const MatrixRef<S>& cache, const MatrixRef<S>& d_x, const E& grad, const char* where) {
+                           const MatrixRef<S>& cache, const MatrixRef<S>& d_x, const E& grad,
+                           const char* where) {
   require_shape(x, x.rows(), expert.d_model(), where, "x");
   require_shape(d_y, x.rows(), expert.d_model(), where, "d_y");
   require_shape(cache, x.rows(), expert.cache_cols(), where, "cache");

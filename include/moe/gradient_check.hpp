@@ -25,11 +25,11 @@
 namespace moe {
 
 struct GradientCheckOptions {
-  double step = 1e-5;   ///< h of (f(x + h) - f(x - h)) / 2h
-  double margin = 100;  ///< the routing must be the same this many steps away, see crossed
-  double floor = 1e-3;  ///< errors are relative to the largest entry of an array, at least this
-  std::uint64_t seed = 1;      ///< of the random weights with which outputs are summed up
-  std::optional<Rng> rng{};    ///< training mode: every evaluation uses a copy of it
+  double step = 1e-5;        ///< h of (f(x + h) - f(x - h)) / 2h
+  double margin = 100;       ///< the routing must be the same this many steps away, see crossed
+  double floor = 1e-3;       ///< errors are relative to the largest entry of an array, at least this
+  std::uint64_t seed = 1;    ///< of the random weights with which outputs are summed up
+  std::optional<Rng> rng{};  ///< training mode: every evaluation uses a copy of it
   BatchInfo info{};
 };
 
@@ -38,12 +38,12 @@ struct GradientReport {
   /// numeric, and options.floor; the worst of all arrays. A correct backward pass in double gives
   /// less than 1e-6; NaN and infinity count as the largest double.
   double worst = 0;
-  std::string where;        ///< the array where that was
-  double analytic = 0;      ///< the entry where that was
+  std::string where;    ///< the array where that was
+  double analytic = 0;  ///< the entry where that was
   double numeric = 0;
-  Index checked = 0;        ///< number of entries compared
-  Index crossed = 0;        ///< entries at which a routing changed within the margin: if any, the
-                            ///< numbers mean nothing and x should be drawn again
+  Index checked = 0;  ///< number of entries compared
+  Index crossed = 0;  ///< entries at which a routing changed within the margin: if any, the
+                      ///< numbers mean nothing and x should be drawn again
 };
 
 namespace detail {
@@ -53,7 +53,7 @@ inline constexpr bool kIsDouble = std::is_same_v<typename Thing::Scalar, double>
 
 struct GradientArray {
   std::string name;
-  double* value;           // perturbed in place
+  double* value;  // perturbed in place
   const double* analytic;
   Index size;
 };
@@ -64,8 +64,10 @@ struct RoutingSignature {
   Buffer<Index> expert_begin, token, passed_through, chosen, best;
   RoutingSignature() = default;
   explicit RoutingSignature(const Routing<double>& r)
-      : expert_begin(r.plan.expert_begin), token(r.plan.token),
-        passed_through(r.plan.passed_through), chosen(r.chosen.expert) {
+      : expert_begin(r.plan.expert_begin),
+        token(r.plan.token),
+        passed_through(r.plan.passed_through),
+        chosen(r.chosen.expert) {
     if (r.noise.empty()) return;
     const Index k = (std::min)(r.noise.top_k + 1, r.num_experts());
     best.assign(r.num_tokens() * k, 0);
@@ -81,8 +83,8 @@ GradientReport compare_gradients(const std::vector<GradientArray>& arrays,
                                  const GradientCheckOptions& options, const Value& value) {
   constexpr double kWorst = (std::numeric_limits<double>::max)();  // stands for NaN and infinity
   const auto positive = [](double v, const char* what) {
-    require(number_kind(v) == NumberKind::finite && v > 0, "check_gradients: options.", what, " = ",
-            v, ", expected a finite number above 0");
+    require(number_kind(v) == NumberKind::finite && v > 0, "check_gradients: options.", what, " = ", v,
+            ", expected a finite number above 0");
   };
   positive(options.step, "step");
   positive(options.margin, "margin");
@@ -168,8 +170,7 @@ struct NoLoss {
 /// x [rows, d_model], in double. O(parameters) forward passes: keep it small. Throws
 /// std::invalid_argument for a step, margin or floor that is not positive.
 template <TrainableExpert E>
-GradientReport check_gradients(const E& expert, Matrix<double> x,
-                               const GradientCheckOptions& options = {}) {
+GradientReport check_gradients(const E& expert, Matrix<double> x, const GradientCheckOptions& options = {}) {
   static_assert(detail::kIsDouble<E>, "check_gradients needs double: MyType<double>");
   Rng rng(options.seed);
   const Matrix<double> d_y = detail::random_weights(x.rows(), x.cols(), rng);
@@ -188,8 +189,7 @@ GradientReport check_gradients(const E& expert, Matrix<double> x,
 /// Checks a router: d_x and every parameter's gradient of a random weighted sum of router_logits,
 /// router_probs, the noise's stddev, the chosen gates and the plan's gates.
 template <TrainableRouter R>
-GradientReport check_gradients(const R& router, Matrix<double> x,
-                               const GradientCheckOptions& options = {}) {
+GradientReport check_gradients(const R& router, Matrix<double> x, const GradientCheckOptions& options = {}) {
   static_assert(detail::kIsDouble<R>, "check_gradients needs double: MyType<double>");
   R work = router, grad = zeros_like(router);
   Routing<double> routing;
@@ -200,7 +200,7 @@ GradientReport check_gradients(const R& router, Matrix<double> x,
       work.route(x, rng..., options.info, routing);
   };
   const auto route = [&] {
-    if constexpr (requires(Rng& rng) { work.route(x, rng, options.info, routing); }) {
+    if constexpr (requires(Rng & rng) { work.route(x, rng, options.info, routing); }) {
       if (options.rng) {
         Rng rng = *options.rng;
         return route_with(rng);
@@ -216,10 +216,8 @@ GradientReport check_gradients(const R& router, Matrix<double> x,
   weights.d_router_probs = detail::random_weights(x.rows(), router.num_experts(), rng);
   if (!routing.noise.empty())
     weights.d_noise_stddev = detail::random_weights(x.rows(), router.num_experts(), rng);
-  for (Index i = 0; i < routing.chosen.size(); ++i)
-    weights.d_chosen_gate.push_back(rng.uniform(-1, 1));
-  for (Index i = 0; i < routing.plan.num_assignments(); ++i)
-    weights.d_gate.push_back(rng.uniform(-1, 1));
+  for (Index i = 0; i < routing.chosen.size(); ++i) weights.d_chosen_gate.push_back(rng.uniform(-1, 1));
+  for (Index i = 0; i < routing.plan.num_assignments(); ++i) weights.d_gate.push_back(rng.uniform(-1, 1));
   for (Index i = 0; i < routing.router_logits.size(); ++i)
     if (is_unavailable(routing.router_logits.data()[i])) weights.d_router_logits.data()[i] = 0;
   Matrix<double> d_x = Matrix<double>::Zero(x.rows(), x.cols());
@@ -238,8 +236,7 @@ GradientReport check_gradients(const R& router, Matrix<double> x,
         for (Index t = 0; t < x.rows(); ++t) {
           if (!routing.is_valid(t)) continue;
           sum += weights.d_router_probs.row(t).dot(routing.router_probs.row(t));
-          if (!routing.noise.empty())
-            sum += weights.d_noise_stddev.row(t).dot(routing.noise.stddev.row(t));
+          if (!routing.noise.empty()) sum += weights.d_noise_stddev.row(t).dot(routing.noise.stddev.row(t));
           if (weights.d_router_logits.size() == 0) continue;
           for (Index e = 0; e < routing.num_experts(); ++e)  // 0 times minus infinity would be NaN
             if (!is_equal(weights.d_router_logits(t, e), 0.0))
@@ -256,9 +253,11 @@ GradientReport check_gradients(const R& router, Matrix<double> x,
 /// Checks a layer: d_x and every parameter's gradient of a random weighted sum of its output, plus
 /// `loss(routing)`, e.g. [](const auto& r) { return moe::load_balancing_loss(r); }.
 template <class Layer, class RoutingLoss = detail::NoLoss>
-  requires requires { typename Layer::Cache; typename Layer::Workspace; }
-GradientReport check_gradients(const Layer& layer, Matrix<double> x,
-                               const GradientCheckOptions& options = {},
+requires requires {
+  typename Layer::Cache;
+  typename Layer::Workspace;
+}
+GradientReport check_gradients(const Layer& layer, Matrix<double> x, const GradientCheckOptions& options = {},
                                const RoutingLoss& loss = {}) {
   static_assert(detail::kIsDouble<Layer>, "check_gradients needs double: MyType<double>");
   Layer work = layer, grad = zeros_like(layer);

@@ -29,25 +29,23 @@ struct GroupLimit {
 };
 
 /// Throws std::invalid_argument unless a limit can work for num_experts and top_k.
-inline void check_group_limit(const GroupLimit& limit, Index num_experts, Index top_k,
-                              const char* where) {
+inline void check_group_limit(const GroupLimit& limit, Index num_experts, Index top_k, const char* where) {
   require(limit.groups >= 1 && num_experts % limit.groups == 0, where, ": ", limit.groups,
           " groups do not divide num_experts = ", num_experts);
   require(limit.kept >= 1 && limit.kept <= limit.groups, where, ": kept groups = ", limit.kept,
           ", expected between 1 and groups = ", limit.groups);
   const Index group_size = num_experts / limit.groups;
-  require(limit.kept * group_size >= top_k, where, ": the kept groups have ",
-          limit.kept * group_size, " experts, expected at least top_k = ", top_k);
-  require(limit.score == GroupScore::max || group_size >= 2 || !limit.applies(), where,
-          ": groups of ", group_size, " expert have no two largest values, expected at least 2");
+  require(limit.kept * group_size >= top_k, where, ": the kept groups have ", limit.kept * group_size,
+          " experts, expected at least top_k = ", top_k);
+  require(limit.score == GroupScore::max || group_size >= 2 || !limit.applies(), where, ": groups of ",
+          group_size, " expert have no two largest values, expected at least 2");
 }
 
 /// Sets to minus infinity the values [num_experts] of experts outside the kept groups. Equal groups:
 /// the lower index is kept. `scratch` holds at least groups values, `order` at least kept indices.
 /// O(num_experts + groups * kept). DeepSeek-AI 2024 (V2), section 2.1.2; 2024 (V3), section 2.1.2.
 template <class S>
-void limit_to_groups(const GroupLimit& limit, Index num_experts, S* values, S* scratch,
-                     Index* order) {
+void limit_to_groups(const GroupLimit& limit, Index num_experts, S* values, S* scratch, Index* order) {
   if (!limit.applies()) return;
   constexpr S kUnavailable = -std::numeric_limits<S>::infinity();
   const Index size = num_experts / limit.groups;
@@ -70,8 +68,10 @@ void limit_to_groups(const GroupLimit& limit, Index num_experts, S* values, S* s
   std::sort(order, order + limit.kept);
   const Index* kept = order;
   for (Index g = 0; g < limit.groups; ++g) {
-    if (kept != order + limit.kept && *kept == g) ++kept;
-    else std::fill(values + g * size, values + (g + 1) * size, kUnavailable);
+    if (kept != order + limit.kept && *kept == g)
+      ++kept;
+    else
+      std::fill(values + g * size, values + (g + 1) * size, kUnavailable);
   }
 }
 

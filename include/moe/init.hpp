@@ -14,8 +14,7 @@ namespace moe {
 template <class Derived>
 void fill_normal(Eigen::DenseBase<Derived>& m, double stddev, Rng& rng) {
   for (Index i = 0; i < m.rows(); ++i)
-    for (Index j = 0; j < m.cols(); ++j)
-      m(i, j) = typename Derived::Scalar(stddev * rng.normal());
+    for (Index j = 0; j < m.cols(); ++j) m(i, j) = typename Derived::Scalar(stddev * rng.normal());
 }
 
 /// Uniform in [low, high).

@@ -120,8 +120,8 @@ class EstimatedLoad {
 template <class S>
 void require_no_noise_in_levels(const Routing<S>& routing) {
   for (std::size_t level = 0; level < routing.levels.size(); ++level) {
-    require(routing.levels[level].noise.empty(), "load_loss: level ", level, " of ",
-            routing.levels.size(), " has noise: use hierarchical_load_loss");
+    require(routing.levels[level].noise.empty(), "load_loss: level ", level, " of ", routing.levels.size(),
+            " has noise: use hierarchical_load_loss");
     require_no_noise_in_levels(routing.levels[level]);
   }
 }
@@ -187,8 +187,7 @@ LevelsLoss<S> hierarchical_load_loss(const Routing<S>& routing,
   };
   Vector<Sum> all(groups * leaves);
   for (Index i = 0; i < groups; ++i)
-    all.segment(i * leaves, leaves) =
-        load[0].values[i] * share(i) * load[std::size_t(i) + 1].values;
+    all.segment(i * leaves, leaves) = load[0].values[i] * share(i) * load[std::size_t(i) + 1].values;
   LevelsLoss<S> loss;
   loss.value = S(detail::squared_variation(all));
   Vector<Sum> d_parent(groups);

@@ -13,8 +13,8 @@
 // The auxiliary losses of routing. Each returns its value and its gradient by what the routing
 // shows; the router turns that into gradients of its parameters. Coefficients stand in the user's
 // line: layer.backward(d_y, cache, grad, 0.01f * load_balancing_loss(cache.routing).gradient).
-// Counts and selections are constants to every gradient. Only valid tokens count. Sums over tokens are made in
-// double, in the order of tokens.
+// Counts and selections are constants to every gradient. Only valid tokens count. Sums over tokens are made
+// in double, in the order of tokens.
 namespace moe {
 
 template <class S>
@@ -43,8 +43,8 @@ T squared_variation(Vector<T>& x) {
   return variance / scale;
 }
 
-// The sum over the valid tokens [begin, end) and all experts of slope[e] * router_probs(t, e). Rows of its gradient
-// are written to d_probs.
+// The sum over the valid tokens [begin, end) and all experts of slope[e] * router_probs(t, e). Rows of its
+// gradient are written to d_probs.
 template <class S>
 Sum<S> linear_loss(const Routing<S>& routing, Index begin, Index end, const Vector<Sum<S>>& slope,
                    Matrix<S>& d_probs) {
@@ -69,20 +69,17 @@ Sum<S> linear_loss(const Routing<S>& routing, Index begin, Index end, const Vect
 /// factors (Hugging Face: k times this one), so coefficients do too. Gradient by router_probs.
 /// O(tokens * num_experts). Throws when the sizes do not fit, and for negative counts.
 template <class S>
-Loss<S> load_balancing_loss(const Routing<S>& routing, const IndexVector& demand,
-                            Index num_tokens) {
+Loss<S> load_balancing_loss(const Routing<S>& routing, const IndexVector& demand, Index num_tokens) {
   const Matrix<S>& p = routing.router_probs;
   const Index tokens = routing.num_tokens(), experts = routing.num_experts();
   check_plan_arrays(routing.plan, "load_balancing_loss");
   require_shape(p, tokens, experts, "load_balancing_loss",
                 p.size() > 0 ? "router_probs" : "router_probs (the router did not fill them)");
-  require(demand.size() == experts, "load_balancing_loss: demand has ", demand.size(),
-          " entries, expected ", experts, " experts");
-  require(num_tokens >= 0, "load_balancing_loss: num_tokens = ", num_tokens,
-          ", expected at least 0");
+  require(demand.size() == experts, "load_balancing_loss: demand has ", demand.size(), " entries, expected ",
+          experts, " experts");
+  require(num_tokens >= 0, "load_balancing_loss: num_tokens = ", num_tokens, ", expected at least 0");
   for (Index e = 0; e < experts; ++e)
-    require(demand[e] >= 0, "load_balancing_loss: demand[", e, "] = ", demand[e],
-            ", expected at least 0");
+    require(demand[e] >= 0, "load_balancing_loss: demand[", e, "] = ", demand[e], ", expected at least 0");
   Loss<S> loss;
   const Index total = demand.sum();
   loss.gradient.d_router_probs.setZero(tokens, experts);
@@ -129,13 +126,12 @@ Choices<S> most_probable_choices(const Routing<S>& routing, Index top_k) {
 }
 
 /// The mean over groups of each group's own load-balancing loss, groups without valid tokens left out:
-/// balance within every sequence. Its f_e counts `demand`: for DeepSeek-V3 (DeepSeek-AI 2024, eq. 17 to 20) that is
-/// most_probable_choices(routing, top_k), which no selection bias moves. It is 1 at perfect balance, and
-/// equal to load_balancing_loss for one group and its demand. Gradient by router_probs.
-/// O(tokens * num_experts). Throws when `info` or `demand` does not fit the routing.
+/// balance within every sequence. Its f_e counts `demand`: for DeepSeek-V3 (DeepSeek-AI 2024, eq. 17 to 20)
+/// that is most_probable_choices(routing, top_k), which no selection bias moves. It is 1 at perfect balance,
+/// and equal to load_balancing_loss for one group and its demand. Gradient by router_probs. O(tokens *
+/// num_experts). Throws when `info` or `demand` does not fit the routing.
 template <class S>
-Loss<S> sequence_balance_loss(const Routing<S>& routing, const BatchInfo& info,
-                              const Choices<S>& demand) {
+Loss<S> sequence_balance_loss(const Routing<S>& routing, const BatchInfo& info, const Choices<S>& demand) {
   const Matrix<S>& p = routing.router_probs;
   const Index tokens = routing.num_tokens(), experts = routing.num_experts();
   check_plan_arrays(routing.plan, "sequence_balance_loss");
@@ -160,31 +156,30 @@ Loss<S> sequence_balance_loss(const Routing<S>& routing, const BatchInfo& info,
     IndexVector count = IndexVector::Zero(experts);
     for (Index c = first; c < last; ++c) ++count[demand.expert[c]];
     for (Index e = 0; e < experts; ++e)
-      slope[e] = double(experts) * double(count[e]) /
-                 (double(last - first) * double(valid) * double(groups));
+      slope[e] = double(experts) * double(count[e]) / (double(last - first) * double(valid) * double(groups));
     value += detail::linear_loss(routing, begin, end, slope, loss.gradient.d_router_probs);
   }
   loss.value = S(value);
   return loss;
 }
 
-/// The same with the demand of the experts that were chosen, as Hugging Face's loss of Switch. Under a selection
-/// bias it is not DeepSeek-V3's.
+/// The same with the demand of the experts that were chosen, as Hugging Face's loss of Switch. Under a
+/// selection bias it is not DeepSeek-V3's.
 template <class S>
 Loss<S> sequence_balance_loss(const Routing<S>& routing, const BatchInfo& info) {
   return sequence_balance_loss(routing, info, routing.chosen);
 }
 
-/// Device-level balance loss (DeepSeekMoE; Dai et al. 2024, eq. 15 to 17): the sum over groups of experts (those
-/// of one device) of the mean of f_e times the sum of P_e over its experts, f and P as in
+/// Device-level balance loss (DeepSeekMoE; Dai et al. 2024, eq. 15 to 17): the sum over groups of experts
+/// (those of one device) of the mean of f_e times the sum of P_e over its experts, f and P as in
 /// load_balancing_loss. `expert_group` [num_experts] gives every expert its group, from 0. It is 1 at
 /// perfect balance. Gradient by router_probs. O(tokens * num_experts). Throws when sizes do not fit, and for
 /// negative groups.
 template <class S>
 Loss<S> device_balance_loss(const Routing<S>& routing, const IndexVector& expert_group) {
   const Index experts = routing.num_experts();
-  require(expert_group.size() == experts, "device_balance_loss: expert_group has ",
-          expert_group.size(), " entries, expected ", experts, " experts");
+  require(expert_group.size() == experts, "device_balance_loss: expert_group has ", expert_group.size(),
+          " entries, expected ", experts, " experts");
   for (Index e = 0; e < experts; ++e)
     require(expert_group[e] >= 0, "device_balance_loss: expert_group[", e, "] = ", expert_group[e],
             ", expected at least 0");
@@ -202,8 +197,7 @@ Loss<S> device_balance_loss(const Routing<S>& routing, const IndexVector& expert
       ++size;
       group_demand += demand[other];
     }
-    slope[e] = double(experts) * double(group_demand) /
-               (double(size) * double(total) * double(valid));
+    slope[e] = double(experts) * double(group_demand) / (double(size) * double(total) * double(valid));
   }
   loss.value = S(detail::linear_loss(routing, 0, routing.num_tokens(), slope, loss.gradient.d_router_probs));
   return loss;
@@ -211,9 +205,8 @@ Loss<S> device_balance_loss(const Routing<S>& routing, const IndexVector& expert
 
 /// Load-balanced L1 regularisation of ReLU routing (ReMoE; Wang et al. 2024, eq. 9 and 10):
 ///   num_experts / (top_k * tokens^2) * sum over e of (tokens that chose e) * (sum of e's gates)
-/// with top_k the number of experts that a token is to use on average. Gates are what the layer multiplies by,
-/// gate_scale included. Gradient by the chosen gates.
-/// O(choices). Throws for a top_k out of range.
+/// with top_k the number of experts that a token is to use on average. Gates are what the layer multiplies
+/// by, gate_scale included. Gradient by the chosen gates. O(choices). Throws for a top_k out of range.
 template <class S>
 Loss<S> relu_balance_loss(const Routing<S>& routing, Index top_k) {
   const Index experts = routing.num_experts(), valid = routing.plan.num_valid_tokens();
@@ -227,8 +220,8 @@ Loss<S> relu_balance_loss(const Routing<S>& routing, Index top_k) {
   loss.gradient.d_chosen_gate.resize(chosen.size());
   detail::Sum<S> value = 0;
   for (Index c = 0; c < chosen.size(); ++c) {
-    const double slope = double(experts) * double(demand[chosen.expert[c]]) /
-                         (double(top_k) * double(valid) * double(valid));
+    const double slope =
+        double(experts) * double(demand[chosen.expert[c]]) / (double(top_k) * double(valid) * double(valid));
     value += slope * detail::Sum<S>(chosen.gate[c]);
     loss.gradient.d_chosen_gate[c] = S(slope);
   }
@@ -236,9 +229,9 @@ Loss<S> relu_balance_loss(const Routing<S>& routing, Index top_k) {
   return loss;
 }
 
-/// ReMoE's next coefficient of relu_balance_loss, once per optimiser step (Wang et al. 2024, eq. 6): 1.2 times
-/// as large where tokens use more than top_k experts on average, else 1.2 times as small. Its authors begin
-/// with 1e-8. `experts_per_token` is the mean over tokens, layers and machines.
+/// ReMoE's next coefficient of relu_balance_loss, once per optimiser step (Wang et al. 2024, eq. 6): 1.2
+/// times as large where tokens use more than top_k experts on average, else 1.2 times as small. Its authors
+/// begin with 1e-8. `experts_per_token` is the mean over tokens, layers and machines.
 inline double update_relu_coefficient(double coefficient, double experts_per_token, Index top_k) {
   require(number_kind(coefficient) == NumberKind::finite && coefficient > 0,
           "update_relu_coefficient: coefficient = ", coefficient, ", expected a finite number above 0");

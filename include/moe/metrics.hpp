@@ -18,8 +18,7 @@ template <class S>
 IndexVector demand_per_expert(const Routing<S>& routing) {
   IndexVector demand = IndexVector::Zero(routing.num_experts());
   for (const Index e : routing.chosen.expert) {
-    require(e >= 0 && e < demand.size(), "demand_per_expert: a choice is expert ", e, " of ",
-            demand.size());
+    require(e >= 0 && e < demand.size(), "demand_per_expert: a choice is expert ", e, " of ", demand.size());
     ++demand[e];
   }
   return demand;
@@ -34,8 +33,7 @@ IndexVector demand_per_expert(const Routing<S>& routing, Index choices) {
   IndexVector demand = IndexVector::Zero(routing.num_experts());
   for (Index t = 0; t < routing.num_tokens(); ++t) {
     const Index begin = routing.chosen.token_begin[t], end = routing.chosen.token_begin[t + 1];
-    for (Index c = begin; c < (std::min)(begin + choices, end); ++c)
-      ++demand[routing.chosen.expert[c]];
+    for (Index c = begin; c < (std::min)(begin + choices, end); ++c) ++demand[routing.chosen.expert[c]];
   }
   return demand;
 }
@@ -81,8 +79,8 @@ inline double max_over_mean(const IndexVector& load) {
 template <class S>
 double routing_entropy(const Routing<S>& routing) {
   check_plan_arrays(routing.plan, "routing_entropy");
-  require_shape(routing.router_probs, routing.num_tokens(), routing.num_experts(),
-                "routing_entropy", "router_probs");
+  require_shape(routing.router_probs, routing.num_tokens(), routing.num_experts(), "routing_entropy",
+                "router_probs");
   double sum = 0;
   Index valid = 0;
   for (Index t = 0; t < routing.num_tokens(); ++t) {

@@ -92,18 +92,18 @@ class MoELayer {
   /// Throws std::invalid_argument unless widths and the number of experts fit the router, and for gated
   /// shared experts beside a router whose gates scale inputs.
   MoELayer(std::vector<E> experts, R router, SharedExperts<E> shared = {}, bool output_bias = false)
-      : experts_(std::move(experts)), num_shared_(Index(shared.experts.size())),
-        router_(std::move(router)) {
+      : experts_(std::move(experts)), num_shared_(Index(shared.experts.size())), router_(std::move(router)) {
     require(!experts_.empty(), "MoELayer: 0 experts, expected at least 1");
     require(Index(experts_.size()) == router_.num_experts(), "MoELayer: ", experts_.size(),
             " experts, but the router has num_experts = ", router_.num_experts());
     for (E& expert : shared.experts) experts_.push_back(std::move(expert));
     for (std::size_t e = 0; e < experts_.size(); ++e)
-      require(experts_[e].d_model() == d_model(), "MoELayer: expert ", e, " has d_model = ",
-              experts_[e].d_model(), ", but the router has ", d_model());
+      require(experts_[e].d_model() == d_model(), "MoELayer: expert ", e,
+              " has d_model = ", experts_[e].d_model(), ", but the router has ", d_model());
     require(!shared.gated || num_shared_ > 0,
             "MoELayer: gated shared experts, but 0 of them, expected at least 1");
-    check_shared_gates(shared.gated ? num_shared_ : 0, gate_side_of(router_).value_or(GateSide::output), "MoELayer");
+    check_shared_gates(shared.gated ? num_shared_ : 0, gate_side_of(router_).value_or(GateSide::output),
+                       "MoELayer");
     if (shared.gated) w_shared_gate.setZero(num_shared_, d_model());
     if (output_bias) b_output.setZero(d_model());
   }
@@ -123,16 +123,14 @@ class MoELayer {
   // ---- Inference: const, no noise.
 
   template <Executor Ex = DefaultExecutor>
-  Routing<S> route(const ConstMatrixRef<S>& x, const BatchInfo& info = {},
-                   const Ex& executor = {}) const {
+  Routing<S> route(const ConstMatrixRef<S>& x, const BatchInfo& info = {}, const Ex& executor = {}) const {
     Routing<S> routing;
     route(x, info, routing, executor);
     return routing;
   }
 
   template <Executor Ex = DefaultExecutor>
-  Matrix<S> forward(const ConstMatrixRef<S>& x, const BatchInfo& info = {},
-                    const Ex& executor = {}) const {
+  Matrix<S> forward(const ConstMatrixRef<S>& x, const BatchInfo& info = {}, const Ex& executor = {}) const {
     Workspace workspace;
     Matrix<S> y(x.rows(), x.cols());
     forward(x, y, workspace, info, executor);
@@ -142,8 +140,8 @@ class MoELayer {
   /// Allocates nothing when y and the workspace were last used with a batch of this shape. x, y and the
   /// workspace lie apart, here and in all that follows: no argument that is written overlaps another.
   template <Executor Ex = DefaultExecutor>
-  void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Workspace& workspace,
-               const BatchInfo& info = {}, const Ex& executor = {}) const {
+  void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Workspace& workspace, const BatchInfo& info = {},
+               const Ex& executor = {}) const {
     check_apart(x, y, workspace, "the workspace");
     route(x, info, workspace.routing, executor);
     y.resize(x.rows(), d_model());
@@ -156,8 +154,7 @@ class MoELayer {
 
   /// Output under a routing made before: by route(), stored, edited or made by hand.
   template <std::same_as<Routing<S>> Made, Executor Ex = DefaultExecutor>
-  Matrix<S> forward(const ConstMatrixRef<S>& x, const Made& routing,
-                    const Ex& executor = {}) const {
+  Matrix<S> forward(const ConstMatrixRef<S>& x, const Made& routing, const Ex& executor = {}) const {
     check_input(x);
     check_plan(routing.plan, x.rows(), num_experts(), "MoELayer::forward");
     Workspace workspace;
@@ -200,8 +197,8 @@ class MoELayer {
 
   /// Allocates nothing when y and the cache were last used with a batch of this shape.
   template <Executor Ex = DefaultExecutor>
-  void forward(const ConstMatrixRef<S>& x, Rng& rng, Matrix<S>& y, Cache& cache,
-               const BatchInfo& info = {}, const Ex& executor = {}) const {
+  void forward(const ConstMatrixRef<S>& x, Rng& rng, Matrix<S>& y, Cache& cache, const BatchInfo& info = {},
+               const Ex& executor = {}) const {
     check_input(x);
     check_apart(x, y, cache, "the cache");
     route_with(router_, x, rng, info, cache.routing, executor);
@@ -234,8 +231,7 @@ class MoELayer {
   /// 0.01f * load_balancing_loss(cache.routing).gradient. May be called again on the same cache.
   template <Executor Ex = DefaultExecutor>
   Matrix<S> backward(const ConstMatrixRef<S>& d_y, Cache& cache, MoELayer& grad,
-                     const RoutingGradient<S>& routing_gradient = {},
-                     const Ex& executor = {}) const {
+                     const RoutingGradient<S>& routing_gradient = {}, const Ex& executor = {}) const {
     Matrix<S> d_x(d_y.rows(), d_y.cols());
     backward(d_y, cache, grad, routing_gradient, d_x, executor);
     return d_x;
@@ -244,8 +240,7 @@ class MoELayer {
   /// Allocates nothing when d_x and the cache were last used with a batch of this shape.
   template <Executor Ex = DefaultExecutor>
   void backward(const ConstMatrixRef<S>& d_y, Cache& cache, MoELayer& grad,
-                const RoutingGradient<S>& routing_gradient, Matrix<S>& d_x,
-                const Ex& executor = {}) const {
+                const RoutingGradient<S>& routing_gradient, Matrix<S>& d_x, const Ex& executor = {}) const {
     check_backward(d_y, cache, grad, routing_gradient, d_x);
     const DispatchPlan<S>& routed = cache.routing.plan;
     const DispatchPlan<S>& plan = num_shared_ > 0 ? cache.all_experts : routed;
@@ -264,11 +259,10 @@ class MoELayer {
 
   /// Appends a routed expert; `w` [d_model] is its row of the router's weights. Throws, and changes
   /// nothing, when a width does not fit.
-  void add_expert(E expert, const Vector<S>& w)
-    requires requires(R& r) { r.add_expert(w); }
+  void add_expert(E expert, const Vector<S>& w) requires requires(R& r) { r.add_expert(w); }
   {
-    require(expert.d_model() == d_model(), "MoELayer::add_expert: the expert has d_model = ",
-            expert.d_model(), ", expected ", d_model());
+    require(expert.d_model() == d_model(),
+            "MoELayer::add_expert: the expert has d_model = ", expert.d_model(), ", expected ", d_model());
     R router = router_;
     router.add_expert(w);
     experts_.insert(experts_.begin() + num_experts(), std::move(expert));
@@ -278,14 +272,14 @@ class MoELayer {
   /// Removes routed experts, named in any order, and their rows of the router. Throws, and changes nothing,
   /// when one does not exist or is named twice, or the router could not work with those that are left. All at
   /// once, because a router with a group limit works with some numbers of experts only.
-  void remove_experts(const std::vector<Index>& experts)
-    requires requires(R& r) { r.remove_experts(experts); }
+  void remove_experts(const std::vector<Index>& experts) requires requires(R& r) {
+    r.remove_experts(experts);
+  }
   {
     remove(experts, [&](R& router) { router.remove_experts(experts); });
   }
   /// The same for one expert.
-  void remove_expert(Index expert)
-    requires requires(R& r) { r.remove_expert(expert); }
+  void remove_expert(Index expert) requires requires(R& r) { r.remove_expert(expert); }
   {
     remove({expert}, [&](R& router) { router.remove_expert(expert); });
   }
@@ -293,22 +287,21 @@ class MoELayer {
   template <class F, class... Self>
   static void visit(F&& f, Self&... self) {
     const MoELayer& first = std::get<0>(std::tie(self...));
-    (require(self.experts_.size() == first.experts_.size() &&
-                 self.num_shared_ == first.num_shared_,
+    (require(self.experts_.size() == first.experts_.size() && self.num_shared_ == first.num_shared_,
              "MoELayer::visit: a layer of ", self.num_experts(), " + ", self.num_shared_,
              " experts beside one of ", first.num_experts(), " + ", first.num_shared_),
      ...);
-    if constexpr (requires { R::visit(f, self.router_...); })
-      visit_part("router", f, self.router_...);
-    constexpr bool kExpertsHaveParameters = requires { E::visit(f, std::get<0>(std::tie(self...)).experts_[0]); };
+    if constexpr (requires { R::visit(f, self.router_...); }) visit_part("router", f, self.router_...);
+    constexpr bool kExpertsHaveParameters = requires {
+      E::visit(f, std::get<0>(std::tie(self...)).experts_[0]);
+    };
     for (std::size_t e = 0; kExpertsHaveParameters && e < first.experts_.size(); ++e) {
       const std::size_t routed = std::size_t(first.num_experts());
-      const std::string name = e < routed ? "experts." + std::to_string(e)
-                                          : "shared_experts." + std::to_string(e - routed);
+      const std::string name =
+          e < routed ? "experts." + std::to_string(e) : "shared_experts." + std::to_string(e - routed);
       if constexpr (kExpertsHaveParameters) visit_part(name, f, self.experts_[e]...);
     }
-    if (((self.w_shared_gate.size() > 0) || ...))
-      visit_array(f, {"w_shared_gate"}, self.w_shared_gate...);
+    if (((self.w_shared_gate.size() > 0) || ...)) visit_array(f, {"w_shared_gate"}, self.w_shared_gate...);
     if (((self.b_output.size() > 0) || ...)) visit_array(f, {"b_output"}, self.b_output...);
   }
 
@@ -365,8 +358,7 @@ class MoELayer {
   }
 
   template <class Ex>
-  void forward_routed(const ConstMatrixRef<S>& x, Matrix<S>& y, Cache& cache,
-                      const Ex& executor) const {
+  void forward_routed(const ConstMatrixRef<S>& x, Matrix<S>& y, Cache& cache, const Ex& executor) const {
     static_assert(TrainableExpert<E>, "a differentiable forward pass needs a TrainableExpert");
     cache.x = x;
     for (Index t = 0; t < x.rows(); ++t)
@@ -382,8 +374,7 @@ class MoELayer {
   void add_output_bias(const DispatchPlan<S>& plan, Matrix<S>& y) const {
     if (b_output.size() == 0) return;
     for (Index t = 0; t < y.rows(); ++t)
-      if (plan.token_state[t] == TokenState::valid)
-        add_scaled(d_model(), S(1), b_output.data(), &y(t, 0));
+      if (plan.token_state[t] == TokenState::valid) add_scaled(d_model(), S(1), b_output.data(), &y(t, 0));
   }
 
   void check_backward(const ConstMatrixRef<S>& d_y, const Cache& cache, const MoELayer& grad,
@@ -399,11 +390,10 @@ class MoELayer {
     require_shape(d_y, cache.x.rows(), d_model(), "MoELayer::backward", "d_y");
     require(&grad != this, "MoELayer::backward: grad is the layer of ", num_experts(),
             " experts itself, expected another one");
-    require(grad.d_model() == d_model() && grad.num_experts() == num_experts() &&
-                grad.num_shared_ == num_shared_,
-            "MoELayer::backward: grad is a layer with d_model = ", grad.d_model(), ", ",
-            grad.num_experts(), " + ", grad.num_shared_, " experts, expected ", d_model(), ", ",
-            num_experts(), " + ", num_shared_);
+    require(
+        grad.d_model() == d_model() && grad.num_experts() == num_experts() && grad.num_shared_ == num_shared_,
+        "MoELayer::backward: grad is a layer with d_model = ", grad.d_model(), ", ", grad.num_experts(),
+        " + ", grad.num_shared_, " experts, expected ", d_model(), ", ", num_experts(), " + ", num_shared_);
     // Before anything is added to grad. Not by visit(), whose names need memory.
     const auto same_shape = [&](const ParameterInfo& info, const auto& p, const auto& g) {
       if (info.kind != Kind::buffer)
@@ -414,19 +404,16 @@ class MoELayer {
     require_apart(kWhere, "the cache", cache, "d_y", d_y, "routing_gradient", routing_gradient);
     visit_array(same_shape, {"w_shared_gate"}, w_shared_gate, grad.w_shared_gate);
     visit_array(same_shape, {"b_output"}, b_output, grad.b_output);
-    for (std::size_t e = 0; e < experts_.size(); ++e)
-      E::visit(same_shape, experts_[e], grad.experts_[e]);
+    for (std::size_t e = 0; e < experts_.size(); ++e) E::visit(same_shape, experts_[e], grad.experts_[e]);
     if constexpr (requires { R::visit(same_shape, router_, grad.router_); })
       R::visit(same_shape, router_, grad.router_);
     check_plan_arrays(cache.routing.plan, "MoELayer::backward");
     if (num_shared_ > 0) {
-      const Buffer<Index>&all = cache.all_experts.expert_begin,
-            &routed = cache.routing.plan.expert_begin;
+      const Buffer<Index>&all = cache.all_experts.expert_begin, &routed = cache.routing.plan.expert_begin;
       require(cache.all_experts.num_tokens == cache.x.rows() &&
                   std::equal(routed.begin(), routed.end(), all.begin()),
               "MoELayer::backward: the cache's routing of ", cache.routing.plan.num_assignments(),
-              " assignments is not the one of its forward pass, which had ",
-              all[num_experts()]);
+              " assignments is not the one of its forward pass, which had ", all[num_experts()]);
     }
     cache.experts.check(all(), num_shared_ > 0 ? cache.all_experts : cache.routing.plan,
                         "MoELayer::backward");
@@ -472,8 +459,7 @@ class MoELayer {
   }
 
   template <class Ex>
-  void backward_shared_gate(Cache& cache, MoELayer& grad, Matrix<S>& d_x,
-                            const Ex& executor) const {
+  void backward_shared_gate(Cache& cache, MoELayer& grad, Matrix<S>& d_x, const Ex& executor) const {
     if (w_shared_gate.size() == 0) return;
     const DispatchPlan<S>& plan = cache.all_experts;
     cache.d_shared_gate.setZero(d_x.rows(), num_shared_);
@@ -483,8 +469,7 @@ class MoELayer {
         cache.d_shared_gate(plan.token[a], s) =
             cache.d_gate[a] * detail::sigmoid_slope(cache.shared_gate(plan.token[a], s));
     }
-    router_linear_backward(cache.x, w_shared_gate, cache.d_shared_gate, grad.w_shared_gate, d_x,
-                           executor);
+    router_linear_backward(cache.x, w_shared_gate, cache.d_shared_gate, grad.w_shared_gate, d_x, executor);
   }
 
   std::vector<E> experts_;  // routed, then shared

@@ -24,10 +24,14 @@ using Bits = std::conditional_t<sizeof(S) == 4, std::int32_t, std::int64_t>;
 template <class S>
 inline constexpr Bits<S> kInfinityBits = std::bit_cast<Bits<S>>(std::numeric_limits<S>::infinity());
 template <class S>
-Bits<S> bits_of(S value) { return std::bit_cast<Bits<S>>(value); }
+Bits<S> bits_of(S value) {
+  return std::bit_cast<Bits<S>>(value);
+}
 // Of the same number without its sign.
 template <class S>
-Bits<S> magnitude_bits(S value) { return bits_of(value) & (std::numeric_limits<Bits<S>>::max)(); }
+Bits<S> magnitude_bits(S value) {
+  return bits_of(value) & (std::numeric_limits<Bits<S>>::max)();
+}
 
 }  // namespace detail
 
@@ -58,8 +62,10 @@ using Sum = std::common_type_t<S, double>;
 
 template <class S>
 bool is_nan(S value) {
-  if constexpr (kHasBits<S>) return magnitude_bits(value) > kInfinityBits<S>;
-  else return std::isnan(value);
+  if constexpr (kHasBits<S>)
+    return magnitude_bits(value) > kInfinityBits<S>;
+  else
+    return std::isnan(value);
 }
 
 }  // namespace detail

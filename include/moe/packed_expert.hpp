@@ -42,16 +42,16 @@ inline kernels::Activation kernel_activation(const GELU&) { return {kernels::Uni
 inline kernels::Activation kernel_activation(const GELUTanh&) { return {kernels::Unit::gelu_tanh}; }
 inline kernels::Activation kernel_activation(const SiLU&) { return {kernels::Unit::silu}; }
 template <class A>
-kernels::Activation kernel_activation(const Glu<A>& glu)
-  requires requires { kernel_activation(glu.activation); }
+kernels::Activation kernel_activation(const Glu<A>& glu) requires requires {
+  kernel_activation(glu.activation);
+}
 {
   kernels::Activation activation = kernel_activation(glu.activation);
   activation.gated = true;
   return activation;
 }
 inline kernels::Activation kernel_activation(const ClampedSwiGLU& unit) {
-  return {kernels::Unit::clamped_swiglu, true, float(unit.alpha), float(unit.limit),
-          float(unit.offset)};
+  return {kernels::Unit::clamped_swiglu, true, float(unit.alpha), float(unit.limit), float(unit.offset)};
 }
 
 // What an expert consists of, for packing. Weights are row-major [out, in] without gaps; gate is null
@@ -64,40 +64,55 @@ struct ExpertParts {
 };
 
 template <class A, class Storage>
-ExpertParts expert_parts(const FeedForward<float, A, Storage>& e)
-  requires requires { kernel_activation(e.activation()); }
+ExpertParts expert_parts(const FeedForward<float, A, Storage>& e) requires requires {
+  kernel_activation(e.activation());
+}
 {
   const bool bias = e.has_bias();
-  return {e.d_model(), e.d_ff(), kernel_activation(e.activation()),
-          nullptr, e.w_up.data(), e.w_down.data(),
-          nullptr, bias ? e.b_up.data() : nullptr, bias ? e.b_down.data() : nullptr};
+  return {e.d_model(),
+          e.d_ff(),
+          kernel_activation(e.activation()),
+          nullptr,
+          e.w_up.data(),
+          e.w_down.data(),
+          nullptr,
+          bias ? e.b_up.data() : nullptr,
+          bias ? e.b_down.data() : nullptr};
 }
 template <class U, class Storage>
-ExpertParts expert_parts(const GatedFeedForward<float, U, Storage>& e)
-  requires requires { kernel_activation(e.glu()); }
+ExpertParts expert_parts(const GatedFeedForward<float, U, Storage>& e) requires requires {
+  kernel_activation(e.glu());
+}
 {
   const bool bias = e.has_bias();
-  return {e.d_model(), e.d_ff(), kernel_activation(e.glu()),
-          e.w_gate.data(), e.w_up.data(), e.w_down.data(),
-          bias ? e.b_gate.data() : nullptr, bias ? e.b_up.data() : nullptr,
+  return {e.d_model(),
+          e.d_ff(),
+          kernel_activation(e.glu()),
+          e.w_gate.data(),
+          e.w_up.data(),
+          e.w_down.data(),
+          bias ? e.b_gate.data() : nullptr,
+          bias ? e.b_up.data() : nullptr,
           bias ? e.b_down.data() : nullptr};
 }
 
 template <class E>
-concept HasParts = requires(const E& expert) { expert_parts(expert); };
+concept HasParts = requires(const E& expert) {
+  expert_parts(expert);
+};
 
 template <class... Kinds>
-ExpertParts expert_parts(const VariantExpert<Kinds...>& e)
-  requires(HasParts<Kinds> && ...)
-{
+ExpertParts expert_parts(const VariantExpert<Kinds...>& e) requires(HasParts<Kinds>&&...) {
   return std::visit([](const auto& kind) { return expert_parts(kind); }, e.get());
 }
 
 inline void pack_weight(float value, float* to) { *to = value; }
 inline void pack_weight(float value, std::uint16_t* to) {
   const auto bits = std::bit_cast<std::uint32_t>(value);
-  if ((bits & 0x7FFFFFFF) > 0x7F800000) *to = std::uint16_t((bits >> 16) | 0x40);  // a quiet NaN
-  else *to = std::uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+  if ((bits & 0x7FFFFFFF) > 0x7F800000)
+    *to = std::uint16_t((bits >> 16) | 0x40);  // a quiet NaN
+  else
+    *to = std::uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
 // A stream of a panel from its columns; row[j] is the weight's row of column j, [depth], or null for zeros.
@@ -108,8 +123,7 @@ inline void pack_stream(Index depth, Index columns, const float* const* row, flo
 inline void pack_stream(Index depth, Index columns, const float* const* row, std::uint16_t* panel) {
   for (Index p = 0; p < depth + depth % 2; ++p)
     for (Index j = 0; j < columns; ++j)
-      pack_weight(row[j] && p < depth ? row[j][p] : 0.0f,
-                  panel + (p / 2 * columns + j) * 2 + p % 2);
+      pack_weight(row[j] && p < depth ? row[j][p] : 0.0f, panel + (p / 2 * columns + j) * 2 + p % 2);
 }
 
 // Numbers along a depth, as they are packed.
@@ -123,7 +137,9 @@ Index packed_depth(Index depth) {
 /// An expert that has a packed form: FeedForward or GatedFeedForward of floats with an activation of the
 /// library, or a VariantExpert of such kinds.
 template <class E>
-concept PackableExpert = requires(const E& expert) { detail::expert_parts(expert); };
+concept PackableExpert = requires(const E& expert) {
+  detail::expert_parts(expert);
+};
 
 /// A feed-forward expert laid out for a set of kernels. A copy shares the weights, which never change.
 template <class Format>
@@ -193,9 +209,7 @@ class PackedExpert {
 
   /// Panels of the second product.
   Index down_panels() const { return down_panels_; }
-  const Weight* down_panel(Index i) const {
-    return weights() + up_panels_ * up_size_ + i * down_size_;
-  }
+  const Weight* down_panel(Index i) const { return weights() + up_panels_ * up_size_ + i * down_size_; }
   const float* down_bias(Index i) const {
     return has_bias_ ? biases() + (up_panels_ + i) * columns_ : nullptr;
   }
@@ -207,7 +221,8 @@ class PackedExpert {
     const std::size_t weights =
         std::size_t(up_panels_ * up_size_ + down_panels_ * down_size_) * sizeof(Weight);
     bias_begin_ = (weights + kAlign - 1) / kAlign * kAlign;
-    bytes_ = bias_begin_ + (has_bias_ ? std::size_t((up_panels_ + down_panels_) * columns_) * sizeof(float) : 0);
+    bytes_ =
+        bias_begin_ + (has_bias_ ? std::size_t((up_panels_ + down_panels_) * columns_) * sizeof(float) : 0);
     auto* const bytes = static_cast<std::byte*>(::operator new(bytes_, std::align_val_t(kAlign)));
     blob_ = {bytes, [](std::byte* p) { ::operator delete(p, std::align_val_t(kAlign)); }};
   }

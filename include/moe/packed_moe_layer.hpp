@@ -21,9 +21,9 @@ namespace moe {
 struct PackOptions {
   /// Whose kernels to use; the best that the processor has, where it is not named.
   std::optional<InstructionSet> instruction_set{};
-  /// Rounds activations to bfloat16 too, x and what stands between an expert's products, and multiplies by AMX
-  /// or the dot product of AVX-512 BF16. Less exact. Of the peak of floats the latter has twice on AMD Zen 4
-  /// and 5, half on Intel Sapphire Rapids: measure. For weights in BF16 and experts with a packed form.
+  /// Rounds activations to bfloat16 too, x and what stands between an expert's products, and multiplies by
+  /// AMX or the dot product of AVX-512 BF16. Less exact. Of the peak of floats the latter has twice on AMD
+  /// Zen 4 and 5, half on Intel Sapphire Rapids: measure. For weights in BF16 and experts with a packed form.
   bool bf16_dot_product = false;
 };
 
@@ -42,11 +42,11 @@ struct PackedWorkspace : LayerWorkspace<float> {
     Index expert, begin, rows, panel_begin, panel_end, cost;
   };
   Buffer<Task> tasks;
-  Buffer<Index> touched;       ///< experts that have rows, ascending
-  Buffer<Index> hidden_begin;  ///< first value of the hidden rows of an expert that has any [num_experts]
-  Buffer<float> hidden;        ///< hidden rows, expert by expert
-  Buffer<float> products;      ///< what a worker multiplies now
-  Buffer<float> rows;          ///< the rows for that, side by side
+  Buffer<Index> touched;        ///< experts that have rows, ascending
+  Buffer<Index> hidden_begin;   ///< first value of the hidden rows of an expert that has any [num_experts]
+  Buffer<float> hidden;         ///< hidden rows, expert by expert
+  Buffer<float> products;       ///< what a worker multiplies now
+  Buffer<float> rows;           ///< the rows for that, side by side
   Buffer<std::uint16_t> parts;  ///< the same, where they are in bfloat16
 
   template <class F>
@@ -75,7 +75,8 @@ class PackedMoELayer {
   template <class Source>
   PackedMoELayer(PackedParts<R> parts, Source&& expert, const PackOptions& options = {})
       : set_(options.instruction_set.value_or(best_set())),
-        kernels_(kernels::find(set_)), parts_(std::move(parts)) {
+        kernels_(kernels::find(set_)),
+        parts_(std::move(parts)) {
     require(kernels_ != nullptr, "pack: this processor does not have ", name_of(set_),
             ", the best that it has is ", name_of(best_instruction_set()));
     if (options.bf16_dot_product) {
@@ -86,12 +87,12 @@ class PackedMoELayer {
               ", expected false");
     }
     if constexpr (kHalf) dot_ = kernels::find_dot(set_, options.bf16_dot_product);
-    require(parts_.num_shared_experts >= 0, "pack: num_shared_experts = ",
-            parts_.num_shared_experts, ", expected at least 0");
+    require(parts_.num_shared_experts >= 0, "pack: num_shared_experts = ", parts_.num_shared_experts,
+            ", expected at least 0");
     if (parts_.w_shared_gate.size() > 0)
-      require_shape(parts_.w_shared_gate, parts_.num_shared_experts, d_model(), "pack",
-                    "w_shared_gate");
-    check_shared_gates(parts_.w_shared_gate.rows(), gate_side_of(parts_.router).value_or(GateSide::output), "pack");
+      require_shape(parts_.w_shared_gate, parts_.num_shared_experts, d_model(), "pack", "w_shared_gate");
+    check_shared_gates(parts_.w_shared_gate.rows(), gate_side_of(parts_.router).value_or(GateSide::output),
+                       "pack");
     require(parts_.b_output.size() == 0 || parts_.b_output.size() == d_model(), "pack: b_output has ",
             parts_.b_output.size(), " entries, expected d_model = ", d_model());
     const Index count = num_experts() + num_shared_experts();
@@ -106,9 +107,7 @@ class PackedMoELayer {
   InstructionSet instruction_set() const { return set_; }
 
   /// What the packed experts take.
-  std::size_t memory_bytes() const
-    requires PackableExpert<E>
-  {
+  std::size_t memory_bytes() const requires PackableExpert<E> {
     std::size_t bytes = 0;
     for (const Held& expert : experts_) bytes += expert.memory_bytes();
     return bytes;
@@ -148,8 +147,7 @@ class PackedMoELayer {
 
   /// Output under a routing of these tokens that was made before.
   template <std::same_as<Routing<float>> Made, Executor Ex = DefaultExecutor>
-  Matrix<float> forward(const ConstMatrixRef<float>& x, const Made& routing,
-                        const Ex& executor = {}) const {
+  Matrix<float> forward(const ConstMatrixRef<float>& x, const Made& routing, const Ex& executor = {}) const {
     check_input(x);
     check_plan(routing.plan, x.rows(), num_experts(), "PackedMoELayer::forward");
     Workspace workspace;
@@ -161,8 +159,8 @@ class PackedMoELayer {
   /// The same. Allocates nothing when y and the workspace were last used with a batch of this shape. The
   /// routing may be workspace.routing; y lies apart from all others.
   template <std::same_as<Routing<float>> Made, Executor Ex = DefaultExecutor>
-  void forward(const ConstMatrixRef<float>& x, const Made& routing, Matrix<float>& y,
-               Workspace& workspace, const Ex& executor = {}) const {
+  void forward(const ConstMatrixRef<float>& x, const Made& routing, Matrix<float>& y, Workspace& workspace,
+               const Ex& executor = {}) const {
     check_input(x);
     check_apart(x, y, workspace);
     require_apart("PackedMoELayer::forward", "y", y, "routing", routing);
@@ -201,7 +199,8 @@ class PackedMoELayer {
   }
 
   // Throws unless what a forward pass writes, y and the workspace, lies apart from the rest.
-  static void check_apart(const ConstMatrixRef<float>& x, const Matrix<float>& y, const Workspace& workspace) {
+  static void check_apart(const ConstMatrixRef<float>& x, const Matrix<float>& y,
+                          const Workspace& workspace) {
     require_apart("PackedMoELayer::forward", "y", y, "x", x, "the workspace", workspace);
     require_apart("PackedMoELayer::forward", "the workspace", workspace, "x", x);
   }
@@ -210,21 +209,20 @@ class PackedMoELayer {
   void run(const ConstMatrixRef<float>& x, const DispatchPlan<float>& routed, Matrix<float>& y,
            Workspace& workspace, const Ex& executor) const {
     const DispatchPlan<float>& plan =
-        add_shared_experts(x, routed, num_shared_experts(), parts_.w_shared_gate,
-                           workspace.all_experts, workspace.shared_gate, executor);
+        add_shared_experts(x, routed, num_shared_experts(), parts_.w_shared_gate, workspace.all_experts,
+                           workspace.shared_gate, executor);
     y.resize(x.rows(), d_model());
     if constexpr (PackableExpert<E>) {
       if (plan.gate_side == GateSide::input) dispatch(x, plan, workspace.x_rows, executor);
       list_tasks(plan, executor.concurrency(), workspace);
-      first_products(plan.gate_side == GateSide::input
-                         ? Rows{workspace.x_rows.row(0), d_model(), nullptr}
-                         : Rows{x.data(), x.outerStride(), plan.token.data()},
+      first_products(plan.gate_side == GateSide::input ? Rows{workspace.x_rows.row(0), d_model(), nullptr}
+                                                       : Rows{x.data(), x.outerStride(), plan.token.data()},
                      plan, workspace, executor);
       second_products(x, plan, y, workspace, executor);
     } else {
       dispatch(x, plan, workspace.x_rows, executor);
-      run_experts(std::span<const E>(experts_), plan, workspace.x_rows, workspace.y_rows,
-                  workspace.scratch, executor);
+      run_experts(std::span<const E>(experts_), plan, workspace.x_rows, workspace.y_rows, workspace.scratch,
+                  executor);
       moe::combine(workspace.y_rows, plan, x, y, executor);
       for (Index t = 0; parts_.b_output.size() > 0 && t < y.rows(); ++t)
         if (plan.token_state[t] == TokenState::valid) y.row(t) += parts_.b_output.transpose();
@@ -244,8 +242,10 @@ class PackedMoELayer {
   // Calls f with the product that this layer multiplies by and the buffer for its rows.
   template <class F>
   void with_product(Workspace& w, const F& f) const {
-    if constexpr (kHalf) dot_ ? f(*dot_, w.parts) : f(kernels_->halves, w.rows);
-    else f(kernels_->floats, w.rows);
+    if constexpr (kHalf)
+      dot_ ? f(*dot_, w.parts) : f(kernels_->halves, w.rows);
+    else
+      f(kernels_->floats, w.rows);
   }
 
   // Rows that a product takes at most, and those that a task does. A token is with an expert once, as a rule.
@@ -300,7 +300,8 @@ class PackedMoELayer {
       if (a.panel_begin != b.panel_begin) return a.panel_begin < b.panel_begin;
       return a.begin < b.begin;
     };
-    if (!std::is_sorted(w.tasks.begin(), w.tasks.end(), before)) std::sort(w.tasks.begin(), w.tasks.end(), before);
+    if (!std::is_sorted(w.tasks.begin(), w.tasks.end(), before))
+      std::sort(w.tasks.begin(), w.tasks.end(), before);
   }
 
   // How an expert's hidden rows lie. Dot products, which bring them into bfloat16, take them whole.
@@ -325,10 +326,10 @@ class PackedMoELayer {
   }
   static Index part_width(Index depth) { return (depth + 31) / 32 * 32; }
 
-  // Multiplies rows by panels that lie one behind the other, `at_once` of them at a time, and calls use(nth, c) with
-  // every product c [rows, columns]. bring(product, p, deep, own, first) gives columns [p, p + deep) of the rows as
-  // Parts, for which it may use `own`; `first` says that it has not yet. `next` is the panel that this worker will
-  // read after these.
+  // Multiplies rows by panels that lie one behind the other, `at_once` of them at a time, and calls use(nth,
+  // c) with every product c [rows, columns]. bring(product, p, deep, own, first) gives columns [p, p + deep)
+  // of the rows as Parts, for which it may use `own`; `first` says that it has not yet. `next` is the panel
+  // that this worker will read after these.
   template <class Bring, class Use>
   void multiply(Index rows, Index depth, const Bring& bring, const Weight* panel, Index panels, Index at_once,
                 const Weight* next, Index worker, Index concurrency, Workspace& w, const Use& use) const {
@@ -343,8 +344,8 @@ class PackedMoELayer {
         const Weight* const first = panel + i * packed_depth * columns;
         for (Index p = 0; p < depth; p += block) {
           const Index deep = (std::min)(block, depth - p), after = p + deep;
-          product.multiply(rows, deep, bring(product, p, deep, own, i == 0), first + p * wide, packed_depth * wide,
-                           count, products, p > 0,
+          product.multiply(rows, deep, bring(product, p, deep, own, i == 0), first + p * wide,
+                           packed_depth * wide, count, products, p > 0,
                            after < depth        ? first + after * wide
                            : i + count < panels ? first + count * packed_depth * columns
                                                 : next);
@@ -353,7 +354,8 @@ class PackedMoELayer {
       }
     });
   }
-  // Panels of a task, for that many tasks or some fewer: even where there are enough and one row may take two.
+  // Panels of a task, for that many tasks or some fewer: even where there are enough and one row may take
+  // two.
   Index panels_of_task(Index panels, Index tasks) const {
     const Index share = panels / tasks;
     return std::clamp<Index>(kernels_->streams > 1 ? share + share % 2 : share, 1, kMostPanels);
@@ -388,11 +390,13 @@ class PackedMoELayer {
           [&]<class X>(const kernels::Product<X, Weight>& product, Index p, Index deep, X* own, bool first) {
             // Few rows are brought once, all blocks of them.
             const Index block = few ? p / kernels::block_depth(d_model(), product.depth) : 0;
-            return split(product, first || !few ? task.rows : 0, p, deep, [&](Index row) { return from.row(row); },
-                         own + block * task.rows * row_stride(product, deep));
+            return split(
+                product, first || !few ? task.rows : 0, p, deep, [&](Index row) { return from.row(row); },
+                own + block * task.rows * row_stride(product, deep));
           },
-          expert.up_panel(task.panel_begin), task.panel_end - task.panel_begin, panels_at_once(task.rows, few),
-          experts_[std::size_t(after.expert)].up_panel(after.panel_begin), worker, workers, w,
+          expert.up_panel(task.panel_begin), task.panel_end - task.panel_begin,
+          panels_at_once(task.rows, few), experts_[std::size_t(after.expert)].up_panel(after.panel_begin),
+          worker, workers, w,
           [&](Index nth, const float* c) {
             const Index panel = task.panel_begin + nth;
             kernels_->activate(expert.activation(), task.rows, c, expert.up_bias(panel),
@@ -405,8 +409,8 @@ class PackedMoELayer {
   // y = the sum over experts, ascending, of gate * (hidden * down + bias). A task owns some columns of
   // the output for some tokens, so it adds without asking anybody.
   template <class Ex>
-  void second_products(const ConstMatrixRef<float>& x, const DispatchPlan<float>& plan,
-                       Matrix<float>& y, Workspace& w, const Ex& executor) const {
+  void second_products(const ConstMatrixRef<float>& x, const DispatchPlan<float>& plan, Matrix<float>& y,
+                       Workspace& w, const Ex& executor) const {
     const Index workers = executor.concurrency(), most = most_rows(plan);
     const Index columns = kernels_->columns, panels = (d_model() + columns - 1) / columns;
     // Every task brings all of its rows into bfloat16, so there are not many where there are many rows.
@@ -442,13 +446,16 @@ class PackedMoELayer {
                 if constexpr (std::is_same_v<X, float>)
                   return kernels::Parts<X>{hidden(0, p), kernels::kRowStride<X>, deep};
                 else
-                  return split(product, rows, p, deep, [&](Index row) { return hidden(row, 0); }, own);
+                  return split(
+                      product, rows, p, deep, [&](Index row) { return hidden(row, 0); }, own);
               },
               expert.down_panel(panel_begin), panel_end - panel_begin, panels_at_once(rows, !dot_),
-              then.down_panel(panel_begin), worker, workers, w, [&](Index nth, const float* c) {
+              then.down_panel(panel_begin), worker, workers, w,
+              [&](Index nth, const float* c) {
                 const Index panel = panel_begin + nth;
-                kernels_->combine(rows, (std::min)(columns, d_model() - panel * columns), c, expert.down_bias(panel),
-                                  token + a, plan.gate_side == GateSide::output ? plan.gate.data() + a : nullptr,
+                kernels_->combine(rows, (std::min)(columns, d_model() - panel * columns), c,
+                                  expert.down_bias(panel), token + a,
+                                  plan.gate_side == GateSide::output ? plan.gate.data() + a : nullptr,
                                   y.data() + panel * columns, y.outerStride());
               });
         }
@@ -462,14 +469,13 @@ class PackedMoELayer {
 
   // What stands in y before experts are added: x where a token is passed through, NaN where it is
   // poisoned, else zero.
-  static void begin_output(const ConstMatrixRef<float>& x, const DispatchPlan<float>& plan,
-                           Index token_begin, Index token_end, Index column_begin,
-                           Index column_end, Matrix<float>& y) {
+  static void begin_output(const ConstMatrixRef<float>& x, const DispatchPlan<float>& plan, Index token_begin,
+                           Index token_end, Index column_begin, Index column_end, Matrix<float>& y) {
     const Index columns = column_end - column_begin;
     for (Index t = token_begin; t < token_end; ++t)
-      std::fill_n(&y(t, column_begin), columns,
-                  plan.token_state[t] == TokenState::poisoned
-                      ? std::numeric_limits<float>::quiet_NaN() : 0.0f);
+      std::fill_n(
+          &y(t, column_begin), columns,
+          plan.token_state[t] == TokenState::poisoned ? std::numeric_limits<float>::quiet_NaN() : 0.0f);
     const Index* const last = plan.passed_through.end();
     for (const Index* t = std::lower_bound(plan.passed_through.begin(), last, token_begin);
          t != last && *t < token_end; ++t)
@@ -480,7 +486,7 @@ class PackedMoELayer {
   const kernels::Kernels* kernels_;
   const kernels::DotProduct* dot_ = nullptr;  // multiplies, where it is there, in place of kernels_
   PackedParts<R> parts_;
-  std::vector<Held> experts_;  // routed, then shared
+  std::vector<Held> experts_;           // routed, then shared
   Index widest_ = 0, most_panels_ = 0;  // of the largest expert: a hidden row, up_panels
 };
 
@@ -491,12 +497,9 @@ template <class Format, Expert E, Router R>
 PackedMoELayer<Format, E, R> pack(const MoELayer<E, R>& layer, const PackOptions& options = {}) {
   const auto expert = [&](Index e) -> const E& {
     const Index routed = layer.num_experts();
-    return e < routed ? layer.experts()[std::size_t(e)]
-                      : layer.shared_experts()[std::size_t(e - routed)];
+    return e < routed ? layer.experts()[std::size_t(e)] : layer.shared_experts()[std::size_t(e - routed)];
   };
-  return {{layer.router(), layer.num_shared_experts(), layer.w_shared_gate, layer.b_output},
-          expert,
-          options};
+  return {{layer.router(), layer.num_shared_experts(), layer.w_shared_gate, layer.b_output}, expert, options};
 }
 
 /// The same from experts that are made one at a time: expert(0), ..., routed and then shared. At any

@@ -30,8 +30,7 @@ struct ParameterInfo {
 /// gradient are empty. Example: visit_array(f, {"w_up"}, self.w_up...).
 template <class F, class First, class... Rest>
 void visit_array(F&& f, const ParameterInfo& info, First& first, Rest&... rest) {
-  if (info.kind != Kind::buffer)
-    (require_shape(rest, first.rows(), first.cols(), "visit", info.name), ...);
+  if (info.kind != Kind::buffer) (require_shape(rest, first.rows(), first.cols(), "visit", info.name), ...);
   f(info, first, rest...);
 }
 
@@ -53,8 +52,9 @@ namespace detail {
 
 template <class Array>
 void require_writable(const Array&) {
-  static_assert(requires(Array& array) { array.setZero(); },
-                "a read-only parameter, as that of a mapped expert, has no gradient");
+  static_assert(
+      requires(Array & array) { array.setZero(); },
+      "a read-only parameter, as that of a mapped expert, has no gradient");
 }
 
 }  // namespace detail
@@ -67,8 +67,10 @@ Thing zeros_like(const Thing& thing) {
   Thing::visit(
       [](const ParameterInfo& info, auto& array) {
         detail::require_writable(array);
-        if (info.kind == Kind::buffer) array.resize(0, array.cols());
-        else array.setZero();
+        if (info.kind == Kind::buffer)
+          array.resize(0, array.cols());
+        else
+          array.setZero();
       },
       zeros);
   return zeros;

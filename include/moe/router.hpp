@@ -81,9 +81,9 @@ struct DispatchPlan {
   Buffer<S> gate;                  ///< [assignments]
   Buffer<Index> choice;            ///< the entry of Routing::chosen it stems from [assignments]
   GateSide gate_side = GateSide::output;
-  Buffer<Dropped> dropped;         ///< in order of priority, group by group
-  Buffer<Index> passed_through;    ///< tokens to whose sum x is added; a router lists those that no
-                                   ///< expert of theirs had a seat for, ascending
+  Buffer<Dropped> dropped;       ///< in order of priority, group by group
+  Buffer<Index> passed_through;  ///< tokens to whose sum x is added; a router lists those that no
+                                 ///< expert of theirs had a seat for, ascending
 
   Index num_experts() const { return std::max<Index>(expert_begin.size() - 1, 0); }
   Index num_assignments() const { return token.size(); }
@@ -141,15 +141,15 @@ struct RoutingScratch {
 /// Everything that a router decided about a batch, and all that its backward pass needs.
 template <class S>
 struct Routing {
-  Matrix<S> router_logits;  ///< before noise [tokens, num_experts]
-  Matrix<S> router_probs;   ///< scores of the logits that selection looked at, with a sum of 1 (a
-                            ///< softmax, for most routers); rows of tokens that are not valid are
-                            ///< zero [tokens, num_experts]
-  Choices<S> chosen;        ///< demand, before capacity
-  DispatchPlan<S> plan;     ///< after capacity
-  RoutingNoise<S> noise;    ///< in training, where the router is noisy
+  Matrix<S> router_logits;        ///< before noise [tokens, num_experts]
+  Matrix<S> router_probs;         ///< scores of the logits that selection looked at, with a sum of 1 (a
+                                  ///< softmax, for most routers); rows of tokens that are not valid are
+                                  ///< zero [tokens, num_experts]
+  Choices<S> chosen;              ///< demand, before capacity
+  DispatchPlan<S> plan;           ///< after capacity
+  RoutingNoise<S> noise;          ///< in training, where the router is noisy
   bool has_input_factor = false;  ///< whether the router jittered its input
-  Matrix<S> input_factor;  ///< what it multiplied x by; means nothing where it did not
+  Matrix<S> input_factor;         ///< what it multiplied x by; means nothing where it did not
   /// The routings that this one is made of, where a router is made of routers (HierarchicalRouter:
   /// the parent's, then that of each child); empty otherwise.
   std::vector<Routing> levels{};
@@ -160,9 +160,7 @@ struct Routing {
   Index num_experts() const { return plan.num_experts(); }
   bool is_valid(Index token) const { return plan.token_state[token] == TokenState::valid; }
   /// The logits that selection looked at: with noise where there is any.
-  const Matrix<S>& selection_logits() const {
-    return noise.empty() ? router_logits : noise.noisy_logits;
-  }
+  const Matrix<S>& selection_logits() const { return noise.empty() ? router_logits : noise.noisy_logits; }
   /// Calls f for every array of scalars that it consists of, or for parts that have this function: what a
   /// view of a matrix may reach. So it is with the other types that have it. See require_apart.
   template <class F>
@@ -188,8 +186,8 @@ struct RoutingGradient {
 
   /// Whether every member is absent: the gradient is zero.
   bool empty() const {
-    return d_router_logits.size() == 0 && d_router_probs.size() == 0 &&
-           d_noise_stddev.size() == 0 && d_chosen_gate.empty() && d_gate.empty();
+    return d_router_logits.size() == 0 && d_router_probs.size() == 0 && d_noise_stddev.size() == 0 &&
+           d_chosen_gate.empty() && d_gate.empty();
   }
 
   /// Throws std::invalid_argument, and changes nothing, where shapes differ.
@@ -234,11 +232,14 @@ struct RoutingGradient {
               " entries, expected ", to.size());
   }
   static void add(Matrix<S>& to, const Matrix<S>& from) {
-    if (to.size() == 0) to = from;
-    else if (from.size() > 0) to += from;
+    if (to.size() == 0)
+      to = from;
+    else if (from.size() > 0)
+      to += from;
   }
   static void add(Buffer<S>& to, const Buffer<S>& from) {
-    if (to.empty()) to = from;
+    if (to.empty())
+      to = from;
     else
       for (Index i = 0; i < from.size(); ++i) to[i] += from[i];
   }
@@ -247,16 +248,15 @@ struct RoutingGradient {
 /// Throws std::invalid_argument unless the members of `info` fit a batch of `tokens`.
 /// O(tokens + groups).
 inline void check_batch_info(const BatchInfo& info, Index tokens, const char* where) {
-  require(info.mask.size() == 0 || info.mask.size() == tokens, where, ": mask has ",
-          info.mask.size(), " entries, expected ", tokens, " tokens");
+  require(info.mask.size() == 0 || info.mask.size() == tokens, where, ": mask has ", info.mask.size(),
+          " entries, expected ", tokens, " tokens");
   require(info.token_ids.size() == 0 || info.token_ids.size() == tokens, where, ": token_ids has ",
           info.token_ids.size(), " entries, expected ", tokens, " tokens");
   const IndexVector& begin = info.group_begin;
   if (begin.size() == 0) return;
-  require(begin.size() >= 2, where, ": group_begin has ", begin.size(),
-          " entry, expected at least 2");
-  require(begin[0] == 0 && begin[begin.size() - 1] == tokens, where, ": group_begin goes from ",
-          begin[0], " to ", begin[begin.size() - 1], ", expected from 0 to ", tokens, " tokens");
+  require(begin.size() >= 2, where, ": group_begin has ", begin.size(), " entry, expected at least 2");
+  require(begin[0] == 0 && begin[begin.size() - 1] == tokens, where, ": group_begin goes from ", begin[0],
+          " to ", begin[begin.size() - 1], ", expected from 0 to ", tokens, " tokens");
   for (Index g = 1; g < begin.size(); ++g) {
     require(begin[g - 1] <= begin[g], where, ": group_begin[", g, "] = ", begin[g],
             " is less than the entry before it, ", begin[g - 1]);
@@ -298,26 +298,25 @@ void begin_routing(Index tokens, Index num_experts, const BatchInfo& info, Routi
 template <class S>
 void check_plan_arrays(const DispatchPlan<S>& plan, const char* where) {
   const Index experts = plan.num_experts(), assignments = plan.num_assignments();
-  require(plan.token_state.size() == plan.num_tokens, where, ": token_state has ",
-          plan.token_state.size(), " entries, expected ", plan.num_tokens, " tokens");
-  require(plan.gate.size() == assignments, where, ": gate has ", plan.gate.size(),
-          " entries, expected ", assignments, " assignments");
+  require(plan.token_state.size() == plan.num_tokens, where, ": token_state has ", plan.token_state.size(),
+          " entries, expected ", plan.num_tokens, " tokens");
+  require(plan.gate.size() == assignments, where, ": gate has ", plan.gate.size(), " entries, expected ",
+          assignments, " assignments");
   require(experts >= 1, where, ": the routing is over ", experts, " experts, expected at least 1");
   require(plan.expert_begin[0] == 0 && plan.expert_begin[experts] == assignments, where,
           ": expert_begin goes from ", plan.expert_begin[0], " to ", plan.expert_begin[experts],
           ", expected from 0 to ", assignments, " assignments");
   for (Index e = 0; e < experts; ++e)
     require(plan.expert_begin[e] <= plan.expert_begin[e + 1], where, ": expert_begin[", e + 1,
-            "] = ", plan.expert_begin[e + 1], " is less than the entry before it, ",
-            plan.expert_begin[e]);
+            "] = ", plan.expert_begin[e + 1], " is less than the entry before it, ", plan.expert_begin[e]);
 }
 
 /// Throws std::invalid_argument unless a plan from outside is one that the library may follow.
 /// O(tokens + assignments).
 template <class S>
 void check_plan(const DispatchPlan<S>& plan, Index tokens, Index num_experts, const char* where) {
-  require(plan.num_tokens == tokens, where, ": the routing is of ", plan.num_tokens,
-          " tokens, expected ", tokens);
+  require(plan.num_tokens == tokens, where, ": the routing is of ", plan.num_tokens, " tokens, expected ",
+          tokens);
   require(plan.num_experts() == num_experts, where, ": the routing is over ", plan.num_experts(),
           " experts, expected ", num_experts);
   check_plan_arrays(plan, where);
@@ -326,10 +325,10 @@ void check_plan(const DispatchPlan<S>& plan, Index tokens, Index num_experts, co
     for (Index a = begin; a < end; ++a) {
       const Index t = plan.token[a];
       require(t >= 0 && t < tokens, where, ": assignment ", a, " is of token ", t, " of ", tokens);
-      require(a == begin || plan.token[a - 1] < t, where, ": tokens of expert ", e,
-              " must ascend, but ", plan.token[a > begin ? a - 1 : a], " goes before ", t);
-      require(plan.token_state[t] == TokenState::valid, where, ": assignment ", a, " is of token ",
-              t, ", which is masked or poisoned");
+      require(a == begin || plan.token[a - 1] < t, where, ": tokens of expert ", e, " must ascend, but ",
+              plan.token[a > begin ? a - 1 : a], " goes before ", t);
+      require(plan.token_state[t] == TokenState::valid, where, ": assignment ", a, " is of token ", t,
+              ", which is masked or poisoned");
     }
   }
   for (Index i = 0; i < plan.passed_through.size(); ++i) {
@@ -337,8 +336,8 @@ void check_plan(const DispatchPlan<S>& plan, Index tokens, Index num_experts, co
     require(t >= 0 && t < tokens, where, ": passed_through[", i, "] is token ", t, " of ", tokens);
     require(i == 0 || plan.passed_through[i - 1] < t, where, ": passed_through must ascend, but ",
             plan.passed_through[i > 0 ? i - 1 : i], " goes before ", t);
-    require(plan.token_state[t] == TokenState::valid, where, ": passed_through[", i, "] is token ",
-            t, ", which is masked or poisoned");
+    require(plan.token_state[t] == TokenState::valid, where, ": passed_through[", i, "] is token ", t,
+            ", which is masked or poisoned");
   }
 }
 
@@ -346,8 +345,8 @@ void check_plan(const DispatchPlan<S>& plan, Index tokens, Index num_experts, co
 /// O(tokens * d_model). Throws when x has another number of rows than the plan has tokens.
 template <class S>
 void mark_poisoned_rows(const ConstMatrixRef<S>& x, DispatchPlan<S>& plan) {
-  require(x.rows() == plan.token_state.size(), "mark_poisoned_rows: x has ", x.rows(),
-          " rows, expected ", plan.token_state.size(), " tokens");
+  require(x.rows() == plan.token_state.size(), "mark_poisoned_rows: x has ", x.rows(), " rows, expected ",
+          plan.token_state.size(), " tokens");
   for (Index t = 0; t < x.rows(); ++t)
     for (Index j = 0; j < x.cols(); ++j)
       if (plan.token_state[t] == TokenState::valid && number_kind(x(t, j)) != NumberKind::finite)
@@ -360,19 +359,18 @@ template <class S>
 void check_choices(const Choices<S>& chosen, Index tokens, Index num_experts, const char* where) {
   const Buffer<Index>& begin = chosen.token_begin;
   require(tokens >= 0, where, ": num_tokens = ", tokens, ", expected at least 0");
-  require(begin.size() == tokens + 1, where, ": chosen.token_begin has ", begin.size(),
-          " entries, expected ", tokens + 1);
-  require(begin[0] == 0 && begin[tokens] == chosen.size(), where,
-          ": chosen.token_begin goes from ", begin[0], " to ", begin[tokens],
-          ", expected from 0 to ", chosen.size(), " choices");
+  require(begin.size() == tokens + 1, where, ": chosen.token_begin has ", begin.size(), " entries, expected ",
+          tokens + 1);
+  require(begin[0] == 0 && begin[tokens] == chosen.size(), where, ": chosen.token_begin goes from ", begin[0],
+          " to ", begin[tokens], ", expected from 0 to ", chosen.size(), " choices");
   require(chosen.gate.size() == chosen.size(), where, ": chosen.gate has ", chosen.gate.size(),
           " entries, expected ", chosen.size(), " choices");
   for (Index t = 0; t < tokens; ++t)
     require(begin[t] <= begin[t + 1], where, ": chosen.token_begin[", t + 1, "] = ", begin[t + 1],
             " is less than the entry before it, ", begin[t]);
   for (Index c = 0; c < chosen.size(); ++c)
-    require(chosen.expert[c] >= 0 && chosen.expert[c] < num_experts, where, ": choice ", c,
-            " is expert ", chosen.expert[c], " of ", num_experts);
+    require(chosen.expert[c] >= 0 && chosen.expert[c] < num_experts, where, ": choice ", c, " is expert ",
+            chosen.expert[c], " of ", num_experts);
   for (Index t = 0; t < tokens; ++t)
     for (Index c = begin[t]; c < begin[t + 1]; ++c)
       for (Index d = begin[t]; d < c; ++d)
@@ -386,8 +384,8 @@ void check_choices(const Choices<S>& chosen, Index tokens, Index num_experts, co
 /// plan.token_state; a router that does not look at x at all does so where x is not finite
 /// (mark_poisoned_rows).
 template <class R>
-concept Router = requires(const R& router, const ConstMatrixRef<typename R::Scalar>& x,
-                          const BatchInfo& info, Routing<typename R::Scalar>& routing) {
+concept Router = requires(const R& router, const ConstMatrixRef<typename R::Scalar>& x, const BatchInfo& info,
+                          Routing<typename R::Scalar>& routing) {
   typename R::Scalar;
   { router.d_model() } -> std::convertible_to<Index>;
   { router.num_experts() } -> std::convertible_to<Index>;
@@ -400,22 +398,24 @@ concept Router = requires(const R& router, const ConstMatrixRef<typename R::Scal
 /// check_backward(x, routing, grad), which throws the same before anything is added to a gradient.
 /// backward may use routing.scratch: two threads must not share a routing there.
 template <class R>
-concept TrainableRouter =
-    Router<R> && requires(const R& router, R& grad, const ConstMatrixRef<typename R::Scalar>& x,
-                          const Routing<typename R::Scalar>& routing,
-                          const RoutingGradient<typename R::Scalar>& gradient,
-                          MatrixRef<typename R::Scalar> d_x) {
-      router.backward(x, routing, gradient, d_x, grad);
-      R::visit([](const ParameterInfo&, auto&...) {}, grad);
-    };
+concept TrainableRouter = Router<R> &&
+    requires(const R& router, R& grad, const ConstMatrixRef<typename R::Scalar>& x,
+             const Routing<typename R::Scalar>& routing, const RoutingGradient<typename R::Scalar>& gradient,
+             MatrixRef<typename R::Scalar> d_x) {
+  router.backward(x, routing, gradient, d_x, grad);
+  R::visit([](const ParameterInfo&, auto&...) {}, grad);
+};
 
 /// What a router's gates multiply, where it says so before it routes: by gate_side() or by its options.
 /// DispatchPlan::gate_side says it for certain.
 template <class R>
 std::optional<GateSide> gate_side_of(const R& router) {
-  if constexpr (requires { std::optional<GateSide>(router.gate_side()); }) return router.gate_side();
-  else if constexpr (requires { GateSide(router.options().gate_side); }) return router.options().gate_side;
-  else return std::nullopt;
+  if constexpr (requires { std::optional<GateSide>(router.gate_side()); })
+    return router.gate_side();
+  else if constexpr (requires { GateSide(router.options().gate_side); })
+    return router.options().gate_side;
+  else
+    return std::nullopt;
 }
 
 /// Calls router.route for inference, with the executor where the router takes one.
@@ -430,8 +430,8 @@ void route_with(const R& router, const ConstMatrixRef<typename R::Scalar>& x, co
 
 /// The same for training; a router without a way of its own for training routes as in inference.
 template <Router R, Executor E>
-void route_with(const R& router, const ConstMatrixRef<typename R::Scalar>& x, Rng& rng,
-                const BatchInfo& info, Routing<typename R::Scalar>& routing, const E& executor) {
+void route_with(const R& router, const ConstMatrixRef<typename R::Scalar>& x, Rng& rng, const BatchInfo& info,
+                Routing<typename R::Scalar>& routing, const E& executor) {
   if constexpr (requires { router.route(x, rng, info, routing, executor); })
     router.route(x, rng, info, routing, executor);
   else if constexpr (requires { router.route(x, rng, info, routing); })

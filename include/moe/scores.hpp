@@ -25,11 +25,13 @@ enum class Score {
 };
 
 /// How the gates of the experts that a token uses follow from its scores s:
-///   gate_e = scale * s_e                                                          (Switch, Grok-1, OLMoE, ...)
-///   gate_e = scale * s_e / max(sum over the experts in use of s + epsilon, minimum)   where renormalised
+///   gate_e = scale * s_e                                                          (Switch, Grok-1, OLMoE,
+///   ...) gate_e = scale * s_e / max(sum over the experts in use of s + epsilon, minimum)   where
+///   renormalised
 /// A renormalised softmax with neither epsilon nor minimum is computed as the softmax over the logits of the
-/// experts in use: equal in value and gradient (Mixtral is published in both forms), but nothing underflows. So
-/// are renormalised sigmoid and sqrt_softplus where all logits are so low that these are exp(z) and exp(z / 2).
+/// experts in use: equal in value and gradient (Mixtral is published in both forms), but nothing underflows.
+/// So are renormalised sigmoid and sqrt_softplus where all logits are so low that these are exp(z) and exp(z
+/// / 2).
 struct GateRule {
   Score score = Score::softmax;
   bool renormalise = false;
@@ -104,12 +106,12 @@ Divisor<S> divisor_of(S sum, double epsilon, double minimum) {
 
 inline constexpr double kProbsEpsilon = 1e-20;  // as Megatron-LM
 
-// The backward of quotients q_i = s_i / (sum of s + epsilon): calls f(i, divisor * the gradient by s_i) for all i < n.
-// d_i - sum of q_j d_j is taken from the d of a quotient above 1/2, as in softmax_backward. `scaled` are the q_i times
-// `scale`, d the gradients by these.
+// The backward of quotients q_i = s_i / (sum of s + epsilon): calls f(i, divisor * the gradient by s_i) for
+// all i < n. d_i - sum of q_j d_j is taken from the d of a quotient above 1/2, as in softmax_backward.
+// `scaled` are the q_i times `scale`, d the gradients by these.
 template <class S, class F>
-void quotients_backward(Index n, const S* scaled, const S* d, double scale, double epsilon, const Divisor<S>& divisor,
-                        const F& f) {
+void quotients_backward(Index n, const S* scaled, const S* d, double scale, double epsilon,
+                        const Divisor<S>& divisor, const F& f) {
   if (n == 0) return;
   if (!divisor.varies) {
     for (Index i = 0; i < n; ++i) f(i, S(scale) * d[i]);
@@ -124,8 +126,8 @@ void quotients_backward(Index n, const S* scaled, const S* d, double scale, doub
   for (Index i = 0; i < n; ++i) f(i, (S(scale) * (d[i] - origin) - mean) + rest);
 }
 
-// What the logits of these experts are multiplied by where their gates are a softmax of them; 0 where gates are
-// quotients of scores.
+// What the logits of these experts are multiplied by where their gates are a softmax of them; 0 where gates
+// are quotients of scores.
 template <class S>
 S softmax_factor(const GateRule& rule, const S* logits, Index n, const Index* experts) {
   if (!rule.renormalise || rule.epsilon > 0 || rule.minimum > 0 || rule.score == Score::relu) return S(0);
@@ -144,8 +146,8 @@ Divisor<S> gate_divisor(const GateRule& rule, Index n, const ScoreOf& score) {
   return divisor_of(sum, rule.epsilon, rule.minimum);
 }
 
-// Calls f(begin, count, p) for blocks of experts, p [kOthers] being their probabilities with zeros in place of the n
-// experts' and behind the last. O(num_experts (1 + n / kOthers)).
+// Calls f(begin, count, p) for blocks of experts, p [kOthers] being their probabilities with zeros in place
+// of the n experts' and behind the last. O(num_experts (1 + n / kOthers)).
 inline constexpr Index kOthers = 64;
 template <class S, class F>
 void for_each_block_of_others(Index num_experts, Index n, const Index* experts, const S* probs, const F& f) {
@@ -184,8 +186,8 @@ void normalised_scores(Score score, Index n, const S* logits, S* probs) {
 
 /// Adds to d_logits [n] what the gradient d_probs [n] by normalised_scores makes of it. O(n).
 template <class S>
-void normalised_scores_backward(Score score, Index n, const S* logits, const S* probs,
-                                const S* d_probs, S* d_logits) {
+void normalised_scores_backward(Score score, Index n, const S* logits, const S* probs, const S* d_probs,
+                                S* d_logits) {
   if (score == Score::softmax) return softmax_backward(n, probs, d_probs, d_logits);
   S sum = 0;
   for (Index e = 0; e < n; ++e) sum += detail::score_of(score, logits[e]);
@@ -199,8 +201,8 @@ void normalised_scores_backward(Score score, Index n, const S* logits, const S* 
 /// gates[i] of the experts[i], i < n, of one token. logits and probs (normalised_scores) are the
 /// token's rows [num_experts]. O(n).
 template <class S>
-void compute_gates(const GateRule& rule, const S* logits, const S* probs, Index n,
-                   const Index* experts, S* gates) {
+void compute_gates(const GateRule& rule, const S* logits, const S* probs, Index n, const Index* experts,
+                   S* gates) {
   if (n == 0) return;
   S divisor = 1;
   if (const S factor = detail::softmax_factor(rule, logits, n, experts); factor > S(0)) {
@@ -208,8 +210,8 @@ void compute_gates(const GateRule& rule, const S* logits, const S* probs, Index 
     softmax(n, gates, gates);
   } else {
     for (Index i = 0; i < n; ++i)
-      gates[i] = rule.score == Score::softmax ? probs[experts[i]]
-                                              : detail::score_of(rule.score, logits[experts[i]]);
+      gates[i] =
+          rule.score == Score::softmax ? probs[experts[i]] : detail::score_of(rule.score, logits[experts[i]]);
     divisor = detail::gate_divisor<S>(rule, n, [&](Index i) { return gates[i]; }).value;
   }
   if (is_equal(divisor, S(1)) && is_equal(rule.scale, 1.0)) return;
@@ -217,13 +219,12 @@ void compute_gates(const GateRule& rule, const S* logits, const S* probs, Index 
 }
 
 /// Adds to d_logits [num_experts] what the gradient d_gates[i] by the gates[i] of the experts[i]
-/// makes of it. No difference of numbers near 1 is taken: errors are a few units in the last place of the largest
-/// term of a sum, however far apart the logits are. O(n), and O(num_experts (1 + n / 64)) for a softmax that is not
-/// one of the chosen alone.
+/// makes of it. No difference of numbers near 1 is taken: errors are a few units in the last place of the
+/// largest term of a sum, however far apart the logits are. O(n), and O(num_experts (1 + n / 64)) for a
+/// softmax that is not one of the chosen alone.
 template <class S>
-void compute_gates_backward(const GateRule& rule, const S* logits, const S* probs,
-                            Index num_experts, Index n, const Index* experts, const S* gates,
-                            const S* d_gates, S* d_logits) {
+void compute_gates_backward(const GateRule& rule, const S* logits, const S* probs, Index num_experts, Index n,
+                            const Index* experts, const S* gates, const S* d_gates, S* d_logits) {
   const auto score = [&](Index i) {
     return rule.score == Score::softmax ? probs[experts[i]]
                                         : detail::score_of(rule.score, logits[experts[i]]);
@@ -285,8 +286,8 @@ void router_linear(const X& x, const Matrix<S>& w, Matrix<S>& logits, const E& e
 /// Backward of a router's linear layer logits = x w^T: d_w [experts, d_model] += d_logits^T x and
 /// d_x [tokens, d_model] += d_logits w, in blocks of fixed size. O(tokens * experts * d_model).
 template <class S, class X, class Dx, Executor E>
-void router_linear_backward(const X& x, const Matrix<S>& w, const Matrix<S>& d_logits,
-                            Matrix<S>& d_w, Dx&& d_x, const E& executor) {
+void router_linear_backward(const X& x, const Matrix<S>& w, const Matrix<S>& d_logits, Matrix<S>& d_w,
+                            Dx&& d_x, const E& executor) {
   require_shape(d_logits, x.rows(), w.rows(), "router_linear_backward", "d_logits");
   require_shape(d_w, w.rows(), x.cols(), "router_linear_backward", "d_w");
   require_shape(d_x, x.rows(), w.cols(), "router_linear_backward", "d_x");
@@ -297,8 +298,8 @@ void router_linear_backward(const X& x, const Matrix<S>& w, const Matrix<S>& d_l
     linear_backward_weight(d_logits, x.middleCols(begin, count), d_w.middleCols(begin, count));
   });
   for_each_block(x.rows(), executor, [&](Index begin, Index end, Index) {
-    linear_backward_input(d_logits.middleRows(begin, end - begin), w,
-                          d_x.middleRows(begin, end - begin), Write::add);
+    linear_backward_input(d_logits.middleRows(begin, end - begin), w, d_x.middleRows(begin, end - begin),
+                          Write::add);
   });
 }
 

@@ -21,14 +21,16 @@ void update_selection_bias(Vector<S>& bias, const IndexVector& tokens_per_expert
           ", expected a finite number");
   Index total = 0;
   for (Index e = 0; e < bias.size(); ++e) {
-    require(tokens_per_expert[e] >= 0, "update_selection_bias: tokens_per_expert[", e, "] = ",
-            tokens_per_expert[e], ", expected at least 0");
+    require(tokens_per_expert[e] >= 0, "update_selection_bias: tokens_per_expert[", e,
+            "] = ", tokens_per_expert[e], ", expected at least 0");
     total += tokens_per_expert[e];
   }
   for (Index e = 0; e < bias.size(); ++e) {
     const Index load = tokens_per_expert[e] * bias.size();  // beside total, without a division
-    if (load < total) bias[e] += S(rate);
-    else if (load > total) bias[e] -= S(rate);
+    if (load < total)
+      bias[e] += S(rate);
+    else if (load > total)
+      bias[e] -= S(rate);
   }
 }
 

@@ -26,8 +26,7 @@ inline void check_shared_gates(Index gated, GateSide side, const char* where) {
 template <class S, Executor Ex>
 const DispatchPlan<S>& add_shared_experts(const ConstMatrixRef<S>& x, const DispatchPlan<S>& routed,
                                           Index num_shared, const Matrix<S>& w_shared_gate,
-                                          DispatchPlan<S>& plan, Matrix<S>& gate,
-                                          const Ex& executor) {
+                                          DispatchPlan<S>& plan, Matrix<S>& gate, const Ex& executor) {
   if (num_shared == 0) return routed;
   check_shared_gates(w_shared_gate.rows(), routed.gate_side, "add_shared_experts");
   require(&plan != &routed, "add_shared_experts: plan is the routed plan of ", routed.num_experts(),

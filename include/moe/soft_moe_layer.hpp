@@ -183,8 +183,8 @@ class SoftMoELayer {
     require(Index(experts_.size()) == options.num_experts, "SoftMoELayer: ", experts_.size(),
             " experts, expected num_experts = ", options.num_experts);
     for (std::size_t e = 0; e < experts_.size(); ++e)
-      require(experts_[e].d_model() == d_model(), "SoftMoELayer: expert ", e, " has d_model = ",
-              experts_[e].d_model(), ", expected ", d_model());
+      require(experts_[e].d_model() == d_model(), "SoftMoELayer: expert ", e,
+              " has d_model = ", experts_[e].d_model(), ", expected ", d_model());
     w_slots.setZero(num_slots(), d_model());
     if (options.normalise) scale.setOnes(1);
   }
@@ -205,8 +205,7 @@ class SoftMoELayer {
   // ---- Inference: const.
 
   template <Executor Ex = DefaultExecutor>
-  Matrix<S> forward(const ConstMatrixRef<S>& x, const BatchInfo& info = {},
-                    const Ex& executor = {}) const {
+  Matrix<S> forward(const ConstMatrixRef<S>& x, const BatchInfo& info = {}, const Ex& executor = {}) const {
     Workspace workspace;
     Matrix<S> y(x.rows(), x.cols());
     forward(x, y, workspace, info, executor);
@@ -217,11 +216,10 @@ class SoftMoELayer {
   /// included. The workspace shows logits, dispatch and combine. x, y and the workspace lie apart, here and
   /// in all that follows: no argument that is written overlaps another.
   template <Executor Ex = DefaultExecutor>
-  void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Workspace& workspace,
-               const BatchInfo& info = {}, const Ex& executor = {}) const {
+  void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Workspace& workspace, const BatchInfo& info = {},
+               const Ex& executor = {}) const {
     make_slots(x, y, workspace, info, executor);
-    run_experts(experts(), workspace.plan, workspace.x_rows, workspace.y_rows, workspace.scratch,
-                executor);
+    run_experts(experts(), workspace.plan, workspace.x_rows, workspace.y_rows, workspace.scratch, executor);
     mix_slots(y, workspace, executor);
   }
 
@@ -242,8 +240,7 @@ class SoftMoELayer {
                const Ex& executor = {}) const {
     static_assert(TrainableExpert<E>, "a differentiable forward pass needs a TrainableExpert");
     make_slots(x, y, cache, info, executor);
-    run_experts(experts(), cache.plan, cache.x_rows, cache.y_rows, cache.experts, cache.scratch,
-                executor);
+    run_experts(experts(), cache.plan, cache.x_rows, cache.y_rows, cache.experts, cache.scratch, executor);
     mix_slots(y, cache, executor);
   }
 
@@ -271,8 +268,8 @@ class SoftMoELayer {
     }
     mix_slots_backward(d_y, cache, executor);
     dispatch(cache.d_slots.matrix(), cache.plan, cache.d_rows, executor);
-    run_experts_backward(experts(), cache.plan, cache.x_rows, cache.d_rows, cache.experts,
-                         cache.d_x_rows, grad.experts(), executor);
+    run_experts_backward(experts(), cache.plan, cache.x_rows, cache.d_rows, cache.experts, cache.d_x_rows,
+                         grad.experts(), executor);
     combine(cache.d_x_rows, cache.plan, cache.d_slots.matrix(), cache.d_slots.matrix(), executor);
     make_slots_backward(cache, d_x, executor);
     logits_backward(cache, grad, d_x, executor);
@@ -286,11 +283,9 @@ class SoftMoELayer {
      ...);
     visit_array(f, {"w_slots"}, self.w_slots...);
     if (((self.scale.size() > 0) || ...)) visit_array(f, {"scale"}, self.scale...);
-    constexpr bool kHaveParameters =
-        requires { E::visit(f, std::get<0>(std::tie(self...)).experts_[0]); };
+    constexpr bool kHaveParameters = requires { E::visit(f, std::get<0>(std::tie(self...)).experts_[0]); };
     for (std::size_t e = 0; kHaveParameters && e < first.experts_.size(); ++e)
-      if constexpr (kHaveParameters)
-        visit_part("experts." + std::to_string(e), f, self.experts_[e]...);
+      if constexpr (kHaveParameters) visit_part("experts." + std::to_string(e), f, self.experts_[e]...);
   }
 
   Matrix<S> w_slots;  ///< row e * slots_per_expert + p is slot p of expert e [slots, d_model]
@@ -312,9 +307,7 @@ class SoftMoELayer {
 
   // Operands of the logits.
   const Matrix<S>& left(const Workspace& w) const { return options_.normalise ? w.x_unit : w.x; }
-  const Matrix<S>& right(const Workspace& w) const {
-    return options_.normalise ? w.w_scaled : w_slots;
-  }
+  const Matrix<S>& right(const Workspace& w) const { return options_.normalise ? w.w_scaled : w_slots; }
 
   // Calls f(group, slot, slots, column, columns) for tiles of a matrix [groups * slots, d_model].
   template <class Ex, class F>
@@ -330,15 +323,14 @@ class SoftMoELayer {
   // slots [groups * slots, d_model] = for every group the transpose of its rows of `weights`
   // [tokens, slots] times its rows of x [tokens, d_model].
   template <class Ex>
-  void sum_tokens(const Workspace& w, const Matrix<S>& weights, const Matrix<S>& x,
-                  RowBuffer<S>& slots, const Ex& executor) const {
+  void sum_tokens(const Workspace& w, const Matrix<S>& weights, const Matrix<S>& x, RowBuffer<S>& slots,
+                  const Ex& executor) const {
     slots.resize(w.num_groups() * num_slots(), d_model());
     for_each_tile(w.num_groups(), executor, [&](Index g, Index s, Index high, Index j, Index wide) {
       const Index begin = w.group_begin[g], count = w.group_begin[g + 1] - begin;
       auto out = slots.matrix().block(g * num_slots() + s, j, high, wide);
       out.setZero();
-      linear_backward_weight(weights.block(begin, s, count, high), x.block(begin, j, count, wide),
-                             out);
+      linear_backward_weight(weights.block(begin, s, count, high), x.block(begin, j, count, wide), out);
     });
   }
 
@@ -426,14 +418,14 @@ class SoftMoELayer {
       for (Index t = begin; t < end; ++t) {
         const S* const from = &x.coeffRef(t, 0);
         TokenState& state = w.token_state[t];
-        if (state == TokenState::valid && !detail::all_finite(d, from))
-          state = TokenState::poisoned;
-        if (state == TokenState::valid) std::copy_n(from, d, &w.x(t, 0));
-        else w.x.row(t).setZero();
+        if (state == TokenState::valid && !detail::all_finite(d, from)) state = TokenState::poisoned;
+        if (state == TokenState::valid)
+          std::copy_n(from, d, &w.x(t, 0));
+        else
+          w.x.row(t).setZero();
         if (options_.normalise) detail::make_unit(d, &w.x(t, 0), &w.x_unit(t, 0));
       }
-      linear(left(w).middleRows(begin, end - begin), right(w),
-             w.logits.middleRows(begin, end - begin));
+      linear(left(w).middleRows(begin, end - begin), right(w), w.logits.middleRows(begin, end - begin));
       for (Index t = begin; t < end; ++t) {
         S* const z = &w.logits(t, 0);
         if (w.is_valid(t) && !detail::all_finite(slots, z)) {
@@ -463,8 +455,7 @@ class SoftMoELayer {
       const auto for_each_share = [&](const auto& g) {
         for (Index t = first; t < last; ++t)
           for (Index i = 0; w.is_valid(t) && i < count; ++i)
-            g(w.logits(t, s + i), w.dispatch(t, s + i), largest[std::size_t(i)],
-              sum[std::size_t(i)]);
+            g(w.logits(t, s + i), w.dispatch(t, s + i), largest[std::size_t(i)], sum[std::size_t(i)]);
       };
       for_each_share([](S z, S&, S& most, Sum&) { most = (std::max)(most, z); });
       for_each_share([](S z, S& share, S& most, Sum& all) { all += Sum(share = std::exp(z - most)); });
@@ -507,8 +498,7 @@ class SoftMoELayer {
     w.live.reserve(groups);
     w.live.clear();
     for (Index g = 0; g < groups; ++g)
-      if (std::find(w.token_state.begin() + w.group_begin[g],
-                    w.token_state.begin() + w.group_begin[g + 1],
+      if (std::find(w.token_state.begin() + w.group_begin[g], w.token_state.begin() + w.group_begin[g + 1],
                     TokenState::valid) != w.token_state.begin() + w.group_begin[g + 1])
         w.live.push_back(g);
     DispatchPlan<S>& plan = w.plan;
@@ -530,18 +520,16 @@ class SoftMoELayer {
                       const Matrix<S>& d_x) const {
     const char* const where = "SoftMoELayer::backward";
     check_parameters(where);
-    require(c.x.cols() == d_model() && c.logits.cols() == num_slots() &&
-                c.plan.num_experts() == num_experts(),
-            where, ": the cache is of a layer with d_model = ", c.x.cols(), ", ",
-            c.plan.num_experts(), " experts and ", c.logits.cols(), " slots, expected ", d_model(),
-            ", ", num_experts(), " and ", num_slots());
+    require(
+        c.x.cols() == d_model() && c.logits.cols() == num_slots() && c.plan.num_experts() == num_experts(),
+        where, ": the cache is of a layer with d_model = ", c.x.cols(), ", ", c.plan.num_experts(),
+        " experts and ", c.logits.cols(), " slots, expected ", d_model(), ", ", num_experts(), " and ",
+        num_slots());
     const Index tokens = c.x.rows();
     require(c.num_tokens() == tokens && c.group_begin.size() >= 2 &&
-                c.group_begin[c.num_groups()] == tokens &&
-                c.slots.rows() == c.num_groups() * num_slots(),
+                c.group_begin[c.num_groups()] == tokens && c.slots.rows() == c.num_groups() * num_slots(),
             where, ": the cache holds ", tokens, " tokens and ", c.slots.rows(),
-            " slots, but its state is of ", c.num_tokens(), " tokens in ", c.num_groups(),
-            " groups");
+            " slots, but its state is of ", c.num_tokens(), " tokens in ", c.num_groups(), " groups");
     if (options_.normalise) {
       require_shape(c.x_unit, tokens, d_model(), where, "the cache's x_unit");
       require_shape(c.w_unit, num_slots(), d_model(), where, "the cache's w_unit");
@@ -565,8 +553,7 @@ class SoftMoELayer {
     require_apart(where, "the cache", c, "d_y", d_y);
     visit_array(same_shape, {"w_slots"}, w_slots, grad.w_slots);
     visit_array(same_shape, {"scale"}, scale, grad.scale);
-    for (std::size_t e = 0; e < experts_.size(); ++e)
-      E::visit(same_shape, experts_[e], grad.experts_[e]);
+    for (std::size_t e = 0; e < experts_.size(); ++e) E::visit(same_shape, experts_[e], grad.experts_[e]);
     c.experts.check(experts(), c.plan, where);
     detail::require_rows(c.x_rows, c.plan, where, "the cache's x_rows");
   }
@@ -578,8 +565,10 @@ class SoftMoELayer {
     c.d_combine.resize(d_y.rows(), num_slots());
     for_each_token_block(c, c.slots, executor, [&](Index begin, Index count, const auto& slots) {
       for (Index t = begin; t < begin + count; ++t) {
-        if (c.is_valid(t)) std::copy_n(&d_y.coeffRef(t, 0), d_model(), &c.d_y(t, 0));
-        else c.d_y.row(t).setZero();
+        if (c.is_valid(t))
+          std::copy_n(&d_y.coeffRef(t, 0), d_model(), &c.d_y(t, 0));
+        else
+          c.d_y.row(t).setZero();
       }
       linear(c.d_y.middleRows(begin, count), slots, c.d_combine.middleRows(begin, count));
     });
@@ -592,8 +581,7 @@ class SoftMoELayer {
     c.d_logits.resize(d_x.rows(), num_slots());
     for_each_token_block(c, c.d_slots, executor, [&](Index begin, Index count, const auto& slots) {
       linear(c.x.middleRows(begin, count), slots, c.d_logits.middleRows(begin, count));
-      linear_backward_input(c.dispatch.middleRows(begin, count), slots,
-                            d_x.middleRows(begin, count));
+      linear_backward_input(c.dispatch.middleRows(begin, count), slots, d_x.middleRows(begin, count));
     });
     softmax_over_tokens_backward(c, executor);
     for_each_block(d_x.rows(), executor, [&](Index begin, Index end, Index) {
@@ -614,10 +602,10 @@ class SoftMoELayer {
       else
         linear_backward_input(d_z, right(c), d_x.middleRows(begin, end - begin), Write::add);
       for (Index t = begin; t < end; ++t) {
-        if (!c.is_valid(t)) d_x.row(t).setZero();
+        if (!c.is_valid(t))
+          d_x.row(t).setZero();
         else if (options_.normalise)
-          detail::make_unit_backward(d, &c.x(t, 0), &c.x_unit(t, 0), &c.d_x_unit(t, 0), S(1),
-                                     &d_x(t, 0));
+          detail::make_unit_backward(d, &c.x(t, 0), &c.x_unit(t, 0), &c.d_x_unit(t, 0), S(1), &d_x(t, 0));
       }
     });
     if (options_.normalise) c.d_w_scaled.setZero(num_slots(), d);
@@ -631,8 +619,8 @@ class SoftMoELayer {
     for_each_block(num_slots(), executor, [&](Index begin, Index end, Index) {
       for (Index s = begin; s < end; ++s) {
         c.d_scale[s] = dot(d, &c.w_unit(s, 0), &c.d_w_scaled(s, 0));
-        detail::make_unit_backward(d, &w_slots(s, 0), &c.w_unit(s, 0), &c.d_w_scaled(s, 0),
-                                   scale[0], &grad.w_slots(s, 0));
+        detail::make_unit_backward(d, &w_slots(s, 0), &c.w_unit(s, 0), &c.d_w_scaled(s, 0), scale[0],
+                                   &grad.w_slots(s, 0));
       }
     });
     Sum d_scale = 0;

@@ -55,8 +55,8 @@ Matrix<S> softmax(const Matrix<S>& logits) {
 }
 
 /// d_logits[i] += probs[i] * (d_probs[i] - sum of probs[j] * d_probs[j]): backward of softmax. Both terms are
-/// taken from the d_probs of a probability above 1/2, if there is one: nothing cancels then, however near to 1 it
-/// is. O(n).
+/// taken from the d_probs of a probability above 1/2, if there is one: nothing cancels then, however near to
+/// 1 it is. O(n).
 template <class S>
 void softmax_backward(Index n, const S* probs, const S* d_probs, S* d_logits) {
   if (n == 0) return;

@@ -37,8 +37,7 @@ struct SeatingRule {
   /// Whether gates are the rule's over the experts that a token ends up with, rather than over
   /// those that it chose.
   bool gates_follow_seats() const {
-    return overflow == Overflow::next_best ||
-           (renormalise_after_drop && gate.renormalise);
+    return overflow == Overflow::next_best || (renormalise_after_drop && gate.renormalise);
   }
   /// Whether tokens choose as many experts as they need, top_k at most.
   bool is_dynamic() const { return top_p < 1 || gate.score == Score::relu; }
@@ -67,8 +66,8 @@ template <class S>
 Index keep_above(double threshold, const double* draws, Index n, Index* experts, S* gates) {
   Index kept = std::min<Index>(n, 1);
   for (Index i = 1; i < n; ++i) {
-    const bool keeps = draws != nullptr ? double(gates[i]) > draws[i - 1] * threshold
-                                        : gates[i] > S(threshold);
+    const bool keeps =
+        draws != nullptr ? double(gates[i]) > draws[i - 1] * threshold : gates[i] > S(threshold);
     if (!keeps) continue;
     experts[kept] = experts[i];
     gates[kept++] = gates[i];
@@ -80,9 +79,9 @@ Index keep_above(double threshold, const double* draws, Index n, Index* experts,
 // top_k, which are selected again. `d_gates` are by the `n` choices that were kept; `room` holds 2 * top_k
 // values.
 template <class S>
-void all_gates_backward(const GateRule& rule, Index top, const S* logits, const S* probs,
-                        Index num_experts, Index n, const Index* chosen, const S* d_gates,
-                        Buffer<Index>& best, S* room, S* d_logits) {
+void all_gates_backward(const GateRule& rule, Index top, const S* logits, const S* probs, Index num_experts,
+                        Index n, const Index* chosen, const S* d_gates, Buffer<Index>& best, S* room,
+                        S* d_logits) {
   best.resize(top);
   top_k(num_experts, logits, top, best.data());
   while (top > 0 && is_unavailable(logits[best[top - 1]])) --top;
@@ -101,7 +100,7 @@ template <class S, class F>
 void for_each_final_set(const Routing<S>& routing, const F& f) {
   const Choices<S>& chosen = routing.chosen;
   const DispatchPlan<S>& plan = routing.plan;
-  Buffer<Index>& seat = routing.scratch.seat;          // [choices]: the assignment of a choice, or -1
+  Buffer<Index>& seat = routing.scratch.seat;           // [choices]: the assignment of a choice, or -1
   Buffer<Index>& final_set = routing.scratch.position;  // experts, then assignments, of one token
   seat.assign(chosen.size(), -1);
   for (Index a = 0; a < plan.num_assignments(); ++a) seat[plan.choice[a]] = a;
@@ -114,8 +113,7 @@ void for_each_final_set(const Routing<S>& routing, const F& f) {
     const Index* const assignments = final_set.data() + (end - begin);
     for (Index i = 0; i < n; ++i) {
       const auto& first = plan.expert_begin;
-      final_set[i] =
-          Index(std::upper_bound(first.begin(), first.end(), assignments[i]) - first.begin()) - 1;
+      final_set[i] = Index(std::upper_bound(first.begin(), first.end(), assignments[i]) - first.begin()) - 1;
     }
     if (n > 0) f(t, n, final_set.data(), assignments);
   }
@@ -127,17 +125,15 @@ void for_each_final_set(const Routing<S>& routing, const F& f) {
 /// run and the logits be there. Selection is by the routing's selection logits; by scores where there
 /// is a bias [num_experts] to add to them for selection alone, a group limit that sums scores, or ReLU, under
 /// which an expert without a positive logit is never used; or by
-/// `given_ranking` [tokens, num_experts], where minus infinity marks an unavailable expert, and what is NaN or
-/// plus infinity poisons the token. A bias of minus infinity keeps every token from an expert; a token that bias or
-/// ranking leave without any is poisoned. A
-/// token takes fewer experts where fewer are available, or where the rule is dynamic; the seats of an
-/// expert then follow from the choices: capacity_factor * choices of the group / num_experts.
-/// O(tokens * num_experts * top_k). Throws std::invalid_argument when the logits do not fit the plan,
-/// for a bias of NaN or plus infinity, and for a rule out of range.
+/// `given_ranking` [tokens, num_experts], where minus infinity marks an unavailable expert, and what is NaN
+/// or plus infinity poisons the token. A bias of minus infinity keeps every token from an expert; a token
+/// that bias or ranking leave without any is poisoned. A token takes fewer experts where fewer are available,
+/// or where the rule is dynamic; the seats of an expert then follow from the choices: capacity_factor *
+/// choices of the group / num_experts. O(tokens * num_experts * top_k). Throws std::invalid_argument when the
+/// logits do not fit the plan, for a bias of NaN or plus infinity, and for a rule out of range.
 template <class S, Executor E>
-void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
-                     const BatchInfo& info, Routing<S>& routing, const E& executor,
-                     const Matrix<S>* given_ranking = nullptr) {
+void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias, const BatchInfo& info,
+                     Routing<S>& routing, const E& executor, const Matrix<S>* given_ranking = nullptr) {
   const Matrix<S>& logits = routing.selection_logits();
   require(routing.plan.token_state.size() == logits.rows() &&
               routing.chosen.token_begin.size() == logits.rows() + 1,
@@ -149,23 +145,23 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
   require(k >= 1 && k <= experts, "route_by_logits: top_k = ", k,
           " is not between 1 and num_experts = ", experts);
   require(selection_bias.size() == 0 || selection_bias.size() == experts,
-          "route_by_logits: selection_bias has ", selection_bias.size(), " entries, expected ",
-          experts, " experts");
+          "route_by_logits: selection_bias has ", selection_bias.size(), " entries, expected ", experts,
+          " experts");
   for (Index e = 0; e < selection_bias.size(); ++e)
     require(number_kind(selection_bias[e]) == NumberKind::finite || is_unavailable(selection_bias[e]),
             "route_by_logits: selection_bias[", e, "] = ", selection_bias[e],
             ", expected a finite number or minus infinity");
   check_group_limit(rule.group_limit, experts, k, "route_by_logits");
-  require(is_equal(rule.second_threshold, 0.0) ||
-              (selection_bias.size() == 0 && !rule.group_limit.applies() && !rule.is_dynamic() &&
-               given_ranking == nullptr),
-          "route_by_logits: second_threshold = ", rule.second_threshold,
-          " beside a selection bias, a group limit, a ranking or top-p, expected 0");
+  require(
+      is_equal(rule.second_threshold, 0.0) || (selection_bias.size() == 0 && !rule.group_limit.applies() &&
+                                               !rule.is_dynamic() && given_ranking == nullptr),
+      "route_by_logits: second_threshold = ", rule.second_threshold,
+      " beside a selection bias, a group limit, a ranking or top-p, expected 0");
   require(rule.top_p > 0, "route_by_logits: top_p = ", rule.top_p, ", expected more than 0");
   const bool limited = rule.group_limit.applies();
   const bool relu = rule.gate.score == Score::relu;
-  const bool by_scores = selection_bias.size() > 0 || relu ||
-                         (limited && rule.group_limit.score == GroupScore::top_two_sum);
+  const bool by_scores =
+      selection_bias.size() > 0 || relu || (limited && rule.group_limit.score == GroupScore::top_two_sum);
   if (given_ranking != nullptr)
     require_shape(*given_ranking, tokens, experts, "route_by_logits", "given_ranking");
   require(given_ranking == nullptr || !(by_scores || limited),
@@ -206,10 +202,14 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
       if (by_scores || limited) {
         S* const values = &routing.scratch.ranking(t, 0);
         for (Index e = 0; e < experts; ++e) {
-          if (!by_scores || is_unavailable(z[e])) values[e] = z[e];
-          else if (relu && !(z[e] > S(0))) values[e] = -std::numeric_limits<S>::infinity();
-          else if (rule.gate.score == Score::softmax) values[e] = probs[e];
-          else values[e] = detail::score_of(rule.gate.score, z[e]);
+          if (!by_scores || is_unavailable(z[e]))
+            values[e] = z[e];
+          else if (relu && !(z[e] > S(0)))
+            values[e] = -std::numeric_limits<S>::infinity();
+          else if (rule.gate.score == Score::softmax)
+            values[e] = probs[e];
+          else
+            values[e] = detail::score_of(rule.gate.score, z[e]);
           if (selection_bias.size() > 0) values[e] += selection_bias[e];
         }
         if (limited)
@@ -237,9 +237,9 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
       S* const gate = chosen.gate.data() + t * k;
       compute_gates(rule.gate, z, probs, n, best, gate);
       if (rule.second_threshold > 0)
-        n = detail::keep_above(
-            rule.second_threshold,
-            rule.second_draws != nullptr ? rule.second_draws + t * (k - 1) : nullptr, n, best, gate);
+        n = detail::keep_above(rule.second_threshold,
+                               rule.second_draws != nullptr ? rule.second_draws + t * (k - 1) : nullptr, n,
+                               best, gate);
       chosen.token_begin[t + 1] = n;
     }
   });
@@ -262,22 +262,19 @@ void route_by_logits(const SeatingRule& rule, const Vector<S>& selection_bias,
     const Index valid = capacity[g];
     capacity[g] = expert_capacity(valid, experts, k, *rule.capacity_factor, rule.capacity_rule);
     if (!rule.is_dynamic()) continue;
-    const Index choices =
-        chosen.token_begin[info.end_of(g, tokens)] - chosen.token_begin[info.begin_of(g)];
-    capacity[g] = (std::min)(
-        valid, expert_capacity(choices, experts, 1, *rule.capacity_factor, rule.capacity_rule));
+    const Index choices = chosen.token_begin[info.end_of(g, tokens)] - chosen.token_begin[info.begin_of(g)];
+    capacity[g] =
+        (std::min)(valid, expert_capacity(choices, experts, 1, *rule.capacity_factor, rule.capacity_rule));
   }
-  apply_capacity(chosen, ranking, capacity, rule.overflow, rule.priority, info, routing.plan,
-                 routing.scratch, &routing.router_probs);
+  apply_capacity(chosen, ranking, capacity, rule.overflow, rule.priority, info, routing.plan, routing.scratch,
+                 &routing.router_probs);
   if (rule.gates_follow_seats()) {
-    detail::for_each_final_set(
-        routing, [&](Index t, Index n, const Index* used, const Index* assignments) {
-          Buffer<S>& gates = routing.scratch.row;
-          gates.resize(n);
-          compute_gates(rule.gate, &logits(t, 0), &routing.router_probs(t, 0), n, used,
-                        gates.data());
-          for (Index i = 0; i < n; ++i) routing.plan.gate[assignments[i]] = gates[i];
-        });
+    detail::for_each_final_set(routing, [&](Index t, Index n, const Index* used, const Index* assignments) {
+      Buffer<S>& gates = routing.scratch.row;
+      gates.resize(n);
+      compute_gates(rule.gate, &logits(t, 0), &routing.router_probs(t, 0), n, used, gates.data());
+      for (Index i = 0; i < n; ++i) routing.plan.gate[assignments[i]] = gates[i];
+    });
   }
 }
 
@@ -294,8 +291,7 @@ void check_routing_gradient(const RoutingGradient<S>& gradient, const Routing<S>
   matrix(gradient.d_router_probs, "d_router_probs");
   matrix(gradient.d_noise_stddev, "d_noise_stddev");
   const auto array = [&](const Buffer<S>& b, Index size, const char* what) {
-    require(b.empty() || b.size() == size, where, ": ", what, " has ", b.size(),
-            " entries, expected ", size);
+    require(b.empty() || b.size() == size, where, ": ", what, " has ", b.size(), " entries, expected ", size);
   };
   array(gradient.d_chosen_gate, routing.chosen.size(), "d_chosen_gate");
   array(gradient.d_gate, routing.plan.num_assignments(), "d_gate");
@@ -310,12 +306,12 @@ void check_choices(const Routing<S>& routing, const char* where) {
   const Index tokens = plan.num_tokens, experts = plan.num_experts();
   require_shape(routing.router_probs, tokens, experts, where, "router_probs");
   check_choices(chosen, tokens, experts, where);
-  require(plan.choice.size() == plan.num_assignments(), where, ": plan.choice has ",
-          plan.choice.size(), " entries, expected ", plan.num_assignments(), " assignments");
+  require(plan.choice.size() == plan.num_assignments(), where, ": plan.choice has ", plan.choice.size(),
+          " entries, expected ", plan.num_assignments(), " assignments");
   for (Index a = 0; a < plan.num_assignments(); ++a) {
     const Index c = plan.choice[a];
-    require(c >= 0 && c < chosen.size(), where, ": assignment ", a, " stems from choice ", c,
-            " of ", chosen.size());
+    require(c >= 0 && c < chosen.size(), where, ": assignment ", a, " stems from choice ", c, " of ",
+            chosen.size());
     const Index t = plan.token[a];
     require(t >= 0 && t < tokens, where, ": assignment ", a, " is of token ", t, " of ", tokens);
     require(chosen.token_begin[t] <= c && c < chosen.token_begin[t + 1], where, ": assignment ", a,
@@ -341,16 +337,15 @@ void selection_backward(const SeatingRule& rule, const Routing<S>& routing,
   Buffer<S>& row = routing.scratch.row;
   const bool by_seats = rule.gates_follow_seats();
   if (by_seats && !gradient.d_gate.empty()) {
-    detail::for_each_final_set(
-        routing, [&](Index t, Index n, const Index* used, const Index* assignments) {
-          row.resize(2 * n);
-          for (Index i = 0; i < n; ++i) {
-            row[i] = plan.gate[assignments[i]];
-            row[n + i] = gradient.d_gate[assignments[i]];
-          }
-          compute_gates_backward(rule.gate, &logits(t, 0), &routing.router_probs(t, 0), experts, n,
-                                 used, row.data(), row.data() + n, &d_logits(t, 0));
-        });
+    detail::for_each_final_set(routing, [&](Index t, Index n, const Index* used, const Index* assignments) {
+      row.resize(2 * n);
+      for (Index i = 0; i < n; ++i) {
+        row[i] = plan.gate[assignments[i]];
+        row[n + i] = gradient.d_gate[assignments[i]];
+      }
+      compute_gates_backward(rule.gate, &logits(t, 0), &routing.router_probs(t, 0), experts, n, used,
+                             row.data(), row.data() + n, &d_logits(t, 0));
+    });
   }
   // Gates over the set that was chosen: those of the losses, and those of the plan where they were
   // kept as they were.
@@ -364,23 +359,21 @@ void selection_backward(const SeatingRule& rule, const Routing<S>& routing,
       const Index begin = chosen.token_begin[t], n = chosen.token_begin[t + 1] - begin;
       if (n == 0) continue;
       if (rule.second_threshold > 0) {
-        detail::all_gates_backward(rule.gate, rule.top_k, &logits(t, 0), &routing.router_probs(t, 0),
-                                   experts, n, chosen.expert.data() + begin, row.data() + begin,
-                                   routing.scratch.order, row.data() + chosen.size(),
-                                   &d_logits(t, 0));
+        detail::all_gates_backward(rule.gate, rule.top_k, &logits(t, 0), &routing.router_probs(t, 0), experts,
+                                   n, chosen.expert.data() + begin, row.data() + begin, routing.scratch.order,
+                                   row.data() + chosen.size(), &d_logits(t, 0));
         continue;
       }
       compute_gates_backward(rule.gate, &logits(t, 0), &routing.router_probs(t, 0), experts, n,
-                             chosen.expert.data() + begin, chosen.gate.data() + begin,
-                             row.data() + begin, &d_logits(t, 0));
+                             chosen.expert.data() + begin, chosen.gate.data() + begin, row.data() + begin,
+                             &d_logits(t, 0));
     }
   }
   if (gradient.d_router_probs.size() > 0)
     for (Index t = 0; t < tokens; ++t)
       if (routing.is_valid(t))
-        normalised_scores_backward(rule.gate.score, experts, &logits(t, 0),
-                                   &routing.router_probs(t, 0), &gradient.d_router_probs(t, 0),
-                                   &d_logits(t, 0));
+        normalised_scores_backward(rule.gate.score, experts, &logits(t, 0), &routing.router_probs(t, 0),
+                                   &gradient.d_router_probs(t, 0), &d_logits(t, 0));
 }
 
 /// d_logits += d for the rows of valid tokens; nothing where d is empty. Throws
@@ -397,12 +390,12 @@ void add_valid_rows(const Routing<S>& routing, const Matrix<S>& d, Matrix<S>& d_
 /// Throws std::invalid_argument unless the options that token-choice routers share are in range.
 template <class Options>
 void check_token_choice(const Options& options, const char* where) {
-  require(options.top_k >= 1 && options.top_k <= options.num_experts, where, ": top_k = ",
-          options.top_k, " is not between 1 and num_experts = ", options.num_experts);
+  require(options.top_k >= 1 && options.top_k <= options.num_experts, where, ": top_k = ", options.top_k,
+          " is not between 1 and num_experts = ", options.num_experts);
   const auto check_factor = [&](const std::optional<double>& factor, const char* name) {
     if (factor)
-      require(number_kind(*factor) == NumberKind::finite && *factor >= 0, where, ": ", name, " = ",
-              *factor, ", expected a finite number of at least 0");
+      require(number_kind(*factor) == NumberKind::finite && *factor >= 0, where, ": ", name, " = ", *factor,
+              ", expected a finite number of at least 0");
   };
   check_factor(options.capacity, "capacity");
   check_factor(options.training_capacity, "training_capacity");
@@ -414,9 +407,8 @@ void check_token_choice(const Options& options, const char* where) {
 template <class Options>
 void require_trainable(const Options& options, const SeatingRule& rule, Index num_experts,
                        const char* where) {
-  require(options.allow_constant_gate || num_experts == 1 || rule.top_k > 1 ||
-              !rule.gate.renormalise,
-          where, ": top_k = ", rule.top_k, " of num_experts = ", num_experts,
+  require(options.allow_constant_gate || num_experts == 1 || rule.top_k > 1 || !rule.gate.renormalise, where,
+          ": top_k = ", rule.top_k, " of num_experts = ", num_experts,
           " with gates that sum to 1 makes every gate 1, and the router learns nothing from the "
           "task; take softmax before selection without renormalising, or allow_constant_gate");
 }
@@ -424,22 +416,23 @@ void require_trainable(const Options& options, const SeatingRule& rule, Index nu
 /// Appends the row `w` to a router's weight [experts, d_model].
 template <class S>
 Matrix<S> with_row(const Matrix<S>& weight, const Vector<S>& w, const char* where) {
-  require(w.size() == weight.cols(), where, ": w has ", w.size(), " entries, expected d_model = ",
-          weight.cols());
+  require(w.size() == weight.cols(), where, ": w has ", w.size(),
+          " entries, expected d_model = ", weight.cols());
   Matrix<S> larger(weight.rows() + 1, weight.cols());
   larger << weight, w.transpose();
   return larger;
 }
 
-/// The experts that are left of num_experts without those that `removed` names in any order, ascending. Throws
-/// std::invalid_argument unless all of these exist, each is named once, and at least `at_least` others are left.
-/// O(num_experts + removed).
-inline std::vector<Index> experts_without(const std::vector<Index>& removed, Index num_experts, Index at_least,
-                                          const char* where) {
+/// The experts that are left of num_experts without those that `removed` names in any order, ascending.
+/// Throws std::invalid_argument unless all of these exist, each is named once, and at least `at_least` others
+/// are left. O(num_experts + removed).
+inline std::vector<Index> experts_without(const std::vector<Index>& removed, Index num_experts,
+                                          Index at_least, const char* where) {
   std::vector<bool> goes(std::size_t(num_experts), false);
   for (const Index e : removed) {
     require(e >= 0 && e < num_experts, where, ": expert ", e, " of ", num_experts);
-    require(!goes[std::size_t(e)], where, ": expert ", e, " is twice among the ", removed.size(), " to remove");
+    require(!goes[std::size_t(e)], where, ": expert ", e, " is twice among the ", removed.size(),
+            " to remove");
     goes[std::size_t(e)] = true;
   }
   const Index left = num_experts - Index(removed.size());
@@ -455,7 +448,8 @@ inline std::vector<Index> experts_without(const std::vector<Index>& removed, Ind
 /// A copy of some rows of a matrix or vector of num_experts rows, an empty one of an empty one. Throws
 /// std::invalid_argument when it has another number of rows.
 template <class M>
-M take_rows(const M& m, const std::vector<Index>& rows, Index num_experts, const char* where, const char* what) {
+M take_rows(const M& m, const std::vector<Index>& rows, Index num_experts, const char* where,
+            const char* what) {
   if (m.size() == 0) return m;
   require_shape(m, num_experts, m.cols(), where, what);
   M taken(Index(rows.size()), m.cols());
@@ -494,8 +488,8 @@ void check_router_operands(const ConstMatrixRef<S>& x, const Routing<S>& routing
   require_shape(d_x, x.rows(), x.cols(), where, "d_x");
   require_apart(where, "d_x", d_x, "x", x, "gradient", gradient, "routing", routing);
   require_apart(where, "the routing's scratch", routing.scratch, "x", x, "gradient", gradient);
-  R::visit(
-      [&](const ParameterInfo&, const auto& g) { require_apart(where, "grad", g, "x", x, "d_x", d_x); }, grad);
+  R::visit([&](const ParameterInfo&, const auto& g) { require_apart(where, "grad", g, "x", x, "d_x", d_x); },
+           grad);
 }
 
 }  // namespace moe

@@ -38,8 +38,8 @@ void top_k(Index n, const S* values, Index k, Index* chosen) {
 /// Example: top_k(logits, 2) of {1, 3, 3, 0} is {1, 2}.
 template <class S>
 IndexVector top_k(const Vector<S>& values, Index k) {
-  require(k >= 0 && k <= values.size(), "top_k: k = ", k, " is not between 0 and the ",
-          values.size(), " values");
+  require(k >= 0 && k <= values.size(), "top_k: k = ", k, " is not between 0 and the ", values.size(),
+          " values");
   IndexVector chosen(k);
   top_k(values.size(), values.data(), k, chosen.data());
   return chosen;

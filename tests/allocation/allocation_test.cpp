@@ -119,8 +119,10 @@ TEST_P(Allocation, NoneOnceWarmWithMappedExperts) {
   };
   std::vector<E> experts;
   for (int e = 0; e < 8; ++e)
-    experts.push_back(E{{.d_model = d_model, .d_ff = d_ff}, weight(d_ff, d_model),
-                        weight(d_ff, d_model), weight(d_model, d_ff)});
+    experts.push_back(E{{.d_model = d_model, .d_ff = d_ff},
+                        weight(d_ff, d_model),
+                        weight(d_ff, d_model),
+                        weight(d_model, d_ff)});
   const MoELayer layer(std::move(experts),
                        TopKRouter<float>({.d_model = d_model, .num_experts = 8, .top_k = 2}, rng));
   decltype(layer)::Workspace workspace;
@@ -130,7 +132,9 @@ TEST_P(Allocation, NoneOnceWarmWithMappedExperts) {
     if (step % 3 == 1) x.rowwise() += x.row(0) * 3;
     const long before = allocations;
     layer.forward(x, y, workspace, {}, Sequential{});
-    if (step > 0) { EXPECT_EQ(allocations - before, 0) << "step " << step; }
+    if (step > 0) {
+      EXPECT_EQ(allocations - before, 0) << "step " << step;
+    }
   }
 }
 
@@ -140,9 +144,10 @@ TEST_P(Allocation, NoneOnceWarmWhenPacked) {
   const Index d_model = GetParam();
   const E::Options options{.d_model = d_model, .d_ff = 48};
   for (const GateSide side : {GateSide::output, GateSide::input}) {
-    const MoELayer layer(make_experts<E>(8, options, rng),
-                         TopKRouter<float>({.d_model = d_model, .num_experts = 8, .top_k = 2, .gate_side = side}, rng),
-                         {make_experts<E>(1, options, rng), side == GateSide::output});
+    const MoELayer layer(
+        make_experts<E>(8, options, rng),
+        TopKRouter<float>({.d_model = d_model, .num_experts = 8, .top_k = 2, .gate_side = side}, rng),
+        {make_experts<E>(1, options, rng), side == GateSide::output});
     const auto f32 = pack<F32>(layer);
     const auto bf16 = pack<BF16>(layer);
     PackedWorkspace workspace;
@@ -154,7 +159,9 @@ TEST_P(Allocation, NoneOnceWarmWhenPacked) {
         const long before = allocations;
         packed.forward(x, y, workspace, {}, executor);
         packed.forward(x, workspace.routing, y, workspace, executor);
-        if (step > 0) { EXPECT_EQ(allocations - before, 0) << "step " << step; }
+        if (step > 0) {
+          EXPECT_EQ(allocations - before, 0) << "step " << step;
+        }
       }
     };
     expect_none(f32, Sequential{});
@@ -168,9 +175,8 @@ TEST_P(Allocation, NoneOnceWarmWhenPacked) {
 TEST_P(Allocation, NoneOnceWarmWithTopK) {
   Rng rng(1);
   for (const Overflow overflow : {Overflow::drop, Overflow::next_best, Overflow::pass_through})
-    for (const Priority priority :
-         {Priority::token_order, Priority::token_max_gate, Priority::assignment_gate,
-          Priority::token_max_prob}) {
+    for (const Priority priority : {Priority::token_order, Priority::token_max_gate,
+                                    Priority::assignment_gate, Priority::token_max_prob}) {
       if (GetParam() > 64 && int(overflow) != int(priority)) continue;  // each value once
       expect_no_allocation_with(TopKRouter<float>({.d_model = GetParam(),
                                                    .num_experts = 8,
@@ -217,23 +223,23 @@ TEST_P(Allocation, NoneOnceWarmWithExpertChoice) {
 
 TEST_P(Allocation, NoneOnceWarmWithScoresGroupsAndBiases) {
   Rng rng(1);
-  expect_no_allocation_with(TopKRouter<float>(
-      {.d_model = GetParam(),
-       .num_experts = 8,
-       .top_k = 2,
-       .score = Score::sigmoid,
-       .renormalise = true,
-       .selection_bias = true,
-       .group_limit = {.groups = 4, .kept = 2, .score = GroupScore::top_two_sum},
-       .noise_stddev = 0.1,
-       .training_capacity = 1.1},
-      rng));
-  expect_no_allocation_with(TopKRouter<float>(
-      {.d_model = GetParam(), .num_experts = 8, .top_k = 3, .second_threshold = 0.1}, rng));
-  expect_no_allocation_with(TopKRouter<float>(
-      {.d_model = GetParam(), .num_experts = 8, .top_k = 8, .top_p = 0.4}, rng));
-  expect_no_allocation_with(TopKRouter<float>(
-      {.d_model = GetParam(), .num_experts = 8, .top_k = 8, .score = Score::relu}, rng));
+  expect_no_allocation_with(
+      TopKRouter<float>({.d_model = GetParam(),
+                         .num_experts = 8,
+                         .top_k = 2,
+                         .score = Score::sigmoid,
+                         .renormalise = true,
+                         .selection_bias = true,
+                         .group_limit = {.groups = 4, .kept = 2, .score = GroupScore::top_two_sum},
+                         .noise_stddev = 0.1,
+                         .training_capacity = 1.1},
+                        rng));
+  expect_no_allocation_with(
+      TopKRouter<float>({.d_model = GetParam(), .num_experts = 8, .top_k = 3, .second_threshold = 0.1}, rng));
+  expect_no_allocation_with(
+      TopKRouter<float>({.d_model = GetParam(), .num_experts = 8, .top_k = 8, .top_p = 0.4}, rng));
+  expect_no_allocation_with(
+      TopKRouter<float>({.d_model = GetParam(), .num_experts = 8, .top_k = 8, .score = Score::relu}, rng));
   expect_no_allocation_with(TopKRouter<float>({.d_model = GetParam(),
                                                .num_experts = 8,
                                                .top_k = 8,
@@ -255,16 +261,15 @@ TEST_P(Allocation, NoneOnceWarmWithScoresGroupsAndBiases) {
 TEST_P(Allocation, NoneOnceWarmWithThreeWayExperts) {
   Rng rng(1);
   const TopKRouter<float> router({.d_model = GetParam(), .num_experts = 8}, rng);
-  expect_no_allocation(MoELayer(make_experts<ThreeWayFeedForward<float>>(
-                                    8, {.d_model = GetParam(), .d_ff = 48}, rng),
-                                router),
-                       90, Sequential{});
+  expect_no_allocation(
+      MoELayer(make_experts<ThreeWayFeedForward<float>>(8, {.d_model = GetParam(), .d_ff = 48}, rng), router),
+      90, Sequential{});
 }
 
 TEST_P(Allocation, NoneOnceWarmWithNullExperts) {
   Rng rng(1);
-  using Any = VariantExpert<GatedFeedForward<float>, ZeroExpert<float>, CopyExpert<float>,
-                            ConstantExpert<float>>;
+  using Any =
+      VariantExpert<GatedFeedForward<float>, ZeroExpert<float>, CopyExpert<float>, ConstantExpert<float>>;
   const Index d_model = GetParam();
   std::vector<Any> experts;
   for (int i = 0; i < 2; ++i) {
@@ -275,8 +280,7 @@ TEST_P(Allocation, NoneOnceWarmWithNullExperts) {
   }
   for (const GateSide side : {GateSide::output, GateSide::input})
     expect_no_allocation(
-        MoELayer(experts,
-                 TopKRouter<float>({.d_model = d_model, .num_experts = 8, .gate_side = side}, rng)),
+        MoELayer(experts, TopKRouter<float>({.d_model = d_model, .num_experts = 8, .gate_side = side}, rng)),
         90, Sequential{});
 }
 
@@ -291,14 +295,12 @@ TEST_P(Allocation, NoneOnceWarmWithRoutersOfRouters) {
   const TopKRouter<float>::Options parent{.d_model = GetParam(), .num_experts = 2, .top_k = 1},
       child{.d_model = GetParam(), .num_experts = 4, .top_k = 2, .jitter = 0.01};
   const TopKRouter<float> top(parent, rng), first(child, rng), second(child, rng);
-  expect_no_allocation_with(
-      HierarchicalRouter<TopKRouter<float>>(top, std::vector{first, second}));
+  expect_no_allocation_with(HierarchicalRouter<TopKRouter<float>>(top, std::vector{first, second}));
 }
 
 TEST_P(Allocation, NoneOnceWarmWithSparseMixer) {
   Rng rng(1);
-  expect_no_allocation_with(
-      SparseMixerRouter<float>({.d_model = GetParam(), .num_experts = 8}, rng));
+  expect_no_allocation_with(SparseMixerRouter<float>({.d_model = GetParam(), .num_experts = 8}, rng));
 }
 
 TEST_P(Allocation, NoneOnceWarmWithHashes) {
@@ -313,12 +315,11 @@ TEST_P(Allocation, NoneOnceWarmWithHashes) {
 
 // Inference, differentiable forward and backward of a warm SoftMoELayer, on batches that all differ.
 template <class E>
-void expect_no_soft_allocation(const SoftMoEOptions& options, Index tokens, Index groups,
-                               const E& executor) {
+void expect_no_soft_allocation(const SoftMoEOptions& options, Index tokens, Index groups, const E& executor) {
   Rng rng(7);
   using Layer = SoftMoELayer<GatedFeedForward<float>>;
-  const Layer layer(make_experts<GatedFeedForward<float>>(
-                        options.num_experts, {.d_model = options.d_model, .d_ff = 48}, rng),
+  const Layer layer(make_experts<GatedFeedForward<float>>(options.num_experts,
+                                                          {.d_model = options.d_model, .d_ff = 48}, rng),
                     options, rng);
   Layer::Workspace workspace;
   Layer::Cache cache;
@@ -351,10 +352,8 @@ void expect_no_soft_allocation(const SoftMoEOptions& options, Index tokens, Inde
 TEST_P(Allocation, NoneOnceWarmInSoftMoE) {
   for (const bool normalise : {true, false})
     for (const Index groups : {1, 4}) {
-      const SoftMoEOptions options{.d_model = GetParam(),
-                                   .num_experts = 8,
-                                   .slots_per_expert = 3,
-                                   .normalise = normalise};
+      const SoftMoEOptions options{
+          .d_model = GetParam(), .num_experts = 8, .slots_per_expert = 3, .normalise = normalise};
       expect_no_soft_allocation(options, 90, groups, Sequential{});
 #ifdef _OPENMP
       expect_no_soft_allocation(options, 90, groups, OpenMP{.num_threads = 2});

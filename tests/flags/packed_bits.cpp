@@ -17,9 +17,9 @@ namespace {
 
 using moe::Index;
 
-using Expert = moe::VariantExpert<
-    moe::GatedFeedForward<float>, moe::GatedFeedForward<float, moe::ClampedSwiGLU>,
-    moe::FeedForward<float, moe::GELU>, moe::FeedForward<float, moe::ReLU>>;
+using Expert =
+    moe::VariantExpert<moe::GatedFeedForward<float>, moe::GatedFeedForward<float, moe::ClampedSwiGLU>,
+                       moe::FeedForward<float, moe::GELU>, moe::FeedForward<float, moe::ReLU>>;
 
 // Stands where a router must be: routings are made here.
 struct NoRouter {
@@ -66,9 +66,9 @@ moe::Routing<float> make_routing(Index tokens, std::uint32_t& state) {
 template <class Format>
 std::uint64_t hash_of_output(const std::vector<Expert>& experts, const moe::Matrix<float>& x,
                              const moe::Routing<float>& routing, moe::InstructionSet set) {
-  const auto packed = moe::pack<Format>(
-      moe::PackedParts<NoRouter>{.router = {x.cols()}},
-      [&](Index e) { return experts[std::size_t(e)]; }, {.instruction_set = set});
+  const auto packed =
+      moe::pack<Format>(moe::PackedParts<NoRouter>{.router = {x.cols()}},
+                        [&](Index e) { return experts[std::size_t(e)]; }, {.instruction_set = set});
   return hash(packed.forward(x, routing, moe::Sequential{}));
 }
 
@@ -79,9 +79,11 @@ void print(const char* name, const typename E::Options& options,
   std::vector<Expert> experts;
   for (int i = 0; i < 3; ++i) {
     E expert(options);
-    E::visit([&](const moe::ParameterInfo&, auto& p) {
-      for (Index j = 0; j < p.size(); ++j) p.data()[j] = draw(state) / 4;
-    }, expert);
+    E::visit(
+        [&](const moe::ParameterInfo&, auto& p) {
+          for (Index j = 0; j < p.size(); ++j) p.data()[j] = draw(state) / 4;
+        },
+        expert);
     experts.push_back(expert);
   }
   moe::Matrix<float> x(41, options.d_model);
@@ -101,9 +103,8 @@ int main() {
     if (moe::is_available(set)) sets.push_back(set);
   using moe::FeedForward, moe::GatedFeedForward;
   print<GatedFeedForward<float>>("SwiGLU", {.d_model = 601, .d_ff = 70}, sets);
-  print<GatedFeedForward<float, moe::ClampedSwiGLU>>(
-      "clamped SwiGLU with biases", {.d_model = 65, .d_ff = 71, .bias = true}, sets);
-  print<FeedForward<float, moe::GELU>>(
-      "GELU with biases", {.d_model = 66, .d_ff = 33, .bias = true}, sets);
+  print<GatedFeedForward<float, moe::ClampedSwiGLU>>("clamped SwiGLU with biases",
+                                                     {.d_model = 65, .d_ff = 71, .bias = true}, sets);
+  print<FeedForward<float, moe::GELU>>("GELU with biases", {.d_model = 66, .d_ff = 33, .bias = true}, sets);
   print<FeedForward<float, moe::ReLU>>("ReLU", {.d_model = 64, .d_ff = 34}, sets);
 }

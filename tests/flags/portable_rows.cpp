@@ -21,7 +21,8 @@ std::vector<float> random(Index count, std::uint32_t seed) {
   return values;
 }
 
-// How many numbers of rows there are for which multiply(rows, to) does not give the first rows of a batch of 33.
+// How many numbers of rows there are for which multiply(rows, to) does not give the first rows of a batch
+// of 33.
 template <class F>
 int differences(const char* name, Index columns, const F& multiply) {
   constexpr Index kBatch = 33;
@@ -58,7 +59,8 @@ int main() {
     packed.floats.multiply(rows, kIn, from, panel.data(), kIn * packed.columns, 1, to, false, panel.data());
   });
   count += differences("halves", packed.columns, [&](Index rows, float* to) {
-    packed.halves.multiply(rows, kIn, from, half.data(), (kIn + 1) * packed.columns, 1, to, false, half.data());
+    packed.halves.multiply(rows, kIn, from, half.data(), (kIn + 1) * packed.columns, 1, to, false,
+                           half.data());
   });
   return count;
 }

@@ -52,8 +52,7 @@ void expect_views_within(const moe::detail::Header& header, std::span<const std:
 void expect_round_trip(const moe::detail::Header& header) {
   std::vector<moe::TensorToWrite> tensors;
   for (const auto& [name, tensor] : header.tensors) tensors.push_back(tensor);
-  const moe::detail::FileLayout layout =
-      moe::detail::layout_of(tensors, header.metadata, "written");
+  const moe::detail::FileLayout layout = moe::detail::layout_of(tensors, header.metadata, "written");
   std::vector<std::byte> file;
   const auto append = [&](std::span<const std::byte> part) {
     file.insert(file.end(), part.begin(), part.end());
@@ -85,8 +84,7 @@ std::optional<moe::detail::Header> header_of(const Read& read) {
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* input, std::size_t size) {
   const auto bytes = std::as_bytes(std::span(input, size));
   // A whole file.
-  if (const auto header =
-          header_of([&] { return moe::detail::parse_safetensors(bytes, "input"); })) {
+  if (const auto header = header_of([&] { return moe::detail::parse_safetensors(bytes, "input"); })) {
     const auto length = moe::detail::load<std::uint64_t>(bytes, 0);
     expect_views_within(*header, bytes.subspan(8 + std::size_t(length)));
     expect_round_trip(*header);
@@ -95,8 +93,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* input, std::size_t siz
   if (!bytes.empty()) {
     const auto data = std::vector<std::byte>(std::size_t(bytes[0]));
     const auto json = moe::detail::text_at(bytes.subspan(1));
-    if (const auto header =
-            header_of([&] { return moe::detail::parse_header(json, data, "input"); })) {
+    if (const auto header = header_of([&] { return moe::detail::parse_header(json, data, "input"); })) {
       expect_views_within(*header, data);
       expect_round_trip(*header);
     }

@@ -159,8 +159,7 @@ struct Comparison {
       read_expert("d_", Index(e), expected);
       std::decay_t<decltype(expected)>::visit(
           [&](const moe::ParameterInfo& info, const auto& d, const auto& from_file) {
-            expect_close(d, from_file,
-                         "expert " + std::to_string(e) + " " + std::string(info.name));
+            expect_close(d, from_file, "expert " + std::to_string(e) + " " + std::string(info.name));
           },
           grad[e], expected);
     }
@@ -173,8 +172,7 @@ R make_router(const Comparison& file, typename R::Options options) {
   options.d_model = kModel;
   options.num_experts = file.golden.file.at("w_router").shape.at(0);
   R router(options);
-  R::visit([&](const moe::ParameterInfo& info,
-               auto& array) { array = file.matrix(std::string(info.name)); },
+  R::visit([&](const moe::ParameterInfo& info, auto& array) { array = file.matrix(std::string(info.name)); },
            router);
   return router;
 }
@@ -202,8 +200,7 @@ moe::Loss<float> loss_of_first_choices(const Routing<float>& routing) {
 
 // Training under the file's noise in place of the router's own draws.
 template <class R>
-Routing<float> route_under_noise(const R& router, const moe::SeatingRule& rule,
-                                 const Comparison& file) {
+Routing<float> route_under_noise(const R& router, const moe::SeatingRule& rule, const Comparison& file) {
   moe::Rng rng(1);
   Routing<float> routing;
   router.route(file.matrix("x"), rng, {}, routing);
@@ -222,14 +219,13 @@ Routing<float> route_under_draws(const moe::TopKRouter<float>& router, const Com
   Routing<float> routing;
   router.route(x, {}, routing);  // for the logits
   moe::begin_routing(x.rows(), kExperts, {}, routing, "test");
-  moe::route_by_logits(
-      {.gate = {.renormalise = options.renormalise, .epsilon = options.renormalise_epsilon},
-       .top_k = options.top_k,
-       .second_threshold = options.random_second_threshold,
-       .second_draws = draws.data(),
-       .capacity_factor = options.training_capacity,
-       .capacity_rule = options.capacity_rule},
-      {}, {}, routing, moe::DefaultExecutor{});
+  moe::route_by_logits({.gate = {.renormalise = options.renormalise, .epsilon = options.renormalise_epsilon},
+                        .top_k = options.top_k,
+                        .second_threshold = options.random_second_threshold,
+                        .second_draws = draws.data(),
+                        .capacity_factor = options.training_capacity,
+                        .capacity_rule = options.capacity_rule},
+                       {}, {}, routing, moe::DefaultExecutor{});
   Index left_out = 0;
   for (Index t = 0; t < x.rows(); ++t)
     left_out += options.top_k - (routing.chosen.token_begin[t + 1] - routing.chosen.token_begin[t]);
@@ -241,11 +237,9 @@ Routing<float> route_under_draws(const moe::TopKRouter<float>& router, const Com
 template <class M>
 auto make_layer_of(const M& model, const Comparison& file) {
   const Index experts = file.golden.file.at("w_router").shape.at(0);
-  auto layer =
-      moe::make_empty_layer<float>(model.scaled_to(kModel, file.golden.number("d_ff"), experts));
+  auto layer = moe::make_empty_layer<float>(model.scaled_to(kModel, file.golden.number("d_ff"), experts));
   using R = std::decay_t<decltype(layer.router())>;
-  R::visit([&](const moe::ParameterInfo& info,
-               auto& array) { array = file.matrix(std::string(info.name)); },
+  R::visit([&](const moe::ParameterInfo& info, auto& array) { array = file.matrix(std::string(info.name)); },
            layer.router());
   for (Index e = 0; e < experts; ++e) file.read_expert("", e, layer.experts()[std::size_t(e)]);
   return layer;
@@ -264,8 +258,8 @@ void expect_equal_layer(Comparison& file, const Layer& layer, const Routing<floa
   typename Layer::Cache cache;
   file.expect_close(layer.forward(file.matrix("x"), routing, cache), file.matrix("y"), "y");
   Layer grad = moe::zeros_like(layer);
-  file.expect_close(layer.backward(file.matrix("d_y"), cache, grad, file.gradient),
-                    file.matrix("d_x"), "d_x");
+  file.expect_close(layer.backward(file.matrix("d_y"), cache, grad, file.gradient), file.matrix("d_x"),
+                    "d_x");
   file.expect_equal_parameters(grad.router());
   file.expect_equal_expert_gradients(grad.experts());
 }
@@ -280,9 +274,8 @@ void expect_equal_to_flaxformer(const std::string& name, const moe::TopKOptions&
   Routing<float> routing;
   router.route(x, info, routing);
   file.expect_equal_plan(routing);
-  file.expect_equal_loss(
-      "balance_loss", moe::sequence_balance_loss(routing, info),
-      moe::balance_factor(moe::BalanceConvention::tokens, kExperts, options.top_k));
+  file.expect_equal_loss("balance_loss", moe::sequence_balance_loss(routing, info),
+                         moe::balance_factor(moe::BalanceConvention::tokens, kExperts, options.top_k));
   file.expect_equal_loss("z_loss", moe::router_z_loss(routing));
   file.expect_equal_gradients(router, routing);
 }
@@ -378,20 +371,17 @@ void expect_equal_to_vmoe(const std::string& name, Priority priority) {
   Layer::Cache cache;
   file.expect_close(layer.forward(file.matrix("x"), routing, cache), file.matrix("y"), "y");
   Layer grad = moe::zeros_like(layer);
-  file.expect_close(layer.backward(file.matrix("d_y"), cache, grad, file.gradient),
-                    file.matrix("d_x"), "d_x");
+  file.expect_close(layer.backward(file.matrix("d_y"), cache, grad, file.gradient), file.matrix("d_x"),
+                    "d_x");
   file.expect_equal_layer_gradients(model, grad);
 }
 
 TEST(Authors, VMoE) { expect_equal_to_vmoe("vmoe", Priority::token_order); }
-TEST(Authors, VMoEPrioritised) {
-  expect_equal_to_vmoe("vmoe_prioritised", Priority::token_max_gate);
-}
+TEST(Authors, VMoEPrioritised) { expect_equal_to_vmoe("vmoe_prioritised", Priority::token_max_gate); }
 
 TEST(Authors, VMoEExpertChoice) {  // 4 seats, by the model's rule too
   Comparison file("vmoe_expert_choice");
-  const auto router =
-      make_router<moe::ExpertChoiceRouter<float>>(file, moe::expert_choice_8b_64e.router);
+  const auto router = make_router<moe::ExpertChoiceRouter<float>>(file, moe::expert_choice_8b_64e.router);
   Routing<float> routing;
   router.route(file.matrix("x"), {}, routing);
   file.expect_equal_plan(routing);
@@ -431,9 +421,7 @@ void expect_equal_to_tensor2tensor(const std::string& name, const moe::NoisyTopK
   file.expect_equal_gradients(router, routing);
 }
 
-TEST(Authors, Tensor2TensorTop2) {
-  expect_equal_to_tensor2tensor("tensor2tensor_top2", {.top_k = 2});
-}
+TEST(Authors, Tensor2TensorTop2) { expect_equal_to_tensor2tensor("tensor2tensor_top2", {.top_k = 2}); }
 TEST(Authors, Tensor2TensorTop4) {
   expect_equal_to_tensor2tensor("tensor2tensor_top4", moe::shazeer_2017.router);
 }
@@ -454,8 +442,7 @@ TEST(Authors, Tensor2TensorLayer) {  // their loss is the sum of both
   Comparison file("tensor2tensor_layer");
   const auto layer = make_layer_of(moe::shazeer_2017, file);
   const auto routing = route_under_noise(
-      layer.router(), {.gate = {.renormalise = true}, .top_k = layer.router().options().top_k},
-      file);
+      layer.router(), {.gate = {.renormalise = true}, .top_k = layer.router().options().top_k}, file);
   file.expect_equal_plan(routing);
   file.gradient = {};
   moe::Loss<float> sum = moe::importance_loss(routing);
@@ -469,8 +456,7 @@ TEST(Authors, Tensor2TensorLayer) {  // their loss is the sum of both
 // ---- lingvo
 
 // 3 seats. `divisor` is what their loss divides both means over tokens by, where ours divides by 1.
-void expect_equal_to_lingvo(const std::string& name, const moe::TopKOptions& options,
-                            double divisor) {
+void expect_equal_to_lingvo(const std::string& name, const moe::TopKOptions& options, double divisor) {
   Comparison file(name);
   const auto router = make_router<moe::TopKRouter<float>>(file, options);
   BatchInfo info;
@@ -488,15 +474,13 @@ TEST(Authors, Lingvo) {
   expect_equal_to_lingvo("lingvo_all", with_seats(moe::gshard_600b.router, 0.75), 1);
 }
 TEST(Authors, LingvoWithPadding) {  // they divide by all tokens, padding included
-  expect_equal_to_lingvo("lingvo_all_masked", with_seats(moe::glam_64b_64e.router, 0.75),
-                         16.0 / 13);
+  expect_equal_to_lingvo("lingvo_all_masked", with_seats(moe::glam_64b_64e.router, 0.75), 16.0 / 13);
 }
 TEST(Authors,
      LingvoGatesAfterDrops) {  // they add an epsilon to the share of tokens that are no padding
-  expect_equal_to_lingvo(
-      "lingvo_after",
-      {.top_k = 2, .renormalise = true, .capacity = 0.75, .renormalise_after_drop = true},
-      1 + 1e-6);
+  expect_equal_to_lingvo("lingvo_after",
+                         {.top_k = 2, .renormalise = true, .capacity = 0.75, .renormalise_after_drop = true},
+                         1 + 1e-6);
 }
 
 // GShard in training, with another threshold.
@@ -592,8 +576,8 @@ void expect_equal_to_megatron(const std::string& name, const moe::TopKOptions& o
   router.route(file.matrix("x"), {}, routing);
   file.expect_equal_plan(routing);
   const auto demand = file.golden.matrix<std::int64_t>("demand");
-  file.expect_equal_loss("balance_loss", moe::load_balancing_loss(routing, demand.cast<Index>(),
-                                                                  routing.num_tokens()));
+  file.expect_equal_loss("balance_loss",
+                         moe::load_balancing_loss(routing, demand.cast<Index>(), routing.num_tokens()));
   file.expect_equal_loss("z_loss", moe::router_z_loss(routing));
   file.expect_equal_gradients(router, routing);
 }
@@ -606,22 +590,20 @@ TEST(Authors, MegatronSoftmaxOfChosen) {  // 3 seats, to the largest gates
 }
 TEST(Authors, MegatronSoftmax) { expect_equal_to_megatron("megatron_pre_softmax", {.top_k = 2}); }
 TEST(Authors, MegatronGroupsByTheirBest) {
-  expect_equal_to_megatron(
-      "megatron_groups_softmax",
-      {.top_k = 3,
-       .gate_scale = 16.0,
-       .group_limit = {.groups = 4, .kept = 2, .score = moe::GroupScore::max}});
+  expect_equal_to_megatron("megatron_groups_softmax",
+                           {.top_k = 3,
+                            .gate_scale = 16.0,
+                            .group_limit = {.groups = 4, .kept = 2, .score = moe::GroupScore::max}});
 }
 TEST(Authors, MegatronSigmoidAndGroupsByTwo) {
-  expect_equal_to_megatron(
-      "megatron_groups_sigmoid",
-      {.top_k = 4,
-       .score = Score::sigmoid,
-       .renormalise = true,
-       .renormalise_epsilon = 1e-20,
-       .gate_scale = 2.5,
-       .selection_bias = true,
-       .group_limit = {.groups = 4, .kept = 2, .score = moe::GroupScore::top_two_sum}});
+  expect_equal_to_megatron("megatron_groups_sigmoid",
+                           {.top_k = 4,
+                            .score = Score::sigmoid,
+                            .renormalise = true,
+                            .renormalise_epsilon = 1e-20,
+                            .gate_scale = 2.5,
+                            .selection_bias = true,
+                            .group_limit = {.groups = 4, .kept = 2, .score = moe::GroupScore::top_two_sum}});
 }
 TEST(Authors, MegatronSqrtSoftplus) {
   expect_equal_to_megatron("megatron_sqrtsoftplus", {.top_k = 2,
@@ -649,8 +631,7 @@ TEST(Authors, MegatronSinkhornTop2) { expect_equal_to_sinkhorn("megatron_sinkhor
 
 TEST(Authors, ReMoE) {
   Comparison file("remoe");
-  const auto router =
-      make_router<moe::TopKRouter<float>>(file, {.top_k = kExperts, .score = Score::relu});
+  const auto router = make_router<moe::TopKRouter<float>>(file, {.top_k = kExperts, .score = Score::relu});
   Routing<float> routing;
   router.route(file.matrix("x"), {}, routing);
   file.expect_equal_plan(routing);
@@ -664,10 +645,9 @@ TEST(Authors, DynamicMoE) {
   Comparison file("dynamic_moe");
   using Expert = moe::GatedFeedForward<float>;
   using Layer = moe::MoELayer<Expert, moe::TopKRouter<float>>;
-  const Layer layer(
-      file.experts<Expert>(kExperts, {.d_model = kModel, .d_ff = file.golden.number("d_ff")}),
-      make_router<moe::TopKRouter<float>>(
-          file, {.top_k = kExperts, .top_p = file.golden.config.at("top_p").get<double>()}));
+  const Layer layer(file.experts<Expert>(kExperts, {.d_model = kModel, .d_ff = file.golden.number("d_ff")}),
+                    make_router<moe::TopKRouter<float>>(
+                        file, {.top_k = kExperts, .top_p = file.golden.config.at("top_p").get<double>()}));
   Layer::Cache cache;
   file.expect_close(layer.forward(file.matrix("x"), cache), file.matrix("y"), "y");
   file.expect_equal_plan(cache.routing);
@@ -685,10 +665,8 @@ TEST(Authors, HashLayer) {
     return file.golden.matrix<std::int64_t>(tensor).cast<Index>();
   };
   const Layer layer(
-      file.experts<Expert>(kExperts,
-                           {.d_model = kModel, .d_ff = file.golden.number("d_ff"), .bias = true}),
-      moe::HashRouter<float>(
-          {.d_model = kModel, .num_experts = kExperts, .table = indices("table")}));
+      file.experts<Expert>(kExperts, {.d_model = kModel, .d_ff = file.golden.number("d_ff"), .bias = true}),
+      moe::HashRouter<float>({.d_model = kModel, .num_experts = kExperts, .table = indices("table")}));
   BatchInfo info;
   info.token_ids = indices("token_ids");
   Layer::Cache cache;
@@ -700,13 +678,11 @@ TEST(Authors, HashLayer) {
 
 void expect_equal_to_tutel(const std::string& name, Priority priority) {
   Comparison file(name);
-  EXPECT_EQ(moe::expert_capacity(16, kExperts, 2, 1.0),
-            file.golden.matrix<std::int64_t>("capacity")(0, 0));
+  EXPECT_EQ(moe::expert_capacity(16, kExperts, 2, 1.0), file.golden.matrix<std::int64_t>("capacity")(0, 0));
   const auto router = make_router<moe::TopKRouter<float>>(
       file, {.top_k = 2, .renormalise = true, .noise_stddev = 1.0 / kExperts});
   const auto routing = route_under_noise(
-      router,
-      {.gate = {.renormalise = true}, .top_k = 2, .capacity_factor = 1.0, .priority = priority},
+      router, {.gate = {.renormalise = true}, .top_k = 2, .capacity_factor = 1.0, .priority = priority},
       file);
   file.expect_equal_plan(routing);
   file.expect_equal_loss("balance_loss", loss_of_first_choices(routing));
@@ -714,9 +690,7 @@ void expect_equal_to_tutel(const std::string& name, Priority priority) {
 }
 
 TEST(Authors, Tutel) { expect_equal_to_tutel("tutel", Priority::token_order); }
-TEST(Authors, TutelPrioritised) {
-  expect_equal_to_tutel("tutel_prioritised", Priority::token_max_gate);
-}
+TEST(Authors, TutelPrioritised) { expect_equal_to_tutel("tutel_prioritised", Priority::token_max_gate); }
 
 // ---- Capacities. No expert has more seats here than there are tokens; theirs may. Tutel's rule, top_k *
 // floor(factor * ceil(tokens / experts)), is not one of this library's.
@@ -730,10 +704,8 @@ TEST(Authors, Capacities) {
     moe::CapacityRule rule;
     bool times_k;  // whether they multiply their factor by top_k
   };
-  for (const Rule& r : {Rule{"megatron", {}, true},
-                        Rule{"vmoe", moe::vmoe_l16.router.capacity_rule, true},
-                        Rule{"vmoe_ceil", {}, true},
-                        Rule{"vmoe_round", {moe::Rounding::nearest_even}, true},
+  for (const Rule& r : {Rule{"megatron", {}, true}, Rule{"vmoe", moe::vmoe_l16.router.capacity_rule, true},
+                        Rule{"vmoe_ceil", {}, true}, Rule{"vmoe_round", {moe::Rounding::nearest_even}, true},
                         Rule{"lingvo", moe::gshard_600b.router.capacity_rule, false},
                         Rule{"lingvo", moe::glam_64b_64e.router.capacity_rule, false},
                         Rule{"flaxformer", moe::st_moe_32b.router.capacity_rule, false},

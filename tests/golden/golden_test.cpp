@@ -34,10 +34,8 @@ using moe::Model;
 // The model in the size of the golden file.
 template <class M>
 M sized(const M& model, const Golden& golden) {
-  M small = model.scaled_to(golden.number("d_model"), golden.number("d_ff"),
-                            golden.number("num_experts"));
-  if constexpr (requires { small.router.top_k = Index(1); })
-    small.router.top_k = golden.number("top_k");
+  M small = model.scaled_to(golden.number("d_model"), golden.number("d_ff"), golden.number("num_experts"));
+  if constexpr (requires { small.router.top_k = Index(1); }) small.router.top_k = golden.number("top_k");
   if (small.shared_experts > 0) small.shared_d_ff = golden.number("shared_expert_d_ff");
   if constexpr (requires { small.router.group_limit; }) {
     if (small.router.group_limit.applies()) {
@@ -50,8 +48,8 @@ M sized(const M& model, const Golden& golden) {
 
 // What a file's implementation computes otherwise, though it means the same.
 struct Differences {
-  double gate_factor = 1;     // of our gates over the file's
-  moe::BatchInfo info{};      // sequences, where capacity or the loss works within one
+  double gate_factor = 1;            // of our gates over the file's
+  moe::BatchInfo info{};             // sequences, where capacity or the loss works within one
   std::optional<double> capacity{};  // in place of the model's capacity and its rule
   bool training = false;             // with the model's training capacity
   // Whose gradient the file's backward pass adds, times config's loss_in_gradient.
@@ -71,10 +69,10 @@ Layer load_gradients(const M& model, const Golden& golden, const std::string& na
     without_buffers.router.selection_bias = false;
     without_buffers.tensors.selection_bias = {};
   }
-  return moe::load_layer<float>(without_buffers,
-                                gradients_of(golden, "golden.grad.",
-                                             testing::TempDir() + name + ".gradients.safetensors"),
-                                golden.number("layer"));
+  return moe::load_layer<float>(
+      without_buffers,
+      gradients_of(golden, "golden.grad.", testing::TempDir() + name + ".gradients.safetensors"),
+      golden.number("layer"));
 }
 
 // The gradients of <golden.d_y, y>, and of what `routing_gradient` belongs to, by x and by every parameter.
@@ -90,8 +88,7 @@ double expect_equal_gradients(const Golden& golden, const Layer& layer, const La
     largest = std::max(largest, error);
   };
   Layer grad = moe::zeros_like(layer);
-  const Matrix<float> d_x =
-      layer.backward(golden.matrix<float>("golden.d_y"), cache, grad, routing_gradient);
+  const Matrix<float> d_x = layer.backward(golden.matrix<float>("golden.d_y"), cache, grad, routing_gradient);
   expect_close(d_x, golden.matrix<float>("golden.d_x"), "d_x");
   if constexpr (requires { grad.router().selection_bias; }) grad.router().selection_bias.resize(0);
   Layer::visit(
@@ -132,8 +129,7 @@ void expect_equal_layer(const Golden& golden, const std::string& name, const Lay
   for (Index t = 0; t < x.rows(); ++t) {
     const auto& chosen = cache.routing.chosen;
     std::set<Index> ours, theirs;
-    for (Index c = chosen.token_begin[t]; c < chosen.token_begin[t + 1]; ++c)
-      ours.insert(chosen.expert[c]);
+    for (Index c = chosen.token_begin[t]; c < chosen.token_begin[t + 1]; ++c) ours.insert(chosen.expert[c]);
     for (Index i = 0; i < experts.cols(); ++i) theirs.insert(Index(experts(t, i)));
     EXPECT_EQ(ours, theirs) << "choices of token " << t;
     std::map<Index, double> expected, seen;
@@ -165,8 +161,8 @@ void expect_equal_layer(const Golden& golden, const std::string& name, const Lay
 }
 
 template <class M, class Loss = decltype(kTimesChoices)>
-void expect_equal_to_golden(const M& published, const std::string& name,
-                            const Differences& differences = {}, const Loss& loss = kTimesChoices) {
+void expect_equal_to_golden(const M& published, const std::string& name, const Differences& differences = {},
+                            const Loss& loss = kTimesChoices) {
   const Golden golden(name);
   M model = sized(published, golden);
   if constexpr (requires { model.router.capacity_rule; }) {
@@ -210,8 +206,7 @@ TEST(Golden, GptOssUnturnedIsAnotherLayer) {
     std::printf("%s with w_down unturned: relative error %.1e\n", file, error);
     unturned = model;
     unturned.tensors.experts.w_gate.transposed = unturned.tensors.experts.w_up.transposed = false;
-    EXPECT_THROW(moe::load_layer<float>(unturned, golden.file, golden.number("layer")),
-                 moe::CheckpointError)
+    EXPECT_THROW(moe::load_layer<float>(unturned, golden.file, golden.number("layer")), moe::CheckpointError)
         << file;
   }
 }
@@ -234,8 +229,7 @@ TEST(Golden, PhiMoeInTraining) {
   moe::read_tensor(uniform, factor.data());
   Matrix<float> draws(tokens, 2 * (n + 1));  // -log(u) is exponential
   for (const Index pick : {0, 1}) {
-    draws.middleCols(pick * (n + 1), n) =
-        (-exponential.middleRows(pick * tokens, tokens).array()).exp();
+    draws.middleCols(pick * (n + 1), n) = (-exponential.middleRows(pick * tokens, tokens).array()).exp();
     draws.col(pick * (n + 1) + n) = factor.middleRows(pick * tokens, tokens);
   }
   moe::Routing<float> routing;
@@ -251,8 +245,9 @@ TEST(Golden, PhiMoeInTraining) {
   const Matrix<float> y = layer.forward(x, routing, cache);
   double largest = relative_error(y, golden.matrix<float>("golden.y"));
   EXPECT_LT(largest, 1e-5);
-  largest = std::max(largest, expect_equal_gradients(
-                                  golden, layer, load_gradients<Layer>(model, golden, "phimoe_train"), cache));
+  largest = std::max(
+      largest,
+      expect_equal_gradients(golden, layer, load_gradients<Layer>(model, golden, "phimoe_train"), cache));
   std::printf("phimoe_train: largest relative error %.1e\n", largest);
 }
 
@@ -265,8 +260,7 @@ TEST(Golden, Ernie45Moe) {
         unbiased.selection_bias.setZero();
         moe::Routing<float> chosen;
         unbiased.route(x, info, chosen);
-        return 4 * double(moe::load_balancing_loss(routing, moe::demand_per_expert(chosen), x.rows())
-                              .value);
+        return 4 * double(moe::load_balancing_loss(routing, moe::demand_per_expert(chosen), x.rows()).value);
       });
 }
 
@@ -277,8 +271,8 @@ constexpr auto kOfSequences = [](const auto&, const auto&, const auto& routing, 
 };
 
 TEST(Golden, SwitchTransformers) {  // 64 seats a sequence there
-  expect_equal_to_golden(moe::switch_base_8, "switch_transformers",
-                         {.info = kTwoSequences, .capacity = 8.0}, kOfSequences);
+  expect_equal_to_golden(moe::switch_base_8, "switch_transformers", {.info = kTwoSequences, .capacity = 8.0},
+                         kOfSequences);
 }
 TEST(Golden, SwitchTransformersWithDrops) {  // 2 seats
   expect_equal_to_golden(moe::switch_base_8, "switch_transformers_drop",
@@ -286,8 +280,7 @@ TEST(Golden, SwitchTransformersWithDrops) {  // 2 seats
 }
 
 constexpr auto kOfFirstChoices = [](const auto&, const auto& x, const auto& routing, const auto&) {
-  return double(
-      moe::load_balancing_loss(routing, moe::demand_per_expert(routing, 1), x.rows()).value);
+  return double(moe::load_balancing_loss(routing, moe::demand_per_expert(routing, 1), x.rows()).value);
 };
 
 TEST(Golden, NllbMoe) {
@@ -301,21 +294,18 @@ TEST(Golden, NllbMoeWithDrops) {  // 3 seats
 // The authors' own code.
 
 TEST(GoldenOfAuthors, Mixtral) { expect_equal_to_golden(moe::mixtral_8x7b, "authors_mixtral"); }
-TEST(GoldenOfAuthors, DeepSeekV3) {
-  expect_equal_to_golden(moe::deepseek_v3, "authors_deepseek_v3");
-}
+TEST(GoldenOfAuthors, DeepSeekV3) { expect_equal_to_golden(moe::deepseek_v3, "authors_deepseek_v3"); }
 TEST(GoldenOfAuthors, GptOss) { expect_equal_to_golden(moe::gpt_oss_20b, "authors_gpt_oss"); }
 TEST(GoldenOfAuthors, Dbrx) { expect_equal_to_golden(moe::dbrx, "authors_dbrx"); }
 
 TEST(GoldenOfAuthors, Grok1) {  // under the names of the authors' parameters
   auto model = moe::grok_1;
   const moe::TensorPart all = moe::TensorPart::all;
-  model.tensors = {
-      .prefix = "transformer/decoder_layer_{layer}/",
-      .w_router = {"transformer/decoder_layer_{layer}/router/w", all, true},
-      .experts = {.w_gate = {"transformer/decoder_layer_{layer}/moe/linear/w", all, true},
-                  .w_up = {"transformer/decoder_layer_{layer}/moe/linear_v/w", all, true},
-                  .w_down = {"transformer/decoder_layer_{layer}/moe/linear_1/w", all, true}}};
+  model.tensors = {.prefix = "transformer/decoder_layer_{layer}/",
+                   .w_router = {"transformer/decoder_layer_{layer}/router/w", all, true},
+                   .experts = {.w_gate = {"transformer/decoder_layer_{layer}/moe/linear/w", all, true},
+                               .w_up = {"transformer/decoder_layer_{layer}/moe/linear_v/w", all, true},
+                               .w_down = {"transformer/decoder_layer_{layer}/moe/linear_1/w", all, true}}};
   expect_equal_to_golden(model, "authors_grok_1");
 }
 
@@ -326,13 +316,11 @@ TEST(GoldenOfAuthors, OpenMoe) {
                                  moe::openmoe_8b_32e.router.capacity_rule),
             Golden("authors_openmoe").number("expert_capacity"));
   expect_equal_to_golden(moe::openmoe_8b_32e, "authors_openmoe",
-                         {.training = true,
-                          .added_loss =
-                              [](const auto& routing, const auto&) {
-                                auto loss = moe::router_z_loss(routing);
-                                loss.gradient += 2.0f * moe::load_balancing_loss(routing).gradient;
-                                return loss;
-                              }});
+                         {.training = true, .added_loss = [](const auto& routing, const auto&) {
+                            auto loss = moe::router_z_loss(routing);
+                            loss.gradient += 2.0f * moe::load_balancing_loss(routing).gradient;
+                            return loss;
+                          }});
 }
 
 // Experts without computation beside ordinary ones.
@@ -347,8 +335,7 @@ TEST(GoldenOfAuthors, MoePlusPlus) {
   const auto read = [&](const std::string& prefix) {
     std::vector<AnyKind> experts;
     for (const auto& kind : golden.config.at("experts")) {
-      const std::string expert =
-          prefix + "moe.experts.experts." + std::to_string(experts.size()) + ".";
+      const std::string expert = prefix + "moe.experts.experts." + std::to_string(experts.size()) + ".";
       if (kind == "feed_forward") {
         Gated gated({.d_model = d_model, .d_ff = d_ff});
         const Matrix<float> both = golden.matrix<float>(expert + "up_proj.weight");
@@ -390,8 +377,7 @@ TEST(GoldenOfAuthors, DeepSeekV2) {
 TEST(GoldenOfAuthors, DeepSeekMoe) {
   expect_equal_to_golden(
       moe::deepseek_moe_16b, "authors_deepseek_v2_lite",
-      {.added_loss = [](const auto& routing,
-                        const auto&) { return moe::load_balancing_loss(routing); }},
+      {.added_loss = [](const auto& routing, const auto&) { return moe::load_balancing_loss(routing); }},
       [](const auto&, const auto&, const auto& routing, const auto&) {
         return double(moe::load_balancing_loss(routing).value);
       });
@@ -406,21 +392,19 @@ TEST(GoldenOfAuthors, JetMoe) {
     loss.gradient += 0.1f * z.gradient;
     return loss;
   };
-  expect_equal_to_golden(
-      moe::jetmoe_8b, "authors_jetmoe",
-      {.added_loss = [&](const auto& routing, const auto&) { return both(routing); }},
-      [&](const auto&, const auto&, const auto& routing, const auto&) {
-        return double(both(routing).value);
-      });
+  expect_equal_to_golden(moe::jetmoe_8b, "authors_jetmoe",
+                         {.added_loss = [&](const auto& routing, const auto&) { return both(routing); }},
+                         [&](const auto&, const auto&, const auto& routing, const auto&) {
+                           return double(both(routing).value);
+                         });
 }
 
 TEST(GoldenOfAuthors, NllbMoe) {
-  expect_equal_to_golden(moe::nllb_moe_54b, "authors_nllb_moe", {.gate_factor = 0.8},
-                         kOfFirstChoices);
+  expect_equal_to_golden(moe::nllb_moe_54b, "authors_nllb_moe", {.gate_factor = 0.8}, kOfFirstChoices);
 }
 TEST(GoldenOfAuthors, NllbMoeWithDrops) {  // 3 seats
-  expect_equal_to_golden(moe::nllb_moe_54b, "authors_nllb_moe_drop",
-                         {.gate_factor = 0.8, .capacity = 1.0}, kOfFirstChoices);
+  expect_equal_to_golden(moe::nllb_moe_54b, "authors_nllb_moe_drop", {.gate_factor = 0.8, .capacity = 1.0},
+                         kOfFirstChoices);
 }
 TEST(GoldenOfAuthors, NllbMoeWithPriority) {  // 3 seats
   auto model = moe::nllb_moe_54b;
@@ -437,8 +421,7 @@ TEST(GoldenOfAuthors, Llama4) {
   const auto model = sized(moe::llama4_scout, golden);
   const auto layer = moe::load_layer<float>(model, golden.file, golden.number("layer"));
   using Layer = std::remove_const_t<decltype(layer)>;
-  const Matrix<float> x = golden.matrix<float>("golden.x"),
-                      d_y = golden.matrix<float>("golden.d_y");
+  const Matrix<float> x = golden.matrix<float>("golden.x"), d_y = golden.matrix<float>("golden.d_y");
   Layer::Cache cache;
   double largest = 0;
   const auto expect_close = [&](const auto& seen, const auto& expected, std::string_view what) {
@@ -465,8 +448,7 @@ TEST(GoldenOfAuthors, Llama4) {
   cut.forward(x, cut_cache);
   expect_close(cut.backward(d_y, cut_cache, cut_grad), golden.matrix<float>("golden.d_x"), "d_x");
   Layer::visit(
-      [&](const moe::ParameterInfo& info, const auto& full, const auto& without,
-          const auto& from_file) {
+      [&](const moe::ParameterInfo& info, const auto& full, const auto& without, const auto& from_file) {
         const bool routed = std::string_view(info.name).starts_with("experts");
         const auto& seen = routed ? full : without;
         if (all_zero(from_file))
@@ -482,77 +464,77 @@ TEST(GoldenOfAuthors, Llama4) {
 // A file that differs in one bit is another file: generate.py makes these, here and for authors_test.cpp.
 TEST(Golden, FilesAreThoseThatWereGenerated) {
   const std::map<std::string, std::uint64_t> files = {
-    {"authors_capacities", 0x63d8e7c14ab1c24du},
-    {"authors_dbrx", 0x3559f2f6321c0e01u},
-    {"authors_deepseek_v2", 0x1001cc5461f51f0fu},
-    {"authors_deepseek_v2_lite", 0x1190fce395159433u},
-    {"authors_deepseek_v3", 0xa0942d311dfb3c8au},
-    {"authors_dynamic_moe", 0x8770226c6546ac2fu},
-    {"authors_flaxformer_expert_choice", 0x1a6107cb8f20ccebu},
-    {"authors_flaxformer_layer_experts_choose", 0xa171e285eb9cb2bau},
-    {"authors_flaxformer_layer_switch_c", 0x9a1fc5c7a4f171d8u},
-    {"authors_flaxformer_layer_switch_xxl", 0x6daa9cb89b36ccaau},
-    {"authors_flaxformer_switch", 0xe26c08d72b19861fu},
-    {"authors_flaxformer_top2", 0x1bebec0163258bf8u},
-    {"authors_flaxformer_top2_prioritised", 0xddd1843109c5a878u},
-    {"authors_gpt_oss", 0xe72a1830e4ec8235u},
-    {"authors_grok_1", 0xfbb436b0ee88e3e3u},
-    {"authors_hash_layer", 0x181f0a4b76ad35e7u},
-    {"authors_jetmoe", 0xaeb368b6451afd5fu},
-    {"authors_lingvo_after", 0xc264e370d57808b9u},
-    {"authors_lingvo_all", 0x1cdaf3c758a0581fu},
-    {"authors_lingvo_all_masked", 0x350c6b75d82bc9edu},
-    {"authors_lingvo_layer", 0xffe85588dbcbf066u},
-    {"authors_lingvo_random", 0xe2fba79025cdae1du},
-    {"authors_llama4", 0xc8548f46a566d2e8u},
-    {"authors_megatron_groups_sigmoid", 0x229012297acb741cu},
-    {"authors_megatron_groups_softmax", 0xdb30cfd4a88d5ab7u},
-    {"authors_megatron_pre_softmax", 0x231ae8fb8fae52c4u},
-    {"authors_megatron_sinkhorn", 0x7b41be14b37d0262u},
-    {"authors_megatron_sinkhorn_top2", 0x2bb5c521b9be3f62u},
-    {"authors_megatron_softmax", 0x00f2e676dd744812u},
-    {"authors_megatron_sqrtsoftplus", 0x777f774fea841ef6u},
-    {"authors_mesh_layer_random", 0x7fc6c4c26d49572du},
-    {"authors_mesh_layer_switch", 0xf43bb2b614ce6e7bu},
-    {"authors_mesh_threshold", 0x3fae062ae725b844u},
-    {"authors_mixtral", 0x9a36606f37790ea4u},
-    {"authors_moe_plus_plus", 0x648c441d0ea23cc4u},
-    {"authors_nllb_moe", 0x5c46dd152aafdd9au},
-    {"authors_nllb_moe_drop", 0x195f50273ea80b03u},
-    {"authors_nllb_moe_priority", 0x2fadec45b3dcefadu},
-    {"authors_openmoe", 0xefb64237ad2cde17u},
-    {"authors_remoe", 0x84bba010b2fa8b09u},
-    {"authors_soft_moe", 0xcc1055539a753171u},
-    {"authors_soft_moe_few_tokens", 0xaf72cb1d5d6e965eu},
-    {"authors_tensor2tensor_eval", 0x74053559fe17f160u},
-    {"authors_tensor2tensor_layer", 0xc5706a4d79cf0a9fu},
-    {"authors_tensor2tensor_top2", 0x238a0112c213def7u},
-    {"authors_tensor2tensor_top4", 0x5153ff33e1e005d5u},
-    {"authors_tutel", 0x3638f32e748aa909u},
-    {"authors_tutel_prioritised", 0xe35cf8fa41f30896u},
-    {"authors_vmoe", 0x1ade33345e957660u},
-    {"authors_vmoe_expert_choice", 0x57e02375245f4cd9u},
-    {"authors_vmoe_prioritised", 0xb914c821194588f1u},
-    {"dbrx", 0x9173f1ac8c3a3850u},
-    {"deepseek_v2", 0x47a6f8ca665724aeu},
-    {"deepseek_v2_lite", 0x6d5fae8e6469b725u},
-    {"deepseek_v3", 0xfb74df4d6979a398u},
-    {"ernie4_5_moe", 0xe53f7ab237eb8e4au},
-    {"glm4_moe", 0x5595c452cad016a8u},
-    {"gpt_oss", 0x3dfbd9503d336237u},
-    {"granitemoe", 0x4f88203dd2d8d8c5u},
-    {"jetmoe", 0x4275b06862408a65u},
-    {"llama4", 0x46dabe076ac1742du},
-    {"mixtral", 0x70c988a5ea5b554bu},
-    {"nllb_moe", 0x37147740c3aba905u},
-    {"nllb_moe_drop", 0xb1cff6d62a418f84u},
-    {"olmoe", 0x34ee3ea6d539f365u},
-    {"phimoe", 0x82cdcd7b7329a472u},
-    {"phimoe_train", 0x4aefafb4acd651eeu},
-    {"qwen2_moe", 0x5d00097731601799u},
-    {"qwen3_moe", 0xcd5369e9fcc38614u},
-    {"switch_transformers", 0xfc6b6108cf993db4u},
-    {"switch_transformers_drop", 0x7649e1031f80173bu},
+      {"authors_capacities", 0x63d8e7c14ab1c24du},
+      {"authors_dbrx", 0x3559f2f6321c0e01u},
+      {"authors_deepseek_v2", 0x1001cc5461f51f0fu},
+      {"authors_deepseek_v2_lite", 0x1190fce395159433u},
+      {"authors_deepseek_v3", 0xa0942d311dfb3c8au},
+      {"authors_dynamic_moe", 0x8770226c6546ac2fu},
+      {"authors_flaxformer_expert_choice", 0x1a6107cb8f20ccebu},
+      {"authors_flaxformer_layer_experts_choose", 0xa171e285eb9cb2bau},
+      {"authors_flaxformer_layer_switch_c", 0x9a1fc5c7a4f171d8u},
+      {"authors_flaxformer_layer_switch_xxl", 0x6daa9cb89b36ccaau},
+      {"authors_flaxformer_switch", 0xe26c08d72b19861fu},
+      {"authors_flaxformer_top2", 0x1bebec0163258bf8u},
+      {"authors_flaxformer_top2_prioritised", 0xddd1843109c5a878u},
+      {"authors_gpt_oss", 0xe72a1830e4ec8235u},
+      {"authors_grok_1", 0xfbb436b0ee88e3e3u},
+      {"authors_hash_layer", 0x181f0a4b76ad35e7u},
+      {"authors_jetmoe", 0xaeb368b6451afd5fu},
+      {"authors_lingvo_after", 0xc264e370d57808b9u},
+      {"authors_lingvo_all", 0x1cdaf3c758a0581fu},
+      {"authors_lingvo_all_masked", 0x350c6b75d82bc9edu},
+      {"authors_lingvo_layer", 0xffe85588dbcbf066u},
+      {"authors_lingvo_random", 0xe2fba79025cdae1du},
+      {"authors_llama4", 0xc8548f46a566d2e8u},
+      {"authors_megatron_groups_sigmoid", 0x229012297acb741cu},
+      {"authors_megatron_groups_softmax", 0xdb30cfd4a88d5ab7u},
+      {"authors_megatron_pre_softmax", 0x231ae8fb8fae52c4u},
+      {"authors_megatron_sinkhorn", 0x7b41be14b37d0262u},
+      {"authors_megatron_sinkhorn_top2", 0x2bb5c521b9be3f62u},
+      {"authors_megatron_softmax", 0x00f2e676dd744812u},
+      {"authors_megatron_sqrtsoftplus", 0x777f774fea841ef6u},
+      {"authors_mesh_layer_random", 0x7fc6c4c26d49572du},
+      {"authors_mesh_layer_switch", 0xf43bb2b614ce6e7bu},
+      {"authors_mesh_threshold", 0x3fae062ae725b844u},
+      {"authors_mixtral", 0x9a36606f37790ea4u},
+      {"authors_moe_plus_plus", 0x648c441d0ea23cc4u},
+      {"authors_nllb_moe", 0x5c46dd152aafdd9au},
+      {"authors_nllb_moe_drop", 0x195f50273ea80b03u},
+      {"authors_nllb_moe_priority", 0x2fadec45b3dcefadu},
+      {"authors_openmoe", 0xefb64237ad2cde17u},
+      {"authors_remoe", 0x84bba010b2fa8b09u},
+      {"authors_soft_moe", 0xcc1055539a753171u},
+      {"authors_soft_moe_few_tokens", 0xaf72cb1d5d6e965eu},
+      {"authors_tensor2tensor_eval", 0x74053559fe17f160u},
+      {"authors_tensor2tensor_layer", 0xc5706a4d79cf0a9fu},
+      {"authors_tensor2tensor_top2", 0x238a0112c213def7u},
+      {"authors_tensor2tensor_top4", 0x5153ff33e1e005d5u},
+      {"authors_tutel", 0x3638f32e748aa909u},
+      {"authors_tutel_prioritised", 0xe35cf8fa41f30896u},
+      {"authors_vmoe", 0x1ade33345e957660u},
+      {"authors_vmoe_expert_choice", 0x57e02375245f4cd9u},
+      {"authors_vmoe_prioritised", 0xb914c821194588f1u},
+      {"dbrx", 0x9173f1ac8c3a3850u},
+      {"deepseek_v2", 0x47a6f8ca665724aeu},
+      {"deepseek_v2_lite", 0x6d5fae8e6469b725u},
+      {"deepseek_v3", 0xfb74df4d6979a398u},
+      {"ernie4_5_moe", 0xe53f7ab237eb8e4au},
+      {"glm4_moe", 0x5595c452cad016a8u},
+      {"gpt_oss", 0x3dfbd9503d336237u},
+      {"granitemoe", 0x4f88203dd2d8d8c5u},
+      {"jetmoe", 0x4275b06862408a65u},
+      {"llama4", 0x46dabe076ac1742du},
+      {"mixtral", 0x70c988a5ea5b554bu},
+      {"nllb_moe", 0x37147740c3aba905u},
+      {"nllb_moe_drop", 0xb1cff6d62a418f84u},
+      {"olmoe", 0x34ee3ea6d539f365u},
+      {"phimoe", 0x82cdcd7b7329a472u},
+      {"phimoe_train", 0x4aefafb4acd651eeu},
+      {"qwen2_moe", 0x5d00097731601799u},
+      {"qwen3_moe", 0xcd5369e9fcc38614u},
+      {"switch_transformers", 0xfc6b6108cf993db4u},
+      {"switch_transformers_drop", 0x7649e1031f80173bu},
   };
   std::uintmax_t bytes = 0;
   std::size_t count = 0;
@@ -562,8 +544,10 @@ TEST(Golden, FilesAreThoseThatWereGenerated) {
     const auto known = files.find(name);
     ++count;
     bytes += entry.file_size();
-    if (known == files.end()) ADD_FAILURE() << "no hash of " << entry.path().filename();
-    else EXPECT_EQ(hash_of_golden(name), known->second) << name;
+    if (known == files.end())
+      ADD_FAILURE() << "no hash of " << entry.path().filename();
+    else
+      EXPECT_EQ(hash_of_golden(name), known->second) << name;
   }
   EXPECT_EQ(count, files.size());
   EXPECT_LE(bytes, 4'000'000u) << "all golden files together";

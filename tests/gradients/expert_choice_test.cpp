@@ -25,11 +25,8 @@ TYPED_TEST(GradientsOfExpertChoiceLayers, AreExact) {
   for (const double capacity : {0.5, 2.0, 4.0}) {  // of 4: every expert takes every token
     for (const Overflow overflow : {Overflow::drop, Overflow::pass_through}) {
       SCOPED_TRACE("capacity " + std::to_string(capacity));
-      Router router({.d_model = kDModel,
-                     .num_experts = kNumExperts,
-                     .capacity = capacity,
-                     .overflow = overflow},
-                    rng);
+      Router router(
+          {.d_model = kDModel, .num_experts = kNumExperts, .capacity = capacity, .overflow = overflow}, rng);
       randomise(router, rng);
       check_all_layers<TypeParam>(router, rng, tally);
     }

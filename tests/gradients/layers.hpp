@@ -96,8 +96,8 @@ struct Kinks {
 };
 
 // Values before an activation, by dots; and what one step of any of their parts changes at most.
-inline void before_activation(const Matrix<double>& w, const Vector<double>& b, const double* x,
-                              double step, const std::function<void(double, double)>& f) {
+inline void before_activation(const Matrix<double>& w, const Vector<double>& b, const double* x, double step,
+                              const std::function<void(double, double)>& f) {
   for (Index o = 0; o < w.rows(); ++o) {
     double sum = b.size() > 0 ? b[o] : 0, slope = 1;
     for (Index i = 0; i < w.cols(); ++i) {
@@ -140,8 +140,7 @@ void find_kinks(const moe::GatedFeedForward<double, Unit>& expert, const double*
 }
 
 template <class... Types>
-void find_kinks(const moe::VariantExpert<Types...>& expert, const double* x, double step,
-                Kinks& kinks) {
+void find_kinks(const moe::VariantExpert<Types...>& expert, const double* x, double step, Kinks& kinks) {
   std::visit([&](const auto& kind) { find_kinks(kind, x, step, kinks); }, expert.get());
 }
 
@@ -164,15 +163,15 @@ Kinks find_kinks(const Layer& layer, const Matrix<double>& x, const moe::Dispatc
 // load_loss has a kink where the expert that sets a threshold changes: the k-th and the (k+1)-th
 // noisy logit. The choices show the former, this adds the latter.
 template <class Router>
-void find_threshold_kinks(const Router& router, const Matrix<double>& x,
-                          const moe::Routing<double>& routing, double step, Kinks& kinks) {
+void find_threshold_kinks(const Router& router, const Matrix<double>& x, const moe::Routing<double>& routing,
+                          double step, Kinks& kinks) {
   const moe::RoutingNoise<double>& noise = routing.noise;
   const auto next = std::size_t(noise.top_k);
   if (noise.empty() || noise.top_k + 1 >= routing.num_experts()) return;
   double largest = std::max(1.0, x.cwiseAbs().maxCoeff());
-  Router::visit([&](const moe::ParameterInfo&,
-                    const auto& w) { largest = std::max(largest, w.cwiseAbs().maxCoeff()); },
-                router);
+  Router::visit(
+      [&](const moe::ParameterInfo&, const auto& w) { largest = std::max(largest, w.cwiseAbs().maxCoeff()); },
+      router);
   for (Index t = 0; t < routing.num_tokens(); ++t) {
     std::vector<double> row(noise.noisy_logits.row(t).begin(), noise.noisy_logits.row(t).end());
     std::sort(row.begin(), row.end(), std::greater<>());
@@ -183,14 +182,12 @@ void find_threshold_kinks(const Router& router, const Matrix<double>& x,
 
 // Kinks of routers themselves: none, for most.
 template <class Router>
-void find_router_kinks(const Router&, const Matrix<double>&, const moe::Routing<double>&, double,
-                       Kinks&) {}
+void find_router_kinks(const Router&, const Matrix<double>&, const moe::Routing<double>&, double, Kinks&) {}
 
 // SparseMixer's gates jump where an expert joins or leaves those that nearly tie with the best.
 inline void find_router_kinks(const moe::SparseMixerRouter<double>& router, const Matrix<double>& x,
                               const moe::Routing<double>& routing, double step, Kinks& kinks) {
-  const double largest =
-      std::max({1.0, x.cwiseAbs().maxCoeff(), router.w_router.cwiseAbs().maxCoeff()});
+  const double largest = std::max({1.0, x.cwiseAbs().maxCoeff(), router.w_router.cwiseAbs().maxCoeff()});
   const Index experts = router.num_experts();
   for (Index t = 0; t < routing.num_tokens(); ++t) {
     if (!routing.is_valid(t)) continue;
@@ -337,8 +334,8 @@ struct Tally {
 
 // Checks a layer with a loss on its routing, in training mode where options.rng is there.
 template <class Layer>
-void check_layer(const Layer& layer, const moe::GradientCheckOptions& options, RoutingLoss loss,
-                 Rng& rng, Tally& tally) {
+void check_layer(const Layer& layer, const moe::GradientCheckOptions& options, RoutingLoss loss, Rng& rng,
+                 Tally& tally) {
   tally.check(kTokens, rng, [&](const Matrix<double>& x, moe::GradientReport& report) {
     typename Layer::Cache cache;
     if (options.rng) {
@@ -363,8 +360,7 @@ void check_layer(const Layer& layer, const moe::GradientCheckOptions& options, R
 enum class Shared { none, plain, gated };
 
 template <class Expert, class Router>
-moe::MoELayer<Expert, Router> make_layer(const Router& router, Shared shared, bool output_bias,
-                                         Rng& rng) {
+moe::MoELayer<Expert, Router> make_layer(const Router& router, Shared shared, bool output_bias, Rng& rng) {
   const Index count = shared == Shared::none ? 0 : shared == Shared::plain ? 1 : 2;
   moe::MoELayer<Expert, Router> layer(make_experts<Expert>(router.num_experts(), rng), router,
                                       {make_experts<Expert>(count, rng), shared == Shared::gated},
@@ -390,8 +386,8 @@ void check_all_layers(const Router& router, Rng& rng, Tally& tally, bool exact_i
       for (const bool training : {true, false}) {
         if (training && !exact_in_training) continue;
         if (tally.combinations++ % kEvery != 0) continue;
-        SCOPED_TRACE("shared experts " + std::to_string(int(shared)) + ", loss " +
-                     std::to_string(int(loss)) + (training ? ", training" : ", inference"));
+        SCOPED_TRACE("shared experts " + std::to_string(int(shared)) + ", loss " + std::to_string(int(loss)) +
+                     (training ? ", training" : ", inference"));
         moe::GradientCheckOptions options;
         if (training) options.rng = Rng(rng());
         if (rng.index(3) == 0) {
@@ -399,17 +395,16 @@ void check_all_layers(const Router& router, Rng& rng, Tally& tally, bool exact_i
           options.info.mask[2] = false;
           options.info.group_begin = moe::IndexVector{{0, 3, kTokens}};
         }
-        check_layer(make_layer<Expert>(router, shared, rng.index(2) == 0, rng), options,
-                    {loss, options.info}, rng, tally);
+        check_layer(make_layer<Expert>(router, shared, rng.index(2) == 0, rng), options, {loss, options.info},
+                    rng, tally);
       }
     }
   }
 }
 
 inline std::string name_of(const Seating& seating) {
-  return "capacity " + (seating.capacity ? std::to_string(*seating.capacity) : "none") +
-         ", overflow " + std::to_string(int(seating.overflow)) + ", priority " +
-         std::to_string(int(seating.priority));
+  return "capacity " + (seating.capacity ? std::to_string(*seating.capacity) : "none") + ", overflow " +
+         std::to_string(int(seating.overflow)) + ", priority " + std::to_string(int(seating.priority));
 }
 
 // check_all_layers for every way to seat. make(seating) makes the router.

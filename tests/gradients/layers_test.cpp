@@ -223,8 +223,7 @@ TEST(Gradients, AreExactWhereAllExpertsAreChosen) {
   Rng rng(25);
   for (const bool before : {true, false}) {
     const moe::TopKRouter<double> router(
-        {.d_model = kDModel, .num_experts = 3, .top_k = 3, .softmax_before_selection = before},
-        rng);
+        {.d_model = kDModel, .num_experts = 3, .top_k = 3, .softmax_before_selection = before}, rng);
     check_all_layers<SwiGLUExpert>(router, rng, tally);
   }
   moe::NoisyTopKRouter<double> router({.d_model = kDModel, .num_experts = 3, .top_k = 3}, rng);
@@ -306,8 +305,8 @@ TEST(Gradients, OfConstantGatesAreRefused) {
     layer.forward(x, cache);
     EXPECT_THROW(layer.backward(x, cache, grad), std::invalid_argument);
   };
-  refuses(moe::TopKRouter<double>(
-      {.d_model = kDModel, .num_experts = 2, .top_k = 1, .renormalise = true}, rng));
+  refuses(
+      moe::TopKRouter<double>({.d_model = kDModel, .num_experts = 2, .top_k = 1, .renormalise = true}, rng));
   refuses(moe::TopKRouter<double>(
       {.d_model = kDModel, .num_experts = 2, .top_k = 1, .softmax_before_selection = false}, rng));
   refuses(moe::NoisyTopKRouter<double>({.d_model = kDModel, .num_experts = 2, .top_k = 1}, rng));
@@ -315,10 +314,9 @@ TEST(Gradients, OfConstantGatesAreRefused) {
 
 TEST(Gradients, OfExpertsThatChooseTheirNextBestTokenDoNotExist) {
   Rng rng(29);
-  EXPECT_THROW(
-      moe::ExpertChoiceRouter<double>(
-          {.d_model = kDModel, .num_experts = kNumExperts, .overflow = Overflow::next_best}, rng),
-      std::invalid_argument);
+  EXPECT_THROW(moe::ExpertChoiceRouter<double>(
+                   {.d_model = kDModel, .num_experts = kNumExperts, .overflow = Overflow::next_best}, rng),
+               std::invalid_argument);
 }
 
 TEST(Gradients, OfGatedSharedExpertsNeedSharedExpertsAndGatesOfOutputs) {

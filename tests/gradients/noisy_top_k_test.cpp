@@ -25,9 +25,9 @@ TYPED_TEST(GradientsOfNoisyTopKLayers, AreExact) {
 
 TYPED_TEST(GradientsOfNoisyTopKLayers, AreExactWithGatesThatSumToOneAfterDrops) {
   check_all_seatings<TypeParam>(6, [](const Seating& seating, Rng& rng) {
-    return Router(seated<Router::Options>(
-                      {.top_k = 2, .noise_epsilon = 0.1, .renormalise_after_drop = true}, seating),
-                  rng);
+    return Router(
+        seated<Router::Options>({.top_k = 2, .noise_epsilon = 0.1, .renormalise_after_drop = true}, seating),
+        rng);
   });
 }
 

@@ -51,8 +51,7 @@ std::vector<S> numbers(DType dtype, const std::vector<T>& values) {
 template <class T>
 std::vector<T> all_values() {
   std::vector<T> values;
-  for (std::uint32_t bits = 0; bits <= std::numeric_limits<T>::max(); ++bits)
-    values.push_back(T(bits));
+  for (std::uint32_t bits = 0; bits <= std::numeric_limits<T>::max(); ++bits) values.push_back(T(bits));
   return values;
 }
 
@@ -88,14 +87,12 @@ void expect_all_by_the_book(DType dtype, int exponent_bits, int mantissa_bits, b
 
 TEST(DType, HasANameAndASize) {
   const std::vector<std::tuple<DType, std::string, std::size_t>> expected{
-      {DType::F64, "F64", 8},         {DType::F32, "F32", 4},
-      {DType::F16, "F16", 2},         {DType::BF16, "BF16", 2},
-      {DType::F8_E4M3, "F8_E4M3", 1}, {DType::F8_E5M2, "F8_E5M2", 1},
-      {DType::F8_E8M0, "F8_E8M0", 1}, {DType::I64, "I64", 8},
-      {DType::I32, "I32", 4},         {DType::I16, "I16", 2},
-      {DType::I8, "I8", 1},           {DType::U64, "U64", 8},
-      {DType::U32, "U32", 4},         {DType::U16, "U16", 2},
-      {DType::U8, "U8", 1},           {DType::BOOL, "BOOL", 1}};
+      {DType::F64, "F64", 8},         {DType::F32, "F32", 4},         {DType::F16, "F16", 2},
+      {DType::BF16, "BF16", 2},       {DType::F8_E4M3, "F8_E4M3", 1}, {DType::F8_E5M2, "F8_E5M2", 1},
+      {DType::F8_E8M0, "F8_E8M0", 1}, {DType::I64, "I64", 8},         {DType::I32, "I32", 4},
+      {DType::I16, "I16", 2},         {DType::I8, "I8", 1},           {DType::U64, "U64", 8},
+      {DType::U32, "U32", 4},         {DType::U16, "U16", 2},         {DType::U8, "U8", 1},
+      {DType::BOOL, "BOOL", 1}};
   for (const auto& [dtype, name, size] : expected) {
     EXPECT_EQ(moe::name_of(dtype), name);
     EXPECT_EQ(moe::size_of(dtype), size) << name;
@@ -118,18 +115,13 @@ TEST(TensorView, CountsItsElements) {
   expect_error("product", [&] { size({kMax, 2}); }, {"[9223372036854775807, 2]"});
   expect_error("zero last", [&] { size({kMax, 2, 0}); }, {"'w'"});
   expect_error("zero first", [&] { size({0, kMax, 2}); }, {"'w'"});
-  expect_error("many", [&] { size(std::vector<Index>(1000, 2)); },
-               {"[2, 2, 2, 2, 2, 2, 2, 2, ...]"});
+  expect_error("many", [&] { size(std::vector<Index>(1000, 2)); }, {"[2, 2, 2, 2, 2, 2, 2, 2, ...]"});
 }
 
 TEST(ReadTensor, ReadsEveryF16) { expect_all_by_the_book<std::uint16_t>(DType::F16, 5, 10, true); }
 TEST(ReadTensor, ReadsEveryBF16) { expect_all_by_the_book<std::uint16_t>(DType::BF16, 8, 7, true); }
-TEST(ReadTensor, ReadsEveryE4M3) {
-  expect_all_by_the_book<std::uint8_t>(DType::F8_E4M3, 4, 3, false);
-}
-TEST(ReadTensor, ReadsEveryE5M2) {
-  expect_all_by_the_book<std::uint8_t>(DType::F8_E5M2, 5, 2, true);
-}
+TEST(ReadTensor, ReadsEveryE4M3) { expect_all_by_the_book<std::uint8_t>(DType::F8_E4M3, 4, 3, false); }
+TEST(ReadTensor, ReadsEveryE5M2) { expect_all_by_the_book<std::uint8_t>(DType::F8_E5M2, 5, 2, true); }
 
 TEST(ReadTensor, ReadsEveryE8M0) {
   const auto values = all_values<std::uint8_t>();
@@ -208,17 +200,13 @@ TEST(ReadTensor, ReadsIntegers) {
   using Integers = std::vector<std::int64_t>;
   EXPECT_EQ(numbers<std::int64_t>(DType::I32, std::vector<std::int32_t>{-5, INT32_MIN, INT32_MAX}),
             (Integers{-5, INT32_MIN, INT32_MAX}));
-  EXPECT_EQ(numbers<std::int64_t>(DType::I16, std::vector<std::int16_t>{-5, 300}),
-            (Integers{-5, 300}));
-  EXPECT_EQ(numbers<std::int64_t>(DType::I8, std::vector<std::int8_t>{-128, 127}),
-            (Integers{-128, 127}));
+  EXPECT_EQ(numbers<std::int64_t>(DType::I16, std::vector<std::int16_t>{-5, 300}), (Integers{-5, 300}));
+  EXPECT_EQ(numbers<std::int64_t>(DType::I8, std::vector<std::int8_t>{-128, 127}), (Integers{-128, 127}));
   EXPECT_EQ(numbers<std::int64_t>(DType::U32, std::vector<std::uint32_t>{0, UINT32_MAX}),
             (Integers{0, UINT32_MAX}));
-  EXPECT_EQ(numbers<std::int64_t>(DType::U16, std::vector<std::uint16_t>{65535}),
-            (Integers{65535}));
+  EXPECT_EQ(numbers<std::int64_t>(DType::U16, std::vector<std::uint16_t>{65535}), (Integers{65535}));
   EXPECT_EQ(numbers<std::int64_t>(DType::U8, std::vector<std::uint8_t>{255}), (Integers{255}));
-  EXPECT_EQ(numbers<std::int64_t>(DType::BOOL, std::vector<std::uint8_t>{0, 1, 2}),
-            (Integers{0, 1, 1}));
+  EXPECT_EQ(numbers<std::int64_t>(DType::BOOL, std::vector<std::uint8_t>{0, 1, 2}), (Integers{0, 1, 1}));
   EXPECT_EQ(numbers<std::int64_t>(DType::U64, std::vector<std::uint64_t>{0, INT64_MAX}),
             (Integers{0, INT64_MAX}));
   const Tensor large(DType::U64, {2}, std::vector<std::uint64_t>{1, std::uint64_t(INT64_MAX) + 1});
@@ -317,8 +305,10 @@ TEST(ReadBlockScaledFp8, MultipliesEveryBlockByItsScale) {
         const float s = scales[std::size_t(i / 128 * block_cols + j / 128)];
         const auto at = std::size_t(i * cols + j);
         const float expected = float(by_the_book(weights[at], 4, 3, false)) * s;
-        if (std::isnan(expected)) ASSERT_TRUE(std::isnan(out[at]));
-        else ASSERT_EQ(out[at], expected) << i << ' ' << j;
+        if (std::isnan(expected))
+          ASSERT_TRUE(std::isnan(out[at]));
+        else
+          ASSERT_EQ(out[at], expected) << i << ' ' << j;
       }
     }
     EXPECT_EQ(out.back(), 7);
@@ -342,9 +332,9 @@ TEST(ReadBlockScaledFp8, TakesScalesOfOtherTypes) {
     EXPECT_EQ(out.back(), 7);
   };
   // 1, -2, pi in 8 bits, the smallest, 1.0078125 (the next to 1), 0
-  expect_scales(Tensor(DType::BF16, {3, 2},
-                       std::vector<std::uint16_t>{0x3f80, 0xc000, 0x4049, 0x0001, 0x3f81, 0}),
-                {1, -2, 3.140625f, 0x1p-133f, 1.0078125f, 0});
+  expect_scales(
+      Tensor(DType::BF16, {3, 2}, std::vector<std::uint16_t>{0x3f80, 0xc000, 0x4049, 0x0001, 0x3f81, 0}),
+      {1, -2, 3.140625f, 0x1p-133f, 1.0078125f, 0});
   expect_scales(Tensor(DType::F8_E8M0, {3, 2}, std::vector<std::uint8_t>{127, 128, 120, 0, 200, 126}),
                 {1, 2, 0x1p-7f, 0x1p-127f, 0x1p73f, .5f});
 
@@ -436,8 +426,7 @@ TEST(ReadMxfp4, TakesAnyNumberOfDimensions) {
 
 TEST(ReadMxfp4, RefusesWhatDoesNotFit) {
   const std::vector<std::uint8_t> bytes(64);
-  const Tensor blocks(DType::U8, {2, 2, 16}, bytes),
-      scales(DType::U8, {2, 2}, std::vector<std::uint8_t>(4));
+  const Tensor blocks(DType::U8, {2, 2, 16}, bytes), scales(DType::U8, {2, 2}, std::vector<std::uint8_t>(4));
   const Tensor signed_blocks(DType::I8, {2, 2, 16}, bytes), narrow(DType::U8, {2, 4, 8}, bytes);
   const Tensor flat(DType::U8, {16}, std::vector<std::uint8_t>(16));
   const Tensor flat_scales(DType::U8, {4}, std::vector<std::uint8_t>(4));

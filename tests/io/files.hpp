@@ -92,10 +92,9 @@ inline std::string file_by_python() {
       R"("bf":{"dtype":"BF16","shape":[1],"data_offsets":[24,26]},)"
       R"("h":{"dtype":"F16","shape":[3],"data_offsets":[26,32]},)"
       R"("q":{"dtype":"BOOL","shape":[3],"data_offsets":[32,35]}} )";
-  const unsigned char data[] = {0x07, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
-                                0x00, 0x80, 0x3f, 0x00, 0x00, 0x00, 0xc0, 0x00, 0x00,
-                                0x00, 0x3f, 0x00, 0x00, 0x40, 0x40, 0x49, 0x40, 0x00,
-                                0x3e, 0x00, 0xb4, 0xff, 0x7b, 0x01, 0x00, 0x01};
+  const unsigned char data[] = {0x07, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x80, 0x3f,
+                                0x00, 0x00, 0x00, 0xc0, 0x00, 0x00, 0x00, 0x3f, 0x00, 0x00, 0x40, 0x40,
+                                0x49, 0x40, 0x00, 0x3e, 0x00, 0xb4, 0xff, 0x7b, 0x01, 0x00, 0x01};
   std::string file("\x78\x01\0\0\0\0\0\0", 8);
   file += header;
   for (const unsigned char byte : data) file += char(byte);
@@ -104,8 +103,7 @@ inline std::string file_by_python() {
 
 /// Expects a CheckpointError whose message holds every part.
 template <class Call>
-void expect_error(const std::string& name, const Call& call,
-                  const std::vector<std::string>& parts) {
+void expect_error(const std::string& name, const Call& call, const std::vector<std::string>& parts) {
   try {
     call();
     ADD_FAILURE() << name << ": nothing was thrown";

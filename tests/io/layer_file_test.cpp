@@ -2,9 +2,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <filesystem>
 #include <initializer_list>
 #include <locale>
-#include <filesystem>
 #include <string>
 #include <utility>
 #include <vector>
@@ -36,12 +36,12 @@ Layer make_layer(std::uint64_t seed, Index top_k = 2, Index d_ff = 6) {
   const moe::GatedFeedForward<float>::Options expert{.d_model = 4, .d_ff = d_ff, .bias = true};
   auto experts = moe::make_experts<moe::GatedFeedForward<float>>(3, expert, rng);
   auto shared = moe::make_experts<moe::GatedFeedForward<float>>(1, expert, rng);
-  Layer layer{experts,
-              moe::TopKRouter<float>(
-                  {.d_model = 4, .num_experts = 3, .top_k = top_k, .bias = true, .selection_bias = true},
-                  rng),
-              {shared, true},
-              true};
+  Layer layer{
+      experts,
+      moe::TopKRouter<float>(
+          {.d_model = 4, .num_experts = 3, .top_k = top_k, .bias = true, .selection_bias = true}, rng),
+      {shared, true},
+      true};
   Layer::visit([&](const moe::ParameterInfo&, auto& p) { moe::fill_normal(p, 1.0, rng); }, layer);
   return layer;
 }
@@ -94,8 +94,8 @@ TEST(LayerFile, AnotherLayerIsRefusedAndLeftAsItWas) {
   const Layer before = wider;
   expect_refused([&] { moe::load_layer(file, other_k); }, {"top_k=2", "top_k=1"});
   expect_refused([&] { moe::load_layer(file, wider); }, {"experts.0.w_gate", "[6, 4]", "[7, 4]"});
-  Layer::visit([](const auto& info, const auto& a, const auto& b) { EXPECT_EQ(a, b) << info.name; },
-               wider, before);
+  Layer::visit([](const auto& info, const auto& a, const auto& b) { EXPECT_EQ(a, b) << info.name; }, wider,
+               before);
   Layer more = make_layer(4);
   more.add_expert(more.experts()[0], moe::Vector<float>::Ones(4));
   expect_refused([&] { moe::load_layer(file, more); }, {"num_experts=3", "num_experts=4"});
@@ -193,11 +193,9 @@ TEST(LayerFile, KindsOfExpertsAreCompared) {
   const auto with_shared = [&](std::vector<Copy> shared) {
     Rng rng(8);
     return moe::MoELayer<Copy, moe::TopKRouter<float>>(
-        {copy, copy}, moe::TopKRouter<float>({.d_model = 4, .num_experts = 2}, rng),
-        {std::move(shared)});
+        {copy, copy}, moe::TopKRouter<float>({.d_model = 4, .num_experts = 2}, rng), {std::move(shared)});
   };
-  expect_another_function(with_shared({}), with_shared({copy}),
-                          {"shared_experts = none", "1 x CopyExpert"});
+  expect_another_function(with_shared({}), with_shared({copy}), {"shared_experts = none", "1 x CopyExpert"});
 }
 
 TEST(LayerFile, ExpertsOfASoftMoELayerAreCompared) {
@@ -216,8 +214,7 @@ TEST(LayerFile, EveryLevelOfAHierarchyIsCompared) {
   using Expert = moe::FeedForward<float>;
   const auto layer = [](const moe::TopKOptions& parent, const moe::TopKOptions& second_child) {
     Rng rng(9);
-    std::vector<Router> children{Router({.d_model = 4, .num_experts = 2}, rng),
-                                 Router(second_child, rng)};
+    std::vector<Router> children{Router({.d_model = 4, .num_experts = 2}, rng), Router(second_child, rng)};
     return moe::MoELayer<Expert, moe::HierarchicalRouter<Router>>(
         moe::make_experts<Expert>(4, {4, 2}, rng),
         moe::HierarchicalRouter<Router>(Router(parent, rng), children));
@@ -342,8 +339,8 @@ TEST(LayerFile, PartsOfOnesOwnAreSavedWithTheirDescriptionOrWithout) {
                           {"Power 2", "Power 3"});
 }
 
-// A router that says nothing of itself, but has options some of whose names a library's have. Older versions wrote
-// these down.
+// A router that says nothing of itself, but has options some of whose names a library's have. Older versions
+// wrote these down.
 struct Plain {
   using Scalar = float;
   struct Options {
@@ -351,11 +348,14 @@ struct Plain {
   };
   Options own;
   moe::Matrix<float> w_router;
-  explicit Plain(const Options& options) : own(options) { w_router.setOnes(options.num_experts, options.d_model); }
+  explicit Plain(const Options& options) : own(options) {
+    w_router.setOnes(options.num_experts, options.d_model);
+  }
   Index d_model() const { return own.d_model; }
   Index num_experts() const { return own.num_experts; }
   const Options& options() const { return own; }
-  void route(const moe::ConstMatrixRef<float>& x, const moe::BatchInfo& info, moe::Routing<float>& routing) const {
+  void route(const moe::ConstMatrixRef<float>& x, const moe::BatchInfo& info,
+             moe::Routing<float>& routing) const {
     moe::begin_routing(x.rows(), own.num_experts, info, routing, "Plain");
   }
   template <class F, class... Self>
@@ -367,7 +367,8 @@ struct Plain {
 TEST(LayerFile, OfARouterThatDoesNotDescribeItselfIsReadFromOlderVersions) {
   Rng rng(7);
   using Expert = moe::FeedForward<float>;
-  moe::MoELayer<Expert, Plain> layer(moe::make_experts<Expert>(3, {.d_model = 4, .d_ff = 2}, rng), Plain({4, 3, 2}));
+  moe::MoELayer<Expert, Plain> layer(moe::make_experts<Expert>(3, {.d_model = 4, .d_ff = 2}, rng),
+                                     Plain({4, 3, 2}));
   moe::save_layer(file_name(), layer);
   const Checkpoint file = Checkpoint::open(file_name());
   EXPECT_EQ(file.metadata().at("router"), "own");

@@ -268,9 +268,7 @@ TEST(LoadLayer, TakesBothFormsOfGptOss) {
   EXPECT_EQ(from_plain.experts()[1].w_up(3, 5), 2 * table[(1 + 7 + 5) % 8]);
   EXPECT_EQ(from_plain.experts()[1].w_down(3, 5), 2 * table[(1 + 3 + 5) % 8]);
   std::remove_const_t<decltype(from_plain)>::visit(
-      [](const moe::ParameterInfo& info, const auto& a, const auto& b) {
-        EXPECT_EQ(a, b) << info.name;
-      },
+      [](const moe::ParameterInfo& info, const auto& a, const auto& b) { EXPECT_EQ(a, b) << info.name; },
       from_plain, from_packed);
 }
 
@@ -362,9 +360,10 @@ TEST(LoadLayer, FindsTheModelBelowOtherModules) {
     EXPECT_EQ(sized.num_experts(), 2) << path;
     // Names of that place are as strict as the model's own.
     t.add_count(path + "layers.7.block_sparse_moe.gate.bias", {2}, 0);
-    EXPECT_EQ(message_of(t.open()), "load_layer: 0 of the 2 values of " + path +
-                                        "layers.7.block_sparse_moe.gate.bias belong to layer 7 of this model, "
-                                        "expected all");
+    EXPECT_EQ(message_of(t.open()),
+              "load_layer: 0 of the 2 values of " + path +
+                  "layers.7.block_sparse_moe.gate.bias belong to layer 7 of this model, "
+                  "expected all");
     EXPECT_THROW(moe::load_layer<float>(kSmallMixtral, file, 6), CheckpointError);
   }
   // Modules of the model's own that the checkpoint leaves out.
@@ -399,9 +398,10 @@ TEST(LoadLayer, RefusesToChooseAmongSeveralPlaces) {
   for (const auto& [name, tensor] : small_mixtral_at("talker.model.").tensors) t.tensors[name] = tensor;
   t.add_count("talker.model.layers.7.block_sparse_moe.gate.weight", {2, 4}, 500);
   const Checkpoint file = t.open();
-  const std::string expected = "no name in " + Tensors::path() +
-                               " begins with 'model.layers.', and 2 other paths lead to such layers, expected 1: "
-                               "'talker.model.', 'thinker.model.'; Checkpoint::below takes one";
+  const std::string expected =
+      "no name in " + Tensors::path() +
+      " begins with 'model.layers.', and 2 other paths lead to such layers, expected 1: "
+      "'talker.model.', 'thinker.model.'; Checkpoint::below takes one";
   EXPECT_EQ(message_of(file), "load_layer: " + expected);
   try {
     moe::sized_as(kSmallMixtral, file, 7);
@@ -411,7 +411,8 @@ TEST(LoadLayer, RefusesToChooseAmongSeveralPlaces) {
   }
   EXPECT_EQ(moe::load_layer<float>(kSmallMixtral, file.below("thinker."), 7).router().w_router(0, 0), 100);
   EXPECT_EQ(moe::load_layer<float>(kSmallMixtral, file.below("talker."), 7).router().w_router(0, 0), 500);
-  EXPECT_EQ(moe::load_layer<float>(kSmallMixtral, file.below("talker.model."), 7).router().w_router(0, 0), 500);
+  EXPECT_EQ(moe::load_layer<float>(kSmallMixtral, file.below("talker.model."), 7).router().w_router(0, 0),
+            500);
   // What is mapped outlives the checkpoint that it was taken below of.
   const auto mapped = moe::load_mapped_layer<float>(kSmallMixtral, t.open().below("talker."), 7).layer;
   EXPECT_EQ(mapped.experts()[1].w_up.view()(0, 3), 2400 + 0.5f * 3);
@@ -419,16 +420,18 @@ TEST(LoadLayer, RefusesToChooseAmongSeveralPlaces) {
   t = small_mixtral_at("a.model.");
   for (int i = 0; i < 6; ++i)
     t.add_count(std::string(1, char('b' + i)) + ".model.layers.12.block_sparse_moe.gate.weight", {2, 4}, 0);
-  EXPECT_NE(message_of(t.open()).find("7 other paths lead to such layers, expected 1: 'a.model.', 'b.model.', "
-                                      "'c.model.', 'd.model.', ...; "),
-            std::string::npos)
+  EXPECT_NE(
+      message_of(t.open()).find("7 other paths lead to such layers, expected 1: 'a.model.', 'b.model.', "
+                                "'c.model.', 'd.model.', ...; "),
+      std::string::npos)
       << message_of(t.open());
 }
 
 // Modules are added or left out, not exchanged, and are whole.
 TEST(LoadLayer, DoesNotTakeOtherModulesForTheModels) {
   for (const std::string path : {"decoder.", "mymodel.", "model_", "language_model.", "model.decoder_"})
-    EXPECT_NE(message_of(small_mixtral_at(path).open()).find("there is no tensor '" + kMixtral), std::string::npos)
+    EXPECT_NE(message_of(small_mixtral_at(path).open()).find("there is no tensor '" + kMixtral),
+              std::string::npos)
         << path;
   using moe::detail::is_within;
   EXPECT_TRUE(is_within("", "model."));

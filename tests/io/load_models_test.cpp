@@ -36,11 +36,10 @@ moe::Checkpoint checkpoint_of(const Shapes& shapes) {
     for (Index i = 0; i < size; ++i) values.back().push_back(float(100 * values.size()) + float(i));
   }
   for (std::size_t i = 0; i < shapes.size(); ++i)
-    tensors.push_back({shapes[i].first, moe::DType::F32, shapes[i].second,
-                       std::as_bytes(std::span(values[i]))});
+    tensors.push_back(
+        {shapes[i].first, moe::DType::F32, shapes[i].second, std::as_bytes(std::span(values[i]))});
   const std::string path = testing::TempDir() + "load_models_test." +
-                           testing::UnitTest::GetInstance()->current_test_info()->name() +
-                           ".safetensors";
+                           testing::UnitTest::GetInstance()->current_test_info()->name() + ".safetensors";
   moe::write_safetensors(path, tensors);
   return moe::Checkpoint::open(path);
 }
@@ -79,28 +78,22 @@ TEST(LoadModels, TakesOpenMoEsGatesOfTwiceTheWidth) {
   const moe::Matrix<float> x = moe::Matrix<float>::Random(3, kModel) / 100;
   EXPECT_EQ(mapped.forward(x), layer.forward(x));
   for (const moe::LoadedTensor& tensor : tensors)
-    EXPECT_EQ(tensor.copied,
-              tensor.name == prefix + "gate_weight" ? "not an expert's matrix" : "transposed");
+    EXPECT_EQ(tensor.copied, tensor.name == prefix + "gate_weight" ? "not an expert's matrix" : "transposed");
 
   // What stands as [out, in] is read where it lies.
-  const auto turned =
-      checkpoint_of({{prefix + "gate_weight", {kExperts, kModel}},
-                     {prefix + "experts.wi_gate", {kExperts, 2 * kFf, kModel}},
-                     {prefix + "experts.wi_up", {kExperts, kFf, kModel}},
-                     {prefix + "experts.wo", {kExperts, kModel, kFf}}});
+  const auto turned = checkpoint_of({{prefix + "gate_weight", {kExperts, kModel}},
+                                     {prefix + "experts.wi_gate", {kExperts, 2 * kFf, kModel}},
+                                     {prefix + "experts.wi_up", {kExperts, kFf, kModel}},
+                                     {prefix + "experts.wo", {kExperts, kModel, kFf}}});
   auto as_it_lies = model;
-  for (moe::TensorSource* source :
-       {&as_it_lies.tensors.experts.w_gate, &as_it_lies.tensors.experts.w_up,
-        &as_it_lies.tensors.experts.w_down})
+  for (moe::TensorSource* source : {&as_it_lies.tensors.experts.w_gate, &as_it_lies.tensors.experts.w_up,
+                                    &as_it_lies.tensors.experts.w_down})
     source->transposed = false;
   const auto in_place = moe::load_mapped_layer<float>(as_it_lies, turned, kLayer);
   for (const moe::LoadedTensor& tensor : in_place.tensors)
-    EXPECT_EQ(tensor.copied,
-              tensor.name == prefix + "gate_weight" ? "not an expert's matrix" : "");
-  EXPECT_EQ(in_place.layer.experts()[1].w_gate.view()(2 * kFf - 1, 0),
-            float(200 + (4 * kFf - 1) * kModel));
-  EXPECT_EQ(in_place.layer.forward(x),
-            moe::load_layer<float>(as_it_lies, turned, kLayer).forward(x));
+    EXPECT_EQ(tensor.copied, tensor.name == prefix + "gate_weight" ? "not an expert's matrix" : "");
+  EXPECT_EQ(in_place.layer.experts()[1].w_gate.view()(2 * kFf - 1, 0), float(200 + (4 * kFf - 1) * kModel));
+  EXPECT_EQ(in_place.layer.forward(x), moe::load_layer<float>(as_it_lies, turned, kLayer).forward(x));
 }
 
 // `linear` is what GELU sees, `linear_v` what multiplies it, `linear_1` goes down.
@@ -147,11 +140,11 @@ TEST(LoadModels, TakesDecodersOfSwitchAndNllb) {
   }
   const auto switch_file = checkpoint_of(shapes);
   auto model = moe::switch_c;
-  EXPECT_EQ(moe::load_layer<float>(sized(model, switch_file), switch_file, kLayer)
-                .experts()[1].w_up(0, 1), 401);
+  EXPECT_EQ(moe::load_layer<float>(sized(model, switch_file), switch_file, kLayer).experts()[1].w_up(0, 1),
+            401);
   model.tensors = moe::switch_decoder_tensors;
-  EXPECT_EQ(moe::load_layer<float>(sized(model, switch_file), switch_file, kLayer)
-                .experts()[1].w_up(0, 1), 901);
+  EXPECT_EQ(moe::load_layer<float>(sized(model, switch_file), switch_file, kLayer).experts()[1].w_up(0, 1),
+            901);
 
   const std::string ffn = "model.decoder.layers.5.ffn.";
   shapes = {{ffn + "router.classifier.weight", {kExperts, kModel}}};
@@ -216,8 +209,7 @@ TEST(LoadModels, TakesSoftMoEsParameters) {
   const auto layer = moe::load_layer<float>(model, checkpoint, kLayer);
   expect_flax_experts(layer.experts()[1]);
   for (Index s = 0; s < kExperts * kSlots; ++s)
-    for (Index j = 0; j < kModel; ++j)
-      EXPECT_EQ(layer.w_slots(s, j), float(500 + j * kExperts * kSlots + s));
+    for (Index j = 0; j < kModel; ++j) EXPECT_EQ(layer.w_slots(s, j), float(500 + j * kExperts * kSlots + s));
   ASSERT_EQ(layer.scale.size(), 1);
   EXPECT_EQ(layer.scale[0], 600);
 
@@ -261,18 +253,17 @@ std::string soft_moe_error(const std::string& name, const std::optional<std::vec
 TEST(LoadModels, SaysWhatOfSoftMoEIsMissing) {
   const auto begin = [](const std::string& name) {
     return testing::TempDir() +
-           "load_models_test.SaysWhatOfSoftMoEIsMissing.safetensors: there is no tensor '" + kFlax +
-           name + "' among 6: did you mean '";
+           "load_models_test.SaysWhatOfSoftMoEIsMissing.safetensors: there is no tensor '" + kFlax + name +
+           "' among 6: did you mean '";
   };
-  EXPECT_EQ(soft_moe_error("Router/scale", {}),
-            begin("Router/scale") + "Encoder/encoderblock_4/Moe/Router/scale' or '" + kFlax +
-                "Router/mu' or '" + kFlax + "Mlp/Dense_0/bias'?");
+  EXPECT_EQ(soft_moe_error("Router/scale", {}), begin("Router/scale") +
+                                                    "Encoder/encoderblock_4/Moe/Router/scale' or '" + kFlax +
+                                                    "Router/mu' or '" + kFlax + "Mlp/Dense_0/bias'?");
   EXPECT_EQ(soft_moe_error("Router/mu", {}),
-            begin("Router/mu") + kFlax +
-                "Router/scale' or 'Encoder/encoderblock_4/Moe/Router/scale' or '" + kFlax +
-                "Mlp/Dense_0/bias'?");
-  for (const char* name : {"Mlp/Dense_0/kernel", "Mlp/Dense_0/bias", "Mlp/Dense_1/kernel",
-                           "Mlp/Dense_1/bias"})
+            begin("Router/mu") + kFlax + "Router/scale' or 'Encoder/encoderblock_4/Moe/Router/scale' or '" +
+                kFlax + "Mlp/Dense_0/bias'?");
+  for (const char* name :
+       {"Mlp/Dense_0/kernel", "Mlp/Dense_0/bias", "Mlp/Dense_1/kernel", "Mlp/Dense_1/bias"})
     EXPECT_EQ(soft_moe_error(name, {}).substr(0, begin(name).size()), begin(name));
 }
 
@@ -287,8 +278,7 @@ TEST(LoadModels, SaysWhatOfSoftMoEHasAnotherShape) {
   EXPECT_EQ(soft_moe_error("Router/scale", {{1}}), message("Router/scale", "[1]", "[]"));
   EXPECT_EQ(soft_moe_error("Mlp/Dense_0/kernel", {{kExperts, kFf, kModel}}),
             message("Mlp/Dense_0/kernel", "[2, 3, 4]", "[2, 4, 3]"));
-  EXPECT_EQ(soft_moe_error("Mlp/Dense_1/bias", {{kModel}}),
-            message("Mlp/Dense_1/bias", "[4]", "[2, 4]"));
+  EXPECT_EQ(soft_moe_error("Mlp/Dense_1/bias", {{kModel}}), message("Mlp/Dense_1/bias", "[4]", "[2, 4]"));
 }
 
 TEST(LoadModels, SaysWhatOfSoftMoEIsLeftOver) {
@@ -308,8 +298,8 @@ TEST(LoadModels, RefusesBadArgumentsOfSoftMoE) {
     }
     return "";
   };
-  const auto checkpoint = checkpoint_of({{kFlax + "Router/mu", {kModel, kExperts}},
-                                         {kFlax + "Router/dense/kernel", {kModel}}});
+  const auto checkpoint =
+      checkpoint_of({{kFlax + "Router/mu", {kModel, kExperts}}, {kFlax + "Router/dense/kernel", {kModel}}});
   const auto& model = moe::soft_moe_s16;
   EXPECT_EQ(message([&] { moe::load_layer<float>(model, checkpoint, -1); }),
             "load_layer: layer = -1, expected at least 0");
@@ -319,12 +309,11 @@ TEST(LoadModels, RefusesBadArgumentsOfSoftMoE) {
             "load_layer: the tensor names of Soft MoE S/16 are not known");
   EXPECT_EQ(message([&] { moe::sized_as(unnamed, checkpoint, 0); }),
             "sized_as: the tensor names of Soft MoE S/16 are not known");
-  EXPECT_EQ(message([&] { moe::sized_as(model, checkpoint, kLayer); }),
-            "sized_as: " + kFlax +
-                "Router/mu has shape [4, 2], expected [d_model, num_experts, slots_per_expert]");
+  EXPECT_EQ(
+      message([&] { moe::sized_as(model, checkpoint, kLayer); }),
+      "sized_as: " + kFlax + "Router/mu has shape [4, 2], expected [d_model, num_experts, slots_per_expert]");
   EXPECT_EQ(message([&] { moe::sized_as(moe::vmoe_l16, checkpoint, kLayer); }),
-            "sized_as: " + kFlax +
-                "Router/dense/kernel has shape [4], expected [d_model, num_experts]");
+            "sized_as: " + kFlax + "Router/dense/kernel has shape [4], expected [d_model, num_experts]");
 }
 
 }  // namespace

@@ -171,11 +171,11 @@ TEST(MappedLayer, CopiesWhatIsTransposed) {
   t.add_count(prefix + "experts.mlp.w2", {6, 4}, 200);
   const Checkpoint file = t.open();
   const auto loaded = moe::load_mapped_layer<float>(model, file, 0);
-  EXPECT_EQ(reasons(loaded), (std::map<std::string, std::string>{
-                                 {prefix + "experts.mlp.v1", ""},
-                                 {prefix + "experts.mlp.w1", ""},
-                                 {prefix + "experts.mlp.w2", "transposed"},
-                                 {prefix + "router.layer.weight", "not an expert's matrix"}}));
+  EXPECT_EQ(reasons(loaded),
+            (std::map<std::string, std::string>{{prefix + "experts.mlp.v1", ""},
+                                                {prefix + "experts.mlp.w1", ""},
+                                                {prefix + "experts.mlp.w2", "transposed"},
+                                                {prefix + "router.layer.weight", "not an expert's matrix"}}));
   EXPECT_EQ(place_in(file.at(prefix + "experts.mlp.v1"), loaded.layer.experts()[1].w_up), 12);
   EXPECT_EQ(place_in(file.at(prefix + "experts.mlp.w2"), loaded.layer.experts()[1].w_down), -1);
   expect_same_layer(loaded.layer, moe::load_layer<float>(model, file, 0));
@@ -237,8 +237,7 @@ TEST(MappedLayer, RefusesWhatLoadLayerRefuses) {
   };
   const auto expect_error = [&](const Tensors& tensors, const std::string& part) {
     const Checkpoint file = tensors.open();
-    const std::string mapped =
-        message([&] { moe::load_mapped_layer<float>(kSmallMixtral, file, 7); });
+    const std::string mapped = message([&] { moe::load_mapped_layer<float>(kSmallMixtral, file, 7); });
     EXPECT_NE(mapped.find(part), std::string::npos) << mapped;
     EXPECT_EQ(mapped, message([&] { moe::load_layer<float>(kSmallMixtral, file, 7); }));
   };
@@ -268,10 +267,8 @@ TEST(MappedLayer, CanBeSaved) {
 template <class M>
 void expect_same_golden(M model, const std::string& name, std::size_t mapped, std::size_t transposed) {
   SCOPED_TRACE(name);
-  const Checkpoint file =
-      Checkpoint::open(std::string(MOE_GOLDEN_DIR) + "/" + name + ".safetensors");
-  const Index layer =
-      nlohmann::json::parse(file.metadata().at("config")).at("layer").template get<Index>();
+  const Checkpoint file = Checkpoint::open(std::string(MOE_GOLDEN_DIR) + "/" + name + ".safetensors");
+  const Index layer = nlohmann::json::parse(file.metadata().at("config")).at("layer").template get<Index>();
   if constexpr (requires { model.router.group_limit; }) model.router.group_limit = {};
   model = moe::sized_as(model, file, layer);
   const auto loaded = moe::load_mapped_layer<float>(model, file, layer);
@@ -280,8 +277,7 @@ void expect_same_golden(M model, const std::string& name, std::size_t mapped, st
   for (const moe::LoadedTensor& tensor : loaded.tensors) ++count[tensor.copied];
   EXPECT_EQ(count[""], mapped);
   EXPECT_EQ(count["transposed"], transposed);
-  EXPECT_EQ(count[""] + count["transposed"] + count["not an expert's matrix"],
-            loaded.tensors.size());
+  EXPECT_EQ(count[""] + count["transposed"] + count["not an expert's matrix"], loaded.tensors.size());
 }
 
 TEST(MappedLayer, EqualsTheCopiedOneOfEveryModel) {

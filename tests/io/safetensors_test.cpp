@@ -159,9 +159,8 @@ TEST(Checkpoint, ReadsTensorsInAnyOrderAndAtAnyAddress) {
   const Checkpoint checkpoint = Checkpoint::open(path);
   EXPECT_THAT(checkpoint.names(), ElementsAre("", "a", "b", "e0", "e1", "e2"));
   EXPECT_FALSE(moe::is_readable_in_place<float>(checkpoint.at("b")));
-  EXPECT_EQ(
-      numbers<float>(checkpoint.at("b")),
-      (std::vector<float>{std::bit_cast<float>(0x07060504), std::bit_cast<float>(0x0b0a0908)}));
+  EXPECT_EQ(numbers<float>(checkpoint.at("b")),
+            (std::vector<float>{std::bit_cast<float>(0x07060504), std::bit_cast<float>(0x0b0a0908)}));
   EXPECT_THAT(numbers<std::int64_t>(checkpoint.at("")), ElementsAre(12));
   EXPECT_EQ(checkpoint.metadata().size(), 2u);
   EXPECT_EQ(checkpoint.metadata().at("k"), "");
@@ -183,9 +182,11 @@ TEST(Checkpoint, ListsTensorsOfUnknownDTypesAndRefusesThemWhenAskedFor) {
   for (const std::string dtype :
        {"C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "f32", "F32 ", "", "new\\n"}) {
     write_text(path, file_of(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},
-        "b":{"dtype":")" + dtype + R"(","shape":[3,5],"data_offsets":[8,15]},
+        "b":{"dtype":")" + dtype +
+                                 R"(","shape":[3,5],"data_offsets":[8,15]},
         "c":{"dtype":"U8","shape":[1],"data_offsets":[15,16]},
-        "none":{"dtype":")" + dtype + R"(","shape":[0],"data_offsets":[8,8]},
+        "none":{"dtype":")" + dtype +
+                                 R"(","shape":[0],"data_offsets":[8,8]},
         "__metadata__":{"k":"v"}})",
                              16));
     const Checkpoint checkpoint = Checkpoint::open(path);
@@ -260,8 +261,7 @@ std::vector<Malformed> malformed_files() {
     return one(R"("dtype":"F32","data_offsets":[0,8],"shape":)" + text);
   };
   const auto two = [](const std::string& first, const std::string& second) {
-    return R"({"a":{"dtype":"U8","shape":)" + first + R"(},"b":{"dtype":"U8","shape":)" + second +
-           "}}";
+    return R"({"a":{"dtype":"U8","shape":)" + first + R"(},"b":{"dtype":"U8","shape":)" + second + "}}";
   };
   const std::string cut = file_of(kTwoFloats, 8);
   return {
@@ -272,9 +272,7 @@ std::vector<Malformed> malformed_files() {
       {"header one byte beyond", length_bytes(3) + "{}", {"3 bytes", "ends 2 bytes"}},
       {"largest length", length_bytes(UINT64_MAX) + "{}", {"18446744073709551615", "100000000"}},
       {"length that would wrap", length_bytes(UINT64_MAX - 7), {"18446744073709551608"}},
-      {"header over the limit",
-       length_bytes(100'000'001),
-       {"100000001 bytes", "at most 100000000"}},
+      {"header over the limit", length_bytes(100'000'001), {"100000001 bytes", "at most 100000000"}},
       {"header at the limit", length_bytes(100'000'000), {"100000000 bytes", "ends 0 bytes"}},
       // JSON.
       {"no header", file_of("", 0), {"the header is not a JSON object", "nothing"}},
@@ -308,9 +306,7 @@ std::vector<Malformed> malformed_files() {
                    "\u0077":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}})",
                4),
        {"'w' twice"}},
-      {"metadata twice",
-       file_of(R"({"__metadata__":{},"__metadata__":{}})", 0),
-       {"'__metadata__' twice"}},
+      {"metadata twice", file_of(R"({"__metadata__":{},"__metadata__":{}})", 0), {"'__metadata__' twice"}},
       {"a key of the metadata twice",
        file_of(R"({"__metadata__":{"k":"1","k":"1"}})", 0),
        {"__metadata__", "'k' twice"}},
@@ -372,13 +368,9 @@ std::vector<Malformed> malformed_files() {
       {"product overflows",
        file_of(shape("[4294967296,4294967296]"), 8),
        {"'w'", "[4294967296, 4294967296]", "9223372036854775807"}},
-      {"product wraps to 2",
-       file_of(shape("[2,4611686018427387904,4]"), 8),
-       {"9223372036854775807"}},
+      {"product wraps to 2", file_of(shape("[2,4611686018427387904,4]"), 8), {"9223372036854775807"}},
       {"bytes overflow", file_of(shape("[4611686018427387904]"), 8), {"9223372036854775807"}},
-      {"zero hides an overflow",
-       file_of(shape("[4294967296,4294967296,0]"), 8),
-       {"9223372036854775807"}},
+      {"zero hides an overflow", file_of(shape("[4294967296,4294967296,0]"), 8), {"9223372036854775807"}},
       // Offsets.
       {"offsets are a number", file_of(one(u8 + "2"), 2), {"'w'", "data_offsets is 2", "array"}},
       {"no offset", file_of(one(u8 + "[]"), 2), {"0 entries", "expected 2"}},
@@ -386,9 +378,7 @@ std::vector<Malformed> malformed_files() {
       {"three offsets", file_of(one(u8 + "[0,2,2]"), 2), {"3 entries", "expected 2"}},
       {"negative offset", file_of(one(u8 + "[-2,0]"), 2), {"data_offsets[0] is -2"}},
       {"fractional offset", file_of(one(u8 + "[0,2.0]"), 2), {"data_offsets[1] is 2.0"}},
-      {"offset of 2^64",
-       file_of(one(u8 + "[0,18446744073709551616]"), 2),
-       {"18446744073709551616"}},
+      {"offset of 2^64", file_of(one(u8 + "[0,18446744073709551616]"), 2), {"18446744073709551616"}},
       {"null offset", file_of(one(u8 + "[0,null]"), 2), {"data_offsets[1] is null"}},
       {"end before begin", file_of(one(u8 + "[2,0]"), 2), {"'w'", "at 2", "end at 0"}},
       {"end beyond the data", file_of(one(u8 + "[1,3]"), 2), {"'w'", "end at 3", "only 2 bytes"}},
@@ -428,9 +418,7 @@ std::vector<Malformed> malformed_files() {
       {"metadata holds a number",
        file_of(R"({"__metadata__":{"k":1}})", 0),
        {"__metadata__", "'k' is 1", "string"}},
-      {"metadata holds an object",
-       file_of(R"({"__metadata__":{"k":{}}})", 0),
-       {"'k' is an object"}},
+      {"metadata holds an object", file_of(R"({"__metadata__":{"k":{}}})", 0), {"'k' is an object"}},
       {"metadata holds an array", file_of(R"({"__metadata__":{"k":[]}})", 0), {"'k' is an array"}},
       {"metadata is a tensor",
        file_of(R"({"__metadata__":{"dtype":"U8","shape":[0]}})", 0),
@@ -443,7 +431,8 @@ TEST(MalformedFile, IsRefusedInMemory) {
     const auto bytes = bytes_of(c.file);  // of its exact size: a sanitizer sees more
     std::vector<std::string> parts = c.parts;
     parts.push_back("the file: ");
-    expect_error(c.name, [&] { moe::detail::parse_safetensors(bytes, "the file"); }, parts);
+    expect_error(
+        c.name, [&] { moe::detail::parse_safetensors(bytes, "the file"); }, parts);
   }
 }
 
@@ -455,7 +444,8 @@ TEST(MalformedFile, IsRefusedOnDisk) {
     write_text(path, c.file);
     std::vector<std::string> parts = c.parts;
     parts.push_back(path.string());
-    expect_error(c.name, [&] { Checkpoint::open(path); }, parts);
+    expect_error(
+        c.name, [&] { Checkpoint::open(path); }, parts);
   }
 }
 
@@ -487,9 +477,12 @@ TEST(MalformedFile, IsCalledByItsName) {
   write_text(index, R"({"weight_map":{"w":"m.safetensors"}})");
   for (const auto& [file, what] : files) {
     write_text(path, file);
-    const std::vector<std::string> parts{path.string() + ": the file is " + what, ", expected a safetensors file"};
-    expect_error(what, [&] { Checkpoint::open(path); }, parts);
-    expect_error(what, [&] { Checkpoint::open(index); }, parts);
+    const std::vector<std::string> parts{path.string() + ": the file is " + what,
+                                         ", expected a safetensors file"};
+    expect_error(
+        what, [&] { Checkpoint::open(path); }, parts);
+    expect_error(
+        what, [&] { Checkpoint::open(index); }, parts);
   }
   for (const auto& [file, what] : files) {
     if (file.starts_with('{')) continue;
@@ -548,8 +541,7 @@ TEST(Open, NamesWhatItCannotOpen) {
   expect_error("empty path", [] { Checkpoint::open(""); }, {"cannot open"});
   expect_error("a device", [] { Checkpoint::open("/dev/null"); }, {"/dev/null"});
   write_text(directory / "file", "x");
-  expect_error("below a file", [&] { Checkpoint::open(directory / "file" / "m"); },
-               {"cannot open"});
+  expect_error("below a file", [&] { Checkpoint::open(directory / "file" / "m"); }, {"cannot open"});
 }
 
 TEST(Open, FindsTheOneFileOfADirectory) {
@@ -566,8 +558,7 @@ TEST(Open, FindsTheOneFileOfADirectory) {
   write_text(directory / "m.safetensors.index.json", R"({"weight_map":{"w":"n.safetensors"}})");
   EXPECT_EQ(Checkpoint::open(directory.path()).path(), directory / "m.safetensors.index.json");
   write_text(directory / "n.safetensors.index.json", R"({"weight_map":{}})");
-  expect_error("two indices", [&] { Checkpoint::open(directory.path()); },
-               {"2 .safetensors.index.json"});
+  expect_error("two indices", [&] { Checkpoint::open(directory.path()); }, {"2 .safetensors.index.json"});
 }
 
 // A file of one U8 called as the file is to be.
@@ -600,8 +591,7 @@ TEST(Open, JoinsAllFilesOfASet) {
   EXPECT_EQ(checkpoint.metadata().at("of"), "model-00001-of-000003.safetensors");
   expect_error("at", [&] { checkpoint.at("x"); }, {directory.path().string(), "among 3"});
   // A file of the set alone can be opened by its own path.
-  EXPECT_THAT(Checkpoint::open(directory / "model-00002-of-000003.safetensors").names(),
-              ElementsAre("w2"));
+  EXPECT_THAT(Checkpoint::open(directory / "model-00002-of-000003.safetensors").names(), ElementsAre("w2"));
 
   const std::string where = directory.path().string() + ": ";
   write_one(directory, "model-00004-of-000003.safetensors", "w4");
@@ -659,19 +649,27 @@ TEST(Open, JoinsAListOfFiles) {
   EXPECT_EQ(both.path(), directory / "b");
   EXPECT_EQ(both.at("wa").bytes[0], std::byte(0));
   EXPECT_THAT(Checkpoint::open(Files{directory / "a"}).names(), ElementsAre("wa"));
-  const std::string a = (directory / "a").string(), b = (directory / "b").string();  // named in place, by texts too
+  const std::string a = (directory / "a").string(),
+                    b = (directory / "b").string();  // named in place, by texts too
   EXPECT_THAT(Checkpoint::open({a.c_str(), b.c_str()}).names(), ElementsAre("wa", "wb"));
   EXPECT_THAT(Checkpoint::open({a.c_str()}).names(), ElementsAre("wa"));
   EXPECT_THAT(Checkpoint::open({directory / "a", directory / "b"}).names(), ElementsAre("wa", "wb"));
 
   write_one(directory, "c", "wb");
-  expect_error("twice", [&] { Checkpoint::open(Files{directory / "a", directory / "b", directory / "c"}); },
+  expect_error("twice",
+               [&] {
+                 Checkpoint::open(Files{directory / "a", directory / "b", directory / "c"});
+               },
                {(directory / "c").string() + ": tensor 'wb' is in " + (directory / "b").string() + " too"});
   write_text(directory / "c", file_of(R"({"wb":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}})", 1));
-  for (const Files& files : {Files{directory / "c", directory / "b"}, {directory / "b", directory / "c"},
+  for (const Files& files : {Files{directory / "c", directory / "b"},
+                             {directory / "b", directory / "c"},
                              {directory / "c", directory / "c"}})
     expect_error("twice, once unread", [&] { Checkpoint::open(files); }, {"tensor 'wb' is in"});
-  expect_error("missing", [&] { Checkpoint::open(Files{directory / "a", directory / "d"}); },
+  expect_error("missing",
+               [&] {
+                 Checkpoint::open(Files{directory / "a", directory / "d"});
+               },
                {(directory / "d").string(), "cannot open"});
   expect_error("none", [] { Checkpoint::open(Files{}); }, {"0 files", "at least 1"});
 }
@@ -690,11 +688,10 @@ TEST(Open, RefusesATensorInTwoFilesOfASet) {
 struct Shards {
   Shards() {
     std::filesystem::create_directory(directory / "sub");
-    write_text(directory / "1.safetensors",
-               file_of(R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},
+    write_text(directory / "1.safetensors", file_of(R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},
                            "b":{"dtype":"U8","shape":[1],"data_offsets":[2,3]},
                            "__metadata__":{"format":"pt","of":"1"}})",
-                       3));
+                                                    3));
     write_text(directory / "sub" / "2.safetensors",
                file_of(R"({"c":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},
                            "a":{"dtype":"U8","shape":[3],"data_offsets":[2,5]},
@@ -762,7 +759,8 @@ TEST(Index, RefusesWhatLies) {
       {"zero byte", map(R"("a":"1.safetensors\u0000x")"), {"'1.safetensors?x'", "below"}},
       {"a directory", map(R"("a":"sub")"), {"sub", "regular"}},
       {"the directory itself", map(R"("a":".")"), {"regular"}},
-      {"the index itself", map(R"("a":"m.safetensors.index.json")"),
+      {"the index itself",
+       map(R"("a":"m.safetensors.index.json")"),
        {"m.safetensors.index.json: the file is text that begins with '{\"weight_map\"", "safetensors file"}},
       {"a name twice", map(R"("a":"1.safetensors","a":"1.safetensors")"), {"'a' twice"}},
       {"two maps", R"({"weight_map":{},"weight_map":{}})", {"'weight_map' twice"}},
@@ -784,7 +782,8 @@ TEST(Index, RefusesWhatLies) {
   for (const Case& c : cases) {
     std::vector<std::string> parts = c.parts;
     parts.push_back(shards.directory.path().string());
-    expect_error(c.name, [&] { shards.open(c.index); }, parts);
+    expect_error(
+        c.name, [&] { shards.open(c.index); }, parts);
   }
 }
 
@@ -794,8 +793,7 @@ TEST(Index, ListsTensorsOfUnknownDTypes) {
              file_of(R"({"d":{"dtype":"F4","shape":[2],"data_offsets":[0,1]},
                          "e":{"dtype":"F4","shape":[2],"data_offsets":[1,2]}})",
                      2));
-  const Checkpoint checkpoint =
-      shards.open(R"({"weight_map":{"a":"1.safetensors","d":"3.safetensors"}})");
+  const Checkpoint checkpoint = shards.open(R"({"weight_map":{"a":"1.safetensors","d":"3.safetensors"}})");
   EXPECT_THAT(checkpoint.names(), ElementsAre("a", "d"));
   expect_error("d", [&] { checkpoint.at("d"); }, {"'d'", "'F4'"});
   expect_error("e", [&] { checkpoint.at("e"); }, {"no tensor 'e'"});

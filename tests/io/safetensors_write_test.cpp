@@ -13,8 +13,8 @@
 #include <vector>
 
 #if __has_include(<sys/resource.h>)
-#include <csignal>
 #include <sys/resource.h>
+#include <csignal>
 #endif
 
 #include <gmock/gmock.h>
@@ -40,10 +40,10 @@ using testing::ElementsAre;
 using Metadata = std::map<std::string, std::string>;
 
 // As the reference implementation orders them: largest elements first.
-const std::vector<DType> kAll{
-    DType::U64,  DType::I64,     DType::F64,     DType::F32,     DType::U32, DType::I32,
-    DType::BF16, DType::F16,     DType::U16,     DType::I16,     DType::F8_E8M0,
-    DType::F8_E4M3, DType::F8_E5M2, DType::I8,   DType::U8,      DType::BOOL};
+const std::vector<DType> kAll{DType::U64,     DType::I64, DType::F64,     DType::F32,
+                              DType::U32,     DType::I32, DType::BF16,    DType::F16,
+                              DType::U16,     DType::I16, DType::F8_E8M0, DType::F8_E4M3,
+                              DType::F8_E5M2, DType::I8,  DType::U8,      DType::BOOL};
 
 std::vector<std::string> files_in(const std::filesystem::path& directory) {
   std::vector<std::string> names;
@@ -66,8 +66,7 @@ TEST(WriteSafetensors, RoundTripsEveryDTypeBitwise) {
   std::vector<std::vector<std::byte>> memory;
   std::vector<TensorToWrite> tensors;
   for (const DType dtype : kAll) {
-    for (const std::vector<Index>& shape :
-         {std::vector<Index>{}, {0}, {3, 0, 2}, {1}, {3, 5}, {2, 1, 7}}) {
+    for (const std::vector<Index>& shape : {std::vector<Index>{}, {0}, {3, 0, 2}, {1}, {3, 5}, {2, 1, 7}}) {
       Index size = 1;
       for (const Index n : shape) size *= n;
       std::vector<std::byte> bytes(std::size_t(size) * moe::size_of(dtype));
@@ -108,10 +107,12 @@ TEST(WriteSafetensors, WritesWhatPythonWrites) {
   const auto h = bytes_of(std::vector<std::uint16_t>{0x3e00, 0xb400, 0x7bff});
   const auto bf = bytes_of(std::vector<std::uint16_t>{0x4049});
   const auto q = bytes_of(std::vector<std::uint8_t>{1, 0, 1});
-  const std::vector<TensorToWrite> tensors{
-      {"a.weight", DType::F32, {2, 2}, weight}, {"z", DType::I64, {}, z},
-      {"h", DType::F16, {3}, h},                {"bf", DType::BF16, {1}, bf},
-      {"none", DType::F32, {0, 4}, {}},         {"q", DType::BOOL, {3}, q}};
+  const std::vector<TensorToWrite> tensors{{"a.weight", DType::F32, {2, 2}, weight},
+                                           {"z", DType::I64, {}, z},
+                                           {"h", DType::F16, {3}, h},
+                                           {"bf", DType::BF16, {1}, bf},
+                                           {"none", DType::F32, {0, 4}, {}},
+                                           {"q", DType::BOOL, {3}, q}};
   moe::write_safetensors(path, tensors, {{"format", "pt"}});
   EXPECT_EQ(text_in(path), io_test::file_by_python());
 }
@@ -138,8 +139,8 @@ TEST(WriteSafetensors, OrdersDTypesAndEscapesNamesAsPythonDoes) {
     at = next;
   }
   moe::write_safetensors(
-      path, std::vector<TensorToWrite>{
-                {"n\"\\\n\t\x01\x7f\xc3\xa9", DType::F32, {1}, std::span(zeros).first(4)}});
+      path,
+      std::vector<TensorToWrite>{{"n\"\\\n\t\x01\x7f\xc3\xa9", DType::F32, {1}, std::span(zeros).first(4)}});
   EXPECT_EQ(header_in(text_in(path)),
             "{\"n\\\"\\\\\\n\\t\\u0001\x7f\xc3\xa9\":"
             "{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}} ");
@@ -202,21 +203,31 @@ TEST(WriteSafetensors, RefusesWhatIsNoCheckpointAndLeavesTheOldFile) {
       {"too few bytes", with([](auto& t) { t.shape = {3}; }), {}, {"'bad'", " 8 ", "12", "[3]"}},
       {"too many bytes", with([](auto& t) { t.shape = {}; }), {}, {"'bad'", " 8 ", "4", "[]"}},
       {"another dtype", with([](auto& t) { t.dtype = DType::F16; }), {}, {" 8 ", "4", "F16 [2]"}},
-      {"negative", with([](auto& t) { t.shape = {-1, -2}; }), {}, {"'bad'", "[-1, -2]"}},
-      {"huge", with([](auto& t) { t.shape = {kMax, 2}; }), {}, {"'bad'", "[9223372036854775807"}},
+      {"negative",
+       with([](auto& t) {
+         t.shape = {-1, -2};
+       }),
+       {},
+       {"'bad'", "[-1, -2]"}},
+      {"huge",
+       with([](auto& t) {
+         t.shape = {kMax, 2};
+       }),
+       {},
+       {"'bad'", "[9223372036854775807"}},
       {"no dtype", with([](auto& t) { t.dtype = DType(77); }), {}, {"77"}},
       {"name", with([](auto& t) { t.name = "\xff"; }), {}, {"name", "'?'", "UTF-8"}},
       {"key", {good}, {{"\xc3", "v"}}, {"key of the metadata", "UTF-8"}},
       {"value", {good}, {{"k", "\xed\xa0\x80"}}, {"value of the metadata", "UTF-8"}},
   };
   for (const Case& c : cases) {
-    expect_error(c.name, [&] { moe::write_safetensors(path, c.tensors, c.metadata); }, c.parts);
+    expect_error(
+        c.name, [&] { moe::write_safetensors(path, c.tensors, c.metadata); }, c.parts);
     EXPECT_EQ(text_in(path), "old") << c.name;
     EXPECT_THAT(files_in(directory.path()), ElementsAre("m.safetensors")) << c.name;
   }
   const Metadata large{{"k", std::string(100'000'000, 'x')}};
-  expect_error("header", [&] { moe::write_safetensors(path, {}, large); },
-               {"100000032", "100000000"});
+  expect_error("header", [&] { moe::write_safetensors(path, {}, large); }, {"100000032", "100000000"});
   EXPECT_EQ(text_in(path), "old");
 }
 
@@ -229,8 +240,7 @@ TEST(WriteSafetensors, LeavesNothingWhereItCannotWrite) {
   write_text(directory / "target" / "file", "old");
   expect_error("a directory", [&] { moe::write_safetensors(directory / "target", {}); },
                {(directory / "target").string(), "cannot write"});
-  expect_error("below a file",
-               [&] { moe::write_safetensors(directory / "target" / "file" / "m", {}); },
+  expect_error("below a file", [&] { moe::write_safetensors(directory / "target" / "file" / "m", {}); },
                {"cannot write"});
   expect_error("no name", [] { moe::write_safetensors("", {}); }, {"cannot write"});
   EXPECT_EQ(text_in(directory / "target" / "file"), "old");
@@ -252,8 +262,7 @@ TEST(WriteSafetensors, LeavesTheOldFileWhereTheDiskIsFull) {
   rlimit small = before;
   small.rlim_cur = 1 << 16;
   ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &small), 0);
-  expect_error("full", [&] { moe::write_safetensors(path, tensors); },
-               {path.string(), "cannot write"});
+  expect_error("full", [&] { moe::write_safetensors(path, tensors); }, {path.string(), "cannot write"});
   setrlimit(RLIMIT_FSIZE, &before);
   std::signal(SIGXFSZ, handler);
   EXPECT_EQ(text_in(path), "old");

@@ -43,8 +43,9 @@ TEST(SavedFiles, OfEveryLayoutAreRead) {
       Saved loaded = saved;
       Saved::visit([](const moe::ParameterInfo&, auto& array) { array.setConstant(-1); }, loaded);
       ASSERT_NO_THROW(moe::load_layer(Checkpoint::open(saved_file(layout, name)), loaded));
-      Saved::visit([](const moe::ParameterInfo& info, const auto& a, const auto& b) { EXPECT_EQ(a, b) << info.name; },
-                   loaded, saved);
+      Saved::visit(
+          [](const moe::ParameterInfo& info, const auto& a, const auto& b) { EXPECT_EQ(a, b) << info.name; },
+          loaded, saved);
       ++files;
     });
     EXPECT_EQ(files, layout == "layout_1" ? 8 : 9);
@@ -75,7 +76,8 @@ TEST(SavedFiles, OfOtherOptionsAreRefused) {
       {[](auto& o) { o.gate_side = moe::GateSide::output; }, "gate_side=input", "gate_side=output"},
       {[](auto& o) { o.group_limit.kept = 2; }, "kept_groups=1", "kept_groups=2"},
       {[](auto& o) { o.group_limit.groups = 1; }, "groups=2", "groups=1"},
-      {[](auto& o) { o.group_limit.score = moe::GroupScore::max; }, "group_score=top_two_sum", "group_score=max"},
+      {[](auto& o) { o.group_limit.score = moe::GroupScore::max; }, "group_score=top_two_sum",
+       "group_score=max"},
       {[](auto& o) { o.noise_stddev = 0; }, "noise_stddev=0.10000000000000001", "noise_stddev=0"},
       {[](auto& o) { o.jitter = 0; }, "jitter=0.01", "jitter=0"},
       {[](auto& o) { o.capacity.reset(); }, "capacity=1.25", "capacity=none"},
@@ -126,9 +128,10 @@ TEST(SavedFiles, OfOtherOptionsAreRefused) {
   // Units, in files that describe them.
   for (const std::string& layout : {kLayouts[2], kLayouts[3], kLayouts[4]}) {
     auto layer = saved_top_k_layer(saved_top_k_options(), {.alpha = 1.5, .limit = 7, .offset = 0.5});
-    expect_error(layout, [&] { moe::load_layer(Checkpoint::open(saved_file(layout, "top_k.safetensors")), layer); },
-                 {"experts = 4 x GatedFeedForward(ClampedSwiGLU(alpha=1.5 limit=6.5 offset=0.5)), expected 4 x",
-                  "(alpha=1.5 limit=7 offset=0.5)"});
+    expect_error(
+        layout, [&] { moe::load_layer(Checkpoint::open(saved_file(layout, "top_k.safetensors")), layer); },
+        {"experts = 4 x GatedFeedForward(ClampedSwiGLU(alpha=1.5 limit=6.5 offset=0.5)), expected 4 x",
+         "(alpha=1.5 limit=7 offset=0.5)"});
   }
 }
 
@@ -153,7 +156,9 @@ TEST(SavedFiles, SayWhatIsNotAtItsDefault) {
                  "group_score=top_two_sum noise_stddev=0.10000000000000001 jitter=0.01 capacity=1.25 "
                  "training_capacity=1.5 overflow=pass_through priority=assignment_gate "
                  "renormalise_after_drop=true"}}));
-  const auto router = [&](const std::string& name) { return metadata.at(name + ".safetensors").at("router"); };
+  const auto router = [&](const std::string& name) {
+    return metadata.at(name + ".safetensors").at("router");
+  };
   EXPECT_EQ(router("softmax_after"), "d_model=2 num_experts=4 softmax_before_selection=false");
   EXPECT_EQ(router("noisy_top_k"), "d_model=2 num_experts=4 top_k=3 noise_epsilon=0.5 capacity=2");
   EXPECT_EQ(router("sinkhorn"), "d_model=2 num_experts=4 top_k=2 tolerance=0.125 max_iterations=7");
@@ -170,8 +175,8 @@ TEST(SavedFiles, OfOptionsThatAreNotKnownAreRefused) {
   const TemporaryDirectory directory;
   const auto path = directory / "layer.safetensors";
   // Loads a layer's file with `added` after the first `after` of what it says of a part.
-  const auto load_with = [&](auto layer, const std::string& part, const std::string& after, const std::string& added,
-                             const std::map<std::string, std::string>& more = {}) {
+  const auto load_with = [&](auto layer, const std::string& part, const std::string& after,
+                             const std::string& added, const std::map<std::string, std::string>& more = {}) {
     moe::save_layer(path, layer);
     const Checkpoint file = Checkpoint::open(path);
     std::map<std::string, std::string> metadata = file.metadata();
@@ -185,14 +190,20 @@ TEST(SavedFiles, OfOptionsThatAreNotKnownAreRefused) {
   };
   const auto layer = saved_top_k_layer(saved_top_k_options());
   EXPECT_NO_THROW(load_with(layer, "router", "", ""));
-  expect_error("router", [&] { load_with(layer, "router", "gate_scale=2.5", " cube=3", {{"moe_version", "7.8.9"}}); },
-               {path.string(), "router option cube=3", "this version, " MOE_VERSION_STRING, "written by 7.8.9"});
+  expect_error(
+      "router",
+      [&] {
+        load_with(layer, "router", "gate_scale=2.5", " cube=3", {{"moe_version", "7.8.9"}});
+      },
+      {path.string(), "router option cube=3", "this version, " MOE_VERSION_STRING, "written by 7.8.9"});
   expect_error("unit", [&] { load_with(layer, "shared_experts", "alpha=1.5", " beta=2"); },
                {"shared_experts option beta=2", "written by " MOE_VERSION_STRING});
   const moe::TopKRouter<float> two({.d_model = 2, .num_experts = 2});
   const auto tree = io_test::layer_of(moe::HierarchicalRouter<moe::TopKRouter<float>>(two, {two, two}));
-  expect_error("child", [&] { load_with(tree, "router", "children(2 x d_model=2", " cube=3"); }, {"option cube=3"});
-  expect_error("parent", [&] { load_with(tree, "router", "parent(d_model=2", " cube=3"); }, {"option cube=3"});
+  expect_error("child", [&] { load_with(tree, "router", "children(2 x d_model=2", " cube=3"); },
+               {"option cube=3"});
+  expect_error("parent", [&] { load_with(tree, "router", "parent(d_model=2", " cube=3"); },
+               {"option cube=3"});
   // What is no list of options is another description.
   for (const std::string text : {"!", " ", " =1", " top_k=1", "("})
     EXPECT_THROW(load_with(layer, "router", "d_model=2 num_experts=4", text), moe::CheckpointError) << text;
@@ -215,12 +226,13 @@ TEST(OptionsText, NamesEveryOptionOfEveryRouter) {
   const std::string rule_text = " capacity_rounding=down capacity_minimum=3 capacity_multiple_of=2";
   expect_text(moe::NoisyTopKOptions{1, 2, 3, 0.5, 1.5, 2.5, rule, moe::Overflow::next_best,
                                     moe::Priority::token_max_gate, true, true},
-              "d_model=1 num_experts=2 top_k=3 noise_epsilon=0.5 capacity=1.5 training_capacity=2.5" + rule_text +
-                  " overflow=next_best priority=token_max_gate renormalise_after_drop=true");
-  expect_text(moe::SinkhornOptions{1, 2, 3, 0.5, 7, 1.5, 2.5, rule, moe::Overflow::next_best,
-                                   moe::Priority::token_max_prob},
-              "d_model=1 num_experts=2 top_k=3 tolerance=0.5 max_iterations=7 capacity=1.5 training_capacity=2.5" +
-                  rule_text + " overflow=next_best priority=token_max_prob");
+              "d_model=1 num_experts=2 top_k=3 noise_epsilon=0.5 capacity=1.5 training_capacity=2.5" +
+                  rule_text + " overflow=next_best priority=token_max_gate renormalise_after_drop=true");
+  expect_text(
+      moe::SinkhornOptions{1, 2, 3, 0.5, 7, 1.5, 2.5, rule, moe::Overflow::next_best,
+                           moe::Priority::token_max_prob},
+      "d_model=1 num_experts=2 top_k=3 tolerance=0.5 max_iterations=7 capacity=1.5 training_capacity=2.5" +
+          rule_text + " overflow=next_best priority=token_max_prob");
   expect_text(moe::SparseMixerOptions{1, 2, 0.5}, "d_model=1 num_experts=2 jitter=0.5");
   expect_text(moe::ExpertChoiceOptions{1, 2, 1.5, rule, moe::Overflow::pass_through},
               "d_model=1 num_experts=2 capacity=1.5" + rule_text + " overflow=pass_through");
@@ -239,8 +251,9 @@ TEST(OptionsText, ReadsNumbersOfEnumerators) {
   EXPECT_EQ(read("score=1 gate_side=1 group_score=1 capacity_rounding=1 overflow=1 priority=1"),
             "score=sigmoid gate_side=input group_score=top_two_sum capacity_rounding=down overflow=next_best "
             "priority=token_max_gate");
-  EXPECT_EQ(read("score=2 capacity_rounding=2 overflow=2 priority=2"),
-            "score=sqrt_softplus capacity_rounding=nearest_even overflow=pass_through priority=assignment_gate");
+  EXPECT_EQ(
+      read("score=2 capacity_rounding=2 overflow=2 priority=2"),
+      "score=sqrt_softplus capacity_rounding=nearest_even overflow=pass_through priority=assignment_gate");
   EXPECT_EQ(read("score=3 priority=3"), "score=relu priority=token_max_prob");
   EXPECT_EQ(read("score=0 gate_side=0 group_score=0 capacity_rounding=0 overflow=0 priority=0"), "");
   EXPECT_EQ(read("score=4 gate_side=-1 overflow=1x priority="), "score=4 gate_side=-1 overflow=1x priority=");

@@ -13,8 +13,8 @@
 #define MOE_HAS_HIERARCHICAL_ROUTER
 #endif
 
-// The layers whose files are in data/: see its README.md. This compiles with every version of the library that
-// had save_layer.
+// The layers whose files are in data/: see its README.md. This compiles with every version of the library
+// that had save_layer.
 namespace io_test {
 
 template <class Router>
@@ -48,7 +48,8 @@ inline moe::TopKOptions saved_top_k_options() {
 using Clamped = moe::GatedFeedForward<float, moe::ClampedSwiGLU>;
 
 inline moe::MoELayer<Clamped, moe::TopKRouter<float>> saved_top_k_layer(
-    const moe::TopKOptions& options, const moe::ClampedSwiGLU& unit = {.alpha = 1.5, .limit = 6.5, .offset = 0.5}) {
+    const moe::TopKOptions& options,
+    const moe::ClampedSwiGLU& unit = {.alpha = 1.5, .limit = 6.5, .offset = 0.5}) {
   const Clamped expert({.d_model = 2, .d_ff = 1, .bias = false, .glu = unit});
   return {std::vector<Clamped>(4, expert), moe::TopKRouter<float>(options), {{expert}}};
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// A child of fork() has the calling thread alone: what starts no threads works there, also after the parent has
-// run in parallel.
+// A child of fork() has the calling thread alone: what starts no threads works there, also after the parent
+// has run in parallel.
 #if __has_include(<sys/wait.h>) && __has_include(<unistd.h>)
 #include <sys/wait.h>
 #include <unistd.h>

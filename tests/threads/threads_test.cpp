@@ -28,8 +28,7 @@ void append(std::string& bytes, const S* data, Index n) {
 
 // Everything that a training step and an inference step compute, as bytes.
 template <class Layer, class E>
-std::string everything(const Layer& layer, const Matrix<float>& x, const BatchInfo& info,
-                       const E& executor) {
+std::string everything(const Layer& layer, const Matrix<float>& x, const BatchInfo& info, const E& executor) {
   std::string bytes;
   typename Layer::Cache cache;
   typename Layer::Workspace workspace;
@@ -41,11 +40,8 @@ std::string everything(const Layer& layer, const Matrix<float>& x, const BatchIn
   const Routing<float>& r = cache.routing;
   IndexVector device(layer.num_experts());
   for (Index e = 0; e < device.size(); ++e) device[e] = e % 2;
-  std::vector<Loss<float>> losses{load_balancing_loss(r),
-                                  importance_loss(r),
-                                  sequence_balance_loss(r, info),
-                                  device_balance_loss(r, device),
-                                  relu_balance_loss(r, 1)};
+  std::vector<Loss<float>> losses{load_balancing_loss(r), importance_loss(r), sequence_balance_loss(r, info),
+                                  device_balance_loss(r, device), relu_balance_loss(r, 1)};
   if (r.router_logits.size() > 0) losses.push_back(router_z_loss(r));
   LevelsLoss<float> load_of_levels;
   if (r.levels.empty()) {
@@ -69,14 +65,13 @@ std::string everything(const Layer& layer, const Matrix<float>& x, const BatchIn
   append(bytes, r.router_probs.data(), r.router_probs.size());
   append(bytes, r.plan.token.data(), r.plan.token.size());
   append(bytes, r.plan.gate.data(), r.plan.gate.size());
-  Layer::visit([&](const ParameterInfo&, const auto& g) { append(bytes, g.data(), g.size()); },
-               grad);
+  Layer::visit([&](const ParameterInfo&, const auto& g) { append(bytes, g.data(), g.size()); }, grad);
   return bytes;
 }
 
 template <class Expert, class E>
-std::string everything(const SoftMoELayer<Expert>& layer, const Matrix<float>& x,
-                       const BatchInfo& info, const E& executor) {
+std::string everything(const SoftMoELayer<Expert>& layer, const Matrix<float>& x, const BatchInfo& info,
+                       const E& executor) {
   using Layer = SoftMoELayer<Expert>;
   std::string bytes;
   typename Layer::Cache cache;
@@ -88,8 +83,7 @@ std::string everything(const SoftMoELayer<Expert>& layer, const Matrix<float>& x
   layer.backward(x, cache, grad, d_x, executor);
   for (const Matrix<float>* m : {&y, &y_train, &d_x, &cache.dispatch, &cache.combine})
     append(bytes, m->data(), m->size());
-  Layer::visit([&](const ParameterInfo&, const auto& g) { append(bytes, g.data(), g.size()); },
-               grad);
+  Layer::visit([&](const ParameterInfo&, const auto& g) { append(bytes, g.data(), g.size()); }, grad);
   return bytes;
 }
 
@@ -148,8 +142,7 @@ void expect_same_with_all_experts(const TopKRouter<float>& router, const std::st
   Rng rng(1);
   using Expert = FeedForward<float, GELUTanh>;
   const Expert::Options plain{.d_model = router.d_model(), .d_ff = 37, .bias = true};
-  expect_same_everywhere(MoELayer(make_experts<Expert>(router.num_experts(), plain, rng), router),
-                         what);
+  expect_same_everywhere(MoELayer(make_experts<Expert>(router.num_experts(), plain, rng), router), what);
   expect_same_with(router, what);
 }
 
@@ -159,32 +152,30 @@ TEST(Threads, TopKIsTheSameForEveryExecutor) {
   for (const Overflow overflow : {Overflow::drop, Overflow::next_best, Overflow::pass_through})
     for (const Priority priority : {Priority::token_order, Priority::token_max_gate,
                                     Priority::assignment_gate, Priority::token_max_prob})
-      expect_same_with_all_experts(TopKRouter<float>({.d_model = 33,
-                                                      .num_experts = 7,
-                                                      .top_k = 2,
-                                                      .softmax_before_selection = ++i % 2 == 0,
-                                                      .jitter = 0.05,
-                                                      .training_capacity = 1.0,
-                                                      .overflow = overflow,
-                                                      .priority = priority,
-                                                      .renormalise_after_drop = true},
-                                                     rng),
-                                   "overflow " + std::to_string(int(overflow)) + ", priority " +
-                                       std::to_string(int(priority)));
+      expect_same_with_all_experts(
+          TopKRouter<float>({.d_model = 33,
+                             .num_experts = 7,
+                             .top_k = 2,
+                             .softmax_before_selection = ++i % 2 == 0,
+                             .jitter = 0.05,
+                             .training_capacity = 1.0,
+                             .overflow = overflow,
+                             .priority = priority,
+                             .renormalise_after_drop = true},
+                            rng),
+          "overflow " + std::to_string(int(overflow)) + ", priority " + std::to_string(int(priority)));
 }
 
 TEST(Threads, NoisyTopKIsTheSameForEveryExecutor) {
   Rng rng(1);
-  expect_same_with(NoisyTopKRouter<float>({.d_model = 33, .num_experts = 7, .top_k = 3}, rng),
-                   "noisy top-k");
+  expect_same_with(NoisyTopKRouter<float>({.d_model = 33, .num_experts = 7, .top_k = 3}, rng), "noisy top-k");
 }
 
 TEST(Threads, ExpertChoiceIsTheSameForEveryExecutor) {
   Rng rng(1);
   expect_same_with(
       ExpertChoiceRouter<float>(
-          {.d_model = 33, .num_experts = 7, .capacity = 1.5, .overflow = Overflow::pass_through},
-          rng),
+          {.d_model = 33, .num_experts = 7, .capacity = 1.5, .overflow = Overflow::pass_through}, rng),
       "expert choice");
 }
 
@@ -202,14 +193,13 @@ TEST(Threads, OtherScoresAreTheSameForEveryExecutor) {
                          .training_capacity = 1.0},
                         rng),
       "sigmoid, groups, noise");
+  expect_same_with(TopKRouter<float>({.d_model = 33, .num_experts = 7, .top_k = 7, .top_p = 0.4}, rng),
+                   "top-p");
   expect_same_with(
-      TopKRouter<float>({.d_model = 33, .num_experts = 7, .top_k = 7, .top_p = 0.4}, rng), "top-p");
+      TopKRouter<float>({.d_model = 33, .num_experts = 7, .top_k = 7, .score = Score::relu}, rng), "ReLU");
   expect_same_with(
-      TopKRouter<float>({.d_model = 33, .num_experts = 7, .top_k = 7, .score = Score::relu}, rng),
-      "ReLU");
-  expect_same_with(TopKRouter<float>(
-                       {.d_model = 33, .num_experts = 7, .top_k = 2, .second_threshold = 0.2}, rng),
-                   "second threshold");
+      TopKRouter<float>({.d_model = 33, .num_experts = 7, .top_k = 2, .second_threshold = 0.2}, rng),
+      "second threshold");
   expect_same_with(TopKRouter<float>({.d_model = 33,
                                       .num_experts = 7,
                                       .top_k = 3,
@@ -218,8 +208,7 @@ TEST(Threads, OtherScoresAreTheSameForEveryExecutor) {
                                      rng),
                    "random second experts");
   expect_same_with(
-      TopKRouter<float>(
-          {.d_model = 33, .num_experts = 7, .top_k = 2, .score = Score::sqrt_softplus}, rng),
+      TopKRouter<float>({.d_model = 33, .num_experts = 7, .top_k = 2, .score = Score::sqrt_softplus}, rng),
       "sqrt-softplus");
   expect_same_with(TopKRouter<float>({.d_model = 33,
                                       .num_experts = 7,
@@ -233,8 +222,7 @@ TEST(Threads, OtherScoresAreTheSameForEveryExecutor) {
 
 TEST(Threads, SinkhornIsTheSameForEveryExecutor) {
   Rng rng(1);
-  expect_same_with(SinkhornRouter<float>({.d_model = 33, .num_experts = 7, .top_k = 2}, rng),
-                   "Sinkhorn");
+  expect_same_with(SinkhornRouter<float>({.d_model = 33, .num_experts = 7, .top_k = 2}, rng), "Sinkhorn");
 }
 
 TEST(Threads, SparseMixerIsTheSameForEveryExecutor) {
@@ -269,8 +257,8 @@ TEST(Threads, SoftMoEIsTheSameForEveryExecutor) {
     const SoftMoEOptions options{
         .d_model = 150, .num_experts = 9, .slots_per_expert = 8, .normalise = normalise};
     expect_same_everywhere(
-        SoftMoELayer(make_experts<GatedFeedForward<float>>(9, {.d_model = 150, .d_ff = 29}, rng),
-                     options, rng),
+        SoftMoELayer(make_experts<GatedFeedForward<float>>(9, {.d_model = 150, .d_ff = 29}, rng), options,
+                     rng),
         normalise ? "Soft MoE" : "Soft MoE of plain dot products");
   }
 }
@@ -280,8 +268,7 @@ TEST(Threads, OtherExpertsAreTheSameForEveryExecutor) {
   const TopKOptions options{.d_model = 33, .num_experts = 8, .top_k = 2, .training_capacity = 1.0};
   const TopKRouter<float> router(options, rng);
   expect_same_everywhere(
-      MoELayer(make_experts<ThreeWayFeedForward<float>>(8, {.d_model = 33, .d_ff = 29}, rng),
-               router),
+      MoELayer(make_experts<ThreeWayFeedForward<float>>(8, {.d_model = 33, .d_ff = 29}, rng), router),
       "three-way experts");
   expect_same_everywhere(MoELayer(make_mixed_experts(33, 29, rng), router), "null experts");
 }
@@ -289,9 +276,8 @@ TEST(Threads, OtherExpertsAreTheSameForEveryExecutor) {
 // One hot expert has many blocks of rows, a wide layer many blocks of columns.
 TEST(Threads, AHotExpertIsTheSameForEveryExecutor) {
   Rng rng(1);
-  expect_same_with_all_experts(
-      TopKRouter<float>({.d_model = 300, .num_experts = 2, .top_k = 2}, rng),
-      "two experts that see every token");
+  expect_same_with_all_experts(TopKRouter<float>({.d_model = 300, .num_experts = 2, .top_k = 2}, rng),
+                               "two experts that see every token");
 }
 
 TEST(Threads, ManyCallersMayShareALayer) {
@@ -328,9 +314,8 @@ TEST(Threads, ACallFromInsideATaskRunsThere) {
   Eigen::ThreadPool pool(3);
   const ThreadPoolExecutor executor(pool);
   std::vector<Matrix<float>> results(8);
-  executor.for_each(8, [&](Index task, Index) {
-    results[std::size_t(task)] = layer.forward(x, BatchInfo{}, executor);
-  });
+  executor.for_each(
+      8, [&](Index task, Index) { results[std::size_t(task)] = layer.forward(x, BatchInfo{}, executor); });
   for (const Matrix<float>& y : results) EXPECT_TRUE(y == expected);
 }
 

@@ -30,8 +30,7 @@ class FeedForward {
   };
 
   /// All parameters are zero, to be filled from elsewhere. Throws unless both widths are positive.
-  explicit FeedForward(const Options& options)
-    requires std::same_as<Storage, Owned>
+  explicit FeedForward(const Options& options) requires std::same_as<Storage, Owned>
       : activation_(options.activation) {
     check_widths(options);
     w_up.setZero(options.d_ff, options.d_model);
@@ -39,9 +38,7 @@ class FeedForward {
     set_biases(options);
   }
   /// Weights are normal with variance 1 / in, biases zero.
-  FeedForward(const Options& options, Rng& rng)
-    requires std::same_as<Storage, Owned>
-      : FeedForward(options) {
+  FeedForward(const Options& options, Rng& rng) requires std::same_as<Storage, Owned> : FeedForward(options) {
     w_up = lecun_normal<S>(options.d_ff, options.d_model, rng);
     w_down = lecun_normal<S>(options.d_model, options.d_ff, rng);
   }
@@ -83,9 +80,7 @@ class FeedForward {
 
   /// d_x [rows, d_model] from d_y; adds to the parameters of `grad`.
   void backward(const ConstMatrixRef<S>& x, const ConstMatrixRef<S>& d_y, MatrixRef<S> cache,
-                MatrixRef<S> d_x, FeedForward& grad) const
-    requires std::same_as<Storage, Owned>
-  {
+                MatrixRef<S> d_x, FeedForward& grad) const requires std::same_as<Storage, Owned> {
     check_expert_backward(*this, x, d_y, cache, d_x, grad, "FeedForward::backward");
     if (x.rows() == 0) return;
     const auto before = cache.leftCols(d_ff());

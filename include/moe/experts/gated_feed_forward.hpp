@@ -31,8 +31,7 @@ class GatedFeedForward {
   };
 
   /// All parameters are zero, to be filled from elsewhere. Throws unless both widths are positive.
-  explicit GatedFeedForward(const Options& options)
-    requires std::same_as<Storage, Owned>
+  explicit GatedFeedForward(const Options& options) requires std::same_as<Storage, Owned>
       : glu_(options.glu) {
     check_widths(options);
     w_gate.setZero(options.d_ff, options.d_model);
@@ -41,8 +40,7 @@ class GatedFeedForward {
     set_biases(options);
   }
   /// Weights are normal with variance 1 / in, biases zero.
-  GatedFeedForward(const Options& options, Rng& rng)
-    requires std::same_as<Storage, Owned>
+  GatedFeedForward(const Options& options, Rng& rng) requires std::same_as<Storage, Owned>
       : GatedFeedForward(options) {
     w_gate = lecun_normal<S>(options.d_ff, options.d_model, rng);
     w_up = lecun_normal<S>(options.d_ff, options.d_model, rng);
@@ -76,9 +74,9 @@ class GatedFeedForward {
   void forward(const ConstMatrixRef<S>& x, MatrixRef<S> y, MatrixRef<S> cache) const {
     check_expert_forward(*this, x, y, cache, "GatedFeedForward::forward");
     if (x.rows() == 0) return;
-    auto gate = cache.leftCols(d_ff());                   // [rows, d_ff]
-    auto up = cache.middleCols(d_ff(), d_ff());           // [rows, d_ff]
-    auto hidden = cache.middleCols(2 * d_ff(), d_ff());   // [rows, d_ff]
+    auto gate = cache.leftCols(d_ff());                  // [rows, d_ff]
+    auto up = cache.middleCols(d_ff(), d_ff());          // [rows, d_ff]
+    auto hidden = cache.middleCols(2 * d_ff(), d_ff());  // [rows, d_ff]
     linear(x, w_gate, gate);
     linear(x, w_up, up);
     if (has_bias()) {
@@ -92,9 +90,7 @@ class GatedFeedForward {
 
   /// d_x [rows, d_model] from d_y; adds to the parameters of `grad`.
   void backward(const ConstMatrixRef<S>& x, const ConstMatrixRef<S>& d_y, MatrixRef<S> cache,
-                MatrixRef<S> d_x, GatedFeedForward& grad) const
-    requires std::same_as<Storage, Owned>
-  {
+                MatrixRef<S> d_x, GatedFeedForward& grad) const requires std::same_as<Storage, Owned> {
     check_expert_backward(*this, x, d_y, cache, d_x, grad, "GatedFeedForward::backward");
     if (x.rows() == 0) return;
     const auto gate = cache.leftCols(d_ff());
@@ -105,8 +101,8 @@ class GatedFeedForward {
     linear_backward_weight(d_y, hidden, grad.w_down);
     linear_backward_input(d_y, w_down, hidden);
     for (Index i = 0; i < x.rows(); ++i)
-      activate_gated_backward(glu_, d_ff(), &gate.coeffRef(i, 0), &up.coeffRef(i, 0),
-                              &hidden.coeffRef(i, 0), &hidden.coeffRef(i, 0), &d_up.coeffRef(i, 0));
+      activate_gated_backward(glu_, d_ff(), &gate.coeffRef(i, 0), &up.coeffRef(i, 0), &hidden.coeffRef(i, 0),
+                              &hidden.coeffRef(i, 0), &d_up.coeffRef(i, 0));
     const auto& d_gate = hidden;
     linear_backward_weight(d_gate, x, grad.w_gate);
     linear_backward_weight(d_up, x, grad.w_up);
@@ -131,17 +127,16 @@ class GatedFeedForward {
     }
   }
 
-  Weight w_gate;  ///< [d_ff, d_model]
-  Weight w_up;    ///< [d_ff, d_model]
-  Weight w_down;  ///< [d_model, d_ff]
+  Weight w_gate;     ///< [d_ff, d_model]
+  Weight w_up;       ///< [d_ff, d_model]
+  Weight w_down;     ///< [d_model, d_ff]
   Vector<S> b_gate;  ///< [d_ff], empty without bias
   Vector<S> b_up;    ///< [d_ff], empty without bias
   Vector<S> b_down;  ///< [d_model], empty without bias
 
  private:
   static void check_widths(const Options& options) {
-    require(options.d_model > 0, "GatedFeedForward: d_model = ", options.d_model,
-            ", expected at least 1");
+    require(options.d_model > 0, "GatedFeedForward: d_model = ", options.d_model, ", expected at least 1");
     require(options.d_ff > 0, "GatedFeedForward: d_ff = ", options.d_ff, ", expected at least 1");
   }
   void set_biases(const Options& options) {

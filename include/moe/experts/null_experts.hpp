@@ -25,8 +25,7 @@ class ZeroExpert {
 
   /// Throws std::invalid_argument unless d_model is positive.
   explicit ZeroExpert(const Options& options) : d_model_(options.d_model) {
-    require(options.d_model > 0, "ZeroExpert: d_model = ", options.d_model,
-            ", expected at least 1");
+    require(options.d_model > 0, "ZeroExpert: d_model = ", options.d_model, ", expected at least 1");
   }
   /// The same: there is nothing to draw.
   ZeroExpert(const Options& options, Rng&) : ZeroExpert(options) {}
@@ -74,8 +73,7 @@ class CopyExpert {
 
   /// Throws std::invalid_argument unless d_model is positive.
   explicit CopyExpert(const Options& options) : d_model_(options.d_model) {
-    require(options.d_model > 0, "CopyExpert: d_model = ", options.d_model,
-            ", expected at least 1");
+    require(options.d_model > 0, "CopyExpert: d_model = ", options.d_model, ", expected at least 1");
   }
   /// The same: there is nothing to draw.
   CopyExpert(const Options& options, Rng&) : CopyExpert(options) {}
@@ -124,8 +122,7 @@ class ConstantExpert {
 
   /// All parameters are zero, to be filled from elsewhere. Throws unless d_model is positive.
   explicit ConstantExpert(const Options& options) {
-    require(options.d_model > 0, "ConstantExpert: d_model = ", options.d_model,
-            ", expected at least 1");
+    require(options.d_model > 0, "ConstantExpert: d_model = ", options.d_model, ", expected at least 1");
     w_c.setZero(2, options.d_model);
     v.setZero(options.d_model);
   }

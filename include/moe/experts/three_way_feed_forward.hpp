@@ -32,17 +32,14 @@ class ThreeWayFeedForward {
   };
 
   /// All parameters are zero, to be filled from elsewhere. Throws unless both widths are positive.
-  explicit ThreeWayFeedForward(const Options& options)
-    requires std::same_as<Storage, Owned>
-  {
+  explicit ThreeWayFeedForward(const Options& options) requires std::same_as<Storage, Owned> {
     check_widths(options);
     w_gate.setZero(2 * options.d_ff, options.d_model);
     w_up.setZero(options.d_ff, options.d_model);
     w_down.setZero(options.d_model, options.d_ff);
   }
   /// Weights are normal with variance 1 / in.
-  ThreeWayFeedForward(const Options& options, Rng& rng)
-    requires std::same_as<Storage, Owned>
+  ThreeWayFeedForward(const Options& options, Rng& rng) requires std::same_as<Storage, Owned>
       : ThreeWayFeedForward(options) {
     w_gate = lecun_normal<S>(2 * options.d_ff, options.d_model, rng);
     w_up = lecun_normal<S>(options.d_ff, options.d_model, rng);
@@ -74,9 +71,9 @@ class ThreeWayFeedForward {
   void forward(const ConstMatrixRef<S>& x, MatrixRef<S> y, MatrixRef<S> cache) const {
     check_expert_forward(*this, x, y, cache, "ThreeWayFeedForward::forward");
     if (x.rows() == 0) return;
-    auto up = cache.middleCols(2 * d_ff(), d_ff());      // [rows, d_ff]
-    auto unit = cache.middleCols(3 * d_ff(), d_ff());    // a1 * silu(a2) [rows, d_ff]
-    auto hidden = cache.rightCols(d_ff());               // [rows, d_ff]
+    auto up = cache.middleCols(2 * d_ff(), d_ff());    // [rows, d_ff]
+    auto unit = cache.middleCols(3 * d_ff(), d_ff());  // a1 * silu(a2) [rows, d_ff]
+    auto hidden = cache.rightCols(d_ff());             // [rows, d_ff]
     linear(x, w_gate, cache.leftCols(2 * d_ff()));
     linear(x, w_up, up);
     activate_rows(cache, unit);
@@ -86,9 +83,7 @@ class ThreeWayFeedForward {
 
   /// d_x [rows, d_model] from d_y; adds to the parameters of `grad`.
   void backward(const ConstMatrixRef<S>& x, const ConstMatrixRef<S>& d_y, MatrixRef<S> cache,
-                MatrixRef<S> d_x, ThreeWayFeedForward& grad) const
-    requires std::same_as<Storage, Owned>
-  {
+                MatrixRef<S> d_x, ThreeWayFeedForward& grad) const requires std::same_as<Storage, Owned> {
     check_expert_backward(*this, x, d_y, cache, d_x, grad, "ThreeWayFeedForward::backward");
     if (x.rows() == 0) return;
     const auto a1 = cache.leftCols(d_ff());
@@ -105,8 +100,7 @@ class ThreeWayFeedForward {
     hidden = hidden.cwiseProduct(unit);
     for (Index i = 0; i < x.rows(); ++i)
       activate_gated_backward(SwiGLU{}, d_ff(), &a2.coeffRef(i, 0), &a1.coeffRef(i, 0),
-                              &d_unit.coeffRef(i, 0), &d_unit.coeffRef(i, 0),
-                              &unit.coeffRef(i, 0));
+                              &d_unit.coeffRef(i, 0), &d_unit.coeffRef(i, 0), &unit.coeffRef(i, 0));
     const auto d_gate = cache.middleCols(3 * d_ff(), 2 * d_ff());
     const auto& d_up = hidden;
     linear_backward_weight(d_gate, x, grad.w_gate);
@@ -128,10 +122,8 @@ class ThreeWayFeedForward {
 
  private:
   static void check_widths(const Options& options) {
-    require(options.d_model > 0, "ThreeWayFeedForward: d_model = ", options.d_model,
-            ", expected at least 1");
-    require(options.d_ff > 0, "ThreeWayFeedForward: d_ff = ", options.d_ff,
-            ", expected at least 1");
+    require(options.d_model > 0, "ThreeWayFeedForward: d_model = ", options.d_model, ", expected at least 1");
+    require(options.d_ff > 0, "ThreeWayFeedForward: d_ff = ", options.d_ff, ", expected at least 1");
   }
 
   // unit = a1 * silu(a2), from the cache.

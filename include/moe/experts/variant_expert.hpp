@@ -20,8 +20,8 @@ class VariantExpert {
                 "all kinds of a VariantExpert must have the same Scalar");
 
   template <class E>
-    requires(std::is_same_v<E, First> || (std::is_same_v<E, Rest> || ...))
-  VariantExpert(E expert) : expert_(std::move(expert)) {}
+  requires(std::is_same_v<E, First> || (std::is_same_v<E, Rest> || ...)) VariantExpert(E expert)
+      : expert_(std::move(expert)) {}
 
   std::variant<First, Rest...>& get() { return expert_; }
   const std::variant<First, Rest...>& get() const { return expert_; }
@@ -35,13 +35,12 @@ class VariantExpert {
   void forward(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y) const {
     std::visit([&](const auto& e) { e.forward(x, y); }, expert_);
   }
-  void forward(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y,
-               MatrixRef<Scalar> cache) const {
+  void forward(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y, MatrixRef<Scalar> cache) const {
     std::visit([&](const auto& e) { e.forward(x, y, cache); }, expert_);
   }
   /// Throws std::invalid_argument when `grad` is of another kind.
-  void backward(const ConstMatrixRef<Scalar>& x, const ConstMatrixRef<Scalar>& d_y,
-                MatrixRef<Scalar> cache, MatrixRef<Scalar> d_x, VariantExpert& grad) const {
+  void backward(const ConstMatrixRef<Scalar>& x, const ConstMatrixRef<Scalar>& d_y, MatrixRef<Scalar> cache,
+                MatrixRef<Scalar> d_x, VariantExpert& grad) const {
     std::visit(
         [&](const auto& e) {
           e.backward(x, d_y, cache, d_x, same_kind<std::remove_cvref_t<decltype(e)>>(*this, grad));
@@ -64,8 +63,8 @@ class VariantExpert {
   template <class E, class Self, class Other>
   static auto& same_kind(const Self& self, Other& other) {
     auto* const expert = std::get_if<E>(&other.expert_);
-    require(expert != nullptr, "VariantExpert: kind ", other.expert_.index(),
-            " where kind ", self.expert_.index(), " is expected");
+    require(expert != nullptr, "VariantExpert: kind ", other.expert_.index(), " where kind ",
+            self.expert_.index(), " is expected");
     return *expert;
   }
 

@@ -61,7 +61,8 @@ template <class... Parts>
 
 template <class... Parts>
 void require_checkpoint(bool ok, const Parts&... parts) {
-  if (!ok) [[unlikely]] fail_checkpoint(parts...);
+  if (!ok) [[unlikely]]
+    fail_checkpoint(parts...);
 }
 
 // Text from a file, fit for a message: printable and of a length that one can read.
@@ -131,9 +132,12 @@ inline std::optional<Index> num_elements(std::span<const Index> shape) {
   bool empty = false;
   for (const Index n : shape) {
     if (n < 0) return std::nullopt;
-    if (n == 0) empty = true;
-    else if (product > (std::numeric_limits<Index>::max)() / n) return std::nullopt;
-    else product *= n;
+    if (n == 0)
+      empty = true;
+    else if (product > (std::numeric_limits<Index>::max)() / n)
+      return std::nullopt;
+    else
+      product *= n;
   }
   return empty ? 0 : product;
 }
@@ -187,11 +191,10 @@ inline std::string description_of(const TensorView& tensor) {
 // Throws unless the bytes of a view are as many as its shape says.
 inline void check_bytes(const TensorView& tensor, std::string_view where) {
   const std::optional<std::size_t> expected = num_bytes(tensor.dtype, tensor.shape);
-  if (!expected)
-    fail_checkpoint(where, ": ", description_of(tensor), ": no memory holds this shape");
+  if (!expected) fail_checkpoint(where, ": ", description_of(tensor), ": no memory holds this shape");
   if (tensor.bytes.size() != *expected)
-    fail_checkpoint(where, ": ", description_of(tensor), " has ", tensor.bytes.size(),
-                    " bytes, expected ", *expected);
+    fail_checkpoint(where, ": ", description_of(tensor), " has ", tensor.bytes.size(), " bytes, expected ",
+                    *expected);
 }
 
 // The bytes are read as they lie.
@@ -223,18 +226,10 @@ constexpr std::uint32_t widened(std::uint32_t bits) {
   return sign | (exponent + kBiasDifference) << 23 | mantissa << (23 - kMantissaBits);
 }
 
-constexpr float float_of_f16(std::uint16_t bits) {
-  return std::bit_cast<float>(widened<5, 10, true>(bits));
-}
-constexpr float float_of_bf16(std::uint16_t bits) {
-  return std::bit_cast<float>(std::uint32_t(bits) << 16);
-}
-constexpr float float_of_e4m3(std::uint8_t bits) {
-  return std::bit_cast<float>(widened<4, 3, false>(bits));
-}
-constexpr float float_of_e5m2(std::uint8_t bits) {
-  return std::bit_cast<float>(widened<5, 2, true>(bits));
-}
+constexpr float float_of_f16(std::uint16_t bits) { return std::bit_cast<float>(widened<5, 10, true>(bits)); }
+constexpr float float_of_bf16(std::uint16_t bits) { return std::bit_cast<float>(std::uint32_t(bits) << 16); }
+constexpr float float_of_e4m3(std::uint8_t bits) { return std::bit_cast<float>(widened<4, 3, false>(bits)); }
+constexpr float float_of_e5m2(std::uint8_t bits) { return std::bit_cast<float>(widened<5, 2, true>(bits)); }
 constexpr float float_of_e8m0(std::uint8_t bits) {
   if (bits == 0xff) return std::numeric_limits<float>::quiet_NaN();
   return std::bit_cast<float>(bits == 0 ? 0x00400000u : std::uint32_t(bits) << 23);  // 2^-127 first
@@ -268,17 +263,28 @@ void convert_each(const TensorView& tensor, S* out, Convert convert) {
 // The dtype whose elements are S.
 template <class S>
 constexpr std::optional<DType> dtype_of() {
-  if constexpr (std::same_as<S, double>) return DType::F64;
-  else if constexpr (std::same_as<S, float>) return DType::F32;
-  else if constexpr (std::same_as<S, std::int64_t>) return DType::I64;
-  else if constexpr (std::same_as<S, std::int32_t>) return DType::I32;
-  else if constexpr (std::same_as<S, std::int16_t>) return DType::I16;
-  else if constexpr (std::same_as<S, std::int8_t>) return DType::I8;
-  else if constexpr (std::same_as<S, std::uint64_t>) return DType::U64;
-  else if constexpr (std::same_as<S, std::uint32_t>) return DType::U32;
-  else if constexpr (std::same_as<S, std::uint16_t>) return DType::U16;
-  else if constexpr (std::same_as<S, std::uint8_t>) return DType::U8;
-  else return std::nullopt;
+  if constexpr (std::same_as<S, double>)
+    return DType::F64;
+  else if constexpr (std::same_as<S, float>)
+    return DType::F32;
+  else if constexpr (std::same_as<S, std::int64_t>)
+    return DType::I64;
+  else if constexpr (std::same_as<S, std::int32_t>)
+    return DType::I32;
+  else if constexpr (std::same_as<S, std::int16_t>)
+    return DType::I16;
+  else if constexpr (std::same_as<S, std::int8_t>)
+    return DType::I8;
+  else if constexpr (std::same_as<S, std::uint64_t>)
+    return DType::U64;
+  else if constexpr (std::same_as<S, std::uint32_t>)
+    return DType::U32;
+  else if constexpr (std::same_as<S, std::uint16_t>)
+    return DType::U16;
+  else if constexpr (std::same_as<S, std::uint8_t>)
+    return DType::U8;
+  else
+    return std::nullopt;
 }
 
 // Reads a floating-point tensor. False where the dtype is none.
@@ -286,10 +292,18 @@ template <std::floating_point S>
 bool read_converted(const TensorView& tensor, S* out) {
   const auto as_it_is = [](auto value) { return value; };
   switch (tensor.dtype) {
-    case DType::F64: convert_each<double>(tensor, out, as_it_is); return true;
-    case DType::F32: convert_each<float>(tensor, out, as_it_is); return true;
-    case DType::F16: convert_each<std::uint16_t>(tensor, out, float_of_f16); return true;
-    case DType::BF16: convert_each<std::uint16_t>(tensor, out, float_of_bf16); return true;
+    case DType::F64:
+      convert_each<double>(tensor, out, as_it_is);
+      return true;
+    case DType::F32:
+      convert_each<float>(tensor, out, as_it_is);
+      return true;
+    case DType::F16:
+      convert_each<std::uint16_t>(tensor, out, float_of_f16);
+      return true;
+    case DType::BF16:
+      convert_each<std::uint16_t>(tensor, out, float_of_bf16);
+      return true;
     case DType::F8_E4M3:
       convert_each<std::uint8_t>(tensor, out, [](std::uint8_t bits) { return kE4M3[bits]; });
       return true;
@@ -299,7 +313,8 @@ bool read_converted(const TensorView& tensor, S* out) {
     case DType::F8_E8M0:
       convert_each<std::uint8_t>(tensor, out, [](std::uint8_t bits) { return kE8M0[bits]; });
       return true;
-    default: return false;
+    default:
+      return false;
   }
 }
 
@@ -307,10 +322,18 @@ bool read_converted(const TensorView& tensor, S* out) {
 inline bool read_converted(const TensorView& tensor, std::int64_t* out) {
   const auto as_it_is = [](auto value) { return value; };
   switch (tensor.dtype) {
-    case DType::I64: convert_each<std::int64_t>(tensor, out, as_it_is); return true;
-    case DType::I32: convert_each<std::int32_t>(tensor, out, as_it_is); return true;
-    case DType::I16: convert_each<std::int16_t>(tensor, out, as_it_is); return true;
-    case DType::I8: convert_each<std::int8_t>(tensor, out, as_it_is); return true;
+    case DType::I64:
+      convert_each<std::int64_t>(tensor, out, as_it_is);
+      return true;
+    case DType::I32:
+      convert_each<std::int32_t>(tensor, out, as_it_is);
+      return true;
+    case DType::I16:
+      convert_each<std::int16_t>(tensor, out, as_it_is);
+      return true;
+    case DType::I8:
+      convert_each<std::int8_t>(tensor, out, as_it_is);
+      return true;
     case DType::U64:
       for (Index i = 0, n = tensor.size(); i < n; ++i) {
         const auto value = load<std::uint64_t>(tensor.bytes, i);
@@ -320,13 +343,20 @@ inline bool read_converted(const TensorView& tensor, std::int64_t* out) {
       }
       convert_each<std::uint64_t>(tensor, out, as_it_is);
       return true;
-    case DType::U32: convert_each<std::uint32_t>(tensor, out, as_it_is); return true;
-    case DType::U16: convert_each<std::uint16_t>(tensor, out, as_it_is); return true;
-    case DType::U8: convert_each<std::uint8_t>(tensor, out, as_it_is); return true;
+    case DType::U32:
+      convert_each<std::uint32_t>(tensor, out, as_it_is);
+      return true;
+    case DType::U16:
+      convert_each<std::uint16_t>(tensor, out, as_it_is);
+      return true;
+    case DType::U8:
+      convert_each<std::uint8_t>(tensor, out, as_it_is);
+      return true;
     case DType::BOOL:
       convert_each<std::uint8_t>(tensor, out, [](std::uint8_t value) { return value != 0; });
       return true;
-    default: return false;
+    default:
+      return false;
   }
 }
 
@@ -349,8 +379,8 @@ void read_tensor(const TensorView& tensor, S* out) {
     return;
   }
   if (!detail::read_converted(tensor, out))
-    detail::fail_checkpoint("read_tensor: ", detail::description_of(tensor),
-                            " does not convert to ", name_of(*detail::dtype_of<S>()));
+    detail::fail_checkpoint("read_tensor: ", detail::description_of(tensor), " does not convert to ",
+                            name_of(*detail::dtype_of<S>()));
 }
 
 /// Whether tensor.bytes may be used as an array of S where they lie: the dtype is S, and the
@@ -366,20 +396,18 @@ bool is_readable_in_place(const TensorView& tensor) {
 /// ceil(cols / 128)] in F32, BF16 (Qwen) or F8_E8M0 (later ones). Writes to out [rows, cols] each
 /// value times the scale of its block of 128 x 128, the product of two floats. O(rows * cols). Throws
 /// CheckpointError, and writes nothing, where dtypes, shapes or bytes do not fit.
-inline void read_block_scaled_fp8(const TensorView& weight, const TensorView& scale_inv,
-                                  float* out) {
+inline void read_block_scaled_fp8(const TensorView& weight, const TensorView& scale_inv, float* out) {
   constexpr Index kBlock = 128;
   constexpr const char* kWhere = "read_block_scaled_fp8";
   detail::require_little_endian();
   if (weight.dtype != DType::F8_E4M3 || weight.shape.size() != 2)
-    detail::fail_checkpoint(kWhere, ": ", detail::description_of(weight),
-                            ": expected F8_E4M3 [rows, cols]");
+    detail::fail_checkpoint(kWhere, ": ", detail::description_of(weight), ": expected F8_E4M3 [rows, cols]");
   detail::check_bytes(weight, kWhere);
   const Index rows = weight.shape[0], cols = weight.shape[1];
   const auto blocks = [](Index n) { return n / kBlock + (n % kBlock != 0); };
   const std::vector<Index> expected{blocks(rows), blocks(cols)};
-  const bool is_scale = scale_inv.dtype == DType::F32 || scale_inv.dtype == DType::BF16 ||
-                        scale_inv.dtype == DType::F8_E8M0;
+  const bool is_scale =
+      scale_inv.dtype == DType::F32 || scale_inv.dtype == DType::BF16 || scale_inv.dtype == DType::F8_E8M0;
   if (!is_scale || scale_inv.shape != expected)
     detail::fail_checkpoint(kWhere, ": ", detail::description_of(scale_inv),
                             ": expected BF16, F8_E8M0 or F32 ", detail::text_of(expected), " for ",
@@ -401,8 +429,8 @@ inline void read_block_scaled_fp8(const TensorView& weight, const TensorView& sc
 
 /// Weights of gpt-oss: blocks [..., cols / 32, 16] in U8, each byte two 4-bit numbers, the low half
 /// first; scales [..., cols / 32] in U8 or F8_E8M0, the same bits: a power of two with a bias of 127 for
-/// each 32 numbers, 255 is NaN. Writes to out [..., cols]. Every product is exact unless it leaves the range of float.
-/// O(size of out). Throws CheckpointError, and writes nothing, where dtypes, shapes or bytes do not
+/// each 32 numbers, 255 is NaN. Writes to out [..., cols]. Every product is exact unless it leaves the range
+/// of float. O(size of out). Throws CheckpointError, and writes nothing, where dtypes, shapes or bytes do not
 /// fit.
 inline void read_mxfp4(const TensorView& blocks, const TensorView& scales, float* out) {
   constexpr std::array<float, 16> kValues{0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
@@ -416,9 +444,8 @@ inline void read_mxfp4(const TensorView& blocks, const TensorView& scales, float
   detail::check_bytes(blocks, kWhere);
   const std::vector<Index> expected(blocks.shape.begin(), blocks.shape.end() - 1);
   if ((scales.dtype != DType::U8 && scales.dtype != DType::F8_E8M0) || scales.shape != expected)
-    detail::fail_checkpoint(kWhere, ": ", detail::description_of(scales),
-                            ": expected F8_E8M0 or U8 ", detail::text_of(expected), " for ",
-                            detail::description_of(blocks));
+    detail::fail_checkpoint(kWhere, ": ", detail::description_of(scales), ": expected F8_E8M0 or U8 ",
+                            detail::text_of(expected), " for ", detail::description_of(blocks));
   detail::check_bytes(scales, kWhere);
   const Index num_blocks = scales.size();
   for (Index b = 0; b < num_blocks; ++b) {

@@ -39,8 +39,8 @@ inline FileBytes read_file(const std::filesystem::path& path) {
   require_checkpoint(regular, path.string(), ": cannot open: not a regular file");
   const std::uintmax_t size = std::filesystem::file_size(path, error);
   if (error) fail_checkpoint(path.string(), ": cannot open: ", error.message());
-  require_checkpoint(std::in_range<std::streamsize>(size) && std::in_range<std::size_t>(size),
-                     path.string(), ": ", size, " bytes are more than memory can hold");
+  require_checkpoint(std::in_range<std::streamsize>(size) && std::in_range<std::size_t>(size), path.string(),
+                     ": ", size, " bytes are more than memory can hold");
   const std::shared_ptr<std::byte[]> memory(new std::byte[std::size_t(size)]);
   std::ifstream file(path, std::ios::binary);
   require_checkpoint(file.is_open(), path.string(), ": cannot open");
@@ -78,11 +78,10 @@ inline FileBytes map_file(const std::filesystem::path& path) {
   const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (!file.is_open()) fail_checkpoint(path.string(), ": cannot open: ", last_error());
   struct stat status {};
-  if (::fstat(file.get(), &status) != 0)
-    fail_checkpoint(path.string(), ": cannot open: ", last_error());
+  if (::fstat(file.get(), &status) != 0) fail_checkpoint(path.string(), ": cannot open: ", last_error());
   require_checkpoint(S_ISREG(status.st_mode), path.string(), ": cannot open: not a regular file");
-  require_checkpoint(std::in_range<std::size_t>(status.st_size), path.string(), ": ",
-                     status.st_size, " bytes are more than memory can hold");
+  require_checkpoint(std::in_range<std::size_t>(status.st_size), path.string(), ": ", status.st_size,
+                     " bytes are more than memory can hold");
   const auto size = std::size_t(status.st_size);
   if (size == 0) return {};  // there is no mapping of no bytes
   void* const address = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.get(), 0);
@@ -120,8 +119,7 @@ inline void replace_file(const std::filesystem::path& path,
   const std::filesystem::path parent = path.parent_path();
   const std::filesystem::path directory = parent.empty() ? std::filesystem::path(".") : parent;
   const Descriptor directory_file(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (!directory_file.is_open())
-    fail_checkpoint(where, "directory ", directory.string(), ": ", last_error());
+  if (!directory_file.is_open()) fail_checkpoint(where, "directory ", directory.string(), ": ", last_error());
 
   // A name of its own among processes and threads: whoever creates the file has it.
   std::filesystem::path name;
@@ -147,8 +145,7 @@ inline void replace_file(const std::filesystem::path& path,
   }
   if (::fsync(file.get()) != 0 || !file.close())
     fail_checkpoint(where, temporary.path().string(), ": ", last_error());
-  if (::rename(temporary.path().c_str(), path.c_str()) != 0)
-    fail_checkpoint(where, "rename: ", last_error());
+  if (::rename(temporary.path().c_str(), path.c_str()) != 0) fail_checkpoint(where, "rename: ", last_error());
   temporary.keep();
   if (::fsync(directory_file.get()) != 0 && errno != EINVAL)  // EINVAL: a file system without it
     fail_checkpoint(path.string(), ": written, but its directory was not synced: ", last_error());

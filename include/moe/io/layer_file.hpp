@@ -49,7 +49,10 @@ template <class T>
 std::string describe_part(const T& part) {
   if constexpr (requires { std::string(part.describe()); })
     return part.describe();
-  else if constexpr (requires { part.parent(); part.children(); })  // a HierarchicalRouter
+  else if constexpr (requires {
+                       part.parent();
+                       part.children();
+                     })  // a HierarchicalRouter
     return "parent(" + describe_part(part.parent()) + ") children(" + describe_each(part.children()) + ")";
   else if constexpr (requires { options_text(part.options()); })
     return options_text(part.options());
@@ -118,7 +121,8 @@ std::string describe_each(const Parts& parts) {
 }  // namespace detail
 
 /// The options and kinds of a layer's parts, or of a router or an expert alone, as text under the keys that
-/// save_layer gives them in the metadata: router, experts, shared_experts, or kind. Here all options are said.
+/// save_layer gives them in the metadata: router, experts, shared_experts, or kind. Here all options are
+/// said.
 template <class Layer>
 std::vector<std::pair<std::string, std::string>> describe(const Layer& layer) {
   std::vector<std::pair<std::string, std::string>> texts;
@@ -151,7 +155,10 @@ template <class Router, class F>
 std::string with_router_options(std::string_view text, const F& f) {
   if constexpr (requires(const Router& router) { std::string(router.describe()); }) {
     return std::string(text);
-  } else if constexpr (requires(const Router& router) { router.parent(); router.children(); }) {
+  } else if constexpr (requires(const Router& router) {
+                         router.parent();
+                         router.children();
+                       }) {
     using Parent = std::remove_cvref_t<decltype(std::declval<const Router&>().parent())>;
     using Child = std::remove_cvref_t<decltype(std::declval<const Router&>().children()[0])>;
     std::string changed;
@@ -202,24 +209,28 @@ std::string with_options(std::string_view part, const std::string& text, const F
   return with_unit_options(text, f);
 }
 
-inline constexpr const char* kVersion = "moe_version";  // whose value is that of the library that wrote the file
+inline constexpr const char* kVersion =
+    "moe_version";  // whose value is that of the library that wrote the file
 
-// Throws unless a file describes the layer as it is described here. What it does not describe is not compared.
+// Throws unless a file describes the layer as it is described here. What it does not describe is not
+// compared.
 template <class Layer>
 void require_description(const Checkpoint& checkpoint, const Layer& layer) {
   const auto& metadata = checkpoint.metadata();
   for (const auto& [part, text] : moe::describe(layer)) {
     const auto saved = metadata.find(part);
     if (saved == metadata.end() || saved->second.empty()) continue;
-    // A part of one's own that says nothing of itself; older versions listed its options where they knew their names.
+    // A part of one's own that says nothing of itself; older versions listed its options where they knew
+    // their names.
     if (text == "own" && parse_options(saved->second)) continue;
     std::vector<std::string> unknown;
     const AddDefaults add_defaults{unknown};
     const std::string there = with_options<Layer>(part, saved->second, add_defaults);
     if (!unknown.empty()) {
       const auto version = metadata.find(kVersion);
-      throw CheckpointError("load_layer: " + checkpoint.path().string() + " was saved with " + part + " option " +
-                            printable(unknown.front()) + ", which this version, " MOE_VERSION_STRING
+      throw CheckpointError("load_layer: " + checkpoint.path().string() + " was saved with " + part +
+                            " option " + printable(unknown.front()) +
+                            ", which this version, " MOE_VERSION_STRING
                             ", does not have; it was written by " +
                             (version == metadata.end() ? "an older one" : printable(version->second)));
     }
@@ -238,7 +249,9 @@ inline constexpr const char* kTable = "router.table";  // what a HashRouter's ta
 // The table of a layer's HashRouter; empty where there is none.
 template <class Layer>
 std::vector<std::int64_t> hash_table_of(const Layer& layer) {
-  if constexpr (requires { { layer.router().options().table } -> std::same_as<const IndexVector&>; }) {
+  if constexpr (requires {
+                  { layer.router().options().table } -> std::same_as<const IndexVector&>;
+                }) {
     const IndexVector& table = layer.router().options().table;
     return {table.begin(), table.end()};
   } else {
@@ -257,9 +270,9 @@ inline void require_table(const TensorView& tensor, const std::vector<std::int64
   read_tensor(tensor, saved.data());
   for (std::size_t id = 0; id < table.size(); ++id)
     if (saved[id] != table[id])
-      throw CheckpointError("load_layer: " + tensor.name + " in " + file + " sends id " +
-                            std::to_string(id) + " to expert " + std::to_string(saved[id]) +
-                            ", expected " + std::to_string(table[id]));
+      throw CheckpointError("load_layer: " + tensor.name + " in " + file + " sends id " + std::to_string(id) +
+                            " to expert " + std::to_string(saved[id]) + ", expected " +
+                            std::to_string(table[id]));
 }
 
 }  // namespace detail
@@ -285,8 +298,7 @@ void save_layer(const std::filesystem::path& path, const Layer& layer,
       layer);
   const std::vector<std::int64_t> table = detail::hash_table_of(layer);
   if (!table.empty())
-    tensors.push_back(
-        {detail::kTable, DType::I64, {Index(table.size())}, std::as_bytes(std::span(table))});
+    tensors.push_back({detail::kTable, DType::I64, {Index(table.size())}, std::as_bytes(std::span(table))});
   metadata["format"] = "moe";
   metadata[detail::kVersion] = MOE_VERSION_STRING;
   for (const auto& [part, text] : moe::describe(layer))
@@ -294,12 +306,12 @@ void save_layer(const std::filesystem::path& path, const Layer& layer,
   write_safetensors(path, tensors, metadata);
 }
 
-/// Reads what save_layer of this or an older version wrote into a layer of the same kind, sizes and options. An
-/// option that a file does not have is at its default. Values of another floating-point type are converted.
-/// Throws CheckpointError, and changes nothing, for a name that is in the file or in the layer only, for
-/// another shape, for another description or table, and for an option that this version does not have. A part
-/// that a file does not describe is not compared.
-/// Example: load_layer(Checkpoint::open("layer.safetensors"), layer).
+/// Reads what save_layer of this or an older version wrote into a layer of the same kind, sizes and options.
+/// An option that a file does not have is at its default. Values of another floating-point type are
+/// converted. Throws CheckpointError, and changes nothing, for a name that is in the file or in the layer
+/// only, for another shape, for another description or table, and for an option that this version does not
+/// have. A part that a file does not describe is not compared. Example:
+/// load_layer(Checkpoint::open("layer.safetensors"), layer).
 template <class Layer>
 void load_layer(const Checkpoint& checkpoint, Layer& layer) {
   const std::string file = checkpoint.path().string();
@@ -335,11 +347,9 @@ void load_layer(const Checkpoint& checkpoint, Layer& layer) {
     if (!names.contains(name))
       throw CheckpointError("load_layer: " + name + " in " + file + " is not in the layer, which has " +
                             std::to_string(names.size()) + " arrays");
-  Layer::visit(
-      [&](const ParameterInfo& info, auto& array) {
-        read_tensor(checkpoint.at(std::string(info.name)), array.data());
-      },
-      layer);
+  Layer::visit([&](const ParameterInfo& info,
+                   auto& array) { read_tensor(checkpoint.at(std::string(info.name)), array.data()); },
+               layer);
 }
 
 }  // namespace moe

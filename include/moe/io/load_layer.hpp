@@ -61,14 +61,16 @@ inline bool is_within(std::string_view path, std::string_view longer) {
   return true;
 }
 
-// The names that a checkpoint gives to the tensors of one layer of a model. They are the model's own where the
-// checkpoint has any layer under them. Else the model may be a part of a larger one, or lie there without what
-// stood around it: "model.layers.0." is "language_model.model.layers.0.", "model.language_model.layers.0." or
-// "layers.0.". What stands before "layers." is then the one path that has a router after it, and modules added
-// to the model's or taken out of them; modules are not exchanged, so an encoder is no decoder.
+// The names that a checkpoint gives to the tensors of one layer of a model. They are the model's own where
+// the checkpoint has any layer under them. Else the model may be a part of a larger one, or lie there without
+// what stood around it: "model.layers.0." is "language_model.model.layers.0.",
+// "model.language_model.layers.0." or "layers.0.". What stands before "layers." is then the one path that has
+// a router after it, and modules added to the model's or taken out of them; modules are not exchanged, so an
+// encoder is no decoder.
 class LayerNames {
  public:
-  // `needed` is a tensor that every layer of the model has. Throws CheckpointError where there are several paths.
+  // `needed` is a tensor that every layer of the model has. Throws CheckpointError where there are several
+  // paths.
   LayerNames(const Checkpoint& checkpoint, const TensorSource& needed, Index layer, const char* where)
       : layer_(layer) {
     constexpr std::string_view kLayer = "{layer}";
@@ -112,8 +114,8 @@ class LayerNames {
     std::size_t shown = 0;
     for (const std::string& path : paths)
       if (shown++ < kShown) list += (list.empty() ? "" : ", ") + in_quotes(path);
-    fail_checkpoint(where, ": no name in ", checkpoint.path().string(), " begins with ", in_quotes(own), ", and ",
-                    paths.size(), " other paths lead to such layers, expected 1: ", list,
+    fail_checkpoint(where, ": no name in ", checkpoint.path().string(), " begins with ", in_quotes(own),
+                    ", and ", paths.size(), " other paths lead to such layers, expected 1: ", list,
                     shown > kShown ? ", ..." : "", "; Checkpoint::below takes one");
   }
 
@@ -125,11 +127,16 @@ class LayerNames {
 // The rows that a part leaves; nothing is left by `all`.
 constexpr std::optional<TensorPart> rest_of(TensorPart part) {
   switch (part) {
-    case TensorPart::all: break;
-    case TensorPart::first_half: return TensorPart::second_half;
-    case TensorPart::second_half: return TensorPart::first_half;
-    case TensorPart::even_rows: return TensorPart::odd_rows;
-    case TensorPart::odd_rows: return TensorPart::even_rows;
+    case TensorPart::all:
+      break;
+    case TensorPart::first_half:
+      return TensorPart::second_half;
+    case TensorPart::second_half:
+      return TensorPart::first_half;
+    case TensorPart::even_rows:
+      return TensorPart::odd_rows;
+    case TensorPart::odd_rows:
+      return TensorPart::even_rows;
   }
   return {};
 }
@@ -154,14 +161,13 @@ class LayerReader {
   }
 
   // A matrix [rows, cols] of an expert, where it lies if the tensor lets it, else as a copy.
-  MappedMatrix<S> map(const TensorSource& source, Index expert, Index num_experts, Index rows,
-                      Index cols) {
+  MappedMatrix<S> map(const TensorSource& source, Index expert, Index num_experts, Index rows, Index cols) {
     const Stored stored = find(source, expert, num_experts, rows, cols, false, {});
     const std::string obstacle = why_copied(stored);
     note(stored, rows * cols, obstacle);
     if (obstacle.empty()) {
-      const auto* const values = reinterpret_cast<const S*>(stored.values.bytes.data()) +
-                                 row_of(stored.part, rows, 0) * cols;
+      const auto* const values =
+          reinterpret_cast<const S*>(stored.values.bytes.data()) + row_of(stored.part, rows, 0) * cols;
       return {{checkpoint_.owner(), values}, rows, cols};
     }
     Matrix<S> copied(rows, cols);
@@ -178,9 +184,9 @@ class LayerReader {
       const Index read = used == used_.end() ? 0 : used->second.values;
       const Index size = checkpoint_.at(name).size() * (name.ends_with("_blocks") ? 2 : 1);
       if (read != size)
-        throw CheckpointError("load_layer: " + std::to_string(read) + " of the " +
-                              std::to_string(size) + " values of " + name + " belong to layer " +
-                              std::to_string(names_.layer()) + " of this model, expected all");
+        throw CheckpointError("load_layer: " + std::to_string(read) + " of the " + std::to_string(size) +
+                              " values of " + name + " belong to layer " + std::to_string(names_.layer()) +
+                              " of this model, expected all");
     }
   }
 
@@ -204,15 +210,14 @@ class LayerReader {
     Index expert;  // whose part of a tensor of all experts it is, else 0
   };
 
-  // Whether values of this type mean something only together with scales, or are scales. Read as they are they
-  // would be wrong by orders of magnitude and still look like weights.
+  // Whether values of this type mean something only together with scales, or are scales. Read as they are
+  // they would be wrong by orders of magnitude and still look like weights.
   static bool is_scaled(DType dtype) {
     return dtype == DType::F8_E4M3 || dtype == DType::F8_E5M2 || dtype == DType::F8_E8M0;
   }
 
   // The bytes of slice `index` of `count` equal slices along the first dimensions, as [shape].
-  static TensorView slice(const TensorView& tensor, Index index, Index count,
-                          std::vector<Index> shape) {
+  static TensorView slice(const TensorView& tensor, Index index, Index count, std::vector<Index> shape) {
     const std::size_t size = tensor.bytes.size() / std::size_t(count);
     return {tensor.name, tensor.dtype, std::move(shape),
             tensor.bytes.subspan(std::size_t(index) * size, size)};
@@ -264,11 +269,16 @@ class LayerReader {
       shape.back() *= 32;
     }
     std::vector<std::vector<Index>> expected;
-    if (given) expected = {*given};
-    else if (stacked == 0 && vector) expected = {{outer}, {1, outer}};
-    else if (stacked == 0) expected = {{outer, inner}};
-    else if (vector) expected = {{stacked, outer}};
-    else expected = {{stacked, outer, inner}, {stacked * outer, inner}};
+    if (given)
+      expected = {*given};
+    else if (stacked == 0 && vector)
+      expected = {{outer}, {1, outer}};
+    else if (stacked == 0)
+      expected = {{outer, inner}};
+    else if (vector)
+      expected = {{stacked, outer}};
+    else
+      expected = {{stacked, outer, inner}, {stacked * outer, inner}};
     if (std::find(expected.begin(), expected.end(), shape) == expected.end())
       throw CheckpointError("load_layer: " + tensor.name + " has shape " + text_of(tensor.shape) +
                             (mxfp4 ? ", of 4-bit values " + text_of(shape) : "") + ", expected " +
@@ -284,10 +294,14 @@ class LayerReader {
   static Index row_of(TensorPart part, Index rows, Index i) {
     switch (part) {
       case TensorPart::all:
-      case TensorPart::first_half: return i;
-      case TensorPart::second_half: return rows + i;
-      case TensorPart::even_rows: return 2 * i;
-      case TensorPart::odd_rows: return 2 * i + 1;
+      case TensorPart::first_half:
+        return i;
+      case TensorPart::second_half:
+        return rows + i;
+      case TensorPart::even_rows:
+        return 2 * i;
+      case TensorPart::odd_rows:
+        return 2 * i + 1;
     }
     return i;
   }
@@ -299,15 +313,16 @@ class LayerReader {
       read_tensor(stored.values, values_.data());
     } else {
       std::vector<float> values(values_.size());
-      if (stored.format == Format::mxfp4) read_mxfp4(stored.values, stored.scales, values.data());
-      else read_block_scaled_fp8(stored.values, stored.scales, values.data());
+      if (stored.format == Format::mxfp4)
+        read_mxfp4(stored.values, stored.scales, values.data());
+      else
+        read_block_scaled_fp8(stored.values, stored.scales, values.data());
       std::copy(values.begin(), values.end(), values_.begin());
     }
     for (Index i = 0; i < out.rows(); ++i) {
       const Index row = row_of(stored.part, out.rows(), i);
       for (Index j = 0; j < out.cols(); ++j)
-        out(i, j) = values_[std::size_t(stored.transposed ? j * stored.inner + row
-                                                          : row * stored.inner + j)];
+        out(i, j) = values_[std::size_t(stored.transposed ? j * stored.inner + row : row * stored.inner + j)];
     }
   }
 
@@ -357,8 +372,8 @@ LayerNames find_names(const M& model, const TensorSource& needed, const Checkpoi
 // Experts of a layer, of width d_ff. A tensor whose name does not say which expert's it is holds
 // `stacked`, or one where that is 0.
 template <class Storage, class S, class M>
-auto read_experts(LayerReader<S>& reader, const M& model, const ExpertTensors& from, Index count,
-                  Index d_ff, Index stacked) {
+auto read_experts(LayerReader<S>& reader, const M& model, const ExpertTensors& from, Index count, Index d_ff,
+                  Index stacked) {
   using Expert = typename M::template Expert<S, Storage>;
   const auto options = expert_options<Expert>(model, d_ff);
   const Index d_model = model.d_model();
@@ -376,14 +391,12 @@ auto read_experts(LayerReader<S>& reader, const M& model, const ExpertTensors& f
       experts.push_back({options, map(from.w_up, d_ff, d_model), map(from.w_down, d_model, d_ff)});
     } else {
       Expert& owner = experts.emplace_back(options);
-      if constexpr (requires { owner.w_gate; })
-        reader.read(from.w_gate, e, stacked, owner.w_gate);
+      if constexpr (requires { owner.w_gate; }) reader.read(from.w_gate, e, stacked, owner.w_gate);
       reader.read(from.w_up, e, stacked, owner.w_up);
       reader.read(from.w_down, e, stacked, owner.w_down);
     }
     Expert& expert = experts.back();
-    if constexpr (requires { expert.b_gate; })
-      reader.read(from.b_gate, e, stacked, expert.b_gate);
+    if constexpr (requires { expert.b_gate; }) reader.read(from.b_gate, e, stacked, expert.b_gate);
     if constexpr (requires { expert.b_up; }) {
       reader.read(from.b_up, e, stacked, expert.b_up);
       reader.read(from.b_down, e, stacked, expert.b_down);
@@ -394,8 +407,9 @@ auto read_experts(LayerReader<S>& reader, const M& model, const ExpertTensors& f
 
 // A layer and what it was read from; see load_layer and load_mapped_layer.
 template <class S, class Storage, class Unit, template <class> class R>
-LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
-    const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer) {
+LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(const Model<Unit, R>& model,
+                                                                            const Checkpoint& checkpoint,
+                                                                            Index layer) {
   using Expert = typename Model<Unit, R>::template Expert<S, Storage>;
   const LayerTensors& tensors = model.tensors;
   LayerReader<S> reader(checkpoint, find_names(model, tensors.w_router, checkpoint, layer, "load_layer"));
@@ -406,11 +420,11 @@ LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
     reader.read(tensors.selection_bias, 0, 0, router.selection_bias);
   auto routed = read_experts<Storage>(reader, model, tensors.experts, model.num_experts(), model.d_ff,
                                       model.num_experts());
-  auto shared = read_experts<Storage>(reader, model, tensors.shared_expert, model.shared_experts,
-                                      model.shared_d_ff, 0);
-  MoELayer<Expert, R<S>> loaded(
-      std::move(routed), std::move(router),
-      SharedExperts<Expert>{std::move(shared), model.gated_shared_experts}, model.output_bias);
+  auto shared =
+      read_experts<Storage>(reader, model, tensors.shared_expert, model.shared_experts, model.shared_d_ff, 0);
+  MoELayer<Expert, R<S>> loaded(std::move(routed), std::move(router),
+                                SharedExperts<Expert>{std::move(shared), model.gated_shared_experts},
+                                model.output_bias);
   reader.read(tensors.w_shared_gate, 0, 0, loaded.w_shared_gate);
   reader.read(tensors.b_output, 0, 0, loaded.b_output);
   reader.check_all_read(tensors.prefix);
@@ -421,7 +435,8 @@ LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(
 
 // The tensor of a parameter, of expert 0 where each has one of its own, and how many values it holds.
 inline std::pair<const TensorView*, Index> find_tensor(const TensorSource& source,
-                                                       const Checkpoint& checkpoint, const LayerNames& names) {
+                                                       const Checkpoint& checkpoint,
+                                                       const LayerNames& names) {
   const std::string name = names(source.name, 0);
   const bool mxfp4 = !checkpoint.contains(name) && checkpoint.contains(name + "_blocks");
   const TensorView& tensor = checkpoint.at(mxfp4 ? name + "_blocks" : name);
@@ -441,8 +456,8 @@ inline Index find_width(const TensorSource& source, const Checkpoint& checkpoint
 }
 
 [[noreturn]] inline void fail_sized_as(const TensorView& tensor, const char* expected) {
-  throw CheckpointError("sized_as: " + tensor.name + " has shape " + text_of(tensor.shape) +
-                        ", expected " + expected);
+  throw CheckpointError("sized_as: " + tensor.name + " has shape " + text_of(tensor.shape) + ", expected " +
+                        expected);
 }
 
 }  // namespace detail
@@ -506,8 +521,8 @@ template <class S, class Unit>
 typename SoftModel<Unit>::template Layer<S> load_layer(const SoftModel<Unit>& model,
                                                        const Checkpoint& checkpoint, Index layer) {
   const SoftTensors& tensors = model.tensors;
-  detail::LayerReader<S> reader(
-      checkpoint, detail::find_names(model, tensors.w_slots, checkpoint, layer, "load_layer"));
+  detail::LayerReader<S> reader(checkpoint,
+                                detail::find_names(model, tensors.w_slots, checkpoint, layer, "load_layer"));
   typename SoftModel<Unit>::template Layer<S> loaded(
       detail::read_experts<Owned>(reader, model, tensors.experts, model.num_experts(), model.d_ff,
                                   model.num_experts()),

@@ -28,57 +28,76 @@
 #include <moe/scores.hpp>
 #include <moe/types.hpp>
 
-// Options as text, "d_model=4 num_experts=3 score=sigmoid". A file has those that are not at their defaults. So an
-// option that was added later is at its default for a file without it, and one that a reader does not know is seen
-// where it matters: the default of a new option is what was done before, and defaults do not change.
+// Options as text, "d_model=4 num_experts=3 score=sigmoid". A file has those that are not at their defaults.
+// So an option that was added later is at its default for a file without it, and one that a reader does not
+// know is seen where it matters: the default of a new option is what was done before, and defaults do not
+// change.
 namespace moe::detail {
 
 // The name of an enumerator; nullptr where there is none of this value.
 inline const char* enumerator(Score value) {
   switch (value) {
-    case Score::softmax: return "softmax";
-    case Score::sigmoid: return "sigmoid";
-    case Score::sqrt_softplus: return "sqrt_softplus";
-    case Score::relu: return "relu";
+    case Score::softmax:
+      return "softmax";
+    case Score::sigmoid:
+      return "sigmoid";
+    case Score::sqrt_softplus:
+      return "sqrt_softplus";
+    case Score::relu:
+      return "relu";
   }
   return nullptr;
 }
 inline const char* enumerator(GateSide value) {
   switch (value) {
-    case GateSide::output: return "output";
-    case GateSide::input: return "input";
+    case GateSide::output:
+      return "output";
+    case GateSide::input:
+      return "input";
   }
   return nullptr;
 }
 inline const char* enumerator(Rounding value) {
   switch (value) {
-    case Rounding::up: return "up";
-    case Rounding::down: return "down";
-    case Rounding::nearest_even: return "nearest_even";
+    case Rounding::up:
+      return "up";
+    case Rounding::down:
+      return "down";
+    case Rounding::nearest_even:
+      return "nearest_even";
   }
   return nullptr;
 }
 inline const char* enumerator(Overflow value) {
   switch (value) {
-    case Overflow::drop: return "drop";
-    case Overflow::next_best: return "next_best";
-    case Overflow::pass_through: return "pass_through";
+    case Overflow::drop:
+      return "drop";
+    case Overflow::next_best:
+      return "next_best";
+    case Overflow::pass_through:
+      return "pass_through";
   }
   return nullptr;
 }
 inline const char* enumerator(Priority value) {
   switch (value) {
-    case Priority::token_order: return "token_order";
-    case Priority::token_max_gate: return "token_max_gate";
-    case Priority::assignment_gate: return "assignment_gate";
-    case Priority::token_max_prob: return "token_max_prob";
+    case Priority::token_order:
+      return "token_order";
+    case Priority::token_max_gate:
+      return "token_max_gate";
+    case Priority::assignment_gate:
+      return "assignment_gate";
+    case Priority::token_max_prob:
+      return "token_max_prob";
   }
   return nullptr;
 }
 inline const char* enumerator(GroupScore value) {
   switch (value) {
-    case GroupScore::max: return "max";
-    case GroupScore::top_two_sum: return "top_two_sum";
+    case GroupScore::max:
+      return "max";
+    case GroupScore::top_two_sum:
+      return "top_two_sum";
   }
   return nullptr;
 }
@@ -96,15 +115,14 @@ inline std::string option_text(const std::optional<double>& value) {
   return value ? option_text(*value) : "none";
 }
 template <class E>
-  requires std::is_enum_v<E>
-std::string option_text(E value) {
+requires std::is_enum_v<E> std::string option_text(E value) {
   const char* const name = enumerator(value);
   return name ? name : std::to_string(static_cast<int>(value));
 }
 
-// f(name, value) for all options that decide what a router makes of its parameters, or a unit of its inputs. A
-// structured binding has all members: who adds one to the options comes by here. Those without f are seen in the
-// arrays, or only allow something.
+// f(name, value) for all options that decide what a router makes of its parameters, or a unit of its inputs.
+// A structured binding has all members: who adds one to the options comes by here. Those without f are seen
+// in the arrays, or only allow something.
 template <class F>
 void visit_options(const CapacityRule& options, const F& f) {
   const auto& [rounding, minimum, multiple_of] = options;
@@ -123,8 +141,9 @@ template <class F>
 void visit_options(const TopKOptions& options, const F& f) {
   const auto& [d_model, num_experts, top_k, top_p, second_threshold, random_second_threshold, score,
                softmax_before_selection, renormalise, renormalise_epsilon, renormalise_minimum, gate_scale,
-               gate_side, bias, selection_bias, group_limit, noise_stddev, jitter, capacity, training_capacity,
-               capacity_rule, overflow, priority, renormalise_after_drop, allow_constant_gate] = options;
+               gate_side, bias, selection_bias, group_limit, noise_stddev, jitter, capacity,
+               training_capacity, capacity_rule, overflow, priority, renormalise_after_drop,
+               allow_constant_gate] = options;
   f("d_model", d_model);
   f("num_experts", num_experts);
   f("top_k", top_k);
@@ -150,8 +169,8 @@ void visit_options(const TopKOptions& options, const F& f) {
 }
 template <class F>
 void visit_options(const NoisyTopKOptions& options, const F& f) {
-  const auto& [d_model, num_experts, top_k, noise_epsilon, capacity, training_capacity, capacity_rule, overflow,
-               priority, renormalise_after_drop, allow_constant_gate] = options;
+  const auto& [d_model, num_experts, top_k, noise_epsilon, capacity, training_capacity, capacity_rule,
+               overflow, priority, renormalise_after_drop, allow_constant_gate] = options;
   f("d_model", d_model);
   f("num_experts", num_experts);
   f("top_k", top_k);
@@ -165,8 +184,8 @@ void visit_options(const NoisyTopKOptions& options, const F& f) {
 }
 template <class F>
 void visit_options(const SinkhornOptions& options, const F& f) {
-  const auto& [d_model, num_experts, top_k, tolerance, max_iterations, capacity, training_capacity, capacity_rule,
-               overflow, priority] = options;
+  const auto& [d_model, num_experts, top_k, tolerance, max_iterations, capacity, training_capacity,
+               capacity_rule, overflow, priority] = options;
   f("d_model", d_model);
   f("num_experts", num_experts);
   f("top_k", top_k);
@@ -226,9 +245,8 @@ inline void append_option(std::string& text, std::string_view name, std::string_
 template <ListedOptions Options>
 std::string options_text(const Options& options) {
   std::string text;
-  visit_options(options, [&](const char* name, const auto& value) {
-    append_option(text, name, option_text(value));
-  });
+  visit_options(options,
+                [&](const char* name, const auto& value) { append_option(text, name, option_text(value)); });
   return text;
 }
 
@@ -292,7 +310,8 @@ struct AddDefaults {
 };
 
 // Two texts without the options of the same value; as they are where one is not just a list of options.
-inline std::pair<std::string, std::string> without_common_options(const std::string& a, const std::string& b) {
+inline std::pair<std::string, std::string> without_common_options(const std::string& a,
+                                                                  const std::string& b) {
   const auto all_a = parse_options(a), all_b = parse_options(b);
   if (!all_a || !all_b) return {a, b};
   const auto rest = [](const auto& options, const auto& others) {

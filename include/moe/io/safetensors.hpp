@@ -118,12 +118,11 @@ class JsonEvents : public nlohmann::json_sax<nlohmann::json> {
 };
 
 // Sends all of `json` to `events`.
-inline void parse_json(std::string_view json, JsonEvents& events, std::string_view where,
-                       const char* what) {
+inline void parse_json(std::string_view json, JsonEvents& events, std::string_view where, const char* what) {
   // The parser would take a zero byte for the end, and skip the mark of UTF-8 at the beginning.
   const std::size_t zero = json.find('\0');
-  require_checkpoint(zero == std::string_view::npos, where, ": ", what,
-                     " is not JSON in UTF-8: byte ", zero, " is 0");
+  require_checkpoint(zero == std::string_view::npos, where, ": ", what, " is not JSON in UTF-8: byte ", zero,
+                     " is 0");
   if (!json.starts_with('{'))
     fail_checkpoint(where, ": ", what, " is not a JSON object: it begins with ",
                     json.empty() ? "nothing" : in_quotes(json.substr(0, 1)), ", expected '{'");
@@ -169,8 +168,7 @@ class HeaderEvents final : public JsonEvents {
 
   bool key(string_t& key) override {
     if (place_ == Place::top) {
-      const bool again =
-          key == "__metadata__" ? has_metadata_ : header_.contains(key);
+      const bool again = key == "__metadata__" ? has_metadata_ : header_.contains(key);
       if (again) fail_here("the header has ", in_quotes(key), " twice");
       if (key == "__metadata__") has_metadata_ = true;
       name_ = std::move(key);
@@ -192,9 +190,12 @@ class HeaderEvents final : public JsonEvents {
   }
 
   bool start_array(std::size_t) override {
-    if (place_ == Place::shape) place_ = Place::dimension;
-    else if (place_ == Place::offsets) place_ = Place::offset;
-    else return scalar("an array");
+    if (place_ == Place::shape)
+      place_ = Place::dimension;
+    else if (place_ == Place::offsets)
+      place_ = Place::offset;
+    else
+      return scalar("an array");
     return true;
   }
   bool end_array() override {
@@ -250,11 +251,11 @@ class HeaderEvents final : public JsonEvents {
     std::string_view previous;
     for (const auto& [begin, size, name] : tensors) {
       if (begin < end)
-        fail_here("tensors overlap: ", in_quotes(name), " begins at ", begin,
-                  " of the data, where ", in_quotes(previous), " ends at ", end);
+        fail_here("tensors overlap: ", in_quotes(name), " begins at ", begin, " of the data, where ",
+                  in_quotes(previous), " ends at ", end);
       if (begin > end)
-        fail_here("a hole in the data: no tensor holds the bytes from ", end, " to ", begin,
-                  ", where ", in_quotes(name), " begins");
+        fail_here("a hole in the data: no tensor holds the bytes from ", end, " to ", begin, ", where ",
+                  in_quotes(name), " begins");
       end += size;
       previous = name;
     }
@@ -287,7 +288,8 @@ class HeaderEvents final : public JsonEvents {
 
   bool scalar(const std::string& found) override {
     switch (place_) {
-      case Place::start: fail_here("the header is ", found, ", expected an object");
+      case Place::start:
+        fail_here("the header is ", found, ", expected an object");
       case Place::entry:
         fail_here(name_ == "__metadata__" ? name_ : "tensor " + in_quotes(name_), " is ", found,
                   ", expected an object");
@@ -303,9 +305,10 @@ class HeaderEvents final : public JsonEvents {
         fail_here("tensor ", in_quotes(name_), ": dimension ", tensor_.shape->size(), " is ", found,
                   ", expected an integer of at least 0");
       case Place::offset:
-        fail_here("tensor ", in_quotes(name_), ": data_offsets[", tensor_.offsets->size(), "] is ",
-                  found, ", expected an integer of at least 0");
-      default: fail_here("the header has ", found, " where nothing is expected");
+        fail_here("tensor ", in_quotes(name_), ": data_offsets[", tensor_.offsets->size(), "] is ", found,
+                  ", expected an integer of at least 0");
+      default:
+        fail_here("the header has ", found, " where nothing is expected");
     }
   }
 
@@ -333,17 +336,17 @@ class HeaderEvents final : public JsonEvents {
     auto& [dtype, shape, offsets] = tensor_;
     if (!dtype || !shape || !offsets)
       fail_here("tensor ", in_quotes(name_), " has no ",
-                !dtype ? "dtype" : !shape ? "shape" : "data_offsets");
+                !dtype   ? "dtype"
+                : !shape ? "shape"
+                         : "data_offsets");
     if (offsets->size() != 2)
-      fail_here("tensor ", in_quotes(name_), ": data_offsets has ", offsets->size(),
-                " entries, expected 2");
+      fail_here("tensor ", in_quotes(name_), ": data_offsets has ", offsets->size(), " entries, expected 2");
     const std::uint64_t begin = (*offsets)[0], end = (*offsets)[1];
     if (begin > end)
-      fail_here("tensor ", in_quotes(name_), ": data_offsets begin at ", begin,
-                ", after their end at ", end);
+      fail_here("tensor ", in_quotes(name_), ": data_offsets begin at ", begin, ", after their end at ", end);
     if (end > data_.size())
-      fail_here("tensor ", in_quotes(name_), ": data_offsets end at ", end,
-                ", but the file has only ", data_.size(), " bytes of data");
+      fail_here("tensor ", in_quotes(name_), ": data_offsets end at ", end, ", but the file has only ",
+                data_.size(), " bytes of data");
     const auto bytes = data_.subspan(std::size_t(begin), std::size_t(end - begin));
     const std::optional<DType> known = dtype_named(*dtype);
     if (!known) {
@@ -355,8 +358,8 @@ class HeaderEvents final : public JsonEvents {
       fail_here("tensor ", in_quotes(name_), ": the shape ", text_of(*shape), " of ", *dtype,
                 " has more than ", (std::numeric_limits<Index>::max)(), " bytes");
     if (bytes.size() != *expected)
-      fail_here("tensor ", in_quotes(name_), ": data_offsets hold ", bytes.size(),
-                " bytes, expected ", *expected, " for ", *dtype, " ", text_of(*shape));
+      fail_here("tensor ", in_quotes(name_), ": data_offsets hold ", bytes.size(), " bytes, expected ",
+                *expected, " for ", *dtype, " ", text_of(*shape));
     TensorView view{.name = name_, .dtype = *known, .shape = std::move(*shape), .bytes = bytes};
     header_.tensors.emplace(std::move(name_), std::move(view));
   }
@@ -370,8 +373,7 @@ class HeaderEvents final : public JsonEvents {
 };
 
 // The header `json` of a file whose tensors are in `data`.
-inline Header parse_header(std::string_view json, std::span<const std::byte> data,
-                           std::string_view where) {
+inline Header parse_header(std::string_view json, std::span<const std::byte> data, std::string_view where) {
   HeaderEvents events(data, where);
   parse_json(json, events, where, "the header");
   events.check_cover();
@@ -391,9 +393,8 @@ inline Header parse_safetensors(std::span<const std::byte> bytes, std::string_vi
                      " bytes, expected at least ", kLengthBytes);
   require_checkpoint(length <= kMaxHeaderBytes, where, ": the header is to have ", length,
                      " bytes, expected at most ", kMaxHeaderBytes);
-  require_checkpoint(length <= bytes.size() - kLengthBytes, where, ": the header is to have ",
-                     length, " bytes, but the file ends ", bytes.size() - kLengthBytes,
-                     " bytes after its length");
+  require_checkpoint(length <= bytes.size() - kLengthBytes, where, ": the header is to have ", length,
+                     " bytes, but the file ends ", bytes.size() - kLengthBytes, " bytes after its length");
   const auto header = bytes.subspan(kLengthBytes, std::size_t(length));
   return parse_header(text_at(header), bytes.subspan(kLengthBytes + header.size()), where);
 }
@@ -409,8 +410,10 @@ class IndexEvents final : public JsonEvents {
   }
 
   bool start_object(std::size_t) override {
-    if (depth_ == 1 && key_ == "weight_map") in_map_ = true;
-    else if (in_map_) return scalar("an object");
+    if (depth_ == 1 && key_ == "weight_map")
+      in_map_ = true;
+    else if (in_map_)
+      return scalar("an object");
     ++depth_;
     return true;
   }
@@ -443,8 +446,7 @@ class IndexEvents final : public JsonEvents {
  private:
   bool scalar(const std::string& found) override {
     if (in_map_) fail_here("weight_map: ", in_quotes(key_), " is ", found, ", expected a string");
-    if (depth_ == 1 && key_ == "weight_map")
-      fail_here("weight_map is ", found, ", expected an object");
+    if (depth_ == 1 && key_ == "weight_map") fail_here("weight_map is ", found, ", expected an object");
     return true;
   }
 
@@ -467,14 +469,13 @@ inline std::map<std::string, std::string> parse_index(std::span<const std::byte>
 }
 
 // The file that an index means: below its directory, whatever it says.
-inline std::filesystem::path shard_path(const std::filesystem::path& index,
-                                        const std::string& tensor, const std::string& shard) {
+inline std::filesystem::path shard_path(const std::filesystem::path& index, const std::string& tensor,
+                                        const std::string& shard) {
   const std::filesystem::path path(shard);
-  const bool leaves =
-      path.has_root_path() || std::find(path.begin(), path.end(), "..") != path.end();
+  const bool leaves = path.has_root_path() || std::find(path.begin(), path.end(), "..") != path.end();
   if (shard.empty() || leaves || shard.find('\0') != std::string::npos)
-    fail_checkpoint(index.string(), ": weight_map: ", in_quotes(tensor), " is in ",
-                    in_quotes(shard), ", which is no file below the directory of the index");
+    fail_checkpoint(index.string(), ": weight_map: ", in_quotes(tensor), " is in ", in_quotes(shard),
+                    ", which is no file below the directory of the index");
   return index.parent_path() / path;
 }
 
@@ -498,7 +499,8 @@ inline std::optional<ShardSet> shard_set_of(std::string_view name) {
   const std::size_t of = name.rfind(kOf);
   if (of == std::string_view::npos || !name.ends_with(kEnd)) return std::nullopt;
   const std::size_t begin = name.substr(0, of).find_last_not_of("0123456789") + 1;  // 0 where there is none
-  const char *const count = name.data() + of + kOf.size(), *const end = name.data() + name.size() - kEnd.size();
+  const char *const count = name.data() + of + kOf.size(), *const end =
+                                                               name.data() + name.size() - kEnd.size();
   std::uint64_t num_files = 0;
   if (begin == of || count >= end) return std::nullopt;
   const auto [read, error] = std::from_chars(count, end, num_files);
@@ -613,8 +615,8 @@ class Checkpoint {
       detail::fail_checkpoint(path().string(), ": tensor ", detail::in_quotes(name), ": dtype ",
                               detail::in_quotes(it->second.dtype), " is not read, expected ",
                               detail::dtype_names());
-    detail::fail_checkpoint(path().string(), ": there is no tensor ", detail::in_quotes(name),
-                            " among ", names().size(), detail::hint(name, names()));
+    detail::fail_checkpoint(path().string(), ": there is no tensor ", detail::in_quotes(name), " among ",
+                            names().size(), detail::hint(name, names()));
   }
 
   /// The tensors whose names begin with `prefix`, under the rest of their names: one model of a file of
@@ -641,9 +643,7 @@ class Checkpoint {
 
   /// The metadata of the files. Where two files differ in a value, that of the file whose name sorts
   /// first; of a list of files, that of the earlier one.
-  const std::map<std::string, std::string>& metadata() const {
-    return contents_->header.metadata;
-  }
+  const std::map<std::string, std::string>& metadata() const { return contents_->header.metadata; }
 
   /// The file, the index, or the directory of a set of files.
   const std::filesystem::path& path() const { return contents_->path; }
@@ -680,8 +680,7 @@ class Checkpoint {
       files.push_back(it->path());
       names.insert(name);
     }
-    if (error)
-      detail::fail_checkpoint(directory.string(), ": cannot list the directory: ", error.message());
+    if (error) detail::fail_checkpoint(directory.string(), ": cannot list the directory: ", error.message());
     if (indices.size() == 1) return indices;
     const auto set = names.empty() ? std::nullopt : detail::shard_set_of(*names.begin());
     if (!indices.empty() || (files.size() != 1 && !set))
@@ -743,8 +742,8 @@ class Checkpoint {
       const std::filesystem::path path = detail::shard_path(contents.path, names.front(), shard);
       std::error_code error;
       if (!std::filesystem::exists(path, error))
-        detail::fail_checkpoint(index, ": weight_map: ", detail::in_quotes(names.front()),
-                                " is in ", detail::in_quotes(shard), ", which does not exist");
+        detail::fail_checkpoint(index, ": weight_map: ", detail::in_quotes(names.front()), " is in ",
+                                detail::in_quotes(shard), ", which does not exist");
       detail::Header header = read_header(contents, path);
       for (const std::string& name : names) {
         if (!header.contains(name))
@@ -777,10 +776,10 @@ inline std::string json_string(std::string_view text, std::string_view where, co
 // The order of the reference implementation: large elements first, so that each tensor is aligned
 // for its dtype. Where sizes are equal it has one too, and then goes by name.
 inline int write_order(DType dtype) {
-  constexpr std::array kOrder{
-      DType::U64,     DType::I64,     DType::F64, DType::F32, DType::U32, DType::I32,
-      DType::BF16,    DType::F16,     DType::U16, DType::I16, DType::F8_E8M0,
-      DType::F8_E4M3, DType::F8_E5M2, DType::I8,  DType::U8,  DType::BOOL};
+  constexpr std::array kOrder{DType::U64,     DType::I64, DType::F64,     DType::F32,
+                              DType::U32,     DType::I32, DType::BF16,    DType::F16,
+                              DType::U16,     DType::I16, DType::F8_E8M0, DType::F8_E4M3,
+                              DType::F8_E5M2, DType::I8,  DType::U8,      DType::BOOL};
   static_assert(kOrder.size() == kDTypes.size());
   return int(std::find(kOrder.begin(), kOrder.end(), dtype) - kOrder.begin());
 }
@@ -792,38 +791,34 @@ struct FileLayout {
 };
 
 inline FileLayout layout_of(std::span<const TensorToWrite> tensors,
-                            const std::map<std::string, std::string>& metadata,
-                            std::string_view where) {
+                            const std::map<std::string, std::string>& metadata, std::string_view where) {
   FileLayout layout;
   for (const TensorToWrite& tensor : tensors) {
-    require_checkpoint(tensor.name != "__metadata__", where,
-                       ": no tensor can have the name '__metadata__'");
+    require_checkpoint(tensor.name != "__metadata__", where, ": no tensor can have the name '__metadata__'");
     check_bytes(tensor, where);
     layout.tensors.push_back(&tensor);
   }
   auto& order = layout.tensors;
   std::sort(order.begin(), order.end(), [](auto* a, auto* b) { return a->name < b->name; });
-  const auto twice = std::adjacent_find(order.begin(), order.end(),
-                                        [](auto* a, auto* b) { return a->name == b->name; });
-  if (twice != order.end())
-    fail_checkpoint(where, ": two tensors have the name ", in_quotes((*twice)->name));
-  std::stable_sort(order.begin(), order.end(), [](auto* a, auto* b) {
-    return write_order(a->dtype) < write_order(b->dtype);
-  });
+  const auto twice =
+      std::adjacent_find(order.begin(), order.end(), [](auto* a, auto* b) { return a->name == b->name; });
+  if (twice != order.end()) fail_checkpoint(where, ": two tensors have the name ", in_quotes((*twice)->name));
+  std::stable_sort(order.begin(), order.end(),
+                   [](auto* a, auto* b) { return write_order(a->dtype) < write_order(b->dtype); });
 
   std::string json = "{";
   if (!metadata.empty()) {
     json += "\"__metadata__\":{";
     for (const auto& [key, value] : metadata)
-      json += (json.back() == '{' ? "" : ",") + json_string(key, where, "key of the metadata") +
-              ":" + json_string(value, where, "value of the metadata");
+      json += (json.back() == '{' ? "" : ",") + json_string(key, where, "key of the metadata") + ":" +
+              json_string(value, where, "value of the metadata");
     json += '}';
   }
   std::size_t end = 0;
   for (const TensorToWrite* tensor : order) {
     const std::size_t begin = std::exchange(end, end + tensor->bytes.size());
-    json += (json.size() == 1 ? "" : ",") + json_string(tensor->name, where, "name") +
-            ":{\"dtype\":\"" + std::string(name_of(tensor->dtype)) + "\",\"shape\":[";
+    json += (json.size() == 1 ? "" : ",") + json_string(tensor->name, where, "name") + ":{\"dtype\":\"" +
+            std::string(name_of(tensor->dtype)) + "\",\"shape\":[";
     for (std::size_t i = 0; i < tensor->shape.size(); ++i)
       json += (i == 0 ? "" : ",") + std::to_string(tensor->shape[i]);
     json += "],\"data_offsets\":[" + std::to_string(begin) + "," + std::to_string(end) + "]}";
@@ -850,8 +845,7 @@ inline FileLayout layout_of(std::span<const TensorToWrite> tensors,
 /// replaced, not followed. O(bytes). Throws CheckpointError, and leaves the old file as it was,
 /// where a name comes twice, is "__metadata__" or no UTF-8, where bytes do not fit a shape, where
 /// the header is too long for a reader, and where the system fails.
-inline void write_safetensors(const std::filesystem::path& path,
-                              std::span<const TensorToWrite> tensors,
+inline void write_safetensors(const std::filesystem::path& path, std::span<const TensorToWrite> tensors,
                               const std::map<std::string, std::string>& metadata = {}) {
   detail::require_little_endian();
   const detail::FileLayout layout = detail::layout_of(tensors, metadata, path.string());

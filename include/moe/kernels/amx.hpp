@@ -13,7 +13,9 @@
 // rows of 32 values by 32 rows of 16 columns. A float goes in as one rounded bfloat16 or as three: its bits,
 // eight at a time, so that nothing of it is lost.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(                                                                            \
+    __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
@@ -42,8 +44,8 @@ struct alignas(64) TileShapes {
   }
 };
 
-// What is fetched while tiles are multiplied: lines from four places of a block in turn, spread evenly. Several
-// at once would keep the loads of tiles waiting.
+// What is fetched while tiles are multiplied: lines from four places of a block in turn, spread evenly.
+// Several at once would keep the loads of tiles waiting.
 struct Fetch {
   const char* at;
   Index stride, lines, steps, due = 0, place = 0;
@@ -113,15 +115,16 @@ inline void multiply_panel(Index rows, Index depth, const Parts<std::uint16_t>& 
     if (whole > 0) multiply_tile<kParts>(high, whole, kTileDepth, from, panel, to, add, fetch);
     if (rest > 0) {
       const Index begin = whole * kTileDepth;
-      multiply_tile<kParts>(high, 1, rest + rest % 2, Parts<std::uint16_t>{from.data + begin, x.stride, x.width},
+      multiply_tile<kParts>(high, 1, rest + rest % 2,
+                            Parts<std::uint16_t>{from.data + begin, x.stride, x.width},
                             panel + begin * kColumns, to, add || whole > 0, fetch);
     }
   }
 }
 
 template <int kParts>
-inline void multiply(Index rows, Index depth, const Parts<std::uint16_t>& x, const std::uint16_t* panel, Index apart,
-                     Index panels, float* c, bool add, const std::uint16_t* next) {
+inline void multiply(Index rows, Index depth, const Parts<std::uint16_t>& x, const std::uint16_t* panel,
+                     Index apart, Index panels, float* c, bool add, const std::uint16_t* next) {
   __asm__ volatile("" ::: "memory");  // GCC does not know that tile loads read what was written before
   for (; panels > 0; --panels, panel += apart, c += rows * kColumns)
     multiply_panel<kParts>(rows, depth, x, panel, c, add, panels > 1 ? panel + apart : next);

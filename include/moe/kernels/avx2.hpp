@@ -33,7 +33,8 @@ inline Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec or_nan(Vec a, Vec b) {
   const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(b), _mm256_set1_epi32(0x7FFFFFFF));
-  return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x7F800000))));
+  return _mm256_blendv_ps(a, b,
+                          _mm256_castsi256_ps(_mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x7F800000))));
 }
 inline Vec nearest_integer(Vec v) {
   return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -55,16 +56,18 @@ inline Vec second_of(Pair pair) {
 }
 
 inline Vec load_quads(const float* from, Index stride) {
-  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)),
-                              _mm_loadu_ps(from + 4 * stride), 1);
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)), _mm_loadu_ps(from + 4 * stride), 1);
 }
 inline Vec low_halves_mixed(Vec a, Vec b) { return _mm256_unpacklo_ps(a, b); }
 inline Vec high_halves_mixed(Vec a, Vec b) { return _mm256_unpackhi_ps(a, b); }
 inline Vec low_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0x44); }
 inline Vec high_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0xEE); }
 
+// In this order: each builds on the one before.
 #include <moe/kernels/product.inc>
+
 #include <moe/kernels/elementwise.inc>
+
 #include <moe/kernels/dense.inc>
 
 inline constexpr Kernels kTable = {kColumns,

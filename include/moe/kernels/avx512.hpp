@@ -9,7 +9,8 @@
 
 // Kernels for x86 processors with AVX-512, whatever flags the user compiles with.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
@@ -39,7 +40,8 @@ inline Vec or_nan(Vec a, Vec b) {
   return _mm512_mask_mov_ps(a, _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(0x7F800000)), b);
 }
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wsign-conversion"  // of a mask, in what GCC has as a macro where it does not optimise
+// Of a mask, in what GCC has as a macro where it does not optimise.
+#pragma GCC diagnostic ignored "-Wsign-conversion"
 inline Vec nearest_integer(Vec v) {
   return _mm512_maskz_roundscale_ps(kAll, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -71,8 +73,11 @@ inline Vec high_halves_mixed(Vec a, Vec b) { return _mm512_maskz_unpackhi_ps(kAl
 inline Vec low_pairs(Vec a, Vec b) { return _mm512_maskz_shuffle_ps(kAll, a, b, 0x44); }
 inline Vec high_pairs(Vec a, Vec b) { return _mm512_maskz_shuffle_ps(kAll, a, b, 0xEE); }
 
+// In this order: each builds on the one before.
 #include <moe/kernels/product.inc>
+
 #include <moe/kernels/elementwise.inc>
+
 #include <moe/kernels/dense.inc>
 
 inline constexpr Kernels kTable = {kColumns,

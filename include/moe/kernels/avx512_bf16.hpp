@@ -10,7 +10,8 @@
 
 // The dot product of AVX-512 BF16 on the panels of AVX-512.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
@@ -19,8 +20,8 @@
 namespace moe::kernels::avx512_bf16 {
 
 using avx512::broadcast, avx512::first_of, avx512::fused, avx512::kHighRows, avx512::kHighVecs,
-    avx512::kLanes, avx512::kNarrowPairRows, avx512::kNarrowRows, avx512::kStreams, avx512::kVecs, avx512::load, avx512::load_pair, avx512::second_of,
-    avx512::store, avx512::Vec;
+    avx512::kLanes, avx512::kNarrowPairRows, avx512::kNarrowRows, avx512::kStreams, avx512::kVecs,
+    avx512::load, avx512::load_pair, avx512::second_of, avx512::store, avx512::Vec;
 
 // Some steps of a tile: sum [R, V] += pairs of x's columns * pairs of the panel's rows.
 template <Index kStride, std::size_t kR, std::size_t kV, class Layout>
@@ -38,7 +39,8 @@ inline __attribute__((always_inline)) void steps(Index count, const std::uint16_
       const __m512i left = _mm512_set1_epi32(pair);
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j)
-        sum[i][j] = _mm512_dpbf16_ps(sum[i][j], reinterpret_cast<__m512bh>(left), reinterpret_cast<__m512bh>(right[j]));
+        sum[i][j] = _mm512_dpbf16_ps(sum[i][j], reinterpret_cast<__m512bh>(left),
+                                     reinterpret_cast<__m512bh>(right[j]));
     }
   }
 }

@@ -9,10 +9,10 @@
 // What a set of kernels offers. Each instruction set fills one Kernels with the functions of its own
 // namespace; all of them are made from one text: product.inc, elementwise.inc and dense.inc.
 //
-// Weights lie in panels of `columns` columns, each contiguous: [streams, depth, columns / streams]. A product reads
-// the streams of a panel side by side: some processors fetch several faster than one. Weights of bfloat16 lie in
-// pairs along the depth: [streams, depth / 2, columns / streams, 2]; an odd depth ends with a pair whose second
-// half is zero.
+// Weights lie in panels of `columns` columns, each contiguous: [streams, depth, columns / streams]. A product
+// reads the streams of a panel side by side: some processors fetch several faster than one. Weights of
+// bfloat16 lie in pairs along the depth: [streams, depth / 2, columns / streams, 2]; an odd depth ends with a
+// pair whose second half is zero.
 namespace moe::kernels {
 
 /// The built-in activations as the kernels know them.
@@ -28,19 +28,20 @@ struct Activation {
   friend bool operator==(const Activation&, const Activation&) = default;
 };
 
-/// Rows of activations as a product reads them: row i begins at data + i * stride, its parts are `width` apart.
+/// Rows of activations as a product reads them: row i begins at data + i * stride, its parts are `width`
+/// apart.
 template <class X>
 struct Parts {
   const X* data;
   Index stride, width;
 };
 
-/// How a tile's sums begin and end: from zero, in place of what stands in c; from what stands in c, with which they
-/// are one chain; or from zero, and then added to what stands in c.
+/// How a tile's sums begin and end: from zero, in place of what stands in c; from what stands in c, with
+/// which they are one chain; or from zero, and then added to what stands in c.
 enum class Sums : std::uint8_t { begin, go_on, add };
 
-/// Products of rows and panels. Every element is one chain of fused multiply-adds along the depth, whatever the
-/// rows beside it; hence the same bits for any batch.
+/// Products of rows and panels. Every element is one chain of fused multiply-adds along the depth, whatever
+/// the rows beside it; hence the same bits for any batch.
 template <class X, class Weight>
 struct Product {
   Index rows, depth;  ///< that it takes at most: what it reads of them then stays in the second cache
@@ -48,9 +49,9 @@ struct Product {
   /// to [parts, width] = the parts of from [count] and, where there are several or they are not floats, zeros
   /// behind them; width is a multiple of 32.
   void (*split)(Index count, const float* from, X* to, Index width);
-  /// c [panels, rows, columns] = x * panels or, where `add`, added to c. Each stream begins `apart` numbers after the
-  /// one before it, also from one panel to the next. `next` is what will be read of a panel after this: it is
-  /// fetched into the caches meanwhile, or any pointer at all.
+  /// c [panels, rows, columns] = x * panels or, where `add`, added to c. Each stream begins `apart` numbers
+  /// after the one before it, also from one panel to the next. `next` is what will be read of a panel after
+  /// this: it is fetched into the caches meanwhile, or any pointer at all.
   void (*multiply)(Index rows, Index depth, const Parts<X>& x, const Weight* panel, Index apart, Index panels,
                    float* c, bool add, const Weight* next);
 };
@@ -59,11 +60,11 @@ struct Product {
 /// to a float. It takes numbers below the normal ones as zero. Of the parts one is rounded, three are exact.
 using DotProduct = Product<std::uint16_t, std::uint16_t>;
 
-inline constexpr Index kMaxRows = 96, kDepth = 512;        // of products of floats
+inline constexpr Index kMaxRows = 96, kDepth = 512;         // of products of floats
 inline constexpr Index kMaxDotRows = 96, kDotDepth = 2048;  // of dot products
 
-// From one row of x to the next in products with one part: a constant, which makes addresses short, and an odd
-// number of cache lines, which spreads rows over the first cache.
+// From one row of x to the next in products with one part: a constant, which makes addresses short, and an
+// odd number of cache lines, which spreads rows over the first cache.
 template <class X>
 inline constexpr Index kRowStride = sizeof(X) == sizeof(float) ? kDepth + 16 : kDotDepth + 32;
 
@@ -71,19 +72,21 @@ inline constexpr Index kRowStride = sizeof(X) == sizeof(float) ? kDepth + 16 : k
 struct Kernels {
   Index columns, streams;  ///< of a panel
   Product<float, float> floats;
-  Product<float, std::uint16_t> halves;  ///< weights in bfloat16, which are widened: products are those of floats
+  Product<float, std::uint16_t>
+      halves;  ///< weights in bfloat16, which are widened: products are those of floats
   /// out [rows, columns or, gated, columns / 2] = the activation of c + bias; bias may be null.
-  void (*activate)(const Activation& activation, Index rows, const float* c, const float* bias,
-                   float* out, Index out_stride);
+  void (*activate)(const Activation& activation, Index rows, const float* c, const float* bias, float* out,
+                   Index out_stride);
   /// y's row token[i], `count` columns of it, += gate[i] * (c's row i + bias). bias and gate may be
   /// null: no bias, gates of 1.
   void (*combine)(Index rows, Index count, const float* c, const float* bias, const Index* token,
                   const float* gate, float* y, Index y_stride);
 };
 
-/// Products of matrices as they lie, rows `..._stride` apart, for layers that are not packed: weights are packed
-/// on the way. `in` is contracted by linear, `out` by linear_backward_input, `rows` by linear_backward_weight;
-/// none is 0. In a table of their own, so that who packs no layer compiles nothing else.
+/// Products of matrices as they lie, rows `..._stride` apart, for layers that are not packed: weights are
+/// packed on the way. `in` is contracted by linear, `out` by linear_backward_input, `rows` by
+/// linear_backward_weight; none is 0. In a table of their own, so that who packs no layer compiles nothing
+/// else.
 struct DenseKernels {
   /// y [rows, out] = x [rows, in] * w^T, w [out, in]; or, where `add`, added to y.
   void (*linear)(Index rows, Index in, Index out, const float* x, Index x_stride, const float* w,
@@ -102,7 +105,8 @@ inline Index block_depth(Index depth, Index most) {
   return ((depth + blocks - 1) / blocks + 63) / 64 * 64;
 }
 
-/// Rows of activations in blocks of their columns, [blocks, rows, stride], each of them what a product reads at a time.
+/// Rows of activations in blocks of their columns, [blocks, rows, stride], each of them what a product reads
+/// at a time.
 struct RowBlocks {
   Index columns, depth;  ///< of a row, of a block
   Index stride;          ///< from a row of a block to the next

@@ -11,8 +11,9 @@
 
 #include <moe/kernels/kernels.hpp>
 
-// Kernels for any processor: vectors of four floats that GCC and Clang turn into what it has. They run in a fixed
-// order; multiply-adds are fused where the code is compiled for a processor that has an instruction for it.
+// Kernels for any processor: vectors of four floats that GCC and Clang turn into what it has. They run in a
+// fixed order; multiply-adds are fused where the code is compiled for a processor that has an instruction for
+// it.
 namespace moe::kernels::portable {
 
 using Vec = float __attribute__((vector_size(16)));
@@ -71,8 +72,11 @@ inline Vec high_halves_mixed(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]};
 inline Vec low_pairs(Vec a, Vec b) { return Vec{a[0], a[1], b[0], b[1]}; }
 inline Vec high_pairs(Vec a, Vec b) { return Vec{a[2], a[3], b[2], b[3]}; }
 
+// In this order: each builds on the one before.
 #include <moe/kernels/product.inc>
+
 #include <moe/kernels/elementwise.inc>
+
 #include <moe/kernels/dense.inc>
 
 inline constexpr Kernels kTable = {kColumns,

@@ -24,10 +24,14 @@ enum class InstructionSet { portable, avx2, avx512, amx };
 
 inline const char* name_of(InstructionSet set) {
   switch (set) {
-    case InstructionSet::avx2: return "AVX2 and FMA";
-    case InstructionSet::avx512: return "AVX-512";
-    case InstructionSet::amx: return "AMX";
-    default: return "portable kernels";
+    case InstructionSet::avx2:
+      return "AVX2 and FMA";
+    case InstructionSet::avx512:
+      return "AVX-512";
+    case InstructionSet::amx:
+      return "AMX";
+    default:
+      return "portable kernels";
   }
 }
 

@@ -17,8 +17,7 @@ inline constexpr LayerTensors deepseek_tensors(bool selection_bias) {
       .shared_expert = {.w_gate = {"model.layers.{layer}.mlp.shared_experts.gate_proj.weight"},
                         .w_up = {"model.layers.{layer}.mlp.shared_experts.up_proj.weight"},
                         .w_down = {"model.layers.{layer}.mlp.shared_experts.down_proj.weight"}}};
-  if (selection_bias)
-    tensors.selection_bias = {"model.layers.{layer}.mlp.gate.e_score_correction_bias"};
+  if (selection_bias) tensors.selection_bias = {"model.layers.{layer}.mlp.gate.e_score_correction_bias"};
   return tensors;
 }
 
@@ -57,10 +56,7 @@ inline constexpr Model<SwiGLU> deepseek_v2 = {
     .d_ff = 1536,
     .shared_experts = 1,
     .shared_d_ff = 2 * 1536,
-    .losses = {.balance = 0.003,
-               .balance_of = BalanceOf::sequences,
-               .device = 0.05,
-               .devices = 8},
+    .losses = {.balance = 0.003, .balance_of = BalanceOf::sequences, .device = 0.05, .devices = 8},
     .around = {.layers = 60,
                .moe_layers = 59,
                .vocabulary = 102400,

@@ -29,13 +29,11 @@ inline constexpr Model<SwiGLU> ernie_4_5_21b_a3b = {
     .tensors = {.prefix = "model.layers.{layer}.mlp.",
                 .w_router = {"model.layers.{layer}.mlp.gate.weight"},
                 .selection_bias = {"model.layers.{layer}.mlp.moe_statics.e_score_correction_bias"},
-                .experts = {
-                    .w_gate = {"model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"},
-                    .w_up = {"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"},
-                    .w_down = {"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"}},
-                .shared_expert = {
-                    .w_gate = {"model.layers.{layer}.mlp.shared_experts.gate_proj.weight"},
-                    .w_up = {"model.layers.{layer}.mlp.shared_experts.up_proj.weight"},
-                    .w_down = {"model.layers.{layer}.mlp.shared_experts.down_proj.weight"}}}};
+                .experts = {.w_gate = {"model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"},
+                            .w_up = {"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"},
+                            .w_down = {"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"}},
+                .shared_expert = {.w_gate = {"model.layers.{layer}.mlp.shared_experts.gate_proj.weight"},
+                                  .w_up = {"model.layers.{layer}.mlp.shared_experts.up_proj.weight"},
+                                  .w_down = {"model.layers.{layer}.mlp.shared_experts.down_proj.weight"}}}};
 
 }  // namespace moe

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <moe/models/model.hpp>
 #include <moe/models/deepseek.hpp>
+#include <moe/models/model.hpp>
 
 namespace moe {
 

@@ -12,13 +12,12 @@ inline constexpr LayerTensors kGptOssTensors = {
     .prefix = "model.layers.{layer}.mlp.",
     .w_router = {"model.layers.{layer}.mlp.router.weight"},
     .b_router = {"model.layers.{layer}.mlp.router.bias"},
-    .experts = {
-        .w_gate = {"model.layers.{layer}.mlp.experts.gate_up_proj", TensorPart::even_rows, true},
-        .w_up = {"model.layers.{layer}.mlp.experts.gate_up_proj", TensorPart::odd_rows, true},
-        .w_down = {"model.layers.{layer}.mlp.experts.down_proj", TensorPart::all, true},
-        .b_gate = {"model.layers.{layer}.mlp.experts.gate_up_proj_bias", TensorPart::even_rows},
-        .b_up = {"model.layers.{layer}.mlp.experts.gate_up_proj_bias", TensorPart::odd_rows},
-        .b_down = {"model.layers.{layer}.mlp.experts.down_proj_bias"}}};
+    .experts = {.w_gate = {"model.layers.{layer}.mlp.experts.gate_up_proj", TensorPart::even_rows, true},
+                .w_up = {"model.layers.{layer}.mlp.experts.gate_up_proj", TensorPart::odd_rows, true},
+                .w_down = {"model.layers.{layer}.mlp.experts.down_proj", TensorPart::all, true},
+                .b_gate = {"model.layers.{layer}.mlp.experts.gate_up_proj_bias", TensorPart::even_rows},
+                .b_up = {"model.layers.{layer}.mlp.experts.gate_up_proj_bias", TensorPart::odd_rows},
+                .b_down = {"model.layers.{layer}.mlp.experts.down_proj_bias"}}};
 
 }  // namespace detail
 

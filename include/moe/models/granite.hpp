@@ -10,11 +10,10 @@ namespace detail {
 inline constexpr LayerTensors kGraniteTensors = {
     .prefix = "model.layers.{layer}.block_sparse_moe.",
     .w_router = {"model.layers.{layer}.block_sparse_moe.router.layer.weight"},
-    .experts = {.w_gate = {"model.layers.{layer}.block_sparse_moe.input_linear.weight",
-                           TensorPart::first_half},
-                .w_up = {"model.layers.{layer}.block_sparse_moe.input_linear.weight",
-                         TensorPart::second_half},
-                .w_down = {"model.layers.{layer}.block_sparse_moe.output_linear.weight"}}};
+    .experts = {
+        .w_gate = {"model.layers.{layer}.block_sparse_moe.input_linear.weight", TensorPart::first_half},
+        .w_up = {"model.layers.{layer}.block_sparse_moe.input_linear.weight", TensorPart::second_half},
+        .w_down = {"model.layers.{layer}.block_sparse_moe.output_linear.weight"}}};
 
 }  // namespace detail
 
@@ -66,10 +65,9 @@ inline constexpr Model<SwiGLU> jetmoe_8b = {
     .tensors = {
         .prefix = "model.layers.{layer}.mlp.",
         .w_router = {"model.layers.{layer}.mlp.router.layer.weight"},
-        .experts = {
-            .w_gate = {"model.layers.{layer}.mlp.input_linear.weight", TensorPart::first_half},
-            .w_up = {"model.layers.{layer}.mlp.input_linear.weight", TensorPart::second_half},
-            .w_down = {"model.layers.{layer}.mlp.output_linear.weight"}},
+        .experts = {.w_gate = {"model.layers.{layer}.mlp.input_linear.weight", TensorPart::first_half},
+                    .w_up = {"model.layers.{layer}.mlp.input_linear.weight", TensorPart::second_half},
+                    .w_down = {"model.layers.{layer}.mlp.output_linear.weight"}},
         .b_output = {"model.layers.{layer}.mlp.bias"}}};
 
 }  // namespace moe

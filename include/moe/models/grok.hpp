@@ -19,12 +19,10 @@ inline constexpr Model<GEGLUTanh> grok_1 = {
                .tied_embeddings = true,
                .attention = attention_parameters(6144, 48, 8, 128)},
     .published = {314e9, 0},
-    .tensors = {
-        .prefix = "transformer.decoder_layer.{layer}.moe.",
-        .w_router = {"transformer.decoder_layer.{layer}.router.weight"},
-        .experts = {
-            .w_gate = {"transformer.decoder_layer.{layer}.moe.{expert}.linear.weight"},
-            .w_up = {"transformer.decoder_layer.{layer}.moe.{expert}.linear_v.weight"},
-            .w_down = {"transformer.decoder_layer.{layer}.moe.{expert}.linear_1.weight"}}}};
+    .tensors = {.prefix = "transformer.decoder_layer.{layer}.moe.",
+                .w_router = {"transformer.decoder_layer.{layer}.router.weight"},
+                .experts = {.w_gate = {"transformer.decoder_layer.{layer}.moe.{expert}.linear.weight"},
+                            .w_up = {"transformer.decoder_layer.{layer}.moe.{expert}.linear_v.weight"},
+                            .w_down = {"transformer.decoder_layer.{layer}.moe.{expert}.linear_1.weight"}}}};
 
 }  // namespace moe

@@ -50,10 +50,10 @@ inline constexpr Model<ReLU> glam_64b_64e = {
     .published = {1.2e12, 96.6e9}};
 
 /// ST-MoE-32B (Zoph et al. 2022): two experts a token, the second where its gate is above 0.2, in training
-/// with a probability of its gate / 0.2. Its authors used two libraries: second experts, gates with a sum of 1
-/// and a loss of first choices are mesh's (which draws in inference, too), seats are flaxformer's: 1.25 *
-/// tokens / num_experts in training and 2 in inference, to the nearest. Its z-loss is the paper's. A layer with
-/// experts, every fourth, has a dense feed-forward, too.
+/// with a probability of its gate / 0.2. Its authors used two libraries: second experts, gates with a sum of
+/// 1 and a loss of first choices are mesh's (which draws in inference, too), seats are flaxformer's: 1.25 *
+/// tokens / num_experts in training and 2 in inference, to the nearest. Its z-loss is the paper's. A layer
+/// with experts, every fourth, has a dense feed-forward, too.
 inline constexpr Model<GEGLUTanh> st_moe_32b = {
     .name = "ST-MoE-32B",
     .source = "arXiv:2202.08906",

@@ -14,8 +14,8 @@ inline constexpr LayerTensors kLlama4Tensors = {
                            TensorPart::first_half, true},
                 .w_up = {"language_model.model.layers.{layer}.feed_forward.experts.gate_up_proj",
                          TensorPart::second_half, true},
-                .w_down = {"language_model.model.layers.{layer}.feed_forward.experts.down_proj", TensorPart::all,
-                           true}},
+                .w_down = {"language_model.model.layers.{layer}.feed_forward.experts.down_proj",
+                           TensorPart::all, true}},
     .shared_expert = {
         .w_gate = {"language_model.model.layers.{layer}.feed_forward.shared_expert.gate_proj.weight"},
         .w_up = {"language_model.model.layers.{layer}.feed_forward.shared_expert.up_proj.weight"},

@@ -35,10 +35,10 @@ struct Losses {
   double z = 0;           ///< of router_z_loss
   double importance = 0;  ///< of importance_loss
   Importance importance_of = Importance::gates;
-  double load = 0;        ///< of load_loss
+  double load = 0;  ///< of load_loss
   LoadThreshold load_threshold = LoadThreshold::two;
-  double device = 0;      ///< of device_balance_loss, for the batch as a whole
-  Index devices = 1;      ///< expert e is on device e * devices / num_experts
+  double device = 0;  ///< of device_balance_loss, for the batch as a whole
+  Index devices = 1;  ///< expert e is on device e * devices / num_experts
   OverLayers over_layers = OverLayers::sum;
 };
 
@@ -100,8 +100,7 @@ Loss<S> routing_loss(const Losses& losses, const Routing<S>& routing, const Batc
   add(losses.importance, [&] { return importance_loss(routing, losses.importance_of); });
   add(losses.load, [&] { return load_loss(routing, losses.load_threshold); });
   add(losses.device, [&] {
-    return device_balance_loss(routing,
-                               detail::device_of_experts(routing.num_experts(), losses.devices));
+    return device_balance_loss(routing, detail::device_of_experts(routing.num_experts(), losses.devices));
   });
   return sum;
 }

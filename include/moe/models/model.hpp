@@ -55,11 +55,11 @@ struct Surroundings {
   Index layers = 0;      ///< of attention and feed-forward
   Index moe_layers = 0;  ///< those among them with experts
   Index vocabulary = 0;
-  bool tied_embeddings = false;  ///< whether input and output embedding are one matrix
-  bool embedding_is_active = true;  ///< whether the authors count the input embedding as active
-  Index attention = 0;           ///< parameters of one layer's attention
-  Index dense_d_ff = 0;          ///< width of the feed-forward of the other layers
-  int dense_matrices = 3;        ///< 3 where it is gated, else 2
+  bool tied_embeddings = false;       ///< whether input and output embedding are one matrix
+  bool embedding_is_active = true;    ///< whether the authors count the input embedding as active
+  Index attention = 0;                ///< parameters of one layer's attention
+  Index dense_d_ff = 0;               ///< width of the feed-forward of the other layers
+  int dense_matrices = 3;             ///< 3 where it is gated, else 2
   bool dense_beside_experts = false;  ///< whether layers with experts have that feed-forward, too
   Index idle_attention = 0;           ///< of `attention`, what one token does not use
 
@@ -74,9 +74,8 @@ constexpr Index attention_parameters(Index d_model, Index heads, Index kv_heads,
 
 /// The same of multi-head latent attention (DeepSeek-AI 2024, V2, section 2.1): low-rank queries and
 /// key-values, heads of a part with and a part without position, and of values.
-constexpr Index latent_attention_parameters(Index d_model, Index heads, Index query_rank,
-                                            Index kv_rank, Index plain_dim, Index rotary_dim,
-                                            Index value_dim) {
+constexpr Index latent_attention_parameters(Index d_model, Index heads, Index query_rank, Index kv_rank,
+                                            Index plain_dim, Index rotary_dim, Index value_dim) {
   return d_model * query_rank + query_rank * heads * (plain_dim + rotary_dim) +
          d_model * (kv_rank + rotary_dim) + kv_rank * heads * (plain_dim + value_dim) +
          heads * value_dim * d_model + query_rank + kv_rank;
@@ -92,15 +91,17 @@ struct PublishedSize {
 
 /// Whether an activation is a gated unit, one with two arguments.
 template <class Unit>
-concept GatedUnit = requires(const Unit& unit, float v) { unit.forward(v, v); };
+concept GatedUnit = requires(const Unit& unit, float v) {
+  unit.forward(v, v);
+};
 
 /// What experts with the unit `Unit` are. An expert of a kind of its own has a tag as unit and a
 /// specialisation, whose Type has a constructor from mapped weights (see models/openmoe.hpp).
 template <class Unit>
 struct ExpertOf {
   template <class S, class Storage = Owned>
-  using Type = std::conditional_t<GatedUnit<Unit>, GatedFeedForward<S, Unit, Storage>,
-                                  FeedForward<S, Unit, Storage>>;
+  using Type =
+      std::conditional_t<GatedUnit<Unit>, GatedFeedForward<S, Unit, Storage>, FeedForward<S, Unit, Storage>>;
   /// Rows of the matrices before the activation, in d_ff.
   static constexpr Index kUpWidths = GatedUnit<Unit> ? 2 : 1;
 
@@ -115,8 +116,8 @@ constexpr Index surrounding_parameters(const Surroundings& around, Index d_model
   const Index norms = (2 * around.layers + 1) * d_model;
   const Index dense = around.dense_matrices * d_model * around.dense_d_ff;
   const Index dense_layers = around.layers - (around.dense_beside_experts ? 0 : around.moe_layers);
-  return (around.tied_embeddings ? 1 : 2) * around.vocabulary * d_model +
-         around.layers * around.attention + dense_layers * dense + norms;
+  return (around.tied_embeddings ? 1 : 2) * around.vocabulary * d_model + around.layers * around.attention +
+         dense_layers * dense + norms;
 }
 
 namespace detail {
@@ -166,8 +167,7 @@ struct Model {
   /// What stands around the layers of the published size is left out.
   constexpr Model scaled_to(Index new_d_model, Index new_d_ff, Index new_num_experts) const {
     Model scaled = *this;
-    if (new_d_model == d_model() && new_d_ff == d_ff && new_num_experts == num_experts())
-      return scaled;
+    if (new_d_model == d_model() && new_d_ff == d_ff && new_num_experts == num_experts()) return scaled;
     scaled.around = {};
     scaled.published = {};
     scaled.router.d_model = new_d_model;
@@ -226,13 +226,15 @@ struct Model {
   /// Those that one token uses; the input embedding as its authors count it.
   constexpr std::optional<Index> active_parameters() const {
     if (!around.known()) return {};
-    return surrounding_parameters(around, d_model()) +
-           around.moe_layers * active_layer_parameters() - around.layers * around.idle_attention -
+    return surrounding_parameters(around, d_model()) + around.moe_layers * active_layer_parameters() -
+           around.layers * around.idle_attention -
            (around.embedding_is_active ? 0 : around.vocabulary * d_model());
   }
   constexpr Index experts_per_token() const {
-    if constexpr (requires { router.top_k; }) return router.top_k;
-    else return Index(router.capacity);  // on average, where experts choose
+    if constexpr (requires { router.top_k; })
+      return router.top_k;
+    else
+      return Index(router.capacity);  // on average, where experts choose
   }
 };
 
@@ -245,8 +247,10 @@ typename Expert::Options expert_options(const M& model, Index d_ff) {
   options.d_model = model.d_model();
   options.d_ff = d_ff;
   if constexpr (requires { options.bias; }) options.bias = model.expert_bias;
-  if constexpr (requires { options.glu; }) options.glu = model.unit;
-  else if constexpr (requires { options.activation; }) options.activation = model.unit;
+  if constexpr (requires { options.glu; })
+    options.glu = model.unit;
+  else if constexpr (requires { options.activation; })
+    options.activation = model.unit;
   return options;
 }
 

@@ -36,21 +36,19 @@ inline constexpr Model<ReLU> nllb_moe_54b = {
     .tensors = {
         .prefix = "model.encoder.layers.{layer}.ffn.",
         .w_router = {"model.encoder.layers.{layer}.ffn.router.classifier.weight"},
-        .experts = {
-            .w_up = {"model.encoder.layers.{layer}.ffn.experts.expert_{expert}.fc1.weight"},
-            .w_down = {"model.encoder.layers.{layer}.ffn.experts.expert_{expert}.fc2.weight"},
-            .b_up = {"model.encoder.layers.{layer}.ffn.experts.expert_{expert}.fc1.bias"},
-            .b_down = {"model.encoder.layers.{layer}.ffn.experts.expert_{expert}.fc2.bias"}}}};
+        .experts = {.w_up = {"model.encoder.layers.{layer}.ffn.experts.expert_{expert}.fc1.weight"},
+                    .w_down = {"model.encoder.layers.{layer}.ffn.experts.expert_{expert}.fc2.weight"},
+                    .b_up = {"model.encoder.layers.{layer}.ffn.experts.expert_{expert}.fc1.bias"},
+                    .b_down = {"model.encoder.layers.{layer}.ffn.experts.expert_{expert}.fc2.bias"}}}};
 
 /// The tensor names of its decoder, for `tensors` of a copy of the model.
 inline constexpr LayerTensors nllb_decoder_tensors = {
     .prefix = "model.decoder.layers.{layer}.ffn.",
     .w_router = {"model.decoder.layers.{layer}.ffn.router.classifier.weight"},
-    .experts = {
-        .w_up = {"model.decoder.layers.{layer}.ffn.experts.expert_{expert}.fc1.weight"},
-        .w_down = {"model.decoder.layers.{layer}.ffn.experts.expert_{expert}.fc2.weight"},
-        .b_up = {"model.decoder.layers.{layer}.ffn.experts.expert_{expert}.fc1.bias"},
-        .b_down = {"model.decoder.layers.{layer}.ffn.experts.expert_{expert}.fc2.bias"}}};
+    .experts = {.w_up = {"model.decoder.layers.{layer}.ffn.experts.expert_{expert}.fc1.weight"},
+                .w_down = {"model.decoder.layers.{layer}.ffn.experts.expert_{expert}.fc2.weight"},
+                .b_up = {"model.decoder.layers.{layer}.ffn.experts.expert_{expert}.fc1.bias"},
+                .b_down = {"model.decoder.layers.{layer}.ffn.experts.expert_{expert}.fc2.bias"}}};
 
 /// The same as it is trained: gates have a sum of 1, and the caller sets the mixture of each token to zero
 /// with probability 0.2, instead of which inference scales it by 0.8.

@@ -20,9 +20,8 @@ inline constexpr Model<SwiGLU> olmoe_1b_7b = {
     .published = {6.9e9, 1.3e9},
     .tensors = {.prefix = "model.layers.{layer}.mlp.",
                 .w_router = {"model.layers.{layer}.mlp.gate.weight"},
-                .experts = {
-                    .w_gate = {"model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"},
-                    .w_up = {"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"},
-                    .w_down = {"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"}}}};
+                .experts = {.w_gate = {"model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"},
+                            .w_up = {"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"},
+                            .w_down = {"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"}}}};
 
 }  // namespace moe

@@ -19,12 +19,10 @@ inline constexpr Model<SwiGLU, SparseMixerRouter> phi_3_5_moe = {
                .vocabulary = 32064,
                .attention = attention_parameters(4096, 32, 8, 128) + 128 * (32 + 2 * 8) + 4096},
     .published = {41.9e9, 6.6e9},
-    .tensors = {
-        .prefix = "model.layers.{layer}.block_sparse_moe.",
-        .w_router = {"model.layers.{layer}.block_sparse_moe.gate.weight"},
-        .experts = {.w_gate = {"model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight"},
-                    .w_up = {"model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight"},
-                    .w_down = {
-                        "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight"}}}};
+    .tensors = {.prefix = "model.layers.{layer}.block_sparse_moe.",
+                .w_router = {"model.layers.{layer}.block_sparse_moe.gate.weight"},
+                .experts = {.w_gate = {"model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight"},
+                            .w_up = {"model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight"},
+                            .w_down = {"model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight"}}}};
 
 }  // namespace moe

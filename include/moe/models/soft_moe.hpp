@@ -15,8 +15,8 @@ namespace moe {
 /// Where a checkpoint holds a Soft MoE layer's parameters.
 struct SoftTensors {
   std::string_view prefix{};  ///< what the names of all tensors of a layer begin with
-  TensorSource w_slots{};  ///< [num_experts, slots_per_expert, d_model]; transposed: d_model is first
-  TensorSource scale{};    ///< without dimensions
+  TensorSource w_slots{};     ///< [num_experts, slots_per_expert, d_model]; transposed: d_model is first
+  TensorSource scale{};       ///< without dimensions
   ExpertTensors experts{};
 };
 
@@ -45,8 +45,7 @@ struct SoftModel {
   /// The same layer in another size, without what stands around those of the published size.
   constexpr SoftModel scaled_to(Index new_d_model, Index new_d_ff, Index new_num_experts) const {
     SoftModel scaled = *this;
-    if (new_d_model == d_model() && new_d_ff == d_ff && new_num_experts == num_experts())
-      return scaled;
+    if (new_d_model == d_model() && new_d_ff == d_ff && new_num_experts == num_experts()) return scaled;
     scaled.around = {};
     scaled.published = {};
     scaled.layer.d_model = new_d_model;
@@ -81,8 +80,7 @@ struct SoftModel {
 namespace detail {
 
 template <class S, class Unit, class... More>
-typename SoftModel<Unit>::template Layer<S> build_layer(const SoftModel<Unit>& model,
-                                                        More&... more) {
+typename SoftModel<Unit>::template Layer<S> build_layer(const SoftModel<Unit>& model, More&... more) {
   using Expert = typename SoftModel<Unit>::template Expert<S>;
   const auto options = expert_options<Expert>(model, model.d_ff);
   std::vector<Expert> experts;
@@ -107,11 +105,10 @@ inline constexpr SoftTensors kSoftMoETensors = {
     .prefix = "Encoder/encoderblock_{layer}/Moe/",
     .w_slots = {"Encoder/encoderblock_{layer}/Moe/Router/mu", TensorPart::all, true},
     .scale = {"Encoder/encoderblock_{layer}/Moe/Router/scale"},
-    .experts = {
-        .w_up = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_0/kernel", TensorPart::all, true},
-        .w_down = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_1/kernel", TensorPart::all, true},
-        .b_up = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_0/bias"},
-        .b_down = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_1/bias"}}};
+    .experts = {.w_up = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_0/kernel", TensorPart::all, true},
+                .w_down = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_1/kernel", TensorPart::all, true},
+                .b_up = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_0/bias"},
+                .b_down = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_1/bias"}}};
 
 }  // namespace detail
 

@@ -12,12 +12,10 @@ namespace detail {
 inline constexpr LayerTensors kSwitchTensors = {
     .prefix = "encoder.block.{layer}.layer.1.mlp.",
     .w_router = {"encoder.block.{layer}.layer.1.mlp.router.classifier.weight"},
-    .experts = {
-        .w_up = {"encoder.block.{layer}.layer.1.mlp.experts.expert_{expert}.wi.weight"},
-        .w_down = {"encoder.block.{layer}.layer.1.mlp.experts.expert_{expert}.wo.weight"}}};
+    .experts = {.w_up = {"encoder.block.{layer}.layer.1.mlp.experts.expert_{expert}.wi.weight"},
+                .w_down = {"encoder.block.{layer}.layer.1.mlp.experts.expert_{expert}.wo.weight"}}};
 
-inline constexpr Model<ReLU> switch_base(std::string_view name, Index num_experts,
-                                         double published) {
+inline constexpr Model<ReLU> switch_base(std::string_view name, Index num_experts, double published) {
   return {.name = name,
           .source = "arXiv:2101.03961",
           .router = {.d_model = 768,
@@ -47,15 +45,14 @@ inline constexpr Model<ReLU> switch_base(std::string_view name, Index num_expert
 inline constexpr LayerTensors switch_decoder_tensors = {
     .prefix = "decoder.block.{layer}.layer.2.mlp.",
     .w_router = {"decoder.block.{layer}.layer.2.mlp.router.classifier.weight"},
-    .experts = {
-        .w_up = {"decoder.block.{layer}.layer.2.mlp.experts.expert_{expert}.wi.weight"},
-        .w_down = {"decoder.block.{layer}.layer.2.mlp.experts.expert_{expert}.wo.weight"}}};
+    .experts = {.w_up = {"decoder.block.{layer}.layer.2.mlp.experts.expert_{expert}.wi.weight"},
+                .w_down = {"decoder.block.{layer}.layer.2.mlp.experts.expert_{expert}.wo.weight"}}};
 
 /// Switch Transformer, Base (Fedus et al. 2021), in the sizes of the published checkpoints: the best expert,
 /// its probability as gate, jitter of 0.01. Seats: 1.25 times an even share in training, 2 in inference,
 /// within each group of BatchInfo, rounded down and at least 4 (mesh); Hugging Face gives every expert 64
-/// seats a sequence instead. Names of tensors are the encoder's (the decoder's: switch_decoder_tensors), where
-/// layer `layer` has experts if it is odd. The paper gives no size for 8 experts.
+/// seats a sequence instead. Names of tensors are the encoder's (the decoder's: switch_decoder_tensors),
+/// where layer `layer` has experts if it is odd. The paper gives no size for 8 experts.
 inline constexpr Model<ReLU> switch_base_8 = detail::switch_base("Switch-Base-8", 8, 0);
 inline constexpr Model<ReLU> switch_base_16 = detail::switch_base("Switch-Base-16", 16, 1.1e9);
 inline constexpr Model<ReLU> switch_base_32 = detail::switch_base("Switch-Base-32", 32, 2.0e9);

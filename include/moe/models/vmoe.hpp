@@ -30,10 +30,9 @@ inline constexpr Model<GELUTanh> vmoe_l16 = {
     .tensors = {
         .prefix = "Encoder/encoderblock_{layer}/Moe/",
         .w_router = {"Encoder/encoderblock_{layer}/Moe/Router/dense/kernel", TensorPart::all, true},
-        .experts = {
-            .w_up = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_0/kernel", TensorPart::all, true},
-            .w_down = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_1/kernel", TensorPart::all, true},
-            .b_up = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_0/bias"},
-            .b_down = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_1/bias"}}}};
+        .experts = {.w_up = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_0/kernel", TensorPart::all, true},
+                    .w_down = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_1/kernel", TensorPart::all, true},
+                    .b_up = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_0/bias"},
+                    .b_down = {"Encoder/encoderblock_{layer}/Moe/Mlp/Dense_1/bias"}}}};
 
 }  // namespace moe

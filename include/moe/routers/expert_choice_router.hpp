@@ -36,8 +36,7 @@ class ExpertChoiceRouter {
   /// w_router is zero, to be filled from elsewhere. Throws std::invalid_argument for options out of range,
   /// and for Overflow::next_best, which means nothing here.
   explicit ExpertChoiceRouter(const Options& options) : options_(options) {
-    require(options.d_model > 0, "ExpertChoiceRouter: d_model = ", options.d_model,
-            ", expected at least 1");
+    require(options.d_model > 0, "ExpertChoiceRouter: d_model = ", options.d_model, ", expected at least 1");
     require(options.num_experts > 0, "ExpertChoiceRouter: num_experts = ", options.num_experts,
             ", expected at least 1");
     require(options.overflow != Overflow::next_best,
@@ -72,8 +71,10 @@ class ExpertChoiceRouter {
       for (Index t = begin; t < end; ++t) {
         TokenState& state = routing.plan.token_state[t];
         if (state == TokenState::valid) detail::check_logits(&z(t, 0), experts, state);
-        if (state == TokenState::valid) softmax(experts, &z(t, 0), &p(t, 0));
-        else p.row(t).setZero();
+        if (state == TokenState::valid)
+          softmax(experts, &z(t, 0), &p(t, 0));
+        else
+          p.row(t).setZero();
       }
     });
     choose_tokens(info, routing, executor);
@@ -83,9 +84,8 @@ class ExpertChoiceRouter {
   /// Adds to d_x [tokens, d_model] and to grad's w_router. `x` has zeros in rows of tokens that are
   /// not valid. O(tokens * num_experts * d_model).
   template <Executor E = DefaultExecutor>
-  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
-                const RoutingGradient<S>& gradient, MatrixRef<S> d_x, ExpertChoiceRouter& grad,
-                const E& executor = {}) const {
+  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing, const RoutingGradient<S>& gradient,
+                MatrixRef<S> d_x, ExpertChoiceRouter& grad, const E& executor = {}) const {
     check_backward(x, routing, grad);
     check_router_operands(x, routing, gradient, d_x, grad, "ExpertChoiceRouter::backward");
     Matrix<S>& d_logits = routing.scratch.d_logits;
@@ -203,8 +203,7 @@ class ExpertChoiceRouter {
     plan.passed_through.reserve(tokens);
     if (options_.overflow != Overflow::pass_through) return;
     for (Index t = 0; t < tokens; ++t)
-      if (plan.token_state[t] == TokenState::valid &&
-          chosen.token_begin[t] == chosen.token_begin[t + 1])
+      if (plan.token_state[t] == TokenState::valid && chosen.token_begin[t] == chosen.token_begin[t + 1])
         plan.passed_through.push_back(t);
   }
 

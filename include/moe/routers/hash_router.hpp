@@ -15,8 +15,7 @@ namespace moe {
 /// Layers for Large Sparse Models", section 3.1). Throws std::invalid_argument for counts out of range.
 inline IndexVector random_hash_table(Index vocabulary, Index num_experts, Rng& rng) {
   require(vocabulary >= 0, "random_hash_table: vocabulary = ", vocabulary, ", expected at least 0");
-  require(num_experts > 0, "random_hash_table: num_experts = ", num_experts,
-          ", expected at least 1");
+  require(num_experts > 0, "random_hash_table: num_experts = ", num_experts, ", expected at least 1");
   IndexVector table(vocabulary);
   for (Index& expert : table) expert = rng.index(num_experts);
   return table;
@@ -27,11 +26,9 @@ inline IndexVector random_hash_table(Index vocabulary, Index num_experts, Rng& r
 /// lower id and the lower expert. O(vocabulary * (log(vocabulary) + num_experts)). Throws for negative
 /// counts and without experts.
 inline IndexVector balanced_hash_table(const IndexVector& counts, Index num_experts) {
-  require(num_experts > 0, "balanced_hash_table: num_experts = ", num_experts,
-          ", expected at least 1");
+  require(num_experts > 0, "balanced_hash_table: num_experts = ", num_experts, ", expected at least 1");
   for (Index i = 0; i < counts.size(); ++i)
-    require(counts[i] >= 0, "balanced_hash_table: counts[", i, "] = ", counts[i],
-            ", expected at least 0");
+    require(counts[i] >= 0, "balanced_hash_table: counts[", i, "] = ", counts[i], ", expected at least 0");
   IndexVector order(counts.size()), load = IndexVector::Zero(num_experts), table(counts.size());
   for (Index i = 0; i < order.size(); ++i) order[i] = i;
   std::stable_sort(order.begin(), order.end(), [&](Index a, Index b) { return counts[a] > counts[b]; });
@@ -66,14 +63,12 @@ class HashRouter {
   /// Throws std::invalid_argument for options out of range, a table with a number that is no expert's
   /// included.
   explicit HashRouter(Options options) : options_(std::move(options)) {
-    require(options_.d_model > 0, "HashRouter: d_model = ", options_.d_model,
-            ", expected at least 1");
+    require(options_.d_model > 0, "HashRouter: d_model = ", options_.d_model, ", expected at least 1");
     require(options_.num_experts > 0, "HashRouter: num_experts = ", options_.num_experts,
             ", expected at least 1");
     for (Index i = 0; i < options_.table.size(); ++i)
-      require(options_.table[i] >= 0 && options_.table[i] < options_.num_experts,
-              "HashRouter: table[", i, "] is expert ", options_.table[i], " of ",
-              options_.num_experts);
+      require(options_.table[i] >= 0 && options_.table[i] < options_.num_experts, "HashRouter: table[", i,
+              "] is expert ", options_.table[i], " of ", options_.num_experts);
     require(options_.overflow != Overflow::next_best,
             "HashRouter: overflow is next_best, but a table names one expert: expected drop or "
             "pass_through");
@@ -92,15 +87,15 @@ class HashRouter {
     require_shape(x, x.rows(), d_model(), "HashRouter::route", "x");
     require_apart("HashRouter::route", "routing", routing, "x", x);
     begin_routing(x.rows(), num_experts(), info, routing, "HashRouter::route");
-    require(info.token_ids.size() == x.rows(), "HashRouter::route: token_ids has ",
-            info.token_ids.size(), " entries, expected ", x.rows(), " tokens");
+    require(info.token_ids.size() == x.rows(), "HashRouter::route: token_ids has ", info.token_ids.size(),
+            " entries, expected ", x.rows(), " tokens");
     DispatchPlan<S>& plan = routing.plan;
     const IndexVector& table = options_.table;
     for (Index t = 0; t < x.rows(); ++t)
       require(plan.token_state[t] != TokenState::valid ||
                   (info.token_ids[t] >= 0 && info.token_ids[t] < table.size()),
-              "HashRouter::route: token ", t, " has id ", info.token_ids[t],
-              ", expected one of a table of ", table.size());
+              "HashRouter::route: token ", t, " has id ", info.token_ids[t], ", expected one of a table of ",
+              table.size());
     mark_poisoned_rows(x, plan);
     Choices<S>& chosen = routing.chosen;
     chosen.expert.reserve(x.rows());
@@ -120,8 +115,8 @@ class HashRouter {
     count_valid_tokens(plan, info, capacity);
     for (Index& seats : capacity)
       seats = expert_capacity(seats, num_experts(), 1, *options_.capacity, options_.capacity_rule);
-    apply_capacity(chosen, routing.router_probs, capacity, options_.overflow, Priority::token_order,
-                   info, plan, routing.scratch);
+    apply_capacity(chosen, routing.router_probs, capacity, options_.overflow, Priority::token_order, info,
+                   plan, routing.scratch);
   }
 
  private:

@@ -104,9 +104,8 @@ class HierarchicalRouter {
   /// O(tokens * num_experts * d_model). Throws std::invalid_argument when arguments do not fit, and
   /// for a gradient by leaves' logits or noise that is not zero: there are none.
   template <Executor E = DefaultExecutor>
-  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
-                const RoutingGradient<S>& gradient, MatrixRef<S> d_x, HierarchicalRouter& grad,
-                const E& executor = {}) const {
+  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing, const RoutingGradient<S>& gradient,
+                MatrixRef<S> d_x, HierarchicalRouter& grad, const E& executor = {}) const {
     constexpr const char* kWhere = "HierarchicalRouter::backward";
     check_backward(x, routing, grad);
     check_router_operands(x, routing, gradient, d_x, grad, kWhere);
@@ -119,8 +118,7 @@ class HierarchicalRouter {
     d_leaf.reserve(routing.chosen.gate.capacity());
     d_leaf.assign(routing.chosen.size(), S(0));
     for (Index c = 0; c < gradient.d_chosen_gate.size(); ++c) d_leaf[c] = gradient.d_chosen_gate[c];
-    for (Index a = 0; a < gradient.d_gate.size(); ++a)
-      d_leaf[routing.plan.choice[a]] += gradient.d_gate[a];
+    for (Index a = 0; a < gradient.d_gate.size(); ++a) d_leaf[routing.plan.choice[a]] += gradient.d_gate[a];
     const bool by_gates = !gradient.d_chosen_gate.empty() || !gradient.d_gate.empty();
     const bool by_probs = gradient.d_router_probs.size() > 0;
     for (Index level = 0; level <= num_children(); ++level) {
@@ -186,8 +184,7 @@ class HierarchicalRouter {
         ++pairs;
       });
       const Index chosen = routing.chosen.token_begin[t + 1] - routing.chosen.token_begin[t];
-      require(chosen == pairs, kWhere, ": token ", t, " chose ", chosen,
-              " experts, but its levels ", pairs);
+      require(chosen == pairs, kWhere, ": token ", t, " chose ", chosen, " experts, but its levels ", pairs);
     }
   }
 
@@ -231,23 +228,21 @@ class HierarchicalRouter {
       require(!factor, where, ": ", level, " has ", name, " = ", factor.value_or(0),
               ", expected none: a hierarchy is dropless");
     };
-    if constexpr (requires { router.options().capacity; })
-      none(router.options().capacity, "capacity");
+    if constexpr (requires { router.options().capacity; }) none(router.options().capacity, "capacity");
     if constexpr (requires { router.options().training_capacity; })
       none(router.options().training_capacity, "training_capacity");
   }
 
   void check_parts(const char* where) const {
-    require(!children_.empty() && num_children() == parent_.num_experts(), where, ": ",
-            children_.size(), " children, but the parent has num_experts = ",
-            parent_.num_experts());
+    require(!children_.empty() && num_children() == parent_.num_experts(), where, ": ", children_.size(),
+            " children, but the parent has num_experts = ", parent_.num_experts());
     require_dropless(parent_, {0}, where);
     for (std::size_t i = 0; i < children_.size(); ++i) {
       const Child& child = children_[i];
-      require(child.d_model() == d_model(), where, ": child ", i, " has d_model = ",
-              child.d_model(), ", but the parent has ", d_model());
-      require(child.num_experts() == leaves(), where, ": child ", i, " has num_experts = ",
-              child.num_experts(), ", but child 0 has ", leaves());
+      require(child.d_model() == d_model(), where, ": child ", i, " has d_model = ", child.d_model(),
+              ", but the parent has ", d_model());
+      require(child.num_experts() == leaves(), where, ": child ", i,
+              " has num_experts = ", child.num_experts(), ", but child 0 has ", leaves());
       require_dropless(child, {Index(i) + 1}, where);
       const auto side = gate_side_of(child);
       require(!side || !gate_side() || *side == *gate_side(), where, ": gates of ", Level{Index(i) + 1},
@@ -259,22 +254,22 @@ class HierarchicalRouter {
   void check_level(const Routing<S>& routing, Index number, const char* where) const {
     const Routing<S>& level = routing.levels[std::size_t(number)];
     const Index experts = number == 0 ? num_children() : leaves();
-    require(level.num_tokens() == routing.num_tokens() && level.num_experts() == experts, where,
-            ": ", Level{number}, " made a plan of ", level.num_tokens(), " tokens and ",
-            level.num_experts(), " experts, expected ", routing.num_tokens(), " and ", experts);
+    require(level.num_tokens() == routing.num_tokens() && level.num_experts() == experts, where, ": ",
+            Level{number}, " made a plan of ", level.num_tokens(), " tokens and ", level.num_experts(),
+            " experts, expected ", routing.num_tokens(), " and ", experts);
     check_plan_arrays(level.plan, where);
     check_choices(level, where);
     require(level.plan.num_assignments() == level.chosen.size() && level.plan.dropped.empty() &&
                 level.plan.passed_through.empty(),
-            where, ": ", Level{number}, " seated ", level.plan.num_assignments(), " of ",
-            level.chosen.size(), " choices: a hierarchy is dropless");
-    require(level.plan.gate_side == routing.levels[0].plan.gate_side, where, ": gates of ",
-            Level{number}, " and of the parent scale different sides of an expert");
+            where, ": ", Level{number}, " seated ", level.plan.num_assignments(), " of ", level.chosen.size(),
+            " choices: a hierarchy is dropless");
+    require(level.plan.gate_side == routing.levels[0].plan.gate_side, where, ": gates of ", Level{number},
+            " and of the parent scale different sides of an expert");
   }
 
   template <class E>
-  void route_levels(const ConstMatrixRef<S>& x, Rng* rng, const BatchInfo& info,
-                    Routing<S>& routing, const E& executor) const {
+  void route_levels(const ConstMatrixRef<S>& x, Rng* rng, const BatchInfo& info, Routing<S>& routing,
+                    const E& executor) const {
     constexpr const char* kWhere = "HierarchicalRouter::route";
     require_shape(x, x.rows(), d_model(), kWhere, "x");
     require_apart(kWhere, "routing", routing, "x", x);
@@ -291,8 +286,10 @@ class HierarchicalRouter {
     const Rng first = rng != nullptr ? *rng : Rng();
     const auto route_level = [&](const auto& router, Index number) {
       Routing<S>& level = routing.levels[std::size_t(number)];
-      if (rng != nullptr) route_with(router, x, *rng, sent, level, executor);
-      else route_with(router, x, sent, level, executor);
+      if (rng != nullptr)
+        route_with(router, x, *rng, sent, level, executor);
+      else
+        route_with(router, x, sent, level, executor);
       check_level(routing, number, kWhere);
     };
     Buffer<TokenState>& state = routing.plan.token_state;
@@ -375,9 +372,8 @@ class HierarchicalRouter {
           const Index i = expert / leaves();
           leaf[next] = expert;
           gate[next] = routing.levels[0].chosen.gate[p] * child_routing(routing, i).chosen.gate[c];
-          require(number_kind(gate[next]) != NumberKind::nan,
-                  "HierarchicalRouter::route: the gate of token ", t, " and expert ", expert,
-                  " is NaN");
+          require(number_kind(gate[next]) != NumberKind::nan, "HierarchicalRouter::route: the gate of token ",
+                  t, " and expert ", expert, " is NaN");
           rank[next] = next;
           ++next;
         });
@@ -408,8 +404,7 @@ class HierarchicalRouter {
   }
 
   // d [tokens, experts of the level] = the gradient by its probabilities.
-  void probs_backward(const Routing<S>& routing, Index level, const Matrix<S>& d_leaf,
-                      Matrix<S>& d) const {
+  void probs_backward(const Routing<S>& routing, Index level, const Matrix<S>& d_leaf, Matrix<S>& d) const {
     const Index b = leaves();
     d.setZero(routing.num_tokens(), level == 0 ? num_children() : b);
     for (Index t = 0; t < routing.num_tokens(); ++t) {
@@ -417,8 +412,7 @@ class HierarchicalRouter {
       for (Index i = 0; level == 0 && i < num_children(); ++i) {
         const Routing<S>& child = child_routing(routing, i);
         for (Index j = 0; j < b; ++j)
-          d(t, i) += d_leaf(t, i * b + j) *
-                     (child.is_valid(t) ? child.router_probs(t, j) : S(1) / S(b));
+          d(t, i) += d_leaf(t, i * b + j) * (child.is_valid(t) ? child.router_probs(t, j) : S(1) / S(b));
       }
       if (level == 0 || !child_routing(routing, level - 1).is_valid(t)) continue;
       const S group = routing.levels[0].router_probs(t, level - 1);
@@ -427,8 +421,7 @@ class HierarchicalRouter {
   }
 
   // d [choices of the level] = the gradient by its gates.
-  void gates_backward(const Routing<S>& routing, Index level, const Buffer<S>& d_leaf,
-                      Buffer<S>& d) const {
+  void gates_backward(const Routing<S>& routing, Index level, const Buffer<S>& d_leaf, Buffer<S>& d) const {
     const Choices<S>& groups = routing.levels[0].chosen;
     const Choices<S>& own = routing.levels[std::size_t(level)].chosen;
     d.reserve(own.gate.capacity());
@@ -451,12 +444,11 @@ class HierarchicalRouter {
 
   template <class E>
   void level_backward(Index number, const ConstMatrixRef<S>& x, const Routing<S>& routing,
-                      const RoutingGradient<S>& gradient, MatrixRef<S> d_x,
-                      HierarchicalRouter& grad, const E& executor) const {
+                      const RoutingGradient<S>& gradient, MatrixRef<S> d_x, HierarchicalRouter& grad,
+                      const E& executor) const {
     const Routing<S>& level = routing.levels[std::size_t(number)];
     if (gradient.empty() || level.plan.num_valid_tokens() == 0) return;
-    if (number == 0)
-      return route_backward_with(parent_, x, level, gradient, d_x, grad.parent_, executor);
+    if (number == 0) return route_backward_with(parent_, x, level, gradient, d_x, grad.parent_, executor);
     Matrix<S>& seen = routing.scratch.input;  // zeros for the tokens that the child did not see
     seen = x;
     for (Index t = 0; t < x.rows(); ++t)
@@ -473,11 +465,10 @@ class HierarchicalRouter {
         [&](const ParameterInfo& info, auto&... arrays) {
           char buffer[64];
           const int size = int(info.name.size());
-          const int length =
-              level == 0
-                  ? std::snprintf(buffer, sizeof buffer, "parent.%.*s", size, info.name.data())
-                  : std::snprintf(buffer, sizeof buffer, "children.%lld.%.*s",
-                                  static_cast<long long>(level - 1), size, info.name.data());
+          const int length = level == 0
+                                 ? std::snprintf(buffer, sizeof buffer, "parent.%.*s", size, info.name.data())
+                                 : std::snprintf(buffer, sizeof buffer, "children.%lld.%.*s",
+                                                 static_cast<long long>(level - 1), size, info.name.data());
           std::string longer;
           std::string_view name(buffer, std::size_t(length));
           if (std::size_t(length) >= sizeof buffer) {

@@ -45,8 +45,7 @@ class NoisyTopKRouter {
 
   /// Throws std::invalid_argument for options out of range.
   explicit NoisyTopKRouter(const Options& options) : options_(options) {
-    require(options.d_model > 0, "NoisyTopKRouter: d_model = ", options.d_model,
-            ", expected at least 1");
+    require(options.d_model > 0, "NoisyTopKRouter: d_model = ", options.d_model, ", expected at least 1");
     require(options.num_experts > 0, "NoisyTopKRouter: num_experts = ", options.num_experts,
             ", expected at least 1");
     check_token_choice(options, "NoisyTopKRouter");
@@ -94,8 +93,7 @@ class NoisyTopKRouter {
     for (Index i = 0; i < noise.stddev.size(); ++i) {
       S& stddev = noise.stddev.data()[i];
       stddev = detail::softplus(stddev) + S(options_.noise_epsilon);
-      noise.noisy_logits.data()[i] =
-          routing.router_logits.data()[i] + noise.draws.data()[i] * stddev;
+      noise.noisy_logits.data()[i] = routing.router_logits.data()[i] + noise.draws.data()[i] * stddev;
     }
     route_by_logits(rule(options_.training_capacity), {}, info, routing, executor);
   }
@@ -103,9 +101,8 @@ class NoisyTopKRouter {
   /// Adds to d_x [tokens, d_model] and to grad's parameters. `x` has zeros in rows of tokens that are
   /// not valid. O(tokens * num_experts * d_model).
   template <Executor E = DefaultExecutor>
-  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
-                const RoutingGradient<S>& gradient, MatrixRef<S> d_x, NoisyTopKRouter& grad,
-                const E& executor = {}) const {
+  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing, const RoutingGradient<S>& gradient,
+                MatrixRef<S> d_x, NoisyTopKRouter& grad, const E& executor = {}) const {
     check_backward(x, routing, grad);
     check_router_operands(x, routing, gradient, d_x, grad, "NoisyTopKRouter::backward");
     const RoutingNoise<S>& noise = routing.noise;
@@ -178,8 +175,7 @@ class NoisyTopKRouter {
   }
 
   template <class E>
-  void logits(const ConstMatrixRef<S>& x, const Matrix<S>& w, Matrix<S>& z,
-              const E& executor) const {
+  void logits(const ConstMatrixRef<S>& x, const Matrix<S>& w, Matrix<S>& z, const E& executor) const {
     z.resize(x.rows(), w.rows());
     router_linear(x, w, z, executor);
   }

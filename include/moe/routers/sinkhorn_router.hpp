@@ -34,8 +34,8 @@ namespace detail {
 // 1 / tokens and whose columns to 1 / experts, about; minus infinity where an expert is unavailable.
 template <class S>
 void balance_by_sinkhorn(const Matrix<S>& z, const Buffer<TokenState>& state, Index begin, Index end,
-                         double tolerance, Index max_iterations, Matrix<S>& plan,
-                         Buffer<S>& factors, Buffer<double>& sums) {
+                         double tolerance, Index max_iterations, Matrix<S>& plan, Buffer<S>& factors,
+                         Buffer<double>& sums) {
   const Index experts = z.cols();
   constexpr S kEpsilon = S(1e-8);
   Index tokens = 0;
@@ -93,14 +93,12 @@ class SinkhornRouter {
 
   /// w_router is zero, to be filled from elsewhere. Throws std::invalid_argument for options out of range.
   explicit SinkhornRouter(const Options& options) : options_(options) {
-    require(options.d_model > 0, "SinkhornRouter: d_model = ", options.d_model,
-            ", expected at least 1");
+    require(options.d_model > 0, "SinkhornRouter: d_model = ", options.d_model, ", expected at least 1");
     require(options.num_experts > 0, "SinkhornRouter: num_experts = ", options.num_experts,
             ", expected at least 1");
     check_token_choice(options, "SinkhornRouter");
     require(number_kind(options.tolerance) == NumberKind::finite && options.tolerance >= 0,
-            "SinkhornRouter: tolerance = ", options.tolerance,
-            ", expected a finite number of at least 0");
+            "SinkhornRouter: tolerance = ", options.tolerance, ", expected a finite number of at least 0");
     require(options.max_iterations > 0, "SinkhornRouter: max_iterations = ", options.max_iterations,
             ", expected at least 1");
     w_router.setZero(options.num_experts, options.d_model);
@@ -135,18 +133,16 @@ class SinkhornRouter {
     Matrix<S>& plan = routing.scratch.ranking;
     plan.resize(x.rows(), num_experts());
     for (Index g = 0; g < info.num_groups(); ++g)
-      detail::balance_by_sinkhorn(z, state, info.begin_of(g), info.end_of(g, x.rows()),
-                                  options_.tolerance, options_.max_iterations, plan,
-                                  routing.scratch.row, routing.scratch.sums);
+      detail::balance_by_sinkhorn(z, state, info.begin_of(g), info.end_of(g, x.rows()), options_.tolerance,
+                                  options_.max_iterations, plan, routing.scratch.row, routing.scratch.sums);
     route_by_logits(rule(options_.training_capacity), {}, info, routing, executor, &plan);
   }
 
   /// Adds to d_x [tokens, d_model] and to grad's w_router. `x` has zeros in rows of tokens that are not
   /// valid. O(tokens * num_experts * d_model).
   template <Executor E = DefaultExecutor>
-  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
-                const RoutingGradient<S>& gradient, MatrixRef<S> d_x, SinkhornRouter& grad,
-                const E& executor = {}) const {
+  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing, const RoutingGradient<S>& gradient,
+                MatrixRef<S> d_x, SinkhornRouter& grad, const E& executor = {}) const {
     check_backward(x, routing, grad);
     check_router_operands(x, routing, gradient, d_x, grad, "SinkhornRouter::backward");
     Matrix<S>& d_logits = routing.scratch.d_logits;

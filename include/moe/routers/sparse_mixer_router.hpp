@@ -24,11 +24,11 @@ struct SparseMixerOptions {
 };
 
 /// SparseMixer-v2 (Liu et al. 2023 and 2024, GRIN), the router of Phi-3.5-MoE, as its published code
-/// computes it: two picks one after the other, the second among the other experts, if there are any. Each pick's gate is its
-/// share of the experts that nearly tie with the best, so that gates are often 1 and do not sum to 1.
-/// In training a pick is drawn (Gumbel) from those experts, its gate is multiplied by 1 or 0.3333, and
-/// backward is the authors' estimator: the gradient of the gate without that factor. In inference it is the
-/// exact derivative. Dropless. router_probs are the softmax of the logits, for balance losses.
+/// computes it: two picks one after the other, the second among the other experts, if there are any. Each
+/// pick's gate is its share of the experts that nearly tie with the best, so that gates are often 1 and do
+/// not sum to 1. In training a pick is drawn (Gumbel) from those experts, its gate is multiplied by 1 or
+/// 0.3333, and backward is the authors' estimator: the gradient of the gate without that factor. In inference
+/// it is the exact derivative. Dropless. router_probs are the softmax of the logits, for balance losses.
 template <class S>
 class SparseMixerRouter {
  public:
@@ -37,13 +37,11 @@ class SparseMixerRouter {
 
   /// w_router is zero, to be filled from elsewhere. Throws std::invalid_argument for options out of range.
   explicit SparseMixerRouter(const Options& options) : options_(options) {
-    require(options.d_model > 0, "SparseMixerRouter: d_model = ", options.d_model,
-            ", expected at least 1");
+    require(options.d_model > 0, "SparseMixerRouter: d_model = ", options.d_model, ", expected at least 1");
     require(options.num_experts > 0, "SparseMixerRouter: num_experts = ", options.num_experts,
             ", expected at least 1");
     require(number_kind(options.jitter) == NumberKind::finite && options.jitter >= 0,
-            "SparseMixerRouter: jitter = ", options.jitter,
-            ", expected a finite number of at least 0");
+            "SparseMixerRouter: jitter = ", options.jitter, ", expected a finite number of at least 0");
     w_router.setZero(options.num_experts, options.d_model);
   }
   /// w_router is normal with variance 1 / d_model.
@@ -61,8 +59,7 @@ class SparseMixerRouter {
   void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
              const E& executor = {}) const {
     begin(x, info, routing, executor);
-    pick_all(routing, executor,
-             [](Index, int, const S*, Index, Index best) { return Pick{best, S(1)}; });
+    pick_all(routing, executor, [](Index, int, const S*, Index, Index best) { return Pick{best, S(1)}; });
   }
 
   /// Routing for training: picks are drawn. Draws 2 * tokens * (num_experts + 1) numbers.
@@ -76,13 +73,12 @@ class SparseMixerRouter {
     pick_drawn(draws, routing, executor);
   }
 
-  /// Routing for training under given uniform draws from [0, 1) [tokens, 2 * (num_experts + 1)]: for the first
-  /// pick one for every expert and one for the gate's factor, then the same for the second.
+  /// Routing for training under given uniform draws from [0, 1) [tokens, 2 * (num_experts + 1)]: for the
+  /// first pick one for every expert and one for the gate's factor, then the same for the second.
   template <Executor E = DefaultExecutor>
   void route_with_draws(const ConstMatrixRef<S>& x, const Matrix<S>& draws, const BatchInfo& info,
                         Routing<S>& routing, const E& executor = {}) const {
-    require_shape(draws, x.rows(), 2 * (num_experts() + 1), "SparseMixerRouter::route_with_draws",
-                  "draws");
+    require_shape(draws, x.rows(), 2 * (num_experts() + 1), "SparseMixerRouter::route_with_draws", "draws");
     require_apart("SparseMixerRouter::route_with_draws", "routing", routing, "draws", draws);
     begin(x, info, routing, executor);
     pick_drawn(draws, routing, executor);
@@ -91,9 +87,8 @@ class SparseMixerRouter {
   /// Adds to d_x [tokens, d_model] and to grad's w_router. `x` has zeros in rows of tokens that are not
   /// valid. O(tokens * num_experts * d_model).
   template <Executor E = DefaultExecutor>
-  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
-                const RoutingGradient<S>& gradient, MatrixRef<S> d_x, SparseMixerRouter& grad,
-                const E& executor = {}) const {
+  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing, const RoutingGradient<S>& gradient,
+                MatrixRef<S> d_x, SparseMixerRouter& grad, const E& executor = {}) const {
     check_backward(x, routing, grad);
     check_router_operands(x, routing, gradient, d_x, grad, "SparseMixerRouter::backward");
     check_routing_gradient(gradient, routing, "SparseMixerRouter::backward");
@@ -103,8 +98,7 @@ class SparseMixerRouter {
     const Index choices = routing.chosen.size();
     d_gate.assign(choices + num_experts(), S(0));
     for (Index c = 0; c < gradient.d_chosen_gate.size(); ++c) d_gate[c] = gradient.d_chosen_gate[c];
-    for (Index a = 0; a < gradient.d_gate.size(); ++a)
-      d_gate[routing.plan.choice[a]] += gradient.d_gate[a];
+    for (Index a = 0; a < gradient.d_gate.size(); ++a) d_gate[routing.plan.choice[a]] += gradient.d_gate[a];
     S* const shares = d_gate.data() + choices;
     for (Index t = 0; t < x.rows(); ++t) {
       if (!routing.is_valid(t)) continue;
@@ -223,8 +217,8 @@ class SparseMixerRouter {
   void pick_all(Routing<S>& routing, const E& executor, const PickOne& pick) const {
     const Index tokens = routing.num_tokens(), experts = num_experts();
     Choices<S>& chosen = routing.chosen;
-    Buffer<Index>& picked = routing.scratch.order;  // [tokens, 2]
-    Buffer<S>& gate = routing.scratch.row;          // [tokens, 2]
+    Buffer<Index>& picked = routing.scratch.order;    // [tokens, 2]
+    Buffer<S>& gate = routing.scratch.row;            // [tokens, 2]
     routing.scratch.ranking.resize(tokens, experts);  // the shares of one pick of every token
     picked.assign(2 * tokens, -1);
     gate.assign(2 * tokens, S(0));

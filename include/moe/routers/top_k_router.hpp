@@ -75,15 +75,13 @@ inline TopKOptions top_p_options(Index d_model, Index num_experts, double top_p 
 /// Options of ReLU routing, in which a token chooses every expert with a positive logit, which is its gate
 /// (ReMoE, Wang et al. 2024, eq. 5). Train with relu_balance_loss.
 inline TopKOptions relu_options(Index d_model, Index num_experts) {
-  return {.d_model = d_model,
-          .num_experts = num_experts,
-          .top_k = num_experts,
-          .score = Score::relu};
+  return {.d_model = d_model, .num_experts = num_experts, .top_k = num_experts, .score = Score::relu};
 }
 
 /// Each token takes its top_k experts by a linear layer's logits, z = x w_router^T (+ b_router).
 /// With its options: Switch (top_k 1), GShard, GLaM, V-MoE, Mixtral, Grok-1, DBRX, OLMoE, Qwen, DeepSeek,
-/// gpt-oss, Llama-4, top-p routing, ReMoE, ... Selection is by the logits, or by scores plus a bias; ties to the lower expert.
+/// gpt-oss, Llama-4, top-p routing, ReMoE, ... Selection is by the logits, or by scores plus a bias; ties to
+/// the lower expert.
 template <class S>
 class TopKRouter {
  public:
@@ -94,24 +92,22 @@ class TopKRouter {
   /// All parameters are zero, to be filled from elsewhere. Throws std::invalid_argument for options out
   /// of range.
   explicit TopKRouter(const Options& options) : options_(options) {
-    require(options.d_model > 0, "TopKRouter: d_model = ", options.d_model,
-            ", expected at least 1");
+    require(options.d_model > 0, "TopKRouter: d_model = ", options.d_model, ", expected at least 1");
     require(options.num_experts > 0, "TopKRouter: num_experts = ", options.num_experts,
             ", expected at least 1");
     check_token_choice(options, "TopKRouter");
-    require(number_kind(options.jitter) == NumberKind::finite && options.jitter >= 0 &&
-                options.jitter < 1,
+    require(number_kind(options.jitter) == NumberKind::finite && options.jitter >= 0 && options.jitter < 1,
             "TopKRouter: jitter = ", options.jitter, " is not in [0, 1)");
     const auto at_least_0 = [](double value, const char* what) {
-      require(number_kind(value) == NumberKind::finite && value >= 0, "TopKRouter: ", what, " = ",
-              value, ", expected a finite number of at least 0");
+      require(number_kind(value) == NumberKind::finite && value >= 0, "TopKRouter: ", what, " = ", value,
+              ", expected a finite number of at least 0");
     };
     at_least_0(options.renormalise_epsilon, "renormalise_epsilon");
     at_least_0(options.renormalise_minimum, "renormalise_minimum");
     const auto check_threshold = [&](double threshold, const char* what) {
       at_least_0(threshold, what);
       require(is_equal(threshold, 0.0) || (!options.selection_bias && !options.group_limit.applies() &&
-                                 is_equal(options.top_p, 1.0) && options.score != Score::relu),
+                                           is_equal(options.top_p, 1.0) && options.score != Score::relu),
               "TopKRouter: ", what, " = ", threshold,
               " beside a selection bias, a group limit, top_p or relu, expected 0");
     };
@@ -192,15 +188,13 @@ class TopKRouter {
   /// Adds to d_x [tokens, d_model] and to grad's parameters. `x` has zeros in rows of tokens that are
   /// not valid. O(tokens * num_experts * d_model).
   template <Executor E = DefaultExecutor>
-  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
-                const RoutingGradient<S>& gradient, MatrixRef<S> d_x, TopKRouter& grad,
-                const E& executor = {}) const {
+  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing, const RoutingGradient<S>& gradient,
+                MatrixRef<S> d_x, TopKRouter& grad, const E& executor = {}) const {
     check_backward(x, routing, grad);
     check_router_operands(x, routing, gradient, d_x, grad, "TopKRouter::backward");
     Matrix<S>& d_logits = routing.scratch.d_logits;
     SeatingRule seating = rule({});
-    seating.second_threshold =
-        (std::max)(options_.second_threshold, options_.random_second_threshold);
+    seating.second_threshold = (std::max)(options_.second_threshold, options_.random_second_threshold);
     selection_backward(seating, routing, gradient, d_logits);
     add_valid_rows(routing, gradient.d_router_logits, d_logits);
     if (b_router.size() > 0) bias_backward(d_logits, grad.b_router);
@@ -216,8 +210,7 @@ class TopKRouter {
   }
 
   /// Throws what backward would throw for its arguments, and changes nothing.
-  void check_backward(const ConstMatrixRef<S>& x, const Routing<S>& routing,
-                      const TopKRouter& grad) const {
+  void check_backward(const ConstMatrixRef<S>& x, const Routing<S>& routing, const TopKRouter& grad) const {
     require_trainable(options_, rule({}), num_experts(), "TopKRouter::backward");
     check_router_backward(*this, x, routing, grad, "TopKRouter::backward");
   }
@@ -225,8 +218,7 @@ class TopKRouter {
   /// Appends an expert whose logits come from `w` [d_model] (and biases 0). Throws when the group limit
   /// cannot work with one more.
   void add_expert(const Vector<S>& w) {
-    check_group_limit(options_.group_limit, num_experts() + 1, options_.top_k,
-                      "TopKRouter::add_expert");
+    check_group_limit(options_.group_limit, num_experts() + 1, options_.top_k, "TopKRouter::add_expert");
     Matrix<S> router = with_row(w_router, w, "TopKRouter::add_expert");
     Vector<S> bias = b_router, selection = selection_bias;
     for (Vector<S>* b : {&bias, &selection})
@@ -266,8 +258,8 @@ class TopKRouter {
       visit_array(f, {"selection_bias", Kind::buffer}, self.selection_bias...);
   }
 
-  Matrix<S> w_router;  ///< [num_experts, d_model]
-  Vector<S> b_router;  ///< [num_experts], empty without bias
+  Matrix<S> w_router;        ///< [num_experts, d_model]
+  Vector<S> b_router;        ///< [num_experts], empty without bias
   Vector<S> selection_bias;  ///< [num_experts], empty without; a buffer: no gradient reaches it
 
  private:
