@@ -17,9 +17,8 @@
 #include <utility>
 #include <vector>
 
-#include <moe/io/layer_file.hpp>
-#include <moe/io/load_layer.hpp>
-#include <moe/models/all.hpp>
+#include <moe/io.hpp>
+#include <moe/models/published/all.hpp>
 #include <moe/moe.hpp>
 
 namespace {

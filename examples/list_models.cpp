@@ -7,7 +7,7 @@
 #include <optional>
 #include <string>
 
-#include <moe/models/all.hpp>
+#include <moe/models/published/all.hpp>
 
 namespace {
 

@@ -28,7 +28,7 @@ moe::Matrix<float> run(const moe::MoELayer<Expert, moe::TopKRouter<float>>& laye
 END
 cat >"$work/packed.cpp" <<'END'
 #include <moe/moe.hpp>
-#include <moe/packed_moe_layer.hpp>
+#include <moe/packed/packed_moe_layer.hpp>
 using Expert = moe::GatedFeedForward<float>;
 moe::Matrix<float> run(const moe::MoELayer<Expert, moe::TopKRouter<float>>& layer,
                        const moe::Matrix<float>& x) {

@@ -15,7 +15,7 @@ set(allowed
   "=${_}${value}${_}[,>)]")
 
 file(GLOB_RECURSE headers RELATIVE ${INCLUDE_DIR} ${INCLUDE_DIR}/*.hpp)
-list(REMOVE_ITEM headers moe/executor.hpp)
+list(REMOVE_ITEM headers moe/core/executor.hpp)
 set(errors "")
 foreach(header IN LISTS headers)
   file(READ ${INCLUDE_DIR}/${header} text)

@@ -1,41 +1,30 @@
 # cmake -D INCLUDE_DIR=<dir> -P check_includes.cmake
 #
-# Includes go one way. Every header under INCLUDE_DIR/moe belongs to one layer; it may include headers
-# of its own layer and of lower ones, never of a higher one, and there is no cycle. The umbrella
-# reaches every header except those of `outside_the_umbrella`.
+# Includes go one way. Every folder of INCLUDE_DIR/moe is a room: its headers may include headers of their own
+# room and of rooms below it, never of one above, and there is no cycle. The umbrellas together reach every
+# header.
 
 cmake_minimum_required(VERSION 3.23)
 cmake_path(ABSOLUTE_PATH INCLUDE_DIR)
 
-# From low to high. A name is the path below moe/ without .hpp; dir/* is every header of dir.
-set(layers
-  "version types check numbers buffer"
-  "kernels/*"
-  "top_k scores group_limit selection_bias softmax activation parameters random init executor product storage"
-  "router expert capacity dispatch loss load_loss metrics token_choice gradient_check"
-  "routers/* experts/*"
-  "shared_experts moe_layer soft_moe_layer"
-  "packed_expert packed_moe_layer"
-  "models/*"
-  "io/*"
-  "moe")
-set(outside_the_umbrella "packed_expert" "packed_moe_layer" "io/*" "distributed/*")
+# From low to high. The headers in no room: version.hpp stands below all of them, the umbrellas above.
+set(rooms core kernels math routing balance routers experts layers packed models io)
+set(umbrellas moe packed io)
+set(roots version gradient_check ${umbrellas})
 
 set(errors "")
 
-# layer_of(<header> <result>): the number of the header's layer, or -1.
-function(layer_of header result)
-  string(REGEX REPLACE "/[^/]*$" "/*" in_directory ${header})
-  set(number 0)
-  foreach(layer IN LISTS layers)
-    separate_arguments(names UNIX_COMMAND "${layer}")
-    if(header IN_LIST names OR in_directory IN_LIST names)
-      set(${result} ${number} PARENT_SCOPE)
-      return()
-    endif()
-    math(EXPR number "${number} + 1")
-  endforeach()
-  set(${result} -1 PARENT_SCOPE)
+# room_of(<header> <result>): the number of the header's room, or -1.
+function(room_of header result)
+  set(number -1)
+  if(header MATCHES "^([^/]+)/")
+    list(FIND rooms ${CMAKE_MATCH_1} number)
+  elseif(header STREQUAL "version")
+    set(number 0)
+  elseif(header IN_LIST roots)
+    list(LENGTH rooms number)
+  endif()
+  set(${result} ${number} PARENT_SCOPE)
 endfunction()
 
 file(GLOB_RECURSE headers RELATIVE ${INCLUDE_DIR}/moe ${INCLUDE_DIR}/moe/*.hpp)
@@ -45,9 +34,9 @@ if(NOT headers)
 endif()
 
 foreach(header IN LISTS headers)
-  layer_of(${header} layer)
-  if(layer EQUAL -1)
-    list(APPEND errors "moe/${header}.hpp belongs to no layer")
+  room_of(${header} room)
+  if(room EQUAL -1)
+    list(APPEND errors "moe/${header}.hpp is in no room")
   endif()
   file(STRINGS ${INCLUDE_DIR}/moe/${header}.hpp lines REGEX "^[ \t]*#[ \t]*include")
   set(includes_${header} "")
@@ -56,13 +45,13 @@ foreach(header IN LISTS headers)
       list(APPEND errors "moe/${header}.hpp: write <moe/...>: ${line}")
     elseif(line MATCHES "<moe/(.+)\\.hpp>")
       set(included ${CMAKE_MATCH_1})
-      layer_of(${included} included_layer)
+      room_of(${included} included_room)
       if(NOT included IN_LIST headers)
         list(APPEND errors "moe/${header}.hpp includes moe/${included}.hpp, which does not exist")
         continue()
       endif()
-      if(NOT layer EQUAL -1 AND included_layer GREATER layer)
-        list(APPEND errors "moe/${header}.hpp includes moe/${included}.hpp of a higher layer")
+      if(NOT room EQUAL -1 AND included_room GREATER room)
+        list(APPEND errors "moe/${header}.hpp includes moe/${included}.hpp of a room above it")
       endif()
       list(APPEND includes_${header} ${included})
     endif()
@@ -93,9 +82,9 @@ if(left)
   list(APPEND errors "a cycle of includes within: ${left}")
 endif()
 
-# What the umbrella reaches.
-set(reached moe)
-set(to_visit moe)
+# What the umbrellas reach.
+set(reached version ${umbrellas})
+set(to_visit ${umbrellas})
 while(to_visit)
   list(POP_FRONT to_visit header)
   foreach(included IN LISTS includes_${header})
@@ -106,9 +95,8 @@ while(to_visit)
   endforeach()
 endwhile()
 foreach(header IN LISTS headers)
-  string(REGEX REPLACE "/[^/]*$" "/*" in_directory ${header})
-  if(NOT header IN_LIST reached AND NOT in_directory IN_LIST outside_the_umbrella)
-    list(APPEND errors "moe/moe.hpp does not reach moe/${header}.hpp")
+  if(NOT header IN_LIST reached)
+    list(APPEND errors "no umbrella reaches moe/${header}.hpp")
   endif()
 endforeach()
 

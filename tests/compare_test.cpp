@@ -5,7 +5,7 @@
 
 #include <limits>
 
-#include <moe/types.hpp>
+#include <moe/core/types.hpp>
 
 #include "laws.hpp"
 

@@ -110,10 +110,8 @@
 #define KeyPress 2
 #define KeyRelease 3
 
+#include <moe/io.hpp>
 #include <moe/io/dtype.hpp>
 #include <moe/io/file.hpp>
-#include <moe/io/layer_file.hpp>
-#include <moe/io/load_layer.hpp>
-#include <moe/io/safetensors.hpp>
 #include <moe/moe.hpp>
-#include <moe/packed_moe_layer.hpp>
+#include <moe/packed.hpp>

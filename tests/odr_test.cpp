@@ -4,6 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <moe/moe.hpp>
-#include <moe/packed_moe_layer.hpp>  // packed_moe_layer_test.cpp is the other unit that has it
+#include <moe/packed.hpp>  // packed_moe_layer_test.cpp is the other unit that has it
 
 TEST(Odr, TwoUnitsThatIncludeEverythingLink) { EXPECT_STREQ(version_in_another_unit(), MOE_VERSION_STRING); }

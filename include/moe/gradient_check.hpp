@@ -11,14 +11,14 @@
 #include <type_traits>
 #include <vector>
 
-#include <moe/check.hpp>
-#include <moe/executor.hpp>
-#include <moe/expert.hpp>
-#include <moe/init.hpp>
-#include <moe/loss.hpp>
-#include <moe/router.hpp>
-#include <moe/softmax.hpp>
-#include <moe/top_k.hpp>
+#include <moe/balance/loss.hpp>
+#include <moe/core/check.hpp>
+#include <moe/core/executor.hpp>
+#include <moe/experts/expert.hpp>
+#include <moe/math/init.hpp>
+#include <moe/math/softmax.hpp>
+#include <moe/math/top_k.hpp>
+#include <moe/routing/router.hpp>
 
 // Backward passes against central differences, for the library's tests and for experts, routers and
 // layers of your own. Everything runs on the calling thread.

@@ -1,59 +1,84 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-// moe: Mixture-of-Experts layers on Eigen. The map of the library, top down:
+// moe: Mixture-of-Experts layers on Eigen. The rooms of the library, top down; a header includes those of its
+// own room and of rooms below it.
 //
-//   models/*.hpp                      published models by name, and layers made of them
-//   moe_layer.hpp                     MoELayer: router + experts, forward and backward. Read it first.
-//   soft_moe_layer.hpp                SoftMoELayer: slots that are mixtures of all tokens
-//   routers/*.hpp                     TopKRouter, NoisyTopKRouter, ExpertChoiceRouter, SinkhornRouter,
-//                                     SparseMixerRouter, HashRouter, HierarchicalRouter
-//   experts/*.hpp                     FeedForward, GatedFeedForward, VariantExpert, ThreeWayFeedForward,
-//                                     ZeroExpert, CopyExpert, ConstantExpert
-//   shared_experts.hpp                experts that every token uses, as experts of the plan
-//   router.hpp expert.hpp             the concepts, and what passes between the parts
-//   token_choice.hpp                  what routers in which tokens choose have in common
-//   capacity.hpp                      expert_capacity, apply_capacity: seats and overflow
-//   dispatch.hpp                      dispatch, run_experts, combine, and their backward
-//   loss.hpp load_loss.hpp            balance losses with gradients
-//   metrics.hpp                       numbers about a routing
-//   gradient_check.hpp                check_gradients: backward against central differences
-//   scores.hpp group_limit.hpp selection_bias.hpp                  logits, scores, selection, gates
-//   numbers.hpp softmax.hpp top_k.hpp activation.hpp product.hpp   the mathematics
-//   parameters.hpp random.hpp init.hpp executor.hpp                parameters, numbers, threads
-//   storage.hpp                       Owned and Mapped: where weights are
-//   types.hpp buffer.hpp check.hpp version.hpp                     the ground
+//   io/        checkpoint files, layers loaded from them and saved to them       (io.hpp)
+//   models/    published models by name, and layers made of them
+//   packed/    pack: a layer for inference, by kernels for the processor         (packed.hpp)
+//   layers/    MoELayer: router + experts, forward and backward. Read moe_layer.hpp first.
+//              SoftMoELayer: slots that are mixtures of all tokens
+//   experts/   FeedForward, GatedFeedForward, VariantExpert, ThreeWayFeedForward, ZeroExpert, CopyExpert,
+//              ConstantExpert, and the concepts of an expert
+//   routers/   TopKRouter, NoisyTopKRouter, ExpertChoiceRouter, SinkhornRouter, SparseMixerRouter,
+//              HashRouter, HierarchicalRouter
+//   balance/   balance losses with gradients, selection biases, numbers about a routing
+//   routing/   what a router decides (Routing, DispatchPlan), the concepts of a router, and the way from
+//              logits to a plan: scores, selection, gates, capacity
+//   math/      softmax, top-k, activations, linear layers
+//   kernels/   products for each instruction set
+//   core/      types, checks, threads, parameters, random numbers
 //
-// Not included here: packed_moe_layer.hpp (pack: a layer for inference, by kernels for the processor) and
-// io/*.hpp (checkpoint files).
+// This header is all of it but packed.hpp and io.hpp, which needs nlohmann_json.
 //
 // The way of the data: x -> router.route -> Routing -> dispatch -> run_experts -> combine -> y.
 
-#include <moe/activation.hpp>
-#include <moe/buffer.hpp>
-#include <moe/capacity.hpp>
-#include <moe/check.hpp>
-#include <moe/dispatch.hpp>
-#include <moe/executor.hpp>
-#include <moe/expert.hpp>
+#include <moe/balance/load_loss.hpp>
+#include <moe/balance/loss.hpp>
+#include <moe/balance/metrics.hpp>
+#include <moe/balance/selection_bias.hpp>
+#include <moe/core/buffer.hpp>
+#include <moe/core/check.hpp>
+#include <moe/core/executor.hpp>
+#include <moe/core/parameters.hpp>
+#include <moe/core/random.hpp>
+#include <moe/core/storage.hpp>
+#include <moe/core/types.hpp>
+#include <moe/experts/expert.hpp>
 #include <moe/experts/feed_forward.hpp>
 #include <moe/experts/gated_feed_forward.hpp>
-#include <moe/experts/null_experts.hpp>
 #include <moe/experts/three_way_feed_forward.hpp>
 #include <moe/experts/variant_expert.hpp>
+#include <moe/experts/zero_computation_experts.hpp>
 #include <moe/gradient_check.hpp>
-#include <moe/group_limit.hpp>
-#include <moe/init.hpp>
-#include <moe/load_loss.hpp>
-#include <moe/loss.hpp>
-#include <moe/metrics.hpp>
-#include <moe/models/all.hpp>
-#include <moe/moe_layer.hpp>
-#include <moe/numbers.hpp>
-#include <moe/parameters.hpp>
-#include <moe/product.hpp>
-#include <moe/random.hpp>
-#include <moe/router.hpp>
+#include <moe/layers/dispatch.hpp>
+#include <moe/layers/moe_layer.hpp>
+#include <moe/layers/run_experts.hpp>
+#include <moe/layers/shared_experts.hpp>
+#include <moe/layers/soft_moe_layer.hpp>
+#include <moe/math/activation.hpp>
+#include <moe/math/init.hpp>
+#include <moe/math/linear.hpp>
+#include <moe/math/numbers.hpp>
+#include <moe/math/softmax.hpp>
+#include <moe/math/top_k.hpp>
+#include <moe/models/model.hpp>
+#include <moe/models/published/all.hpp>
+#include <moe/models/published/dbrx.hpp>
+#include <moe/models/published/deepseek.hpp>
+#include <moe/models/published/ernie.hpp>
+#include <moe/models/published/expert_choice.hpp>
+#include <moe/models/published/glm.hpp>
+#include <moe/models/published/gpt4.hpp>
+#include <moe/models/published/gpt_oss.hpp>
+#include <moe/models/published/granite.hpp>
+#include <moe/models/published/grok.hpp>
+#include <moe/models/published/gshard.hpp>
+#include <moe/models/published/llama4.hpp>
+#include <moe/models/published/mixtral.hpp>
+#include <moe/models/published/nllb.hpp>
+#include <moe/models/published/olmoe.hpp>
+#include <moe/models/published/openmoe.hpp>
+#include <moe/models/published/phi.hpp>
+#include <moe/models/published/qwen.hpp>
+#include <moe/models/published/shazeer.hpp>
+#include <moe/models/published/soft_moe.hpp>
+#include <moe/models/published/switch_transformer.hpp>
+#include <moe/models/published/vmoe.hpp>
+#include <moe/models/size.hpp>
+#include <moe/models/soft_model.hpp>
+#include <moe/models/training_losses.hpp>
 #include <moe/routers/expert_choice_router.hpp>
 #include <moe/routers/hash_router.hpp>
 #include <moe/routers/hierarchical_router.hpp>
@@ -61,13 +86,11 @@
 #include <moe/routers/sinkhorn_router.hpp>
 #include <moe/routers/sparse_mixer_router.hpp>
 #include <moe/routers/top_k_router.hpp>
-#include <moe/scores.hpp>
-#include <moe/selection_bias.hpp>
-#include <moe/shared_experts.hpp>
-#include <moe/soft_moe_layer.hpp>
-#include <moe/softmax.hpp>
-#include <moe/storage.hpp>
-#include <moe/token_choice.hpp>
-#include <moe/top_k.hpp>
-#include <moe/types.hpp>
+#include <moe/routing/capacity.hpp>
+#include <moe/routing/check_routing.hpp>
+#include <moe/routing/group_limit.hpp>
+#include <moe/routing/router.hpp>
+#include <moe/routing/routing.hpp>
+#include <moe/routing/scores.hpp>
+#include <moe/routing/token_choice.hpp>
 #include <moe/version.hpp>

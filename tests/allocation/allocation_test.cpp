@@ -10,7 +10,7 @@
 #include <vector>
 
 #include <moe/moe.hpp>
-#include <moe/packed_moe_layer.hpp>
+#include <moe/packed.hpp>
 
 namespace {
 std::atomic<long> allocations{0};

@@ -7,11 +7,11 @@
 #include <cstdio>
 #include <vector>
 
-#include <moe/capacity.hpp>
 #include <moe/experts/feed_forward.hpp>
 #include <moe/experts/gated_feed_forward.hpp>
 #include <moe/experts/variant_expert.hpp>
-#include <moe/packed_moe_layer.hpp>
+#include <moe/packed.hpp>
+#include <moe/routing/capacity.hpp>
 
 namespace {
 

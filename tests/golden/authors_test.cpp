@@ -10,9 +10,8 @@
 
 #include <gtest/gtest.h>
 
-#include <moe/io/load_layer.hpp>
-#include <moe/io/safetensors.hpp>
-#include <moe/models/all.hpp>
+#include <moe/io.hpp>
+#include <moe/models/published/all.hpp>
 #include <moe/moe.hpp>
 #include <moe/routers/expert_choice_router.hpp>
 #include <moe/routers/hash_router.hpp>

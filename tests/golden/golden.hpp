@@ -10,8 +10,8 @@
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
-#include <moe/io/safetensors.hpp>
-#include <moe/types.hpp>
+#include <moe/core/types.hpp>
+#include <moe/io.hpp>
 
 #include "compare.hpp"
 

@@ -16,9 +16,9 @@
 
 #include <gtest/gtest.h>
 
-#include <moe/experts/null_experts.hpp>
 #include <moe/experts/variant_expert.hpp>
-#include <moe/io/load_layer.hpp>
+#include <moe/experts/zero_computation_experts.hpp>
+#include <moe/io.hpp>
 #include <moe/moe.hpp>
 
 #include "golden.hpp"

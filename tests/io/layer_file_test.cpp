@@ -11,7 +11,7 @@
 
 #include <gtest/gtest.h>
 
-#include <moe/io/layer_file.hpp>
+#include <moe/io.hpp>
 #include <moe/moe.hpp>
 
 #include "files.hpp"

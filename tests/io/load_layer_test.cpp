@@ -9,14 +9,14 @@
 
 #include <gtest/gtest.h>
 
-#include <moe/io/load_layer.hpp>
-#include <moe/models/dbrx.hpp>
-#include <moe/models/deepseek.hpp>
-#include <moe/models/gpt_oss.hpp>
-#include <moe/models/granite.hpp>
-#include <moe/models/gshard.hpp>
-#include <moe/models/llama4.hpp>
-#include <moe/models/mixtral.hpp>
+#include <moe/io.hpp>
+#include <moe/models/published/dbrx.hpp>
+#include <moe/models/published/deepseek.hpp>
+#include <moe/models/published/gpt_oss.hpp>
+#include <moe/models/published/granite.hpp>
+#include <moe/models/published/gshard.hpp>
+#include <moe/models/published/llama4.hpp>
+#include <moe/models/published/mixtral.hpp>
 #include <moe/moe.hpp>
 
 #include "files.hpp"

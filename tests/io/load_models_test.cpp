@@ -9,13 +9,13 @@
 
 #include <gtest/gtest.h>
 
-#include <moe/io/load_layer.hpp>
-#include <moe/models/grok.hpp>
-#include <moe/models/nllb.hpp>
-#include <moe/models/openmoe.hpp>
-#include <moe/models/soft_moe.hpp>
-#include <moe/models/switch_transformer.hpp>
-#include <moe/models/vmoe.hpp>
+#include <moe/io.hpp>
+#include <moe/models/published/grok.hpp>
+#include <moe/models/published/nllb.hpp>
+#include <moe/models/published/openmoe.hpp>
+#include <moe/models/published/soft_moe.hpp>
+#include <moe/models/published/switch_transformer.hpp>
+#include <moe/models/published/vmoe.hpp>
 
 // Layers of models out of checkpoints as those who converted them name and shape their tensors.
 namespace {

@@ -14,8 +14,7 @@
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
-#include <moe/io/layer_file.hpp>
-#include <moe/io/load_layer.hpp>
+#include <moe/io.hpp>
 #include <moe/moe.hpp>
 
 #include "files.hpp"

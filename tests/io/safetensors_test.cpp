@@ -18,7 +18,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <moe/io/safetensors.hpp>
+#include <moe/io.hpp>
 
 #include "files.hpp"
 

@@ -20,7 +20,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <moe/io/safetensors.hpp>
+#include <moe/io.hpp>
 
 #include "files.hpp"
 

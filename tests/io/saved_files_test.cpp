@@ -9,7 +9,7 @@
 
 #include <gtest/gtest.h>
 
-#include <moe/io/layer_file.hpp>
+#include <moe/io.hpp>
 #include <moe/moe.hpp>
 
 #include "files.hpp"

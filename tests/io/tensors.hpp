@@ -9,8 +9,8 @@
 
 #include <gtest/gtest.h>
 
-#include <moe/io/safetensors.hpp>
-#include <moe/models/mixtral.hpp>
+#include <moe/io.hpp>
+#include <moe/models/published/mixtral.hpp>
 
 // Checkpoints made by hand.
 namespace io_test {

@@ -11,7 +11,7 @@
 #include <unsupported/Eigen/CXX11/ThreadPool>
 
 #include <moe/moe.hpp>
-#include <moe/packed_moe_layer.hpp>
+#include <moe/packed.hpp>
 
 #include "../laws.hpp"
 #include "../sanitized.hpp"

@@ -4,12 +4,12 @@
 #include <concepts>
 #include <utility>
 
-#include <moe/activation.hpp>
-#include <moe/check.hpp>
-#include <moe/expert.hpp>
-#include <moe/init.hpp>
-#include <moe/product.hpp>
-#include <moe/storage.hpp>
+#include <moe/core/check.hpp>
+#include <moe/core/storage.hpp>
+#include <moe/experts/expert.hpp>
+#include <moe/math/activation.hpp>
+#include <moe/math/init.hpp>
+#include <moe/math/linear.hpp>
 
 namespace moe {
 

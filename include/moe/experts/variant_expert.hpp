@@ -5,8 +5,8 @@
 #include <utility>
 #include <variant>
 
-#include <moe/check.hpp>
-#include <moe/expert.hpp>
+#include <moe/core/check.hpp>
+#include <moe/experts/expert.hpp>
 
 namespace moe {
 

@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-#include <moe/types.hpp>
+#include <moe/core/types.hpp>
 
 // Tensors as checkpoint files hold them, bytes with a type and a shape, and how they become
 // numbers. Nothing here knows a file format.

@@ -15,16 +15,17 @@
 #include <variant>
 #include <vector>
 
-#include <moe/activation.hpp>
+#include <moe/core/parameters.hpp>
+#include <moe/core/types.hpp>
 #include <moe/experts/feed_forward.hpp>
 #include <moe/experts/gated_feed_forward.hpp>
-#include <moe/experts/null_experts.hpp>
 #include <moe/experts/three_way_feed_forward.hpp>
 #include <moe/experts/variant_expert.hpp>
+#include <moe/experts/zero_computation_experts.hpp>
+#include <moe/io/checkpoint.hpp>
 #include <moe/io/options.hpp>
 #include <moe/io/safetensors.hpp>
-#include <moe/parameters.hpp>
-#include <moe/types.hpp>
+#include <moe/math/activation.hpp>
 #include <moe/version.hpp>
 
 // A layer of your own, saved and loaded: every array that Layer::visit shows, under its name.

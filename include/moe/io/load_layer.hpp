@@ -13,13 +13,13 @@
 #include <utility>
 #include <vector>
 
-#include <moe/check.hpp>
-#include <moe/io/safetensors.hpp>
+#include <moe/core/check.hpp>
+#include <moe/core/storage.hpp>
+#include <moe/core/types.hpp>
+#include <moe/io/checkpoint.hpp>
+#include <moe/layers/moe_layer.hpp>
 #include <moe/models/model.hpp>
-#include <moe/models/soft_moe.hpp>
-#include <moe/moe_layer.hpp>
-#include <moe/storage.hpp>
-#include <moe/types.hpp>
+#include <moe/models/published/soft_moe.hpp>
 
 // A published model's layer out of its checkpoint.
 namespace moe {

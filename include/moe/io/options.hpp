@@ -15,18 +15,18 @@
 #include <utility>
 #include <vector>
 
-#include <moe/activation.hpp>
-#include <moe/capacity.hpp>
-#include <moe/group_limit.hpp>
-#include <moe/router.hpp>
+#include <moe/core/types.hpp>
+#include <moe/math/activation.hpp>
 #include <moe/routers/expert_choice_router.hpp>
 #include <moe/routers/hash_router.hpp>
 #include <moe/routers/noisy_top_k_router.hpp>
 #include <moe/routers/sinkhorn_router.hpp>
 #include <moe/routers/sparse_mixer_router.hpp>
 #include <moe/routers/top_k_router.hpp>
-#include <moe/scores.hpp>
-#include <moe/types.hpp>
+#include <moe/routing/capacity.hpp>
+#include <moe/routing/group_limit.hpp>
+#include <moe/routing/router.hpp>
+#include <moe/routing/scores.hpp>
 
 // Options as text, "d_model=4 num_experts=3 score=sigmoid". A file has those that are not at their defaults.
 // So an option that was added later is at its default for a file without it, and one that a reader does not

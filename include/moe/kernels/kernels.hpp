@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include <moe/types.hpp>
+#include <moe/core/types.hpp>
 
 // What a set of kernels offers. Each instruction set fills one Kernels with the functions of its own
 // namespace; all of them are made from one text: product.inc, elementwise.inc and dense.inc.

@@ -7,7 +7,7 @@
 #include <unistd.h>
 #endif
 
-#include <moe/check.hpp>
+#include <moe/core/check.hpp>
 #include <moe/kernels/amx.hpp>
 #include <moe/kernels/avx2.hpp>
 #include <moe/kernels/avx512.hpp>

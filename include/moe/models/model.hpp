@@ -8,14 +8,15 @@
 #include <utility>
 #include <vector>
 
-#include <moe/check.hpp>
+#include <moe/core/check.hpp>
+#include <moe/core/storage.hpp>
 #include <moe/experts/feed_forward.hpp>
 #include <moe/experts/gated_feed_forward.hpp>
-#include <moe/group_limit.hpp>
-#include <moe/models/losses.hpp>
-#include <moe/moe_layer.hpp>
+#include <moe/layers/moe_layer.hpp>
+#include <moe/models/size.hpp>
+#include <moe/models/training_losses.hpp>
 #include <moe/routers/top_k_router.hpp>
-#include <moe/storage.hpp>
+#include <moe/routing/group_limit.hpp>
 
 // What a published model says about its Mixture-of-Experts layers: one readable aggregate, from which
 // follow a layer of any size, the numbers of parameters and operations, and where a checkpoint holds
@@ -50,45 +51,6 @@ struct LayerTensors {
   TensorSource w_shared_gate{}, b_output{};
 };
 
-/// What stands around the Mixture-of-Experts layers of a model, as far as parameters are counted.
-struct Surroundings {
-  Index layers = 0;      ///< of attention and feed-forward
-  Index moe_layers = 0;  ///< those among them with experts
-  Index vocabulary = 0;
-  bool tied_embeddings = false;       ///< whether input and output embedding are one matrix
-  bool embedding_is_active = true;    ///< whether the authors count the input embedding as active
-  Index attention = 0;                ///< parameters of one layer's attention
-  Index dense_d_ff = 0;               ///< width of the feed-forward of the other layers
-  int dense_matrices = 3;             ///< 3 where it is gated, else 2
-  bool dense_beside_experts = false;  ///< whether layers with experts have that feed-forward, too
-  Index idle_attention = 0;           ///< of `attention`, what one token does not use
-
-  constexpr bool known() const { return layers > 0; }
-};
-
-/// Parameters of attention with grouped queries: query and output of `heads`, key and value of
-/// `kv_heads`, all of width `head_dim`.
-constexpr Index attention_parameters(Index d_model, Index heads, Index kv_heads, Index head_dim) {
-  return 2 * d_model * head_dim * (heads + kv_heads);
-}
-
-/// The same of multi-head latent attention (DeepSeek-AI 2024, V2, section 2.1): low-rank queries and
-/// key-values, heads of a part with and a part without position, and of values.
-constexpr Index latent_attention_parameters(Index d_model, Index heads, Index query_rank, Index kv_rank,
-                                            Index plain_dim, Index rotary_dim, Index value_dim) {
-  return d_model * query_rank + query_rank * heads * (plain_dim + rotary_dim) +
-         d_model * (kv_rank + rotary_dim) + kv_rank * heads * (plain_dim + value_dim) +
-         heads * value_dim * d_model + query_rank + kv_rank;
-}
-
-/// The mean over the layers of an encoder and a decoder of equal depth: the decoder's attend twice.
-constexpr Index encoder_decoder_attention(Index attention) { return attention * 3 / 2; }
-
-/// What a model's authors and its report say, in parameters; 0 where they do not.
-struct PublishedSize {
-  double total = 0, active = 0;
-};
-
 /// Whether an activation is a gated unit, one with two arguments.
 template <class Unit>
 concept GatedUnit = requires(const Unit& unit, float v) {
@@ -96,7 +58,7 @@ concept GatedUnit = requires(const Unit& unit, float v) {
 };
 
 /// What experts with the unit `Unit` are. An expert of a kind of its own has a tag as unit and a
-/// specialisation, whose Type has a constructor from mapped weights (see models/openmoe.hpp).
+/// specialisation, whose Type has a constructor from mapped weights (see models/published/openmoe.hpp).
 template <class Unit>
 struct ExpertOf {
   template <class S, class Storage = Owned>
@@ -110,15 +72,6 @@ struct ExpertOf {
     return (kUpWidths + 1) * d_model * d_ff + (bias ? kUpWidths * d_ff + d_model : 0);
   }
 };
-
-/// Parameters of embeddings, attention, dense feed-forwards and norms around the layers of a model.
-constexpr Index surrounding_parameters(const Surroundings& around, Index d_model) {
-  const Index norms = (2 * around.layers + 1) * d_model;
-  const Index dense = around.dense_matrices * d_model * around.dense_d_ff;
-  const Index dense_layers = around.layers - (around.dense_beside_experts ? 0 : around.moe_layers);
-  return (around.tied_embeddings ? 1 : 2) * around.vocabulary * d_model + around.layers * around.attention +
-         dense_layers * dense + norms;
-}
 
 namespace detail {
 

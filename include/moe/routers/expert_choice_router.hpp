@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <vector>
 
-#include <moe/init.hpp>
-#include <moe/token_choice.hpp>
+#include <moe/math/init.hpp>
+#include <moe/routing/token_choice.hpp>
 
 namespace moe {
 

@@ -5,9 +5,9 @@
 #include <optional>
 #include <utility>
 
-#include <moe/capacity.hpp>
-#include <moe/random.hpp>
-#include <moe/router.hpp>
+#include <moe/core/random.hpp>
+#include <moe/routing/capacity.hpp>
+#include <moe/routing/router.hpp>
 
 namespace moe {
 

@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include <moe/token_choice.hpp>
+#include <moe/routing/token_choice.hpp>
 
 namespace moe {
 

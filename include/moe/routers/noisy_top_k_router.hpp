@@ -6,8 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include <moe/init.hpp>
-#include <moe/token_choice.hpp>
+#include <moe/math/init.hpp>
+#include <moe/routing/token_choice.hpp>
 
 namespace moe {
 

@@ -2,7 +2,7 @@
 #include <cstdio>
 
 #include <moe/moe.hpp>
-#include <moe/packed_moe_layer.hpp>
+#include <moe/packed.hpp>
 
 int main() {
   std::printf("moe %s\n", MOE_VERSION_STRING);

@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include <moe/io/layer_file.hpp>
+#include <moe/io.hpp>
 
 #include "../saved_layers.hpp"
 

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include <moe/core/check.hpp>
+#include <moe/core/types.hpp>
+
+// How code outside a layer reaches its parameters. A type with parameters has
+//   template <class F, class... Self> static void visit(F&& f, Self&... self)
+// which calls f(info, self.p...) for every parameter p of any number of objects in lockstep: a layer,
+// its gradient, an optimiser's moments. Names are dotted ("experts.3.w_up").
+namespace moe {
+
+/// What a visited array is for. Optimisers, norms and counts look at parameters; files hold all.
+enum class Kind {
+  parameter,  ///< trained by gradient
+  buffer,     ///< part of the state but not trained by gradient (a selection bias)
+  frozen,     ///< a parameter that is not to be trained
+};
+
+struct ParameterInfo {
+  std::string_view name;  ///< valid only during the call of f: copy it to keep it
+  Kind kind = Kind::parameter;
+};
+
+/// Calls f(info, arrays...) for one array of each of the objects that a visit() visits. Throws
+/// std::invalid_argument unless all have the shape of the first. Buffers may differ: those of a
+/// gradient are empty. Example: visit_array(f, {"w_up"}, self.w_up...).
+template <class F, class First, class... Rest>
+void visit_array(F&& f, const ParameterInfo& info, First& first, Rest&... rest) {
+  if (info.kind != Kind::buffer) (require_shape(rest, first.rows(), first.cols(), "visit", info.name), ...);
+  f(info, first, rest...);
+}
+
+/// Visits the parameters of parts under a name of their own: visit_part("router", f, a, b) calls f
+/// with names "router.w_router" and so on.
+template <class F, class Part, class... Parts>
+void visit_part(std::string_view prefix, F&& f, Part& part, Parts&... parts) {
+  Part::visit(
+      [&](const ParameterInfo& info, auto&... arrays) {
+        std::string name(prefix);
+        if (!name.empty()) name += '.';
+        name += info.name;
+        f(ParameterInfo{name, info.kind}, arrays...);
+      },
+      part, parts...);
+}
+
+namespace detail {
+
+template <class Array>
+void require_writable(const Array&) {
+  static_assert(
+      requires(Array & array) { array.setZero(); },
+      "a read-only parameter, as that of a mapped expert, has no gradient");
+}
+
+}  // namespace detail
+
+/// A copy with the same configuration in which every parameter is zero and buffers are empty: the
+/// gradient of `thing`, or a moment of its optimiser.
+template <class Thing>
+Thing zeros_like(const Thing& thing) {
+  Thing zeros = thing;
+  Thing::visit(
+      [](const ParameterInfo& info, auto& array) {
+        detail::require_writable(array);
+        if (info.kind == Kind::buffer)
+          array.resize(0, array.cols());
+        else
+          array.setZero();
+      },
+      zeros);
+  return zeros;
+}
+
+/// Sets every parameter to zero, e.g. of a gradient before the next step.
+template <class Thing>
+void set_zero(Thing& thing) {
+  Thing::visit(
+      [](const ParameterInfo& info, auto& array) {
+        detail::require_writable(array);
+        if (info.kind != Kind::buffer) array.setZero();
+      },
+      thing);
+}
+
+/// Number of trained scalars.
+template <class Thing>
+Index num_parameters(const Thing& thing) {
+  Index count = 0;
+  Thing::visit(
+      [&](const ParameterInfo& info, const auto& array) {
+        if (info.kind == Kind::parameter) count += array.size();
+      },
+      thing);
+  return count;
+}
+
+}  // namespace moe

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// Checkpoint files: tensors by name, layers of published models, layers of one's own. Needs nlohmann_json.
+
+#include <moe/io/checkpoint.hpp>
+#include <moe/io/dtype.hpp>
+#include <moe/io/file.hpp>
+#include <moe/io/json_events.hpp>
+#include <moe/io/layer_file.hpp>
+#include <moe/io/load_layer.hpp>
+#include <moe/io/options.hpp>
+#include <moe/io/safetensors.hpp>
+#include <moe/moe.hpp>

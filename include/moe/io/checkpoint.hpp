@@ -1,0 +1,398 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <functional>
+#include <initializer_list>
+#include <limits>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include <moe/core/types.hpp>
+#include <moe/io/dtype.hpp>
+#include <moe/io/file.hpp>
+#include <moe/io/json_events.hpp>
+#include <moe/io/safetensors.hpp>
+
+// Checkpoints of one file or many: tensors by name, whichever file they are in.
+namespace moe {
+
+namespace detail {
+
+class IndexEvents final : public JsonEvents {
+ public:
+  explicit IndexEvents(std::string_view where) : JsonEvents(where, "the index") {}
+
+  // Tensor -> file.
+  std::map<std::string, std::string> take() {
+    if (!keys_.contains("weight_map")) fail_here("the index has no weight_map");
+    return std::move(weight_map_);
+  }
+
+  bool start_object(std::size_t) override {
+    if (depth_ == 1 && key_ == "weight_map")
+      in_map_ = true;
+    else if (in_map_)
+      return scalar("an object");
+    ++depth_;
+    return true;
+  }
+  bool end_object() override {
+    if (--depth_ == 1) in_map_ = false;
+    return true;
+  }
+  bool start_array(std::size_t) override {
+    if (in_map_ || (depth_ == 1 && key_ == "weight_map")) return scalar("an array");
+    ++depth_;
+    return true;
+  }
+  bool end_array() override {
+    --depth_;
+    return true;
+  }
+  bool key(string_t& key) override {
+    if (depth_ > 1 && !in_map_) return true;  // of something that nobody looks at
+    if (in_map_ ? weight_map_.contains(key) : !keys_.insert(key).second)
+      fail_here("the index has ", in_quotes(key), " twice");
+    key_ = std::move(key);
+    return true;
+  }
+  bool string(string_t& value) override {
+    if (!in_map_) return JsonEvents::string(value);
+    weight_map_.emplace(std::move(key_), std::move(value));
+    return true;
+  }
+
+ private:
+  bool scalar(const std::string& found) override {
+    if (in_map_) fail_here("weight_map: ", in_quotes(key_), " is ", found, ", expected a string");
+    if (depth_ == 1 && key_ == "weight_map") fail_here("weight_map is ", found, ", expected an object");
+    return true;
+  }
+
+  std::map<std::string, std::string> weight_map_;
+  std::set<std::string> keys_;  // of the object at the top
+  std::string key_;
+  std::size_t depth_ = 0;
+  bool in_map_ = false;
+};
+
+// The weight_map of an index file. Throws CheckpointError.
+inline std::map<std::string, std::string> parse_index(std::span<const std::byte> bytes,
+                                                      std::string_view where) {
+  require_checkpoint(bytes.size() <= kMaxHeaderBytes, where, ": the index has ", bytes.size(),
+                     " bytes, expected at most ", kMaxHeaderBytes);
+  if (!text_at(bytes).starts_with('{')) refuse_other_format(bytes, where, "an index");
+  IndexEvents events(where);
+  parse_json(text_at(bytes), events, where, "the index");
+  return events.take();
+}
+
+// The file that an index means: below its directory, whatever it says.
+inline std::filesystem::path shard_path(const std::filesystem::path& index, const std::string& tensor,
+                                        const std::string& shard) {
+  const std::filesystem::path path(shard);
+  const bool leaves = path.has_root_path() || std::find(path.begin(), path.end(), "..") != path.end();
+  if (shard.empty() || leaves || shard.find('\0') != std::string::npos)
+    fail_checkpoint(index.string(), ": weight_map: ", in_quotes(tensor), " is in ", in_quotes(shard),
+                    ", which is no file below the directory of the index");
+  return index.parent_path() / path;
+}
+
+// The set of files that one belongs to by its name, as model-00002-of-00005.safetensors.
+struct ShardSet {
+  std::string begin;        // "model-"
+  std::size_t digits;       // 5, of a file's number
+  std::string end;          // "-of-00005.safetensors"
+  std::uint64_t num_files;  // 5
+
+  // The name of file `number`, from 1 on.
+  std::string name(std::uint64_t number) const {
+    const std::string text = std::to_string(number);
+    return begin + std::string(digits - (std::min)(digits, text.size()), '0') + text + end;
+  }
+};
+
+// Nothing where a name is no shard's.
+inline std::optional<ShardSet> shard_set_of(std::string_view name) {
+  constexpr std::string_view kOf = "-of-", kEnd = ".safetensors";
+  const std::size_t of = name.rfind(kOf);
+  if (of == std::string_view::npos || !name.ends_with(kEnd)) return std::nullopt;
+  const std::size_t begin = name.substr(0, of).find_last_not_of("0123456789") + 1;  // 0 where there is none
+  const char *const count = name.data() + of + kOf.size(), *const end =
+                                                               name.data() + name.size() - kEnd.size();
+  std::uint64_t num_files = 0;
+  if (begin == of || count >= end) return std::nullopt;
+  const auto [read, error] = std::from_chars(count, end, num_files);
+  if (read != end || error != std::errc()) return std::nullopt;
+  return ShardSet{std::string(name.substr(0, begin)), of - begin, std::string(name.substr(of)), num_files};
+}
+
+// Throws unless these names of files in a directory are all those of one set.
+inline void require_shards(const std::string& directory, const ShardSet& set,
+                           std::set<std::string, std::less<>> names) {
+  const std::size_t found = names.size();
+  for (std::uint64_t number = 1; number <= set.num_files; ++number)
+    if (names.erase(set.name(number)) == 0)
+      fail_checkpoint(directory, ": there is no ", in_quotes(set.name(number)), " among ", found,
+                      " .safetensors files, expected all ", set.num_files, " of the set, or an index");
+  if (!names.empty())
+    fail_checkpoint(directory, ": ", in_quotes(*names.begin()), " is not among the ", set.num_files,
+                    " files of the set of ", in_quotes(set.name(1)), ", expected one set, or an index");
+}
+
+// "F64, F32, ...": what is read.
+inline std::string dtype_names() {
+  std::string names;
+  for (const DTypeInfo& info : kDTypes) names += (names.empty() ? "" : ", ") + std::string(info.name);
+  return names;
+}
+
+// How many characters to insert, remove or replace to get from one to the other.
+inline std::size_t edit_distance(std::string_view a, std::string_view b) {
+  std::vector<std::size_t> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), std::size_t(0));
+  for (std::size_t i = 1; i <= a.size(); ++i) {
+    std::size_t diagonal = std::exchange(row[0], i);
+    for (std::size_t j = 1; j <= b.size(); ++j) {
+      const std::size_t replace = diagonal + (a[i - 1] != b[j - 1]);
+      diagonal = row[j];
+      row[j] = (std::min)({replace, row[j] + 1, row[j - 1] + 1});
+    }
+  }
+  return row.back();
+}
+
+// ": did you mean 'x' or 'y'?", or nothing where no name is near.
+inline std::string hint(std::string_view name, std::span<const std::string> names) {
+  constexpr std::size_t kMaxHints = 3, kMaxLength = 256;
+  if (name.size() > kMaxLength) return "";
+  std::vector<std::pair<std::size_t, std::string_view>> alike;
+  for (const std::string& other : names) {
+    const std::size_t longer = (std::max)(name.size(), other.size());
+    if (longer > kMaxLength || longer > 2 * (std::min)(name.size(), other.size())) continue;
+    const std::size_t distance = edit_distance(name, other);
+    if (distance <= longer / 2) alike.emplace_back(distance, other);
+  }
+  const auto end = alike.begin() + std::ptrdiff_t((std::min)(alike.size(), kMaxHints));
+  std::partial_sort(alike.begin(), end, alike.end());
+  std::string text;
+  for (auto it = alike.begin(); it != end; ++it)
+    text += (text.empty() ? ": did you mean " : " or ") + in_quotes(it->second);
+  return text.empty() ? text : text + "?";
+}
+
+}  // namespace detail
+
+/// The tensors of a checkpoint, read-only, by name. The files are mapped into memory where the
+/// system can, so opening reads headers only. A copy is cheap and shares the mapping; everything is
+/// const, so threads may share one too.
+class Checkpoint {
+ public:
+  /// No tensors.
+  Checkpoint() : contents_(std::make_shared<const Contents>()) {}
+  // Copied where one would move it: there is no empty state to fall into.
+  Checkpoint(const Checkpoint&) = default;
+  Checkpoint& operator=(const Checkpoint&) = default;
+
+  /// Opens a .safetensors file, an index of several (.json, as *.safetensors.index.json), or a
+  /// directory that holds one index, or else exactly one .safetensors file or all files of one set, as
+  /// model-00001-of-00005.safetensors to model-00005-of-00005.safetensors. Hidden files of a directory
+  /// do not count: macOS leaves a ._m.safetensors beside m.safetensors. Of the files of an index only
+  /// the tensors that it lists are there. O(headers * log(tensors)). Throws CheckpointError where a
+  /// file cannot be read, is missing, or breaks a rule of the format: tensors must cover the data
+  /// exactly, no key comes twice, and a tensor has a dtype, a shape, data_offsets and nothing else,
+  /// and as many bytes as its shape says where the dtype is one of DType. Values are not looked at,
+  /// they may be NaN.
+  static Checkpoint open(const std::filesystem::path& path) {
+    std::error_code error;
+    if (!std::filesystem::is_directory(path, error)) return open_one(path);
+    const std::vector<std::filesystem::path> files = files_in(path);
+    return files.size() == 1 ? open_one(files.front()) : open_all(path, files);
+  }
+
+  /// Opens .safetensors files as one checkpoint, which has the path of the first. Throws
+  /// CheckpointError as above, for no files, and for a tensor that is in two of them.
+  static Checkpoint open(const std::vector<std::filesystem::path>& files) {
+    detail::require_checkpoint(!files.empty(), "Checkpoint::open: a list of 0 files, expected at least 1");
+    return open_all(files.front(), files);
+  }
+  /// The same of files named in place: open({"one.safetensors", "two.safetensors"}).
+  static Checkpoint open(std::initializer_list<std::filesystem::path> files) {
+    return open(std::vector<std::filesystem::path>(files));
+  }
+
+  /// O(log(tensors)).
+  bool contains(std::string_view name) const { return contents_->header.contains(name); }
+
+  /// The tensor of this name. It, and its bytes, last as long as any copy of the checkpoint or its
+  /// owner(). O(log(tensors)). Throws CheckpointError where there is none, with the names that are
+  /// nearest to it, and where it has a dtype that DType does not have.
+  const TensorView& at(std::string_view name) const {
+    const detail::Header& header = contents_->header;
+    if (const auto it = header.tensors.find(name); it != header.tensors.end()) return it->second;
+    if (const auto it = header.unread.find(name); it != header.unread.end())
+      detail::fail_checkpoint(path().string(), ": tensor ", detail::in_quotes(name), ": dtype ",
+                              detail::in_quotes(it->second.dtype), " is not read, expected ",
+                              detail::dtype_names());
+    detail::fail_checkpoint(path().string(), ": there is no tensor ", detail::in_quotes(name), " among ",
+                            names().size(), detail::hint(name, names()));
+  }
+
+  /// The tensors whose names begin with `prefix`, under the rest of their names: one model of a file of
+  /// several. O(tensors). Throws CheckpointError where there are none.
+  /// Example: checkpoint.below("thinker.").at("model.norm.weight") is "thinker.model.norm.weight".
+  Checkpoint below(std::string_view prefix) const {
+    Contents contents{.path = contents_->path, .files = contents_->files};
+    contents.header.metadata = metadata();
+    for (const auto& [name, tensor] : contents_->header.tensors) {
+      if (!name.starts_with(prefix)) continue;
+      TensorView& below = contents.header.tensors[name.substr(prefix.size())] = tensor;
+      below.name = name.substr(prefix.size());
+    }
+    for (const auto& [name, tensor] : contents_->header.unread)
+      if (name.starts_with(prefix)) contents.header.unread[name.substr(prefix.size())] = tensor;
+    if (contents.header.tensors.empty() && contents.header.unread.empty())
+      detail::fail_checkpoint(path().string(), ": none of ", names().size(), " names begins with ",
+                              detail::in_quotes(prefix));
+    return Checkpoint(std::move(contents));
+  }
+
+  /// All names, sorted, also of tensors that `at` refuses for their dtype.
+  const std::vector<std::string>& names() const { return contents_->names; }
+
+  /// The metadata of the files. Where two files differ in a value, that of the file whose name sorts
+  /// first; of a list of files, that of the earlier one.
+  const std::map<std::string, std::string>& metadata() const { return contents_->header.metadata; }
+
+  /// The file, the index, or the directory of a set of files.
+  const std::filesystem::path& path() const { return contents_->path; }
+
+  /// Keeps every view and its bytes valid while it lives.
+  std::shared_ptr<const void> owner() const { return contents_; }
+
+ private:
+  struct Contents {
+    std::filesystem::path path{};
+    std::vector<std::shared_ptr<const void>> files{};
+    detail::Header header{};
+    std::vector<std::string> names{};
+  };
+
+  explicit Checkpoint(Contents contents) {
+    for (const auto& [name, tensor] : contents.header.tensors) contents.names.push_back(name);
+    for (const auto& [name, tensor] : contents.header.unread) contents.names.push_back(name);
+    std::sort(contents.names.begin(), contents.names.end());
+    contents_ = std::make_shared<const Contents>(std::move(contents));
+  }
+
+  // The index of a directory, or else its one file or the files of its one set, sorted.
+  static std::vector<std::filesystem::path> files_in(const std::filesystem::path& directory) {
+    std::vector<std::filesystem::path> indices, files;
+    std::set<std::string, std::less<>> names;
+    std::error_code error;
+    for (std::filesystem::directory_iterator it(directory, error), end; !error && it != end;
+         it.increment(error)) {
+      const std::string name = it->path().filename().string();
+      if (name.starts_with('.')) continue;
+      if (name.ends_with(".safetensors.index.json")) indices.push_back(it->path());
+      if (!name.ends_with(".safetensors")) continue;
+      files.push_back(it->path());
+      names.insert(name);
+    }
+    if (error) detail::fail_checkpoint(directory.string(), ": cannot list the directory: ", error.message());
+    if (indices.size() == 1) return indices;
+    const auto set = names.empty() ? std::nullopt : detail::shard_set_of(*names.begin());
+    if (!indices.empty() || (files.size() != 1 && !set))
+      detail::fail_checkpoint(directory.string(), ": the directory holds ", indices.size(),
+                              " .safetensors.index.json and ", files.size(),
+                              " .safetensors files, expected 1 index, or no index and 1 file or one "
+                              "set as model-00001-of-00002.safetensors");
+    if (set) detail::require_shards(directory.string(), *set, names);
+    std::sort(files.begin(), files.end());
+    return files;
+  }
+
+  static Checkpoint open_one(const std::filesystem::path& path) {
+    if (path.extension() != ".json") return open_all(path, {path});
+    Contents contents{.path = path};
+    read_index(contents);
+    return Checkpoint(std::move(contents));
+  }
+
+  static Checkpoint open_all(const std::filesystem::path& path,
+                             const std::vector<std::filesystem::path>& files) {
+    Contents contents{.path = path};
+    std::map<std::string, std::size_t> file_of;
+    for (std::size_t i = 0; i < files.size(); ++i) {
+      detail::Header header = read_header(contents, files[i]);
+      const auto add = [&](const auto& tensors) {
+        for (const auto& [name, tensor] : tensors) {
+          const auto [before, is_new] = file_of.try_emplace(name, i);
+          if (!is_new)
+            detail::fail_checkpoint(files[i].string(), ": tensor ", detail::in_quotes(name), " is in ",
+                                    files[before->second].string(), " too, expected one of them");
+        }
+      };
+      add(header.tensors);
+      add(header.unread);
+      contents.header.tensors.merge(header.tensors);
+      contents.header.unread.merge(header.unread);
+      contents.header.metadata.merge(header.metadata);
+    }
+    return Checkpoint(std::move(contents));
+  }
+
+  // The header of a file that the contents are to keep in memory.
+  static detail::Header read_header(Contents& contents, const std::filesystem::path& path) {
+    detail::require_little_endian();
+    detail::FileBytes file = detail::map_file(path);
+    detail::Header header = detail::parse_safetensors(file.bytes, path.string());
+    contents.files.push_back(std::move(file.owner));
+    return header;
+  }
+
+  static void read_index(Contents& contents) {
+    const std::string index = contents.path.string();
+    std::map<std::string, std::vector<std::string>> names_of_shard;
+    const detail::FileBytes bytes = detail::read_file(contents.path);
+    for (const auto& [name, shard] : detail::parse_index(bytes.bytes, index))
+      names_of_shard[shard].push_back(name);
+    for (const auto& [shard, names] : names_of_shard) {
+      const std::filesystem::path path = detail::shard_path(contents.path, names.front(), shard);
+      std::error_code error;
+      if (!std::filesystem::exists(path, error))
+        detail::fail_checkpoint(index, ": weight_map: ", detail::in_quotes(names.front()), " is in ",
+                                detail::in_quotes(shard), ", which does not exist");
+      detail::Header header = read_header(contents, path);
+      for (const std::string& name : names) {
+        if (!header.contains(name))
+          detail::fail_checkpoint(index, ": weight_map: ", detail::in_quotes(name), " is in ",
+                                  detail::in_quotes(shard), ", which does not hold it");
+        contents.header.tensors.insert(header.tensors.extract(name));
+        contents.header.unread.insert(header.unread.extract(name));
+      }
+      contents.header.metadata.merge(header.metadata);
+    }
+  }
+
+  std::shared_ptr<const Contents> contents_;
+};
+
+}  // namespace moe

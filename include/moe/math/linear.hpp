@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <type_traits>
+
+#include <moe/core/check.hpp>
+#include <moe/core/executor.hpp>
+#include <moe/core/types.hpp>
+#include <moe/kernels/packet_product.hpp>
+#include <moe/math/numbers.hpp>
+
+// Every matrix product of the library. Each one runs on the calling thread whatever Eigen's OpenMP
+// settings are, allocates nothing, and adds in an order that the shapes alone decide: an element of
+// the result is a chain of multiply-adds over the contracted dimension. In scalars other than float it is cut
+// at multiples of 128, in floats at multiples of 256 but for linear_backward_input, and the parts are added
+// up one after the other: so a sum of n terms in floats errs by at most about (256 + n / 256) 2^-24 of the
+// sum of their magnitudes, in linear_backward_input by n 2^-24. Hence the bits of a result do not depend on
+// threads, on alignment, or on the rows beside it. Products of floats run on kernels chosen while the program
+// runs, whatever flags it is compiled with.
+namespace moe {
+
+namespace detail {
+
+template <class M>
+inline constexpr bool kRowsAreContiguous =
+    (M::IsRowMajor || M::ColsAtCompileTime == 1) && M::InnerStrideAtCompileTime == 1;
+
+// From the begin of a row to the next. A vector taken as a matrix of one column is column-major.
+template <class M>
+Index row_stride(const M& m) {
+  return M::IsRowMajor ? m.outerStride() : Index(1);
+}
+
+// What a product is where the contracted dimension is 0.
+template <class M>
+void contract_nothing(M&& m, bool add) {
+  if (!add) m.setZero();
+}
+
+}  // namespace detail
+
+/// Whether a product writes its result or adds to what is there.
+enum class Write { replace, add };
+
+/// y [rows, out] = x [rows, in] * w^T, w [out, in]: a linear layer as torch.nn.Linear stores it.
+/// O(rows * in * out). Like all products here it throws std::invalid_argument unless shapes fit and the
+/// result lies apart from the operands.
+template <class X, class W, class Y>
+void linear(const X& x, const W& w, Y&& y, Write write = Write::replace) {
+  using Out = std::remove_cvref_t<Y>;
+  static_assert(detail::kRowsAreContiguous<X> && detail::kRowsAreContiguous<W> &&
+                detail::kRowsAreContiguous<Out>);
+  require_shape(w, y.cols(), x.cols(), "linear", "w");
+  require_shape(y, x.rows(), w.rows(), "linear", "y");
+  require_apart("linear", "y", y, "x", x, "w", w);
+  const bool add = write == Write::add;
+  if constexpr (detail::kHasKernels<typename X::Scalar>) {
+    if (y.size() == 0) return;
+    if (x.cols() == 0) return detail::contract_nothing(y, add);
+    detail::float_kernels().linear(x.rows(), x.cols(), w.rows(), x.data(), detail::row_stride(x), w.data(),
+                                   detail::row_stride(w), y.data(), detail::row_stride(y), add);
+  } else {
+    detail::multiply<detail::Right::transposed>(x.rows(), w.rows(), x.cols(), x.data(), detail::row_stride(x),
+                                                Index(1), w.data(), detail::row_stride(w), y.data(),
+                                                detail::row_stride(y), add);
+  }
+}
+
+/// d_x [rows, in] = d_y [rows, out] * w, w [out, in]: the gradient of `linear` by its input.
+template <class Dy, class W, class Dx>
+void linear_backward_input(const Dy& d_y, const W& w, Dx&& d_x, Write write = Write::replace) {
+  using Out = std::remove_cvref_t<Dx>;
+  static_assert(detail::kRowsAreContiguous<Dy> && detail::kRowsAreContiguous<W> &&
+                detail::kRowsAreContiguous<Out>);
+  require_shape(w, d_y.cols(), d_x.cols(), "linear_backward_input", "w");
+  require_shape(d_x, d_y.rows(), w.cols(), "linear_backward_input", "d_x");
+  require_apart("linear_backward_input", "d_x", d_x, "d_y", d_y, "w", w);
+  const bool add = write == Write::add;
+  if constexpr (detail::kHasKernels<typename Dy::Scalar>) {
+    if (d_x.size() == 0) return;
+    if (d_y.cols() == 0) return detail::contract_nothing(d_x, add);
+    detail::float_kernels().linear_backward_input(d_y.rows(), w.cols(), w.rows(), d_y.data(),
+                                                  detail::row_stride(d_y), w.data(), detail::row_stride(w),
+                                                  d_x.data(), detail::row_stride(d_x), add);
+  } else {
+    detail::multiply<detail::Right::normal>(d_y.rows(), w.cols(), d_y.cols(), d_y.data(),
+                                            detail::row_stride(d_y), Index(1), w.data(),
+                                            detail::row_stride(w), d_x.data(), detail::row_stride(d_x), add);
+  }
+}
+
+/// d_w [out, in] += d_y^T [out, rows] * x [rows, in]: the gradient of `linear` by its weight.
+template <class Dy, class X, class Dw>
+void linear_backward_weight(const Dy& d_y, const X& x, Dw&& d_w) {
+  using Out = std::remove_cvref_t<Dw>;
+  static_assert(detail::kRowsAreContiguous<Dy> && detail::kRowsAreContiguous<X> &&
+                detail::kRowsAreContiguous<Out>);
+  require_shape(x, d_y.rows(), d_w.cols(), "linear_backward_weight", "x");
+  require_shape(d_w, d_y.cols(), x.cols(), "linear_backward_weight", "d_w");
+  require_apart("linear_backward_weight", "d_w", d_w, "d_y", d_y, "x", x);
+  if constexpr (detail::kHasKernels<typename Dy::Scalar>) {
+    if (d_w.size() == 0 || x.rows() == 0) return;
+    detail::float_kernels().linear_backward_weight(x.rows(), x.cols(), d_w.rows(), d_y.data(),
+                                                   detail::row_stride(d_y), x.data(), detail::row_stride(x),
+                                                   d_w.data(), detail::row_stride(d_w));
+  } else {
+    detail::multiply<detail::Right::normal>(d_y.cols(), x.cols(), d_y.rows(), d_y.data(), Index(1),
+                                            detail::row_stride(d_y), x.data(), detail::row_stride(x),
+                                            d_w.data(), detail::row_stride(d_w), true);
+  }
+}
+
+/// Sum of a[i] * b[i], in an order that n alone decides.
+template <class S>
+S dot(Index n, const S* a, const S* b) {
+  namespace in = Eigen::internal;
+  using P = detail::Packet<S>;
+  constexpr int kSize = detail::kPacketSize<S>;
+  P sum[4] = {in::pset1<P>(S(0)), in::pset1<P>(S(0)), in::pset1<P>(S(0)), in::pset1<P>(S(0))};
+  Index i = 0;
+  for (; i + 4 * kSize <= n; i += 4 * kSize)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+      sum[j] = in::pmadd(in::ploadu<P>(a + i + j * kSize), in::ploadu<P>(b + i + j * kSize), sum[j]);
+  for (; i + kSize <= n; i += kSize) sum[0] = in::pmadd(in::ploadu<P>(a + i), in::ploadu<P>(b + i), sum[0]);
+  S total = in::predux(in::padd(in::padd(sum[0], sum[1]), in::padd(sum[2], sum[3])));
+  for (; i < n; ++i) total += a[i] * b[i];
+  return total;
+}
+
+/// y[i] += scale * x[i].
+template <class S>
+void add_scaled(Index n, S scale, const S* x, S* y) {
+  namespace in = Eigen::internal;
+  using P = detail::Packet<S>;
+  constexpr int kSize = detail::kPacketSize<S>;
+  const P factor = in::pset1<P>(scale);
+  Index i = 0;
+  for (; i + kSize <= n; i += kSize)
+    in::pstoreu(y + i, in::pmadd(factor, in::ploadu<P>(x + i), in::ploadu<P>(y + i)));
+  for (; i < n; ++i) y[i] += scale * x[i];
+}
+
+/// Adds the vector b [cols] to every row of y [rows, cols].
+template <class B, class Y>
+void add_bias(const B& b, Y&& y) {
+  static_assert(detail::kRowsAreContiguous<B> && detail::kRowsAreContiguous<std::remove_cvref_t<Y>>);
+  using S = typename std::remove_cvref_t<Y>::Scalar;
+  require(b.size() == y.cols(), "add_bias: b has ", b.size(), " entries, expected ", y.cols());
+  require_apart("add_bias", "y", y, "b", b);
+  for (Index i = 0; i < y.rows(); ++i) add_scaled(y.cols(), S(1), b.data(), &y.coeffRef(i, 0));
+}
+
+/// d_b [cols] += the sum of those rows i of d_y [rows, cols] for which `keep(i)`, summed in double from the
+/// first row to the last and rounded once.
+template <class Dy, class B, class Keep>
+void bias_backward(const Dy& d_y, B&& d_b, const Keep& keep) {
+  static_assert(detail::kRowsAreContiguous<Dy> && detail::kRowsAreContiguous<std::remove_cvref_t<B>>);
+  using S = typename Dy::Scalar;
+  require(d_b.size() == d_y.cols(), "bias_backward: d_b has ", d_b.size(), " entries, expected ", d_y.cols());
+  require_apart("bias_backward", "d_b", d_b, "d_y", d_y);
+  using Sum = detail::Sum<S>;
+  constexpr Index kCols = 256;
+  for (Index j = 0; j < d_y.cols(); j += kCols) {
+    const Index wide = (std::min)(kCols, d_y.cols() - j);
+    Eigen::Array<Sum, kCols, 1> sum = Eigen::Array<Sum, kCols, 1>::Zero();
+    for (Index i = 0; i < d_y.rows(); ++i) {
+      if (!keep(i)) continue;
+      const S* const row = &d_y.coeffRef(i, j);
+      if (wide == kCols)
+        sum += Eigen::Map<const Eigen::Array<S, kCols, 1>>(row).template cast<Sum>();
+      else
+        for (Index q = 0; q < wide; ++q) sum[q] += Sum(row[q]);
+    }
+    for (Index q = 0; q < wide; ++q) d_b[j + q] += S(sum[q]);
+  }
+}
+
+/// The same for all rows.
+template <class Dy, class B>
+void bias_backward(const Dy& d_y, B&& d_b) {
+  bias_backward(d_y, d_b, [](Index) { return true; });
+}
+
+/// A router's linear layer: logits [tokens, experts] = x w^T, in blocks of tokens; where there is but one,
+/// in blocks of experts, so that one token uses every worker. O(tokens * experts * d_model).
+template <class S, class X, Executor E>
+void router_linear(const X& x, const Matrix<S>& w, Matrix<S>& logits, const E& executor) {
+  require_shape(w, w.rows(), x.cols(), "router_linear", "w");
+  require_shape(logits, x.rows(), w.rows(), "router_linear", "logits");
+  const Index tokens = x.rows(), experts = w.rows();
+  if (experts == 0) return;
+  if (tokens > kTokenBlock) {
+    return for_each_block(tokens, executor, [&](Index begin, Index end, Index) {
+      linear(x.middleRows(begin, end - begin), w, logits.middleRows(begin, end - begin));
+    });
+  }
+  // A block for each worker, but not less than a register of experts for a few tokens, or a panel for many;
+  // nor than 2^15 products.
+  const Index least = tokens <= 8 ? 16 : 64;
+  const Index products = std::max<Index>(1, tokens * x.cols()), share = least * executor.concurrency();
+  const Index cols = least * (std::max)((experts + share - 1) / share, (Index(1) << 15) / (products * least));
+  executor.for_each((experts + cols - 1) / cols, [&](Index block, Index) {
+    const Index begin = block * cols, count = (std::min)(cols, experts - begin);
+    linear(x, w.middleRows(begin, count), logits.middleCols(begin, count));
+  });
+}
+
+/// Backward of a router's linear layer logits = x w^T: d_w [experts, d_model] += d_logits^T x and
+/// d_x [tokens, d_model] += d_logits w, in blocks of fixed size. O(tokens * experts * d_model).
+template <class S, class X, class Dx, Executor E>
+void router_linear_backward(const X& x, const Matrix<S>& w, const Matrix<S>& d_logits, Matrix<S>& d_w,
+                            Dx&& d_x, const E& executor) {
+  require_shape(d_logits, x.rows(), w.rows(), "router_linear_backward", "d_logits");
+  require_shape(d_w, w.rows(), x.cols(), "router_linear_backward", "d_w");
+  require_shape(d_x, x.rows(), w.cols(), "router_linear_backward", "d_x");
+  if (x.rows() == 0) return;
+  constexpr Index kCols = 128;
+  executor.for_each((x.cols() + kCols - 1) / kCols, [&](Index block, Index) {
+    const Index begin = block * kCols, count = (std::min)(kCols, x.cols() - begin);
+    linear_backward_weight(d_logits, x.middleCols(begin, count), d_w.middleCols(begin, count));
+  });
+  for_each_block(x.rows(), executor, [&](Index begin, Index end, Index) {
+    linear_backward_input(d_logits.middleRows(begin, end - begin), w, d_x.middleRows(begin, end - begin),
+                          Write::add);
+  });
+}
+
+}  // namespace moe

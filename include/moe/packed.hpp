@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// Layers for inference, packed for the kernels of this processor.
+
+#include <moe/moe.hpp>
+#include <moe/packed/packed_expert.hpp>
+#include <moe/packed/packed_moe_layer.hpp>

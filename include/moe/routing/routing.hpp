@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include <moe/core/buffer.hpp>
+#include <moe/core/check.hpp>
+#include <moe/core/types.hpp>
+
+// What passes between a router, the rest of a layer and the losses: data alone.
+namespace moe {
+
+/// What a router may need to know about a batch beside x [tokens, d_model]. Empty members mean
+/// "nothing special".
+struct BatchInfo {
+  /// True for a real token, false for padding, as attention masks have it [tokens]. A token that is
+  /// masked out goes nowhere, uses no capacity, enters no loss; its output row and its d_x are zero.
+  Mask mask{};
+  /// One id a token, for routers that look at ids (hash routing) [tokens].
+  IndexVector token_ids{};
+  /// First token of every group, then the number of tokens [groups + 1]. Rules that couple tokens
+  /// (capacity, expert choice) work within a group. Empty: one group.
+  IndexVector group_begin{};
+
+  Index num_groups() const { return group_begin.size() > 0 ? group_begin.size() - 1 : 1; }
+  Index begin_of(Index group) const { return group_begin.size() > 0 ? group_begin[group] : 0; }
+  Index end_of(Index group, Index tokens) const {
+    return group_begin.size() > 0 ? group_begin[group + 1] : tokens;
+  }
+};
+
+enum class TokenState : std::uint8_t {
+  valid,
+  masked,    ///< padding: output row and d_x are zero
+  poisoned,  ///< a logit is NaN or +inf, or all are -inf: output row is NaN, d_x is zero
+};
+
+/// What every token chose before capacity, as rows of a compressed sparse matrix.
+template <class S>
+struct Choices {
+  Buffer<Index> token_begin;  ///< first choice of a token [tokens + 1]
+  Buffer<Index> expert;       ///< chosen expert: a token's best first, ascending where experts
+                              ///< choose [choices]
+  Buffer<S> gate;             ///< its gate over the set that the token chose [choices]
+
+  Index num_tokens() const { return std::max<Index>(token_begin.size() - 1, 0); }
+  Index size() const { return expert.size(); }
+  friend bool operator==(const Choices&, const Choices&) = default;
+  template <class F>
+  void for_each_array(const F& f) const {
+    f(gate);
+  }
+};
+
+/// An assignment that found no seat: a token's `choice`-th choice (0 is the first) was `expert`.
+struct Dropped {
+  Index token, expert, choice;
+  friend bool operator==(const Dropped&, const Dropped&) = default;
+};
+
+/// What a gate multiplies: the output of the expert (nearly always) or its input (Llama-4).
+enum class GateSide { output, input };
+
+/// Who goes where: assignments of tokens to experts, as rows of a compressed sparse matrix. Within
+/// an expert tokens ascend, and each appears at most once.
+template <class S>
+struct DispatchPlan {
+  Index num_tokens = 0;
+  Buffer<TokenState> token_state;  ///< [tokens]
+  Buffer<Index> expert_begin;      ///< first assignment of an expert [num_experts + 1]
+  Buffer<Index> token;             ///< [assignments]
+  Buffer<S> gate;                  ///< [assignments]
+  Buffer<Index> choice;            ///< the entry of Routing::chosen it stems from [assignments]
+  GateSide gate_side = GateSide::output;
+  Buffer<Dropped> dropped;       ///< in order of priority, group by group
+  Buffer<Index> passed_through;  ///< tokens to whose sum x is added; a router lists those that no
+                                 ///< expert of theirs had a seat for, ascending
+
+  Index num_experts() const { return std::max<Index>(expert_begin.size() - 1, 0); }
+  Index num_assignments() const { return token.size(); }
+  Index rows_of(Index expert) const { return expert_begin[expert + 1] - expert_begin[expert]; }
+  Index num_valid_tokens() const {
+    return Index(std::count(token_state.begin(), token_state.end(), TokenState::valid));
+  }
+  friend bool operator==(const DispatchPlan&, const DispatchPlan&) = default;
+  template <class F>
+  void for_each_array(const F& f) const {
+    f(gate);
+  }
+};
+
+/// The noise that a router added to its logits in training. Where it added none, empty() is true and
+/// the matrices mean nothing.
+template <class S>
+struct RoutingNoise {
+  Matrix<S> draws;         ///< standard normal [tokens, num_experts]
+  Matrix<S> stddev;        ///< [tokens, num_experts]
+  Matrix<S> noisy_logits;  ///< router_logits + draws * stddev [tokens, num_experts]
+  Index top_k = 0;         ///< how many experts a token chooses; 0: no noise was added
+
+  bool empty() const { return top_k == 0; }
+  void clear() { top_k = 0; }
+  template <class F>
+  void for_each_array(const F& f) const {
+    for (const Matrix<S>* m : {&draws, &stddev, &noisy_logits}) f(*m);
+  }
+};
+
+/// Scratch memory of routers, kept so that a reused Routing allocates nothing. Holds no results, is
+/// not copied.
+template <class S>
+struct RoutingScratch {
+  Buffer<Index> order, load, seat, position;
+  Buffer<S> row;
+  Buffer<double> second_draws, sums;
+  IndexVector capacity;
+  Matrix<S> ranking, d_logits, d_noise, input, d_input;
+  BatchInfo info;  // what a router made of routers tells them
+
+  RoutingScratch() = default;
+  RoutingScratch(const RoutingScratch&) {}
+  RoutingScratch(RoutingScratch&&) = default;
+  RoutingScratch& operator=(const RoutingScratch&) { return *this; }
+  RoutingScratch& operator=(RoutingScratch&&) = default;
+  template <class F>
+  void for_each_array(const F& f) const {
+    f(row);
+    for (const Matrix<S>* m : {&ranking, &d_logits, &d_noise, &input, &d_input}) f(*m);
+  }
+};
+
+/// Everything that a router decided about a batch, and all that its backward pass needs.
+template <class S>
+struct Routing {
+  Matrix<S> router_logits;        ///< before noise [tokens, num_experts]
+  Matrix<S> router_probs;         ///< scores of the logits that selection looked at, with a sum of 1 (a
+                                  ///< softmax, for most routers); rows of tokens that are not valid are
+                                  ///< zero [tokens, num_experts]
+  Choices<S> chosen;              ///< demand, before capacity
+  DispatchPlan<S> plan;           ///< after capacity
+  RoutingNoise<S> noise;          ///< in training, where the router is noisy
+  bool has_input_factor = false;  ///< whether the router jittered its input
+  Matrix<S> input_factor;         ///< what it multiplied x by; means nothing where it did not
+  /// The routings that this one is made of, where a router is made of routers (HierarchicalRouter:
+  /// the parent's, then that of each child); empty otherwise.
+  std::vector<Routing> levels{};
+
+  mutable RoutingScratch<S> scratch{};
+
+  Index num_tokens() const { return plan.num_tokens; }
+  Index num_experts() const { return plan.num_experts(); }
+  bool is_valid(Index token) const { return plan.token_state[token] == TokenState::valid; }
+  /// The logits that selection looked at: with noise where there is any.
+  const Matrix<S>& selection_logits() const { return noise.empty() ? router_logits : noise.noisy_logits; }
+  /// Calls f for every array of scalars that it consists of, or for parts that have this function: what a
+  /// view of a matrix may reach. So it is with the other types that have it. See require_apart.
+  template <class F>
+  void for_each_array(const F& f) const {
+    for (const Matrix<S>* m : {&router_logits, &router_probs, &input_factor}) f(*m);
+    f(chosen);
+    f(plan);
+    f(noise);
+    for (const Routing& level : levels) f(level);
+    f(scratch);
+  }
+};
+
+/// Gradient of a loss by what a routing shows. An empty member means zero. Made by the losses, added
+/// and scaled by the user, taken by the router's backward pass.
+template <class S>
+struct RoutingGradient {
+  Matrix<S> d_router_logits{};  ///< [tokens, num_experts]
+  Matrix<S> d_router_probs{};   ///< [tokens, num_experts]
+  Matrix<S> d_noise_stddev{};   ///< [tokens, num_experts]
+  Buffer<S> d_chosen_gate{};    ///< by Routing::chosen.gate [choices]
+  Buffer<S> d_gate{};           ///< by Routing::plan.gate [assignments]
+
+  /// Whether every member is absent: the gradient is zero.
+  bool empty() const {
+    return d_router_logits.size() == 0 && d_router_probs.size() == 0 && d_noise_stddev.size() == 0 &&
+           d_chosen_gate.empty() && d_gate.empty();
+  }
+
+  /// Throws std::invalid_argument, and changes nothing, where shapes differ.
+  RoutingGradient& operator+=(const RoutingGradient& other) {
+    check(d_router_logits, other.d_router_logits, "d_router_logits");
+    check(d_router_probs, other.d_router_probs, "d_router_probs");
+    check(d_noise_stddev, other.d_noise_stddev, "d_noise_stddev");
+    check(d_chosen_gate, other.d_chosen_gate, "d_chosen_gate");
+    check(d_gate, other.d_gate, "d_gate");
+    add(d_router_logits, other.d_router_logits);
+    add(d_router_probs, other.d_router_probs);
+    add(d_noise_stddev, other.d_noise_stddev);
+    add(d_chosen_gate, other.d_chosen_gate);
+    add(d_gate, other.d_gate);
+    return *this;
+  }
+  RoutingGradient& operator*=(S factor) {
+    d_router_logits *= factor;
+    d_router_probs *= factor;
+    d_noise_stddev *= factor;
+    for (S& d : d_chosen_gate) d *= factor;
+    for (S& d : d_gate) d *= factor;
+    return *this;
+  }
+  template <class F>
+  void for_each_array(const F& f) const {
+    for (const Matrix<S>* m : {&d_router_logits, &d_router_probs, &d_noise_stddev}) f(*m);
+    for (const Buffer<S>* b : {&d_chosen_gate, &d_gate}) f(*b);
+  }
+  friend RoutingGradient operator+(RoutingGradient a, const RoutingGradient& b) { return a += b; }
+  friend RoutingGradient operator*(S factor, RoutingGradient a) { return a *= factor; }
+  friend RoutingGradient operator*(RoutingGradient a, S factor) { return a *= factor; }
+
+ private:
+  static void check(const Matrix<S>& to, const Matrix<S>& from, const char* what) {
+    if (to.size() > 0 && from.size() > 0)
+      require_shape(from, to.rows(), to.cols(), "RoutingGradient: sum", what);
+  }
+  static void check(const Buffer<S>& to, const Buffer<S>& from, const char* what) {
+    if (!to.empty() && !from.empty())
+      require(from.size() == to.size(), "RoutingGradient: sum: ", what, " has ", from.size(),
+              " entries, expected ", to.size());
+  }
+  static void add(Matrix<S>& to, const Matrix<S>& from) {
+    if (to.size() == 0)
+      to = from;
+    else if (from.size() > 0)
+      to += from;
+  }
+  static void add(Buffer<S>& to, const Buffer<S>& from) {
+    if (to.empty())
+      to = from;
+    else
+      for (Index i = 0; i < from.size(); ++i) to[i] += from[i];
+  }
+};
+
+}  // namespace moe
