@@ -459,7 +459,6 @@ void expect_bad_plan(const char* where, const std::function<void(const Routing&)
 }
 
 TEST(Errors, OfAPlan) {
-  const auto experts = make_experts(kExperts);
   expect_bad_plan("check", [](const Routing& r) { moe::check_plan(r.plan, 5, 3, "check"); });
   expect_bad_plan("dispatch", [](const Routing& r) {
     RowBuffer<double> x_rows;
@@ -479,36 +478,6 @@ TEST(Errors, OfAPlan) {
     Buffer<double> d_gate = filled(r.plan.num_assignments());
     moe::dispatch_backward(rows(r.plan.num_assignments()), r.plan, input(), input(), d_x, d_gate);
   });
-  expect_bad_plan(
-      "run_experts",
-      [&](const Routing& r) {
-        RowBuffer<double> y_rows;
-        moe::ExpertScratch<double> scratch;
-        moe::run_experts(std::span<const Gated>(experts), r.plan, rows(r.plan.num_assignments()), y_rows,
-                         scratch);
-      },
-      false);
-  expect_bad_plan(
-      "run_experts",
-      [&](const Routing& r) {
-        RowBuffer<double> y_rows;
-        moe::ExpertScratch<double> scratch;
-        moe::ExpertCache<double> cache;
-        moe::run_experts(std::span<const Gated>(experts), r.plan, rows(r.plan.num_assignments()), y_rows,
-                         cache, scratch);
-      },
-      false);
-  expect_bad_plan(
-      "run_experts_backward",
-      [&](const Routing& r) {
-        RowBuffer<double> d_x_rows;
-        moe::ExpertCache<double> cache;
-        std::vector<Gated> grads = experts;
-        const auto d_rows = rows(r.plan.num_assignments());
-        moe::run_experts_backward(std::span<const Gated>(experts), r.plan, d_rows, d_rows, cache, d_x_rows,
-                                  std::span<Gated>(grads));
-      },
-      false);
   expect_bad_plan(
       "unserved_tokens", [](const Routing& r) { moe::unserved_tokens(r); }, false);
   const Layer layer = make_layer(), shared = make_layer(true);
@@ -739,29 +708,33 @@ TEST(Errors, OfDispatch) {
   };
   const auto run = [&](Index count, Index row_count, Index cols, bool cached) {
     return [=, &plan] {
-      const auto some = make_experts(count);
+      const moe::GroupedExperts<Gated> some(make_experts(count));
       RowBuffer<double> y_rows;
-      moe::ExpertScratch<double> scratch;
+      moe::ExpertWorkspace<double> workspace;
       moe::ExpertCache<double> cache;
       if (cached)
-        moe::run_experts(std::span<const Gated>(some), plan, rows(row_count, cols), y_rows, cache, scratch);
+        some.forward(rows(row_count, cols), plan.expert_begin, y_rows, cache);
       else
-        moe::run_experts(std::span<const Gated>(some), plan, rows(row_count, cols), y_rows, scratch);
+        some.forward(rows(row_count, cols), plan.expert_begin, y_rows, workspace);
     };
   };
   const auto run_backward = [&](Index count, Index grad_count, Index x_count, Index d_y_count, Index d_y_cols,
                                 const moe::DispatchPlan<double>& cached) {
     return [=, &plan] {
-      const auto some = make_experts(count);
-      auto grads = make_experts(grad_count);
-      const auto cached_experts = make_experts(cached.num_experts());
+      const moe::GroupedExperts<Gated> some(make_experts(count));
+      moe::GroupedExperts<Gated> grads(make_experts(grad_count));
+      const moe::GroupedExperts<Gated> cached_experts(make_experts(cached.num_experts()));
       RowBuffer<double> y_rows, d_x_rows;
-      moe::ExpertScratch<double> scratch;
       moe::ExpertCache<double> cache;
-      moe::run_experts(std::span<const Gated>(cached_experts), cached, rows(cached.num_assignments()), y_rows,
-                       cache, scratch);
-      moe::run_experts_backward(std::span<const Gated>(some), plan, rows(x_count), rows(d_y_count, d_y_cols),
-                                cache, d_x_rows, std::span<Gated>(grads));
+      cached_experts.forward(rows(cached.num_assignments()), cached.expert_begin, y_rows, cache);
+      some.backward(rows(x_count), plan.expert_begin, rows(d_y_count, d_y_cols), cache, d_x_rows, grads);
+    };
+  };
+  const auto run_rows = [](std::initializer_list<Index> begin) {
+    return [begin = std::vector<Index>(begin)] {
+      RowBuffer<double> y_rows;
+      moe::ExpertWorkspace<double> workspace;
+      moe::GroupedExperts<Gated>(make_experts(3)).forward(rows(10, 4), begin, y_rows, workspace);
     };
   };
   Routing other_batch, other_experts;
@@ -794,13 +767,17 @@ TEST(Errors, OfDispatch) {
        dispatch_backward(10, {5, 4}, {5, 4}, {5, 3}, 10),
        {"d_x", "[5, 3]", "[5, 4]"}},
       {"dispatch_backward: d_gate", dispatch_backward(10, {5, 4}, {5, 4}, {5, 4}, 8), {"d_gate", "8", "10"}},
-      {"run_experts: experts", run(2, 10, 4, false), {"run_experts", "2", "3"}},
-      {"run_experts: rows", run(3, 9, 4, false), {"run_experts", "9", "10"}},
-      {"run_experts: width", run(3, 10, 5, false), {"5", "4"}},
-      {"run_experts, cached: experts", run(4, 10, 4, true), {"run_experts", "4", "3"}},
-      {"run_experts, cached: rows", run(3, 11, 4, true), {"run_experts", "11", "10"}},
-      {"run_experts, cached: width", run(3, 10, 5, true), {"5", "4"}},
-      {"backward: experts", run_backward(2, 3, 10, 10, 4, plan), {"run_experts_backward", "2", "3"}},
+      {"experts: number", run(2, 10, 4, false), {"GroupedExperts::forward", "2", "3"}},
+      {"experts: rows", run(3, 9, 4, false), {"GroupedExperts::forward", "9", "10"}},
+      {"experts: width", run(3, 10, 5, false), {"5", "4"}},
+      {"experts, cached: number", run(4, 10, 4, true), {"GroupedExperts::forward", "4", "3"}},
+      {"experts, cached: rows", run(3, 11, 4, true), {"GroupedExperts::forward", "11", "10"}},
+      {"experts, cached: width", run(3, 10, 5, true), {"5", "4"}},
+      {"first expert_begin", run_rows({1, 3, 5, 10}), {"GroupedExperts::forward", "1", "0", "10"}},
+      {"last expert_begin", run_rows({0, 3, 5, 11}), {"GroupedExperts::forward", "11", "10"}},
+      {"descending expert_begin", run_rows({0, 70, 5, 10}), {"expert_begin[2]", "70"}},
+      {"negative expert_begin", run_rows({0, -8, 5, 10}), {"expert_begin[1] = -8", "0"}},
+      {"backward: experts", run_backward(2, 3, 10, 10, 4, plan), {"GroupedExperts::backward", "2", "3"}},
       {"backward: gradients", run_backward(3, 4, 10, 10, 4, plan), {"4", "3"}},
       {"backward: rows", run_backward(3, 3, 9, 10, 4, plan), {"x_rows", "9", "10"}},
       {"backward: d_y's rows", run_backward(3, 3, 10, 8, 4, plan), {"d_y_rows", "[8, 4]", "[10, 4]"}},
@@ -814,7 +791,7 @@ TEST(Errors, OfDispatch) {
       {"ExpertCache::resize",
        [&] {
          const auto two = make_experts(2);
-         moe::ExpertCache<double>().resize(std::span<const Gated>(two), plan);
+         moe::ExpertCache<double>().resize(std::span<const Gated>(two), plan.expert_begin, 0);
        },
        {"ExpertCache::resize", "2", "3"}},
   });

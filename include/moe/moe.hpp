@@ -22,7 +22,7 @@
 //
 // This header is all of it but packed.hpp and io.hpp, which needs nlohmann_json.
 //
-// The way of the data: x -> router.route -> Routing -> dispatch -> run_experts -> combine -> y.
+// The way of the data: x -> router.route -> Routing -> dispatch -> experts -> combine -> y.
 
 #include <moe/balance/load_loss.hpp>
 #include <moe/balance/loss.hpp>
@@ -43,8 +43,10 @@
 #include <moe/experts/zero_computation_experts.hpp>
 #include <moe/gradient_check.hpp>
 #include <moe/layers/dispatch.hpp>
+#include <moe/layers/grouped_experts.hpp>
+#include <moe/layers/layer_workspace.hpp>
 #include <moe/layers/moe_layer.hpp>
-#include <moe/layers/run_experts.hpp>
+
 #include <moe/layers/shared_experts.hpp>
 #include <moe/layers/soft_moe_layer.hpp>
 #include <moe/math/activation.hpp>

@@ -449,7 +449,7 @@ TEST(GoldenOfAuthors, Llama4) {
   expect_close(cut.backward(d_y, cut_cache, cut_grad), golden.matrix<float>("golden.d_x"), "d_x");
   Layer::visit(
       [&](const moe::ParameterInfo& info, const auto& full, const auto& without, const auto& from_file) {
-        const bool routed = std::string_view(info.name).starts_with("experts");
+        const bool routed = info.name.str().starts_with("experts");
         const auto& seen = routed ? full : without;
         if (all_zero(from_file))
           EXPECT_TRUE(all_zero(seen)) << info.name;

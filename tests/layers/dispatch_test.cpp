@@ -11,6 +11,7 @@
 #include <moe/core/random.hpp>
 #include <moe/experts/feed_forward.hpp>
 #include <moe/layers/dispatch.hpp>
+#include <moe/layers/grouped_experts.hpp>
 #include <moe/math/init.hpp>
 
 namespace {
@@ -282,20 +283,20 @@ struct Scale {
 };
 static_assert(moe::Expert<Scale> && !moe::TrainableExpert<Scale>);
 
-TEST(RunExperts, EveryExpertSeesItsRowsAndOnlyThose) {
+TEST(GroupedExperts, EveryExpertSeesItsRowsAndOnlyThose) {
   std::atomic<int> calls{0};
-  const std::vector<Scale> experts = {{10, &calls}, {100, &calls}, {1000, &calls}};
+  const moe::GroupedExperts<Scale> experts(std::vector<Scale>{{10, &calls}, {100, &calls}, {1000, &calls}});
   const auto x_rows = rows_of<double>(Matrix<double>{{1, 2}, {3, 4}, {5, 6}});
   RowBuffer<double> y_rows;
-  moe::ExpertScratch<double> scratch;
-  moe::run_experts(std::span<const Scale>(experts), small_plan(), x_rows, y_rows, scratch);
+  moe::ExpertWorkspace<double> workspace;
+  experts.forward(x_rows, small_plan().expert_begin, y_rows, workspace);
   EXPECT_EQ(y_rows.matrix(), (Matrix<double>{{10, 20}, {30, 40}, {5000, 6000}}));
   EXPECT_EQ(calls, 2);  // the one without rows is not called
 }
 
-TEST(RunExperts, ManyRowsComeInBlocksThatCoverAllOfThem) {
+TEST(GroupedExperts, ManyRowsComeInBlocksThatCoverAllOfThem) {
   std::atomic<int> calls{0};
-  const std::vector<Scale> experts = {{1, &calls}, {-1, &calls}};
+  const moe::GroupedExperts<Scale> experts(std::vector<Scale>{{1, &calls}, {-1, &calls}});
   moe::Rng rng(3);
   std::vector<Assignment> all;
   for (const Index e : {0, 1})
@@ -303,59 +304,57 @@ TEST(RunExperts, ManyRowsComeInBlocksThatCoverAllOfThem) {
   const auto plan = make_plan(500, 2, all);
   const auto x_rows = rows_of<double>(random_matrix(1000, 2, rng));
   RowBuffer<double> y_rows;
-  moe::ExpertScratch<double> scratch;
-  moe::run_experts(std::span<const Scale>(experts), plan, x_rows, y_rows, scratch);
+  moe::ExpertWorkspace<double> workspace;
+  experts.forward(x_rows, plan.expert_begin, y_rows, workspace);
   EXPECT_EQ(y_rows.block(0, 500), x_rows.block(0, 500));
   EXPECT_EQ(y_rows.block(500, 500), -x_rows.block(500, 500));
   EXPECT_GT(calls, 2);
 }
 
-TEST(RunExperts, WithAndWithoutACacheAndAloneGiveTheSameBits) {
+TEST(GroupedExperts, WithAndWithoutACacheAndAloneGiveTheSameBits) {
   using Expert = moe::FeedForward<double, moe::GELU>;
   moe::Rng rng(4);
-  const auto experts = moe::make_experts<Expert>(3, {.d_model = 5, .d_ff = 7, .bias = true}, rng);
+  const moe::GroupedExperts<Expert> experts(
+      moe::make_experts<Expert>(3, {.d_model = 5, .d_ff = 7, .bias = true}, rng));
   std::vector<Assignment> all;
   for (Index t = 0; t < 300; ++t) all.push_back({t % 2 == 0 ? 0 : 2, t, 1});
   const auto plan = make_plan(300, 3, all);
   const auto x_rows = rows_of<double>(random_matrix(300, 5, rng));
   RowBuffer<double> y_rows, y_with_cache;
-  moe::ExpertScratch<double> scratch;
+  moe::ExpertWorkspace<double> workspace;
   moe::ExpertCache<double> cache;
-  moe::run_experts(std::span<const Expert>(experts), plan, x_rows, y_rows, scratch);
-  moe::run_experts(std::span<const Expert>(experts), plan, x_rows, y_with_cache, cache, scratch);
+  experts.forward(x_rows, plan.expert_begin, y_rows, workspace);
+  experts.forward(x_rows, plan.expert_begin, y_with_cache, cache);
   EXPECT_TRUE((y_rows.matrix().array() == y_with_cache.matrix().array()).all());
   Matrix<double> alone(150, 5);
   experts[2].forward(x_rows.block(150, 150), alone);
   EXPECT_TRUE((alone.array() == y_rows.block(150, 150).array()).all());
 }
 
-TEST(RunExperts, BackwardIsThatOfEveryExpertAlone) {
+TEST(GroupedExperts, BackwardIsThatOfEveryExpertAlone) {
   using Expert = moe::FeedForward<double, moe::GELU>;
   moe::Rng rng(5);
-  const auto experts = moe::make_experts<Expert>(3, {.d_model = 4, .d_ff = 6}, rng);
+  const moe::GroupedExperts<Expert> experts(moe::make_experts<Expert>(3, {.d_model = 4, .d_ff = 6}, rng));
   std::vector<Assignment> all;
   for (Index t = 0; t < 210; ++t) all.push_back({t < 200 ? 0 : 2, t, 1});
   const auto plan = make_plan(210, 3, all);
   const auto x_rows = rows_of<double>(random_matrix(210, 4, rng)),
              d_rows = rows_of<double>(random_matrix(210, 4, rng));
   RowBuffer<double> y_rows, d_x_rows;
-  moe::ExpertScratch<double> scratch;
   moe::ExpertCache<double> cache;
-  std::vector<Expert> grads;
-  for (const Expert& e : experts) grads.push_back(moe::zeros_like(e));
-  moe::run_experts(std::span<const Expert>(experts), plan, x_rows, y_rows, cache, scratch);
-  moe::run_experts_backward(std::span<const Expert>(experts), plan, x_rows, d_rows, cache, d_x_rows,
-                            std::span<Expert>(grads));
+  auto grads = moe::zeros_like(experts);
+  experts.forward(x_rows, plan.expert_begin, y_rows, cache);
+  experts.backward(x_rows, plan.expert_begin, d_rows, cache, d_x_rows, grads);
   for (const Index e : {0, 1, 2}) {
     const Index begin = plan.expert_begin[e], count = plan.rows_of(e);
-    const Expert& expert = experts[std::size_t(e)];
+    const Expert& expert = experts[e];
     Matrix<double> y(count, 4), own(count, expert.cache_cols()), d_x(count, 4);
     Expert grad = moe::zeros_like(expert);
     expert.forward(x_rows.block(begin, count), y, own);
     expert.backward(x_rows.block(begin, count), d_rows.block(begin, count), own, d_x, grad);
     EXPECT_TRUE((d_x.array() == d_x_rows.block(begin, count).array()).all());
-    EXPECT_TRUE((grad.w_up.array() == grads[std::size_t(e)].w_up.array()).all());
-    EXPECT_TRUE((grad.w_down.array() == grads[std::size_t(e)].w_down.array()).all());
+    EXPECT_TRUE((grad.w_up.array() == grads[e].w_up.array()).all());
+    EXPECT_TRUE((grad.w_down.array() == grads[e].w_down.array()).all());
   }
   EXPECT_TRUE((grads[1].w_up.array() == 0).all());
 }

@@ -129,6 +129,8 @@ class RowBuffer {
   Index cols() const { return cols_; }
   /// Values that it holds without allocating.
   Index capacity() const { return storage_.capacity(); }
+  /// Rows of this width that it holds without allocating.
+  Index reserved_rows() const { return cols_ > 0 ? capacity() / cols_ : rows_; }
   /// Sets the shape. `reserve_rows` rows are made room for. What the memory holds is unspecified.
   void resize(Index rows, Index cols, Index reserve_rows = 0) {
     require(rows >= 0 && cols >= 0, "RowBuffer::resize: shape [", rows, ", ", cols,

@@ -28,9 +28,9 @@ void require(bool ok, const Parts&... parts) {
 }
 
 /// Throws unless a matrix has the expected shape: "where: what has shape [3, 5], expected [4, 5]".
-template <class M>
+template <class M, class What>
 void require_shape(const M& m, std::ptrdiff_t rows, std::ptrdiff_t cols, std::string_view where,
-                   std::string_view what) {
+                   const What& what) {
   require(m.rows() == rows && m.cols() == cols, where, ": ", what, " has shape [", m.rows(), ", ", m.cols(),
           "], expected [", rows, ", ", cols, "]");
 }

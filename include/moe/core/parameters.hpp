@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <ostream>
 #include <string>
 #include <string_view>
 
@@ -20,8 +21,37 @@ enum class Kind {
   frozen,     ///< a parameter that is not to be trained
 };
 
+/// The dotted name of a parameter, written out where it is needed: no memory until then. Refers to what it is
+/// made of, which lives while f runs: a std::string of it may be kept.
+class Name {
+ public:
+  constexpr Name(const char* part) : part_(part) {}
+  constexpr Name(std::string_view part) : part_(part) {}
+  /// One of several parts of this name: {"experts", 3} is "experts.3".
+  constexpr Name(std::string_view part, Index number) : part_(part), number_(number) {}
+  /// `part` followed by the name of what it consists of, which may be empty.
+  constexpr Name(const Name& part, const Name& rest)
+      : part_(part.part_), number_(part.number_), rest_(&rest) {}
+
+  std::string str() const {
+    std::string text(part_);
+    if (number_ >= 0) text += (text.empty() ? "" : ".") + std::to_string(number_);
+    const std::string rest = rest_ ? rest_->str() : "";
+    if (!text.empty() && !rest.empty()) text += '.';
+    return text += rest;
+  }
+  operator std::string() const { return str(); }
+  friend std::ostream& operator<<(std::ostream& out, const Name& name) { return out << name.str(); }
+  friend bool operator==(const Name& name, std::string_view text) { return name.str() == text; }
+
+ private:
+  std::string_view part_;
+  Index number_ = -1;           // of the part, where there are several
+  const Name* rest_ = nullptr;  // what follows
+};
+
 struct ParameterInfo {
-  std::string_view name;  ///< valid only during the call of f: copy it to keep it
+  Name name;  ///< valid only during the call of f: make a std::string of it to keep it
   Kind kind = Kind::parameter;
 };
 
@@ -35,15 +65,12 @@ void visit_array(F&& f, const ParameterInfo& info, First& first, Rest&... rest) 
 }
 
 /// Visits the parameters of parts under a name of their own: visit_part("router", f, a, b) calls f
-/// with names "router.w_router" and so on.
+/// with names "router.w_router" and so on, visit_part({"experts", 3}, f, a, b) with "experts.3.w_up".
 template <class F, class Part, class... Parts>
-void visit_part(std::string_view prefix, F&& f, Part& part, Parts&... parts) {
+void visit_part(const Name& prefix, F&& f, Part& part, Parts&... parts) {
   Part::visit(
       [&](const ParameterInfo& info, auto&... arrays) {
-        std::string name(prefix);
-        if (!name.empty()) name += '.';
-        name += info.name;
-        f(ParameterInfo{name, info.kind}, arrays...);
+        f(ParameterInfo{{prefix, info.name}, info.kind}, arrays...);
       },
       part, parts...);
 }

@@ -3,7 +3,6 @@
 
 #include <concepts>
 #include <span>
-#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -11,7 +10,8 @@
 
 #include <moe/experts/expert.hpp>
 #include <moe/layers/dispatch.hpp>
-#include <moe/layers/run_experts.hpp>
+#include <moe/layers/grouped_experts.hpp>
+#include <moe/layers/layer_workspace.hpp>
 #include <moe/layers/shared_experts.hpp>
 #include <moe/math/activation.hpp>
 #include <moe/math/init.hpp>
@@ -27,47 +27,6 @@ struct SharedExperts {
   std::vector<E> experts{};
   /// Whether their outputs are scaled by sigmoid(x w^T) with a trained w (Qwen2-MoE).
   bool gated = false;
-};
-
-/// Buffers of forward. Reused, they allocate nothing; a default-constructed one is ready for use.
-template <class S>
-struct LayerWorkspace {
-  Routing<S> routing;           ///< what the router decided
-  DispatchPlan<S> all_experts;  ///< its plan with the shared experts after the routed ones
-  Matrix<S> shared_gate;        ///< logits of the shared experts' gates [tokens, shared experts]
-  RowBuffer<S> x_rows, y_rows;  ///< [assignments, d_model]
-  ExpertScratch<S> scratch;
-
-  template <class F>
-  void for_each_array(const F& f) const {
-    f(routing);
-    f(all_experts);
-    f(shared_gate);
-    for (const RowBuffer<S>* rows : {&x_rows, &y_rows}) f(*rows);
-    f(scratch);
-  }
-};
-
-/// What backward needs of a forward pass, and the buffers of both. Owns everything it needs: x may
-/// be destroyed after forward.
-template <class S>
-struct LayerCache : LayerWorkspace<S> {
-  Matrix<S> x;  ///< input, with zeros in rows of tokens that are not valid [tokens, d_model]
-  ExpertCache<S> experts;
-  RowBuffer<S> d_rows, d_x_rows;  ///< [assignments, d_model]
-  RoutingGradient<S> routing_gradient;
-  Buffer<S> d_gate;         ///< [assignments]
-  Matrix<S> d_shared_gate;  ///< [tokens, shared experts]
-
-  template <class F>
-  void for_each_array(const F& f) const {
-    LayerWorkspace<S>::for_each_array(f);
-    for (const Matrix<S>* m : {&x, &d_shared_gate}) f(*m);
-    f(experts);
-    for (const RowBuffer<S>* rows : {&d_rows, &d_x_rows}) f(*rows);
-    f(routing_gradient);
-    f(d_gate);
-  }
 };
 
 /// A Mixture-of-Experts layer (Shazeer et al. 2017, eq. 1):
@@ -93,14 +52,12 @@ class MoELayer {
   /// Throws std::invalid_argument unless widths and the number of experts fit the router, and for gated
   /// shared experts beside a router whose gates scale inputs.
   MoELayer(std::vector<E> experts, R router, SharedExperts<E> shared = {}, bool output_bias = false)
-      : experts_(std::move(experts)), num_shared_(Index(shared.experts.size())), router_(std::move(router)) {
-    require(!experts_.empty(), "MoELayer: 0 experts, expected at least 1");
-    require(Index(experts_.size()) == router_.num_experts(), "MoELayer: ", experts_.size(),
+      : num_shared_(Index(shared.experts.size())), router_(std::move(router)) {
+    require(!experts.empty(), "MoELayer: 0 experts, expected at least 1");
+    require(Index(experts.size()) == router_.num_experts(), "MoELayer: ", experts.size(),
             " experts, but the router has num_experts = ", router_.num_experts());
-    for (E& expert : shared.experts) experts_.push_back(std::move(expert));
-    for (std::size_t e = 0; e < experts_.size(); ++e)
-      require(experts_[e].d_model() == d_model(), "MoELayer: expert ", e,
-              " has d_model = ", experts_[e].d_model(), ", but the router has ", d_model());
+    for (E& expert : shared.experts) experts.push_back(std::move(expert));
+    experts_ = GroupedExperts<E>(std::move(experts), d_model(), "MoELayer");
     require(!shared.gated || num_shared_ > 0,
             "MoELayer: gated shared experts, but 0 of them, expected at least 1");
     check_shared_gates(shared.gated ? num_shared_ : 0, gate_side_of(router_).value_or(GateSide::output),
@@ -110,14 +67,12 @@ class MoELayer {
   }
 
   Index d_model() const { return router_.d_model(); }
-  Index num_experts() const { return Index(experts_.size()) - num_shared_; }
+  Index num_experts() const { return experts_.size() - num_shared_; }
   Index num_shared_experts() const { return num_shared_; }
-  std::span<E> experts() { return {experts_.data(), std::size_t(num_experts())}; }
-  std::span<const E> experts() const { return {experts_.data(), std::size_t(num_experts())}; }
-  std::span<E> shared_experts() { return std::span<E>(experts_).subspan(std::size_t(num_experts())); }
-  std::span<const E> shared_experts() const {
-    return std::span<const E>(experts_).subspan(std::size_t(num_experts()));
-  }
+  std::span<E> experts() { return experts_.all().first(std::size_t(num_experts())); }
+  std::span<const E> experts() const { return experts_.all().first(std::size_t(num_experts())); }
+  std::span<E> shared_experts() { return experts_.all().last(std::size_t(num_shared_)); }
+  std::span<const E> shared_experts() const { return experts_.all().last(std::size_t(num_shared_)); }
   R& router() { return router_; }
   const R& router() const { return router_; }
 
@@ -126,7 +81,7 @@ class MoELayer {
   template <Executor Ex = DefaultExecutor>
   Routing<S> route(const ConstMatrixRef<S>& x, const BatchInfo& info = {}, const Ex& executor = {}) const {
     Routing<S> routing;
-    route(x, info, routing, executor);
+    checked_route(x, info, routing, executor);
     return routing;
   }
 
@@ -144,27 +99,18 @@ class MoELayer {
   void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Workspace& workspace, const BatchInfo& info = {},
                const Ex& executor = {}) const {
     check_apart(x, y, workspace, "the workspace");
-    route(x, info, workspace.routing, executor);
-    y.resize(x.rows(), d_model());
-    const DispatchPlan<S>& plan = all_experts(x, workspace.routing.plan, workspace, executor);
-    dispatch(x, plan, workspace.x_rows, executor);
-    run_experts(all(), plan, workspace.x_rows, workspace.y_rows, workspace.scratch, executor);
-    combine(workspace.y_rows, plan, x, y, executor);
-    add_output_bias(plan, y);
+    const CheckedPlan<S> routed = checked_route(x, info, workspace.routing, executor);
+    run(x, routed, y, workspace, workspace.expert_workspace, executor);
   }
 
   /// Output under a routing made before: by route(), stored, edited or made by hand.
   template <std::same_as<Routing<S>> Made, Executor Ex = DefaultExecutor>
   Matrix<S> forward(const ConstMatrixRef<S>& x, const Made& routing, const Ex& executor = {}) const {
     check_input(x);
-    check_plan(routing.plan, x.rows(), num_experts(), "MoELayer::forward");
+    const CheckedPlan<S> routed(routing.plan, x.rows(), num_experts(), "MoELayer::forward");
     Workspace workspace;
     Matrix<S> y(x.rows(), d_model());
-    const DispatchPlan<S>& plan = all_experts(x, routing.plan, workspace, executor);
-    dispatch(x, plan, workspace.x_rows, executor);
-    run_experts(all(), plan, workspace.x_rows, workspace.y_rows, workspace.scratch, executor);
-    combine(workspace.y_rows, plan, x, y, executor);
-    add_output_bias(plan, y);
+    run(x, routed, y, workspace, workspace.expert_workspace, executor);
     return y;
   }
 
@@ -183,8 +129,7 @@ class MoELayer {
   void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Cache& cache, const BatchInfo& info = {},
                const Ex& executor = {}) const {
     check_apart(x, y, cache, "the cache");
-    route(x, info, cache.routing, executor);
-    forward_routed(x, y, cache, executor);
+    forward_routed(x, checked_route(x, info, cache.routing, executor), y, cache, executor);
   }
 
   /// Training: with the router's noise, jitter and training capacity. An Rng means training.
@@ -203,8 +148,8 @@ class MoELayer {
     check_input(x);
     check_apart(x, y, cache, "the cache");
     route_with(router_, x, rng, info, cache.routing, executor);
-    check_routed(cache.routing, x.rows());
-    forward_routed(x, y, cache, executor);
+    const auto routed = CheckedPlan<S>::of_router(cache.routing, x.rows(), num_experts(), "MoELayer::route");
+    forward_routed(x, routed, y, cache, executor);
   }
 
   /// Differentiable, with a routing made before, which may be cache.routing. Gradients are exact where it
@@ -221,7 +166,7 @@ class MoELayer {
       require_apart("MoELayer::forward", "the cache", cache, "routing", routing);
       cache.routing = routing;
     }
-    forward_routed(x, y, cache, executor);
+    forward_routed(x, CheckedPlan<S>::trusted(cache.routing.plan), y, cache, executor);
     return y;
   }
 
@@ -242,16 +187,20 @@ class MoELayer {
   template <Executor Ex = DefaultExecutor>
   void backward(const ConstMatrixRef<S>& d_y, Cache& cache, MoELayer& grad,
                 const RoutingGradient<S>& routing_gradient, Matrix<S>& d_x, const Ex& executor = {}) const {
-    check_backward(d_y, cache, grad, routing_gradient, d_x);
-    const DispatchPlan<S>& routed = cache.routing.plan;
-    const DispatchPlan<S>& plan = num_shared_ > 0 ? cache.all_experts : routed;
+    const CheckedPlan<S> plan = check_backward(d_y, cache, grad, routing_gradient, d_x);
     d_x.resize(d_y.rows(), d_model());
     combine_backward(d_y, cache.y_rows, plan, cache.d_rows, cache.d_gate, executor);
-    run_experts_backward(all(), plan, cache.x_rows, cache.d_rows, cache.experts, cache.d_x_rows,
-                         std::span<E>(grad.experts_), executor);
+    experts_.backward(cache.x_rows, plan->expert_begin, cache.d_rows, cache.experts, cache.d_x_rows,
+                      grad.experts_, executor);
     dispatch_backward(cache.d_x_rows, plan, cache.x, d_y, d_x, cache.d_gate, executor);
-    backward_router(cache, grad, routing_gradient, d_x, executor);
-    backward_shared_gate(cache, grad, d_x, executor);
+    if constexpr (TrainableRouter<R>) {
+      add_gate_gradient(routing_gradient, cache.d_gate, cache.routing.plan, cache.routing_gradient);
+      route_backward_with(router_, cache.x, cache.routing, cache.routing_gradient, d_x, grad.router_,
+                          executor);
+    }
+    if (w_shared_gate.size() > 0)
+      shared_gate_backward(cache.x, *plan, cache.shared_gate, cache.d_gate, w_shared_gate,
+                           cache.d_shared_gate, grad.w_shared_gate, d_x, executor);
     if (b_output.size() > 0)
       bias_backward(d_y, grad.b_output, [&](Index t) { return cache.routing.is_valid(t); });
   }
@@ -266,7 +215,7 @@ class MoELayer {
             "MoELayer::add_expert: the expert has d_model = ", expert.d_model(), ", expected ", d_model());
     R router = router_;
     router.add_expert(w);
-    experts_.insert(experts_.begin() + num_experts(), std::move(expert));
+    experts_.insert(num_experts(), std::move(expert));
     router_ = std::move(router);
   }
 
@@ -288,20 +237,14 @@ class MoELayer {
   template <class F, class... Self>
   static void visit(F&& f, Self&... self) {
     const MoELayer& first = std::get<0>(std::tie(self...));
-    (require(self.experts_.size() == first.experts_.size() && self.num_shared_ == first.num_shared_,
+    (require(self.num_experts() == first.num_experts() && self.num_shared_ == first.num_shared_,
              "MoELayer::visit: a layer of ", self.num_experts(), " + ", self.num_shared_,
              " experts beside one of ", first.num_experts(), " + ", first.num_shared_),
      ...);
     if constexpr (requires { R::visit(f, self.router_...); }) visit_part("router", f, self.router_...);
-    constexpr bool kExpertsHaveParameters = requires {
-      E::visit(f, std::get<0>(std::tie(self...)).experts_[0]);
-    };
-    for (std::size_t e = 0; kExpertsHaveParameters && e < first.experts_.size(); ++e) {
-      const std::size_t routed = std::size_t(first.num_experts());
-      const std::string name =
-          e < routed ? "experts." + std::to_string(e) : "shared_experts." + std::to_string(e - routed);
-      if constexpr (kExpertsHaveParameters) visit_part(name, f, self.experts_[e]...);
-    }
+    const Index routed = first.num_experts(), all = routed + first.num_shared_;
+    GroupedExperts<E>::visit_range("experts", 0, routed, f, self.experts_...);
+    GroupedExperts<E>::visit_range("shared_experts", routed, all, f, self.experts_...);
     if (((self.w_shared_gate.size() > 0) || ...)) visit_array(f, {"w_shared_gate"}, self.w_shared_gate...);
     if (((self.b_output.size() > 0) || ...)) visit_array(f, {"b_output"}, self.b_output...);
   }
@@ -310,28 +253,12 @@ class MoELayer {
   Vector<S> b_output;       ///< [d_model], empty without output bias
 
  private:
-  std::span<const E> all() const { return experts_; }
-
   // Throws unless what a forward pass writes, y and its buffers, lies apart from the rest.
   template <class Buffers>
   static void check_apart(const ConstMatrixRef<S>& x, const Matrix<S>& y, const Buffers& buffers,
                           const char* what) {
     require_apart("MoELayer::forward", "y", y, "x", x, what, buffers);
     require_apart("MoELayer::forward", what, buffers, "x", x);
-  }
-
-  // Throws unless what a router made is of this batch and of these experts.
-  void check_routed(const Routing<S>& routing, Index tokens) const {
-    require(routing.num_tokens() == tokens && routing.num_experts() == num_experts(),
-            "MoELayer::route: the router made a plan of ", routing.num_tokens(), " tokens and ",
-            routing.num_experts(), " experts, expected ", tokens, " and ", num_experts());
-    check_plan_arrays(routing.plan, "MoELayer::route");
-    const DispatchPlan<S>& plan = routing.plan;
-    require(routing.chosen.size() == 0 || plan.num_assignments() > 0 || !plan.dropped.empty() ||
-                !plan.passed_through.empty(),
-            "MoELayer::route: the router made ", routing.chosen.size(),
-            " choices, but its plan has no assignment of them and none is dropped: a router ends "
-            "with dispatch_all or apply_capacity");
   }
 
   void check_input(const ConstMatrixRef<S>& x) const {
@@ -344,104 +271,78 @@ class MoELayer {
   }
 
   template <class Ex>
-  void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
-             const Ex& executor) const {
+  CheckedPlan<S> checked_route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
+                               const Ex& executor) const {
     check_input(x);
     route_with(router_, x, info, routing, executor);
-    check_routed(routing, x.rows());
+    return CheckedPlan<S>::of_router(routing, x.rows(), num_experts(), "MoELayer::route");
+  }
+
+  // The way of the data, once for all overloads. `kept` is where experts keep what they need: of the
+  // workspace or, for a backward pass, of the cache.
+  template <class Kept, class Ex>
+  void run(const ConstMatrixRef<S>& x, const CheckedPlan<S>& routed, Matrix<S>& y, Workspace& workspace,
+           Kept& kept, const Ex& executor) const {
+    y.resize(x.rows(), d_model());
+    const auto plan = CheckedPlan<S>::trusted(add_shared_experts(
+        x, *routed, num_shared_, w_shared_gate, workspace.all_experts, workspace.shared_gate, executor));
+    dispatch(x, plan, workspace.x_rows, executor);
+    experts_.forward(workspace.x_rows, plan->expert_begin, workspace.y_rows, kept, executor);
+    combine(workspace.y_rows, plan, x, y, executor);
+    if (b_output.size() > 0)
+      add_bias(b_output, y, [&](Index t) { return plan->token_state[t] == TokenState::valid; });
   }
 
   template <class Ex>
-  const DispatchPlan<S>& all_experts(const ConstMatrixRef<S>& x, const DispatchPlan<S>& routed,
-                                     Workspace& workspace, const Ex& executor) const {
-    return add_shared_experts(x, routed, num_shared_, w_shared_gate, workspace.all_experts,
-                              workspace.shared_gate, executor);
-  }
-
-  template <class Ex>
-  void forward_routed(const ConstMatrixRef<S>& x, Matrix<S>& y, Cache& cache, const Ex& executor) const {
+  void forward_routed(const ConstMatrixRef<S>& x, const CheckedPlan<S>& routed, Matrix<S>& y, Cache& cache,
+                      const Ex& executor) const {
     static_assert(TrainableExpert<E>, "a differentiable forward pass needs a TrainableExpert");
     cache.x = x;
     for (Index t = 0; t < x.rows(); ++t)
       if (!cache.routing.is_valid(t)) cache.x.row(t).setZero();
-    y.resize(x.rows(), d_model());
-    const DispatchPlan<S>& plan = all_experts(cache.x, cache.routing.plan, cache, executor);
-    dispatch(cache.x, plan, cache.x_rows, executor);
-    run_experts(all(), plan, cache.x_rows, cache.y_rows, cache.experts, cache.scratch, executor);
-    combine(cache.y_rows, plan, cache.x, y, executor);
-    add_output_bias(plan, y);
+    run(cache.x, routed, y, cache, cache.experts, executor);
   }
 
-  void add_output_bias(const DispatchPlan<S>& plan, Matrix<S>& y) const {
-    if (b_output.size() == 0) return;
-    for (Index t = 0; t < y.rows(); ++t)
-      if (plan.token_state[t] == TokenState::valid) add_scaled(d_model(), S(1), b_output.data(), &y(t, 0));
-  }
-
-  void check_backward(const ConstMatrixRef<S>& d_y, const Cache& cache, const MoELayer& grad,
-                      const RoutingGradient<S>& routing_gradient, const Matrix<S>& d_x) const {
+  // The plan that the forward pass followed.
+  CheckedPlan<S> check_backward(const ConstMatrixRef<S>& d_y, const Cache& cache, const MoELayer& grad,
+                                const RoutingGradient<S>& routing_gradient, const Matrix<S>& d_x) const {
     constexpr const char* kWhere = "MoELayer::backward";
     require(cache.x.cols() == d_model() && cache.routing.num_experts() == num_experts() &&
-                (num_shared_ == 0 || cache.all_experts.num_experts() == Index(experts_.size())),
-            "MoELayer::backward: the cache is of a layer with d_model = ", cache.x.cols(), " and ",
+                (num_shared_ == 0 || cache.all_experts.num_experts() == experts_.size()),
+            kWhere, ": the cache is of a layer with d_model = ", cache.x.cols(), " and ",
             cache.routing.num_experts(), " experts, expected ", d_model(), " and ", num_experts(),
             cache.routing.num_experts() == 0 ? " (no forward pass filled this cache)" : "");
-    require(cache.x.rows() == cache.routing.num_tokens(), "MoELayer::backward: the cache holds ",
-            cache.x.rows(), " tokens, but its routing is of ", cache.routing.num_tokens());
-    require_shape(d_y, cache.x.rows(), d_model(), "MoELayer::backward", "d_y");
-    require(&grad != this, "MoELayer::backward: grad is the layer of ", num_experts(),
+    require(cache.x.rows() == cache.routing.num_tokens(), kWhere, ": the cache holds ", cache.x.rows(),
+            " tokens, but its routing is of ", cache.routing.num_tokens());
+    require_shape(d_y, cache.x.rows(), d_model(), kWhere, "d_y");
+    require(&grad != this, kWhere, ": grad is the layer of ", num_experts(),
             " experts itself, expected another one");
     require(
         grad.d_model() == d_model() && grad.num_experts() == num_experts() && grad.num_shared_ == num_shared_,
-        "MoELayer::backward: grad is a layer with d_model = ", grad.d_model(), ", ", grad.num_experts(),
-        " + ", grad.num_shared_, " experts, expected ", d_model(), ", ", num_experts(), " + ", num_shared_);
-    // Before anything is added to grad. Not by visit(), whose names need memory.
-    const auto same_shape = [&](const ParameterInfo& info, const auto& p, const auto& g) {
-      if (info.kind != Kind::buffer)
-        require_shape(g, p.rows(), p.cols(), "MoELayer::backward: grad", info.name);
-      require_apart(kWhere, "grad", g, "d_y", d_y, "d_x", d_x);
-    };
+        kWhere, ": grad is a layer with d_model = ", grad.d_model(), ", ", grad.num_experts(), " + ",
+        grad.num_shared_, " experts, expected ", d_model(), ", ", num_experts(), " + ", num_shared_);
     require_apart(kWhere, "d_x", d_x, "d_y", d_y, "routing_gradient", routing_gradient, "the cache", cache);
     require_apart(kWhere, "the cache", cache, "d_y", d_y, "routing_gradient", routing_gradient);
-    visit_array(same_shape, {"w_shared_gate"}, w_shared_gate, grad.w_shared_gate);
-    visit_array(same_shape, {"b_output"}, b_output, grad.b_output);
-    for (std::size_t e = 0; e < experts_.size(); ++e) E::visit(same_shape, experts_[e], grad.experts_[e]);
-    if constexpr (requires { R::visit(same_shape, router_, grad.router_); })
-      R::visit(same_shape, router_, grad.router_);
-    check_plan_arrays(cache.routing.plan, "MoELayer::backward");
-    if (num_shared_ > 0) {
-      const Buffer<Index>&all = cache.all_experts.expert_begin, &routed = cache.routing.plan.expert_begin;
-      require(cache.all_experts.num_tokens == cache.x.rows() &&
-                  std::equal(routed.begin(), routed.end(), all.begin()),
-              "MoELayer::backward: the cache's routing of ", cache.routing.plan.num_assignments(),
-              " assignments is not the one of its forward pass, which had ", all[num_experts()]);
-    }
-    cache.experts.check(all(), num_shared_ > 0 ? cache.all_experts : cache.routing.plan,
-                        "MoELayer::backward");
-    check_routing_gradient(routing_gradient, cache.routing, "MoELayer::backward");
+    visit([&](const ParameterInfo&, const auto&,
+              const auto& g) { require_apart(kWhere, "grad", g, "d_y", d_y, "d_x", d_x); },
+          *this, grad);  // throws where shapes differ, before anything is added to grad
+    check_plan_arrays(cache.routing.plan, kWhere);
+    if (num_shared_ > 0) check_shared_plan(cache.routing.plan, cache.all_experts, kWhere);
+    const CheckedPlan<S> plan(num_shared_ > 0 ? cache.all_experts : cache.routing.plan, cache.x.rows(),
+                              experts_.size(), kWhere);
+    cache.experts.check(std::span<const E>(experts_.all()), plan->expert_begin, kWhere);
+    check_routing_gradient(routing_gradient, cache.routing, kWhere);
     if constexpr (requires { router_.check_backward(cache.x, cache.routing, grad.router_); })
       router_.check_backward(cache.x, cache.routing, grad.router_);
-    constexpr bool kHasParameters = requires { R::visit(same_shape, router_, grad.router_); };
+    constexpr bool kHasParameters = requires {
+      R::visit([](const ParameterInfo&, auto&...) {}, grad.router_);
+    };
     static_assert(TrainableRouter<R> || !kHasParameters,
                   "a router with visit() must satisfy TrainableRouter: see its backward()");
     if constexpr (!TrainableRouter<R>)
-      require(routing_gradient.empty(), "MoELayer::backward: a routing gradient of ",
-              cache.routing.num_tokens(), " tokens for a router without backward, expected none");
-  }
-
-  // The router's gradient is that of the losses plus that of the gates which the output used.
-  template <class Ex>
-  void backward_router(Cache& cache, MoELayer& grad, const RoutingGradient<S>& routing_gradient,
-                       Matrix<S>& d_x, const Ex& executor) const {
-    if constexpr (TrainableRouter<R>) {
-      RoutingGradient<S>& gradient = cache.routing_gradient;
-      gradient = routing_gradient;
-      const Index assignments = cache.routing.plan.num_assignments();
-      gradient.d_gate.reserve(cache.routing.plan.token.capacity());
-      if (gradient.d_gate.empty()) gradient.d_gate.assign(assignments, S(0));
-      for (Index a = 0; a < assignments; ++a) gradient.d_gate[a] += cache.d_gate[a];
-      route_backward_with(router_, cache.x, cache.routing, gradient, d_x, grad.router_, executor);
-    }
+      require(routing_gradient.empty(), kWhere, ": a routing gradient of ", cache.routing.num_tokens(),
+              " tokens for a router without backward, expected none");
+    return plan;
   }
 
   // Removes experts here and, by from_router(copy of the router), there.
@@ -449,31 +350,14 @@ class MoELayer {
   void remove(const std::vector<Index>& experts, const F& from_router) {
     R router = router_;
     from_router(router);
-    const std::vector<Index> left =
+    std::vector<Index> left =
         experts_without(experts, num_experts(), router.num_experts(), "MoELayer::remove_experts");
-    std::vector<E> kept;
-    kept.reserve(left.size() + std::size_t(num_shared_));
-    for (const Index e : left) kept.push_back(std::move_if_noexcept(experts_[std::size_t(e)]));
-    for (E& expert : shared_experts()) kept.push_back(std::move_if_noexcept(expert));
-    experts_ = std::move(kept);
+    for (Index e = num_experts(); e < experts_.size(); ++e) left.push_back(e);  // the shared ones stay
+    experts_.keep(left);
     router_ = std::move(router);
   }
 
-  template <class Ex>
-  void backward_shared_gate(Cache& cache, MoELayer& grad, Matrix<S>& d_x, const Ex& executor) const {
-    if (w_shared_gate.size() == 0) return;
-    const DispatchPlan<S>& plan = cache.all_experts;
-    cache.d_shared_gate.setZero(d_x.rows(), num_shared_);
-    for (Index s = 0; s < num_shared_; ++s) {
-      const Index e = num_experts() + s;
-      for (Index a = plan.expert_begin[e]; a < plan.expert_begin[e + 1]; ++a)
-        cache.d_shared_gate(plan.token[a], s) =
-            cache.d_gate[a] * detail::sigmoid_slope(cache.shared_gate(plan.token[a], s));
-    }
-    router_linear_backward(cache.x, w_shared_gate, cache.d_shared_gate, grad.w_shared_gate, d_x, executor);
-  }
-
-  std::vector<E> experts_;  // routed, then shared
+  GroupedExperts<E> experts_;  // routed, then shared
   Index num_shared_ = 0;
   R router_;
 };

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
+
 #include <moe/core/check.hpp>
 #include <moe/core/executor.hpp>
 #include <moe/core/types.hpp>
@@ -58,6 +60,31 @@ const DispatchPlan<S>& add_shared_experts(const ConstMatrixRef<S>& x, const Disp
     plan.expert_begin.push_back(plan.token.size());
   }
   return plan;
+}
+
+/// Throws std::invalid_argument unless `all` is a plan that add_shared_experts made of `routed`, as far as
+/// the numbers of rows show. O(num_experts).
+template <class S>
+void check_shared_plan(const DispatchPlan<S>& routed, const DispatchPlan<S>& all, const char* where) {
+  const Buffer<Index>&begin = routed.expert_begin, &begin_of_all = all.expert_begin;
+  require(all.num_tokens == routed.num_tokens && std::equal(begin.begin(), begin.end(), begin_of_all.begin()),
+          where, ": the cache's routing of ", routed.num_assignments(),
+          " assignments is not the one of its forward pass, which had ", begin_of_all[routed.num_experts()]);
+}
+
+/// Backward of the gates of shared experts: adds to d_w_shared_gate [num_shared, d_model] and to d_x. `plan`
+/// is what add_shared_experts made, `gate` the logits, d_gate the gradient by the plan's gates; d_logits is
+/// scratch. O(tokens * num_shared * d_model).
+template <class S, Executor Ex>
+void shared_gate_backward(const Matrix<S>& x, const DispatchPlan<S>& plan, const Matrix<S>& gate,
+                          const Buffer<S>& d_gate, const Matrix<S>& w_shared_gate, Matrix<S>& d_logits,
+                          Matrix<S>& d_w_shared_gate, Matrix<S>& d_x, const Ex& executor) {
+  const Index num_shared = w_shared_gate.rows(), routed = plan.num_experts() - num_shared;
+  d_logits.setZero(x.rows(), num_shared);
+  for (Index s = 0; s < num_shared; ++s)
+    for (Index a = plan.expert_begin[routed + s]; a < plan.expert_begin[routed + s + 1]; ++a)
+      d_logits(plan.token[a], s) = d_gate[a] * detail::sigmoid_slope(gate(plan.token[a], s));
+  router_linear_backward(x, w_shared_gate, d_logits, d_w_shared_gate, d_x, executor);
 }
 
 }  // namespace moe

@@ -20,7 +20,7 @@
 #include <moe/core/types.hpp>
 #include <moe/experts/expert.hpp>
 #include <moe/layers/dispatch.hpp>
-#include <moe/layers/run_experts.hpp>
+#include <moe/layers/grouped_experts.hpp>
 #include <moe/math/init.hpp>
 #include <moe/math/linear.hpp>
 #include <moe/math/softmax.hpp>
@@ -101,7 +101,7 @@ struct SoftMoEWorkspace {
   DispatchPlan<S> plan;         ///< from the slots of all live groups to their experts
   RowBuffer<S> slots;           ///< inputs, later outputs, of slots [groups * slots, d_model]
   RowBuffer<S> x_rows, y_rows;  ///< the same in the order of experts [live slots, d_model]
-  ExpertScratch<S> scratch;
+  ExpertWorkspace<S> expert_workspace;
 
   Index num_tokens() const { return token_state.size(); }
   Index num_groups() const { return std::max<Index>(group_begin.size() - 1, 0); }
@@ -111,7 +111,7 @@ struct SoftMoEWorkspace {
     for (const Matrix<S>* m : {&logits, &dispatch, &combine, &x, &x_unit, &w_unit, &w_scaled}) f(*m);
     f(plan);
     for (const RowBuffer<S>* rows : {&slots, &x_rows, &y_rows}) f(*rows);
-    f(scratch);
+    f(expert_workspace);
   }
 };
 
@@ -173,19 +173,16 @@ class SoftMoELayer {
 
   /// w_slots is zero, to be filled from elsewhere, and the scale 1. Throws std::invalid_argument
   /// for sizes that are not positive, and unless the experts are as the options say.
-  SoftMoELayer(std::vector<E> experts, const SoftMoEOptions& options)
-      : options_(options), experts_(std::move(experts)) {
+  SoftMoELayer(std::vector<E> experts, const SoftMoEOptions& options) : options_(options) {
     const auto positive = [](Index v, const char* what) {
       require(v > 0, "SoftMoELayer: ", what, " = ", v, ", expected at least 1");
     };
     positive(options.d_model, "d_model");
     positive(options.num_experts, "num_experts");
     positive(options.slots_per_expert, "slots_per_expert");
-    require(Index(experts_.size()) == options.num_experts, "SoftMoELayer: ", experts_.size(),
+    require(Index(experts.size()) == options.num_experts, "SoftMoELayer: ", experts.size(),
             " experts, expected num_experts = ", options.num_experts);
-    for (std::size_t e = 0; e < experts_.size(); ++e)
-      require(experts_[e].d_model() == d_model(), "SoftMoELayer: expert ", e,
-              " has d_model = ", experts_[e].d_model(), ", expected ", d_model());
+    experts_ = GroupedExperts<E>(std::move(experts), d_model(), "SoftMoELayer");
     w_slots.setZero(num_slots(), d_model());
     if (options.normalise) scale.setOnes(1);
   }
@@ -200,8 +197,8 @@ class SoftMoELayer {
   Index slots_per_expert() const { return options_.slots_per_expert; }
   Index num_slots() const { return options_.num_experts * options_.slots_per_expert; }
   const Options& options() const { return options_; }
-  std::span<E> experts() { return experts_; }
-  std::span<const E> experts() const { return experts_; }
+  std::span<E> experts() { return experts_.all(); }
+  std::span<const E> experts() const { return experts_.all(); }
 
   // ---- Inference: const.
 
@@ -220,7 +217,8 @@ class SoftMoELayer {
   void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Workspace& workspace, const BatchInfo& info = {},
                const Ex& executor = {}) const {
     make_slots(x, y, workspace, info, executor);
-    run_experts(experts(), workspace.plan, workspace.x_rows, workspace.y_rows, workspace.scratch, executor);
+    experts_.forward(workspace.x_rows, workspace.plan.expert_begin, workspace.y_rows,
+                     workspace.expert_workspace, executor);
     mix_slots(y, workspace, executor);
   }
 
@@ -241,7 +239,7 @@ class SoftMoELayer {
                const Ex& executor = {}) const {
     static_assert(TrainableExpert<E>, "a differentiable forward pass needs a TrainableExpert");
     make_slots(x, y, cache, info, executor);
-    run_experts(experts(), cache.plan, cache.x_rows, cache.y_rows, cache.experts, cache.scratch, executor);
+    experts_.forward(cache.x_rows, cache.plan.expert_begin, cache.y_rows, cache.experts, executor);
     mix_slots(y, cache, executor);
   }
 
@@ -269,8 +267,8 @@ class SoftMoELayer {
     }
     mix_slots_backward(d_y, cache, executor);
     dispatch(cache.d_slots.matrix(), cache.plan, cache.d_rows, executor);
-    run_experts_backward(experts(), cache.plan, cache.x_rows, cache.d_rows, cache.experts, cache.d_x_rows,
-                         grad.experts(), executor);
+    experts_.backward(cache.x_rows, cache.plan.expert_begin, cache.d_rows, cache.experts, cache.d_x_rows,
+                      grad.experts_, executor);
     combine(cache.d_x_rows, cache.plan, cache.d_slots.matrix(), cache.d_slots.matrix(), executor);
     make_slots_backward(cache, d_x, executor);
     logits_backward(cache, grad, d_x, executor);
@@ -284,9 +282,7 @@ class SoftMoELayer {
      ...);
     visit_array(f, {"w_slots"}, self.w_slots...);
     if (((self.scale.size() > 0) || ...)) visit_array(f, {"scale"}, self.scale...);
-    constexpr bool kHaveParameters = requires { E::visit(f, std::get<0>(std::tie(self...)).experts_[0]); };
-    for (std::size_t e = 0; kHaveParameters && e < first.experts_.size(); ++e)
-      if constexpr (kHaveParameters) visit_part("experts." + std::to_string(e), f, self.experts_[e]...);
+    GroupedExperts<E>::visit(f, self.experts_...);
   }
 
   Matrix<S> w_slots;  ///< row e * slots_per_expert + p is slot p of expert e [slots, d_model]
@@ -554,8 +550,8 @@ class SoftMoELayer {
     require_apart(where, "the cache", c, "d_y", d_y);
     visit_array(same_shape, {"w_slots"}, w_slots, grad.w_slots);
     visit_array(same_shape, {"scale"}, scale, grad.scale);
-    for (std::size_t e = 0; e < experts_.size(); ++e) E::visit(same_shape, experts_[e], grad.experts_[e]);
-    c.experts.check(experts(), c.plan, where);
+    for (Index e = 0; e < experts_.size(); ++e) E::visit(same_shape, experts_[e], grad.experts_[e]);
+    c.experts.check(experts(), c.plan.expert_begin, where);
     detail::require_rows(c.x_rows, c.plan, where, "the cache's x_rows");
   }
 
@@ -630,7 +626,7 @@ class SoftMoELayer {
   }
 
   Options options_;
-  std::vector<E> experts_;
+  GroupedExperts<E> experts_;
 };
 
 }  // namespace moe

@@ -143,14 +143,20 @@ void add_scaled(Index n, S scale, const S* x, S* y) {
   for (; i < n; ++i) y[i] += scale * x[i];
 }
 
-/// Adds the vector b [cols] to every row of y [rows, cols].
-template <class B, class Y>
-void add_bias(const B& b, Y&& y) {
+/// Adds the vector b [cols] to the rows i of y [rows, cols] for which keep(i).
+template <class B, class Y, class Keep>
+void add_bias(const B& b, Y&& y, const Keep& keep) {
   static_assert(detail::kRowsAreContiguous<B> && detail::kRowsAreContiguous<std::remove_cvref_t<Y>>);
   using S = typename std::remove_cvref_t<Y>::Scalar;
   require(b.size() == y.cols(), "add_bias: b has ", b.size(), " entries, expected ", y.cols());
   require_apart("add_bias", "y", y, "b", b);
-  for (Index i = 0; i < y.rows(); ++i) add_scaled(y.cols(), S(1), b.data(), &y.coeffRef(i, 0));
+  for (Index i = 0; i < y.rows(); ++i)
+    if (keep(i)) add_scaled(y.cols(), S(1), b.data(), &y.coeffRef(i, 0));
+}
+/// The same for every row.
+template <class B, class Y>
+void add_bias(const B& b, Y&& y) {
+  add_bias(b, y, [](Index) { return true; });
 }
 
 /// d_b [cols] += the sum of those rows i of d_y [rows, cols] for which `keep(i)`, summed in double from the

@@ -96,7 +96,7 @@ class PackedMoELayer {
     require(parts_.b_output.size() == 0 || parts_.b_output.size() == d_model(), "pack: b_output has ",
             parts_.b_output.size(), " entries, expected d_model = ", d_model());
     const Index count = num_experts() + num_shared_experts();
-    experts_.reserve(std::size_t(count));
+    if constexpr (PackableExpert<E>) experts_.reserve(std::size_t(count));
     for (Index e = 0; e < count; ++e) add(e, expert(e));
   }
 
@@ -109,7 +109,7 @@ class PackedMoELayer {
   /// What the packed experts take.
   std::size_t memory_bytes() const requires PackableExpert<E> {
     std::size_t bytes = 0;
-    for (const Held& expert : experts_) bytes += expert.memory_bytes();
+    for (const PackedExpert<Format>& expert : experts_) bytes += expert.memory_bytes();
     return bytes;
   }
 
@@ -173,7 +173,7 @@ class PackedMoELayer {
   static constexpr Index kMostPanels = 8;  // that a task takes
   static constexpr Index kFewRows = 3;     // for which, with streams, all of the depth is brought at once
   using Weight = typename Format::Weight;
-  using Held = std::conditional_t<PackableExpert<E>, PackedExpert<Format>, E>;
+  using Experts = std::conditional_t<PackableExpert<E>, std::vector<PackedExpert<Format>>, GroupedExperts<E>>;
 
   // AMX is asked for only where it is used: leave to use its tiles changes what signal stacks Linux accepts.
   static InstructionSet best_set() {
@@ -189,7 +189,7 @@ class PackedMoELayer {
       widest_ = (std::max)(widest_, hidden_rows(experts_.back()).size());
       most_panels_ = (std::max)(most_panels_, experts_.back().up_panels());
     } else {
-      experts_.push_back(expert);
+      experts_.insert(experts_.size(), expert);
     }
   }
 
@@ -221,8 +221,8 @@ class PackedMoELayer {
       second_products(x, plan, y, workspace, executor);
     } else {
       dispatch(x, plan, workspace.x_rows, executor);
-      run_experts(std::span<const E>(experts_), plan, workspace.x_rows, workspace.y_rows, workspace.scratch,
-                  executor);
+      experts_.forward(workspace.x_rows, plan.expert_begin, workspace.y_rows, workspace.expert_workspace,
+                       executor);
       moe::combine(workspace.y_rows, plan, x, y, executor);
       for (Index t = 0; parts_.b_output.size() > 0 && t < y.rows(); ++t)
         if (plan.token_state[t] == TokenState::valid) y.row(t) += parts_.b_output.transpose();
@@ -486,7 +486,7 @@ class PackedMoELayer {
   const kernels::Kernels* kernels_;
   const kernels::DotProduct* dot_ = nullptr;  // multiplies, where it is there, in place of kernels_
   PackedParts<R> parts_;
-  std::vector<Held> experts_;           // routed, then shared
+  Experts experts_;                     // routed, then shared
   Index widest_ = 0, most_panels_ = 0;  // of the largest expert: a hidden row, up_panels
 };
 

@@ -195,9 +195,9 @@ class HierarchicalRouter {
     (require(self.children_.size() == first.children_.size(), "HierarchicalRouter::visit: ",
              self.children_.size(), " children beside ", first.children_.size()),
      ...);
-    visit_level<Parent>(0, f, self.parent_...);
+    visit_level(0, f, self.parent_...);
     for (std::size_t i = 0; i < first.children_.size(); ++i)
-      visit_level<Child>(Index(i) + 1, f, self.children_[i]...);
+      visit_level(Index(i) + 1, f, self.children_[i]...);
   }
 
  private:
@@ -457,27 +457,10 @@ class HierarchicalRouter {
     route_backward_with(children_[i], seen, level, gradient, d_x, grad.children_[i], executor);
   }
 
-  // Visits a level's parameters under its name. That name is made without the heap where it is
-  // short, because layers visit their routers in every backward pass.
-  template <class Part, class F, class... Parts>
-  static void visit_level(Index level, F& f, Parts&... parts) {
-    Part::visit(
-        [&](const ParameterInfo& info, auto&... arrays) {
-          char buffer[64];
-          const int size = int(info.name.size());
-          const int length = level == 0
-                                 ? std::snprintf(buffer, sizeof buffer, "parent.%.*s", size, info.name.data())
-                                 : std::snprintf(buffer, sizeof buffer, "children.%lld.%.*s",
-                                                 static_cast<long long>(level - 1), size, info.name.data());
-          std::string longer;
-          std::string_view name(buffer, std::size_t(length));
-          if (std::size_t(length) >= sizeof buffer) {
-            longer = level == 0 ? "parent." : "children." + std::to_string(level - 1) + ".";
-            name = longer += info.name;
-          }
-          f(ParameterInfo{name, info.kind}, arrays...);
-        },
-        parts...);
+  // Visits a level's parameters under its name.
+  template <class F, class Part, class... Parts>
+  static void visit_level(Index level, F& f, Part& part, Parts&... parts) {
+    visit_part(level == 0 ? Name("parent") : Name("children", level - 1), f, part, parts...);
   }
 
   Parent parent_;

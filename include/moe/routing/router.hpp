@@ -42,6 +42,17 @@ concept TrainableRouter = Router<R> &&
   R::visit([](const ParameterInfo&, auto&...) {}, grad);
 };
 
+/// sum = `of_losses`, with d_gate [assignments], the gradient by the gates that the output used, added to it.
+/// Allocates only when shapes grow.
+template <class S>
+void add_gate_gradient(const RoutingGradient<S>& of_losses, const Buffer<S>& d_gate,
+                       const DispatchPlan<S>& plan, RoutingGradient<S>& sum) {
+  sum = of_losses;
+  sum.d_gate.reserve(plan.token.capacity());
+  if (sum.d_gate.empty()) sum.d_gate.assign(plan.num_assignments(), S(0));
+  for (Index a = 0; a < plan.num_assignments(); ++a) sum.d_gate[a] += d_gate[a];
+}
+
 /// What a router's gates multiply, where it says so before it routes: by gate_side() or by its options.
 /// DispatchPlan::gate_side says it for certain.
 template <class R>

@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cassert>
+#include <span>
+#include <string_view>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include <moe/core/buffer.hpp>
+#include <moe/core/check.hpp>
+#include <moe/core/executor.hpp>
+#include <moe/core/parameters.hpp>
+#include <moe/core/types.hpp>
+#include <moe/experts/expert.hpp>
+
+// The experts of a layer as one thing: rows in, rows out, forward and backward. It knows which rows are
+// whose, not why: routers, gates and tokens are elsewhere (dispatch.hpp).
+namespace moe {
+
+/// Some rows of one expert, `begin` counted from its first.
+struct ExpertRows {
+  Index expert, begin, count;
+};
+
+/// Buffers of GroupedExperts::forward. Grow-only.
+template <class S>
+struct ExpertWorkspace {
+  Buffer<ExpertRows> tasks;
+  Buffer<S> rows;  ///< what a worker's expert keeps now
+
+  template <class F>
+  void for_each_array(const F& f) const {
+    f(rows);
+  }
+};
+
+/// Memory in which experts keep what their backward pass needs: for each expert a block
+/// [its rows, its cache_cols()], one after the other. Grow-only.
+template <class S>
+class ExpertCache {
+ public:
+  /// Lays blocks out for experts with the rows [begin[e], begin[e + 1]). Room is made for `reserve_rows` rows
+  /// of the widest expert, so that another batch of the same shape fits.
+  template <class E>
+  void resize(std::span<const E> experts, std::span<const Index> begin, Index reserve_rows) {
+    const Index count = Index(experts.size());
+    require(Index(begin.size()) == count + 1, "ExpertCache::resize: ", count, " experts, expected those of ",
+            Index(begin.size()) - 1, " blocks of rows");
+    begin_.resize(count);
+    rows_.resize(count);
+    cols_.resize(count);
+    Index size = 0, widest = 0;
+    for (Index e = 0; e < count; ++e) {
+      rows_[e] = begin[std::size_t(e) + 1] - begin[std::size_t(e)];
+      cols_[e] = experts[std::size_t(e)].cache_cols();
+      begin_[e] = size;
+      size += rows_[e] * cols_[e];
+      widest = (std::max)(widest, cols_[e]);
+    }
+    storage_.reserve((std::max)(size, reserve_rows * widest));
+    storage_.resize(size);
+  }
+  /// Throws std::invalid_argument unless the blocks are those of such experts with such rows.
+  /// O(num_experts).
+  template <class E>
+  void check(std::span<const E> experts, std::span<const Index> begin, const char* where) const {
+    require(rows_.size() == Index(experts.size()), where, ": the cache is of ", rows_.size(),
+            " experts, expected ", experts.size());
+    for (Index e = 0; e < rows_.size(); ++e) {
+      const Index rows = begin[std::size_t(e) + 1] - begin[std::size_t(e)];
+      require(rows_[e] == rows, where, ": the cache has ", rows_[e], " rows of expert ", e, ", expected ",
+              rows);
+      const Index cols = experts[std::size_t(e)].cache_cols();
+      require(cols_[e] == cols, where, ": the cache has ", cols_[e], " columns for expert ", e, ", expected ",
+              cols);
+    }
+  }
+  /// Rows [begin, begin + count) of an expert's block, counted from its first row.
+  Eigen::Map<Matrix<S>> block(Index expert, Index begin, Index count) {
+    assert(begin >= 0 && count >= 0 && begin + count <= rows_[expert]);
+    return {storage_.data() + begin_[expert] + begin * cols_[expert], count, cols_[expert]};
+  }
+  template <class F>
+  void for_each_array(const F& f) const {
+    f(storage_);
+  }
+
+  Buffer<ExpertRows> tasks;  ///< of the forward pass
+
+ private:
+  Buffer<S> storage_;
+  Buffer<Index> begin_, rows_, cols_;
+};
+
+/// The experts of one layer. x_rows and y_rows are [rows, width], the rows of expert e stand from
+/// expert_begin[e] to expert_begin[e + 1]; an output row depends on its input row alone. Experts and blocks
+/// of their rows are tasks of the executor; results are bitwise the same for every executor. The width may be
+/// another than that of the layer around them.
+///
+/// Every call throws std::invalid_argument unless its arguments fit each other and what it writes lies apart
+/// from what it reads. A call costs what its experts cost on their rows; it allocates only when shapes grow.
+template <Expert E>
+class GroupedExperts {
+ public:
+  using Scalar = typename E::Scalar;
+  using S = Scalar;
+  using Workspace = ExpertWorkspace<S>;
+  using Cache = ExpertCache<S>;
+
+  GroupedExperts() = default;
+  /// Throws std::invalid_argument unless all experts have one width.
+  explicit GroupedExperts(std::vector<E> experts) : experts_(std::move(experts)) {
+    check_widths(width(), "GroupedExperts");
+  }
+  /// Throws std::invalid_argument unless all experts have this width.
+  GroupedExperts(std::vector<E> experts, Index width, const char* where) : experts_(std::move(experts)) {
+    check_widths(width, where);
+  }
+
+  Index size() const { return Index(experts_.size()); }
+  bool empty() const { return experts_.empty(); }
+  /// d_model of each expert; 0 where there is none.
+  Index width() const { return empty() ? 0 : Index(experts_[0].d_model()); }
+  E& operator[](Index e) { return experts_[std::size_t(e)]; }
+  const E& operator[](Index e) const { return experts_[std::size_t(e)]; }
+  std::span<E> all() { return experts_; }
+  std::span<const E> all() const { return experts_; }
+
+  /// Puts an expert before the one at `at`, or behind the last. Throws, and changes nothing, for another
+  /// width.
+  void insert(Index at, E expert) {
+    require(empty() || expert.d_model() == width(), "GroupedExperts::insert: the expert at ", at,
+            " has d_model = ", expert.d_model(), ", expected ", width());
+    experts_.insert(experts_.begin() + at, std::move(expert));
+  }
+  /// Keeps the experts of these numbers, in this order; each at most once.
+  void keep(std::span<const Index> numbers) {
+    std::vector<E> kept;
+    kept.reserve(numbers.size());
+    for (const Index e : numbers) kept.push_back(std::move_if_noexcept((*this)[e]));
+    experts_ = std::move(kept);
+  }
+
+  /// y_rows from x_rows, for inference.
+  template <Executor Ex = DefaultExecutor>
+  void forward(const RowBuffer<S>& x_rows, std::span<const Index> expert_begin, RowBuffer<S>& y_rows,
+               Workspace& workspace, const Ex& executor = {}) const {
+    begin_forward(x_rows, expert_begin, y_rows, workspace.tasks);
+    Index widest = 0;
+    if constexpr (BufferedExpert<E>) {
+      for (const E& expert : experts_) widest = std::max<Index>(widest, expert.cache_cols());
+      workspace.rows.resize(executor.concurrency() * kTaskRows * widest);
+    }
+    executor.for_each(workspace.tasks.size(), [&](Index task, Index worker) {
+      const auto [e, begin, count] = workspace.tasks[task];
+      const Index row = expert_begin[std::size_t(e)] + begin;
+      const auto x = x_rows.block(row, count);
+      auto y = y_rows.block(row, count);
+      if constexpr (BufferedExpert<E>) {
+        S* const kept = workspace.rows.data() + worker * kTaskRows * widest;
+        (*this)[e].forward(x, y, Eigen::Map<Matrix<S>>(kept, count, (*this)[e].cache_cols()));
+      } else {
+        (*this)[e].forward(x, y);
+      }
+    });
+  }
+
+  /// The same values, keeping in `cache` what backward needs.
+  template <Executor Ex = DefaultExecutor>
+  void forward(const RowBuffer<S>& x_rows, std::span<const Index> expert_begin, RowBuffer<S>& y_rows,
+               Cache& cache, const Ex& executor = {}) const requires TrainableExpert<E> {
+    begin_forward(x_rows, expert_begin, y_rows, cache.tasks);
+    cache.resize(all(), expert_begin, x_rows.reserved_rows());
+    executor.for_each(cache.tasks.size(), [&](Index task, Index) {
+      const auto [e, begin, count] = cache.tasks[task];
+      const Index row = expert_begin[std::size_t(e)] + begin;
+      (*this)[e].forward(x_rows.block(row, count), y_rows.block(row, count), cache.block(e, begin, count));
+    });
+  }
+
+  /// Writes d_x_rows [rows, width] and adds to the parameters of `grad`, one task an expert. An expert
+  /// without rows costs nothing.
+  template <Executor Ex = DefaultExecutor>
+  void backward(const RowBuffer<S>& x_rows, std::span<const Index> expert_begin, const RowBuffer<S>& d_y_rows,
+                Cache& cache, RowBuffer<S>& d_x_rows, GroupedExperts& grad,
+                const Ex& executor = {}) const requires TrainableExpert<E> {
+    constexpr const char* kWhere = "GroupedExperts::backward";
+    check_rows(x_rows, expert_begin, kWhere);
+    require(grad.size() == size(), kWhere, ": ", size(), " experts, but ", grad.size(), " gradients");
+    require_shape(d_y_rows, x_rows.rows(), x_rows.cols(), kWhere, "d_y_rows");
+    require_apart(kWhere, "d_x_rows", d_x_rows, "x_rows", x_rows, "d_y_rows", d_y_rows);
+    require(&grad != this, kWhere, ": grad is the ", size(), " experts themselves, expected others");
+    cache.check(all(), expert_begin, kWhere);
+    d_x_rows.resize(x_rows.rows(), x_rows.cols(), x_rows.reserved_rows());
+    executor.for_each(size(), [&](Index task, Index) {
+      const Index e = size() - 1 - task;  // the last are dealt first: shared experts are the largest
+      const Index begin = expert_begin[std::size_t(e)], rows = expert_begin[std::size_t(e) + 1] - begin;
+      if (rows == 0) return;
+      (*this)[e].backward(x_rows.block(begin, rows), d_y_rows.block(begin, rows), cache.block(e, 0, rows),
+                          d_x_rows.block(begin, rows), grad[e]);
+    });
+  }
+
+  /// Visits the experts' parameters, as "experts.3.w_up".
+  template <class F, class... Self>
+  static void visit(F&& f, Self&... self) {
+    visit_range("experts", 0, std::get<0>(std::tie(self...)).size(), f, self...);
+  }
+  /// Visits those of the experts [begin, end), as "part.0.w_up" and so on. Throws std::invalid_argument
+  /// unless all have as many experts as the first.
+  template <class F, class... Self>
+  static void visit_range(std::string_view part, Index begin, Index end, F&& f, Self&... self) {
+    const Index count = std::get<0>(std::tie(self...)).size();
+    (require(self.size() == count, "GroupedExperts::visit: ", self.size(), " experts beside ", count), ...);
+    if constexpr (requires(E & expert) { E::visit(f, expert); })
+      for (Index e = begin; e < end; ++e) visit_part({part, e - begin}, f, self[e]...);
+  }
+
+ private:
+  // Rows of one expert that one task takes. A multiple of every register tile's height.
+  static constexpr Index kTaskRows = 192;
+
+  void check_widths(Index width, const char* where) const {
+    for (Index e = 0; e < size(); ++e)
+      require((*this)[e].d_model() == width, where, ": expert ", e, " has d_model = ", (*this)[e].d_model(),
+              ", expected ", width);
+  }
+
+  void check_rows(const RowBuffer<S>& x_rows, std::span<const Index> begin, const char* where) const {
+    require(begin.size() == experts_.size() + 1, where, ": rows of ", Index(begin.size()) - 1,
+            " experts, expected ", size());
+    require(begin.front() == 0 && begin.back() == x_rows.rows(), where, ": expert_begin goes from ",
+            begin.front(), " to ", begin.back(), ", but x_rows has ", x_rows.rows(),
+            " rows, expected from 0 to that");
+    for (std::size_t e = 0; e + 1 < begin.size(); ++e)
+      require(begin[e] <= begin[e + 1], where, ": expert_begin[", e + 1, "] = ", begin[e + 1],
+              " is less than the entry before it, ", begin[e]);
+    require(empty() || x_rows.cols() == width(), where, ": x_rows has ", x_rows.cols(),
+            " columns, expected d_model = ", width());
+  }
+
+  void begin_forward(const RowBuffer<S>& x_rows, std::span<const Index> begin, RowBuffer<S>& y_rows,
+                     Buffer<ExpertRows>& tasks) const {
+    check_rows(x_rows, begin, "GroupedExperts::forward");
+    require_apart("GroupedExperts::forward", "y_rows", y_rows, "x_rows", x_rows);
+    y_rows.resize(x_rows.rows(), x_rows.cols(), x_rows.reserved_rows());
+    tasks.reserve(size() + x_rows.reserved_rows() / kTaskRows);
+    tasks.clear();
+    for (Index e = size(); e-- > 0;) {
+      const Index rows = begin[std::size_t(e) + 1] - begin[std::size_t(e)];
+      for (Index first = 0; first < rows; first += kTaskRows)
+        tasks.push_back({e, first, (std::min)(kTaskRows, rows - first)});
+    }
+  }
+
+  std::vector<E> experts_;
+};
+
+}  // namespace moe

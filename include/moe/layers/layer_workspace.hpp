@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moe/core/buffer.hpp>
+#include <moe/core/types.hpp>
+#include <moe/layers/grouped_experts.hpp>
+#include <moe/routing/routing.hpp>
+
+// What a layer writes on the way: memory that is used again, and what backward needs of forward.
+namespace moe {
+
+/// Buffers of forward. Reused, they allocate nothing; a default-constructed one is ready for use.
+template <class S>
+struct LayerWorkspace {
+  Routing<S> routing;           ///< what the router decided
+  DispatchPlan<S> all_experts;  ///< its plan with the shared experts after the routed ones
+  Matrix<S> shared_gate;        ///< logits of the shared experts' gates [tokens, shared experts]
+  RowBuffer<S> x_rows, y_rows;  ///< [assignments, d_model]
+  ExpertWorkspace<S> expert_workspace;
+
+  template <class F>
+  void for_each_array(const F& f) const {
+    f(routing);
+    f(all_experts);
+    f(shared_gate);
+    for (const RowBuffer<S>* rows : {&x_rows, &y_rows}) f(*rows);
+    f(expert_workspace);
+  }
+};
+
+/// What backward needs of a forward pass, and the buffers of both. Owns everything it needs: x may
+/// be destroyed after forward.
+template <class S>
+struct LayerCache : LayerWorkspace<S> {
+  Matrix<S> x;  ///< input, with zeros in rows of tokens that are not valid [tokens, d_model]
+  ExpertCache<S> experts;
+  RowBuffer<S> d_rows, d_x_rows;  ///< [assignments, d_model]
+  RoutingGradient<S> routing_gradient;
+  Buffer<S> d_gate;         ///< [assignments]
+  Matrix<S> d_shared_gate;  ///< [tokens, shared experts]
+
+  template <class F>
+  void for_each_array(const F& f) const {
+    LayerWorkspace<S>::for_each_array(f);
+    for (const Matrix<S>* m : {&x, &d_shared_gate}) f(*m);
+    f(experts);
+    for (const RowBuffer<S>* rows : {&d_rows, &d_x_rows}) f(*rows);
+    f(routing_gradient);
+    f(d_gate);
+  }
+};
+
+}  // namespace moe
