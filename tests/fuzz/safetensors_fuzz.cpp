@@ -18,7 +18,7 @@ void check(bool ok) {
   if (!ok) std::abort();
 }
 
-void expect_views_within(const moe::detail::Header& header, std::span<const std::byte> data) {
+void expect_views_within(const moe::io::Header& header, std::span<const std::byte> data) {
   std::size_t sum = 0;
   const auto expect_within = [&](std::span<const std::byte> bytes) {
     check(bytes.data() >= data.data());
@@ -27,7 +27,7 @@ void expect_views_within(const moe::detail::Header& header, std::span<const std:
   };
   for (const auto& [name, tensor] : header.unread) {
     check(!header.tensors.contains(name));
-    check(!moe::detail::dtype_named(tensor.dtype));
+    check(!moe::io::dtype_named(tensor.dtype));
     expect_within(tensor.bytes);
   }
   for (const auto& [name, tensor] : header.tensors) {
@@ -49,17 +49,17 @@ void expect_views_within(const moe::detail::Header& header, std::span<const std:
   check(sum == data.size());
 }
 
-void expect_round_trip(const moe::detail::Header& header) {
+void expect_round_trip(const moe::io::Header& header) {
   std::vector<moe::TensorToWrite> tensors;
   for (const auto& [name, tensor] : header.tensors) tensors.push_back(tensor);
-  const moe::detail::FileLayout layout = moe::detail::layout_of(tensors, header.metadata, "written");
+  const moe::io::FileLayout layout = moe::io::layout_of(tensors, header.metadata, "written");
   std::vector<std::byte> file;
   const auto append = [&](std::span<const std::byte> part) {
     file.insert(file.end(), part.begin(), part.end());
   };
   append(std::as_bytes(std::span(layout.head)));
   for (const moe::TensorToWrite* tensor : layout.tensors) append(tensor->bytes);
-  const moe::detail::Header again = moe::detail::parse_safetensors(file, "written");
+  const moe::io::Header again = moe::io::parse_safetensors(file, "written");
   check(again.metadata == header.metadata);
   check(again.tensors.size() == header.tensors.size());
   for (const auto& [name, tensor] : header.tensors) {
@@ -71,7 +71,7 @@ void expect_round_trip(const moe::detail::Header& header) {
 
 // The header that `read` gives, or nothing where it refuses.
 template <class Read>
-std::optional<moe::detail::Header> header_of(const Read& read) {
+std::optional<moe::io::Header> header_of(const Read& read) {
   try {
     return read();
   } catch (const moe::CheckpointError&) {
@@ -84,25 +84,25 @@ std::optional<moe::detail::Header> header_of(const Read& read) {
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* input, std::size_t size) {
   const auto bytes = std::as_bytes(std::span(input, size));
   // A whole file.
-  if (const auto header = header_of([&] { return moe::detail::parse_safetensors(bytes, "input"); })) {
-    const auto length = moe::detail::load<std::uint64_t>(bytes, 0);
+  if (const auto header = header_of([&] { return moe::io::parse_safetensors(bytes, "input"); })) {
+    const auto length = moe::io::load<std::uint64_t>(bytes, 0);
     expect_views_within(*header, bytes.subspan(8 + std::size_t(length)));
     expect_round_trip(*header);
   }
   // A header behind one byte, which says how many bytes of data there are: no length to guess.
   if (!bytes.empty()) {
     const auto data = std::vector<std::byte>(std::size_t(bytes[0]));
-    const auto json = moe::detail::text_at(bytes.subspan(1));
-    if (const auto header = header_of([&] { return moe::detail::parse_header(json, data, "input"); })) {
+    const auto json = moe::io::text_at(bytes.subspan(1));
+    if (const auto header = header_of([&] { return moe::io::parse_header(json, data, "input"); })) {
       expect_views_within(*header, data);
       expect_round_trip(*header);
     }
   }
   // An index.
   try {
-    for (const auto& [name, shard] : moe::detail::parse_index(bytes, "input")) {
+    for (const auto& [name, shard] : moe::io::parse_index(bytes, "input")) {
       try {
-        const auto path = moe::detail::shard_path("/a/b/index.json", name, shard);
+        const auto path = moe::io::shard_path("/a/b/index.json", name, shard);
         check(path.lexically_normal().string().starts_with("/a/b/"));
       } catch (const moe::CheckpointError&) {
       }

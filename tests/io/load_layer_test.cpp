@@ -433,7 +433,7 @@ TEST(LoadLayer, DoesNotTakeOtherModulesForTheModels) {
     EXPECT_NE(message_of(small_mixtral_at(path).open()).find("there is no tensor '" + kMixtral),
               std::string::npos)
         << path;
-  using moe::detail::is_within;
+  using moe::io::is_within;
   EXPECT_TRUE(is_within("", "model."));
   EXPECT_TRUE(is_within("model.", "model."));
   EXPECT_TRUE(is_within("a.c.", "a.b.c."));

@@ -432,7 +432,7 @@ TEST(MalformedFile, IsRefusedInMemory) {
     std::vector<std::string> parts = c.parts;
     parts.push_back("the file: ");
     expect_error(
-        c.name, [&] { moe::detail::parse_safetensors(bytes, "the file"); }, parts);
+        c.name, [&] { moe::io::parse_safetensors(bytes, "the file"); }, parts);
   }
 }
 
@@ -509,7 +509,7 @@ TEST(MalformedFile, NeverDoesMoreThanThrow) {
   const auto parse = [&](const std::string& file) {
     const auto bytes = bytes_of(file);
     try {
-      for (const auto& [name, tensor] : moe::detail::parse_safetensors(bytes, "m").tensors) {
+      for (const auto& [name, tensor] : moe::io::parse_safetensors(bytes, "m").tensors) {
         ASSERT_EQ(tensor.bytes.size(), std::size_t(tensor.size()) * moe::size_of(tensor.dtype));
         ASSERT_GE(tensor.bytes.data(), bytes.data());
         ASSERT_LE(tensor.bytes.data() + tensor.bytes.size(), bytes.data() + bytes.size());
@@ -616,7 +616,7 @@ TEST(Open, JoinsAllFilesOfASet) {
 }
 
 TEST(Open, TellsShardsFromOtherFiles) {
-  using moe::detail::shard_set_of;
+  using moe::io::shard_set_of;
   const auto set = shard_set_of("a-b.fp16-00009-of-00010.safetensors");
   ASSERT_TRUE(set.has_value());
   EXPECT_EQ(set->num_files, 10u);
@@ -812,13 +812,13 @@ TEST(ReadFile, HoldsTheSameBytes) {
   const auto path = directory / "m.safetensors";
   for (const std::string& text : {std::string(), file_by_python()}) {
     write_text(path, text);
-    const auto read = moe::detail::read_file(path), mapped = moe::detail::map_file(path);
-    EXPECT_EQ(moe::detail::text_at(read.bytes), text);
-    EXPECT_EQ(moe::detail::text_at(mapped.bytes), text);
+    const auto read = moe::io::read_file(path), mapped = moe::io::map_file(path);
+    EXPECT_EQ(moe::io::text_at(read.bytes), text);
+    EXPECT_EQ(moe::io::text_at(mapped.bytes), text);
   }
-  expect_error("missing", [&] { moe::detail::read_file(directory / "none"); }, {"none"});
-  expect_error("directory", [&] { moe::detail::read_file(directory.path()); }, {"not a regular"});
-  expect_error("directory", [&] { moe::detail::map_file(directory.path()); }, {"not a regular"});
+  expect_error("missing", [&] { moe::io::read_file(directory / "none"); }, {"none"});
+  expect_error("directory", [&] { moe::io::read_file(directory.path()); }, {"not a regular"});
+  expect_error("directory", [&] { moe::io::map_file(directory.path()); }, {"not a regular"});
 }
 
 }  // namespace

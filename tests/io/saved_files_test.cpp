@@ -23,9 +23,9 @@ using io_test::saved_top_k_layer;
 using io_test::saved_top_k_options;
 using io_test::TemporaryDirectory;
 using moe::Checkpoint;
-using moe::detail::AddDefaults;
-using moe::detail::LeaveDefaultsOut;
-using moe::detail::options_text;
+using moe::io::AddDefaults;
+using moe::io::LeaveDefaultsOut;
+using moe::io::options_text;
 
 const std::vector<std::string> kLayouts{"layout_1", "layout_2", "layout_3", "layout_4", "layout_5"};
 

@@ -57,8 +57,8 @@ std::string options_of(const auto& model) {
   using Options = std::decay_t<decltype(model.router)>;
   const Options defaults{};
   std::vector<std::string> of_defaults;
-  moe::detail::visit_options(defaults, [&](const char*, const auto& value) {
-    of_defaults.push_back(moe::detail::option_text(value));
+  moe::io::visit_options(defaults, [&](const char*, const auto& value) {
+    of_defaults.push_back(moe::io::option_text(value));
   });
   std::size_t i = 0;
   const auto add = [&](const char* name, const std::string& value) {
@@ -67,8 +67,8 @@ std::string options_of(const auto& model) {
   const auto flag = [&](const char* name, bool value) {
     if (value) add(name, "");
   };
-  moe::detail::visit_options(model.router, [&]<class T>(const char* name, const T& value) {
-    const std::string exact = moe::detail::option_text(value);
+  moe::io::visit_options(model.router, [&]<class T>(const char* name, const T& value) {
+    const std::string exact = moe::io::option_text(value);
     if (exact == of_defaults[i++]) return;
     std::ostringstream shortest;  // 0.8, not 0.80000000000000004
     if constexpr (std::is_same_v<T, double>)

@@ -33,7 +33,7 @@
 // Checkpoints of one file or many: tensors by name, whichever file they are in.
 namespace moe {
 
-namespace detail {
+namespace io {
 
 class IndexEvents final : public JsonEvents {
  public:
@@ -190,15 +190,17 @@ inline std::string hint(std::string_view name, std::span<const std::string> name
     const std::size_t distance = edit_distance(name, other);
     if (distance <= longer / 2) alike.emplace_back(distance, other);
   }
+  std::sort(alike.begin(), alike.end());  // those that are much farther than the nearest help nobody
+  const auto far_away = [&](const auto& other) { return other.first > 2 * alike.front().first + 1; };
+  alike.erase(std::find_if(alike.begin(), alike.end(), far_away), alike.end());
   const auto end = alike.begin() + std::ptrdiff_t((std::min)(alike.size(), kMaxHints));
-  std::partial_sort(alike.begin(), end, alike.end());
   std::string text;
   for (auto it = alike.begin(); it != end; ++it)
     text += (text.empty() ? ": did you mean " : " or ") + in_quotes(it->second);
   return text.empty() ? text : text + "?";
 }
 
-}  // namespace detail
+}  // namespace io
 
 /// The tensors of a checkpoint, read-only, by name. The files are mapped into memory where the
 /// system can, so opening reads headers only. A copy is cheap and shares the mapping; everything is
@@ -230,7 +232,7 @@ class Checkpoint {
   /// Opens .safetensors files as one checkpoint, which has the path of the first. Throws
   /// CheckpointError as above, for no files, and for a tensor that is in two of them.
   static Checkpoint open(const std::vector<std::filesystem::path>& files) {
-    detail::require_checkpoint(!files.empty(), "Checkpoint::open: a list of 0 files, expected at least 1");
+    io::require_checkpoint(!files.empty(), "Checkpoint::open: a list of 0 files, expected at least 1");
     return open_all(files.front(), files);
   }
   /// The same of files named in place: open({"one.safetensors", "two.safetensors"}).
@@ -245,14 +247,13 @@ class Checkpoint {
   /// owner(). O(log(tensors)). Throws CheckpointError where there is none, with the names that are
   /// nearest to it, and where it has a dtype that DType does not have.
   const TensorView& at(std::string_view name) const {
-    const detail::Header& header = contents_->header;
+    const io::Header& header = contents_->header;
     if (const auto it = header.tensors.find(name); it != header.tensors.end()) return it->second;
     if (const auto it = header.unread.find(name); it != header.unread.end())
-      detail::fail_checkpoint(path().string(), ": tensor ", detail::in_quotes(name), ": dtype ",
-                              detail::in_quotes(it->second.dtype), " is not read, expected ",
-                              detail::dtype_names());
-    detail::fail_checkpoint(path().string(), ": there is no tensor ", detail::in_quotes(name), " among ",
-                            names().size(), detail::hint(name, names()));
+      io::fail_checkpoint(path().string(), ": tensor ", io::in_quotes(name), ": dtype ",
+                          io::in_quotes(it->second.dtype), " is not read, expected ", io::dtype_names());
+    io::fail_checkpoint(path().string(), ": there is no tensor ", io::in_quotes(name), " among ",
+                        names().size(), io::hint(name, names()));
   }
 
   /// The tensors whose names begin with `prefix`, under the rest of their names: one model of a file of
@@ -269,20 +270,23 @@ class Checkpoint {
     for (const auto& [name, tensor] : contents_->header.unread)
       if (name.starts_with(prefix)) contents.header.unread[name.substr(prefix.size())] = tensor;
     if (contents.header.tensors.empty() && contents.header.unread.empty())
-      detail::fail_checkpoint(path().string(), ": none of ", names().size(), " names begins with ",
-                              detail::in_quotes(prefix));
+      io::fail_checkpoint(path().string(), ": none of ", names().size(), " names begins with ",
+                          io::in_quotes(prefix));
     return Checkpoint(std::move(contents));
   }
 
   /// All names, sorted, also of tensors that `at` refuses for their dtype.
-  const std::vector<std::string>& names() const { return contents_->names; }
+  const std::vector<std::string>& names() const& { return contents_->names; }
+  std::vector<std::string> names() && { return contents_->names; }  // of open(...).names()
 
   /// The metadata of the files. Where two files differ in a value, that of the file whose name sorts
   /// first; of a list of files, that of the earlier one.
-  const std::map<std::string, std::string>& metadata() const { return contents_->header.metadata; }
+  const std::map<std::string, std::string>& metadata() const& { return contents_->header.metadata; }
+  std::map<std::string, std::string> metadata() && { return contents_->header.metadata; }
 
   /// The file, the index, or the directory of a set of files.
-  const std::filesystem::path& path() const { return contents_->path; }
+  const std::filesystem::path& path() const& { return contents_->path; }
+  std::filesystem::path path() && { return contents_->path; }
 
   /// Keeps every view and its bytes valid while it lives.
   std::shared_ptr<const void> owner() const { return contents_; }
@@ -291,7 +295,7 @@ class Checkpoint {
   struct Contents {
     std::filesystem::path path{};
     std::vector<std::shared_ptr<const void>> files{};
-    detail::Header header{};
+    io::Header header{};
     std::vector<std::string> names{};
   };
 
@@ -316,15 +320,15 @@ class Checkpoint {
       files.push_back(it->path());
       names.insert(name);
     }
-    if (error) detail::fail_checkpoint(directory.string(), ": cannot list the directory: ", error.message());
+    if (error) io::fail_checkpoint(directory.string(), ": cannot list the directory: ", error.message());
     if (indices.size() == 1) return indices;
-    const auto set = names.empty() ? std::nullopt : detail::shard_set_of(*names.begin());
+    const auto set = names.empty() ? std::nullopt : io::shard_set_of(*names.begin());
     if (!indices.empty() || (files.size() != 1 && !set))
-      detail::fail_checkpoint(directory.string(), ": the directory holds ", indices.size(),
-                              " .safetensors.index.json and ", files.size(),
-                              " .safetensors files, expected 1 index, or no index and 1 file or one "
-                              "set as model-00001-of-00002.safetensors");
-    if (set) detail::require_shards(directory.string(), *set, names);
+      io::fail_checkpoint(directory.string(), ": the directory holds ", indices.size(),
+                          " .safetensors.index.json and ", files.size(),
+                          " .safetensors files, expected 1 index, or no index and 1 file or one "
+                          "set as model-00001-of-00002.safetensors");
+    if (set) io::require_shards(directory.string(), *set, names);
     std::sort(files.begin(), files.end());
     return files;
   }
@@ -341,13 +345,13 @@ class Checkpoint {
     Contents contents{.path = path};
     std::map<std::string, std::size_t> file_of;
     for (std::size_t i = 0; i < files.size(); ++i) {
-      detail::Header header = read_header(contents, files[i]);
+      io::Header header = read_header(contents, files[i]);
       const auto add = [&](const auto& tensors) {
         for (const auto& [name, tensor] : tensors) {
           const auto [before, is_new] = file_of.try_emplace(name, i);
           if (!is_new)
-            detail::fail_checkpoint(files[i].string(), ": tensor ", detail::in_quotes(name), " is in ",
-                                    files[before->second].string(), " too, expected one of them");
+            io::fail_checkpoint(files[i].string(), ": tensor ", io::in_quotes(name), " is in ",
+                                files[before->second].string(), " too, expected one of them");
         }
       };
       add(header.tensors);
@@ -360,10 +364,10 @@ class Checkpoint {
   }
 
   // The header of a file that the contents are to keep in memory.
-  static detail::Header read_header(Contents& contents, const std::filesystem::path& path) {
-    detail::require_little_endian();
-    detail::FileBytes file = detail::map_file(path);
-    detail::Header header = detail::parse_safetensors(file.bytes, path.string());
+  static io::Header read_header(Contents& contents, const std::filesystem::path& path) {
+    io::require_little_endian();
+    io::FileBytes file = io::map_file(path);
+    io::Header header = io::parse_safetensors(file.bytes, path.string());
     contents.files.push_back(std::move(file.owner));
     return header;
   }
@@ -371,20 +375,20 @@ class Checkpoint {
   static void read_index(Contents& contents) {
     const std::string index = contents.path.string();
     std::map<std::string, std::vector<std::string>> names_of_shard;
-    const detail::FileBytes bytes = detail::read_file(contents.path);
-    for (const auto& [name, shard] : detail::parse_index(bytes.bytes, index))
+    const io::FileBytes bytes = io::read_file(contents.path);
+    for (const auto& [name, shard] : io::parse_index(bytes.bytes, index))
       names_of_shard[shard].push_back(name);
     for (const auto& [shard, names] : names_of_shard) {
-      const std::filesystem::path path = detail::shard_path(contents.path, names.front(), shard);
+      const std::filesystem::path path = io::shard_path(contents.path, names.front(), shard);
       std::error_code error;
       if (!std::filesystem::exists(path, error))
-        detail::fail_checkpoint(index, ": weight_map: ", detail::in_quotes(names.front()), " is in ",
-                                detail::in_quotes(shard), ", which does not exist");
-      detail::Header header = read_header(contents, path);
+        io::fail_checkpoint(index, ": weight_map: ", io::in_quotes(names.front()), " is in ",
+                            io::in_quotes(shard), ", which does not exist");
+      io::Header header = read_header(contents, path);
       for (const std::string& name : names) {
         if (!header.contains(name))
-          detail::fail_checkpoint(index, ": weight_map: ", detail::in_quotes(name), " is in ",
-                                  detail::in_quotes(shard), ", which does not hold it");
+          io::fail_checkpoint(index, ": weight_map: ", io::in_quotes(name), " is in ", io::in_quotes(shard),
+                              ", which does not hold it");
         contents.header.tensors.insert(header.tensors.extract(name));
         contents.header.unread.insert(header.unread.extract(name));
       }

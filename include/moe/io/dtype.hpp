@@ -50,7 +50,7 @@ enum class DType : std::uint8_t {
   BOOL,
 };
 
-namespace detail {
+namespace io {
 
 template <class... Parts>
 [[noreturn]] void fail_checkpoint(const Parts&... parts) {
@@ -142,15 +142,15 @@ inline std::optional<Index> num_elements(std::span<const Index> shape) {
   return empty ? 0 : product;
 }
 
-}  // namespace detail
+}  // namespace io
 
 /// Bytes of one element.
-inline std::size_t size_of(DType dtype) { return detail::info_of(dtype).size; }
+inline std::size_t size_of(DType dtype) { return io::info_of(dtype).size; }
 
 /// The name in safetensors files, e.g. "BF16".
-inline std::string_view name_of(DType dtype) { return detail::info_of(dtype).name; }
+inline std::string_view name_of(DType dtype) { return io::info_of(dtype).name; }
 
-namespace detail {
+namespace io {
 
 // Bytes of a tensor, or nothing where the shape is none or they are too many to count.
 inline std::optional<std::size_t> num_bytes(DType dtype, std::span<const Index> shape) {
@@ -161,7 +161,7 @@ inline std::optional<std::size_t> num_bytes(DType dtype, std::span<const Index> 
   return std::size_t(*elements) * size;
 }
 
-}  // namespace detail
+}  // namespace io
 
 /// A tensor in memory that belongs to somebody else: row-major, little-endian, at any address.
 struct TensorView {
@@ -173,15 +173,14 @@ struct TensorView {
   /// Number of elements. O(dimensions). Throws CheckpointError where a dimension is negative or the
   /// product overflows; a view from a Checkpoint has no such shape.
   Index size() const {
-    const std::optional<Index> elements = detail::num_elements(shape);
+    const std::optional<Index> elements = io::num_elements(shape);
     if (!elements)
-      detail::fail_checkpoint("tensor ", detail::in_quotes(name), ": no memory holds the shape ",
-                              detail::text_of(shape));
+      io::fail_checkpoint("tensor ", io::in_quotes(name), ": no memory holds the shape ", io::text_of(shape));
     return *elements;
   }
 };
 
-namespace detail {
+namespace io {
 
 inline std::string description_of(const TensorView& tensor) {
   return "tensor " + in_quotes(tensor.name) + ", " + std::string(name_of(tensor.dtype)) + " " +
@@ -360,7 +359,7 @@ inline bool read_converted(const TensorView& tensor, std::int64_t* out) {
   }
 }
 
-}  // namespace detail
+}  // namespace io
 
 /// Writes the numbers of a tensor to out [tensor.size()], row-major. A float or double takes the
 /// floating-point dtypes (what is narrower is exact, F64 to float rounds to nearest, ties to even),
@@ -372,23 +371,23 @@ template <class S>
 void read_tensor(const TensorView& tensor, S* out) {
   static_assert(std::same_as<S, float> || std::same_as<S, double> || std::same_as<S, std::int64_t>,
                 "read_tensor reads float, double or std::int64_t");
-  detail::require_little_endian();
-  detail::check_bytes(tensor, "read_tensor");
-  if (tensor.dtype == detail::dtype_of<S>()) {  // no register in between that would quieten a NaN
+  io::require_little_endian();
+  io::check_bytes(tensor, "read_tensor");
+  if (tensor.dtype == io::dtype_of<S>()) {  // no register in between that would quieten a NaN
     if (!tensor.bytes.empty()) std::memcpy(out, tensor.bytes.data(), tensor.bytes.size());
     return;
   }
-  if (!detail::read_converted(tensor, out))
-    detail::fail_checkpoint("read_tensor: ", detail::description_of(tensor), " does not convert to ",
-                            name_of(*detail::dtype_of<S>()));
+  if (!io::read_converted(tensor, out))
+    io::fail_checkpoint("read_tensor: ", io::description_of(tensor), " does not convert to ",
+                        name_of(*io::dtype_of<S>()));
 }
 
 /// Whether tensor.bytes may be used as an array of S where they lie: the dtype is S, and the
 /// address is aligned for S. O(1).
 template <class S>
 bool is_readable_in_place(const TensorView& tensor) {
-  static_assert(detail::dtype_of<S>().has_value(), "no dtype has elements of this type");
-  return std::endian::native == std::endian::little && tensor.dtype == detail::dtype_of<S>() &&
+  static_assert(io::dtype_of<S>().has_value(), "no dtype has elements of this type");
+  return std::endian::native == std::endian::little && tensor.dtype == io::dtype_of<S>() &&
          reinterpret_cast<std::uintptr_t>(tensor.bytes.data()) % alignof(S) == 0;
 }
 
@@ -399,20 +398,19 @@ bool is_readable_in_place(const TensorView& tensor) {
 inline void read_block_scaled_fp8(const TensorView& weight, const TensorView& scale_inv, float* out) {
   constexpr Index kBlock = 128;
   constexpr const char* kWhere = "read_block_scaled_fp8";
-  detail::require_little_endian();
+  io::require_little_endian();
   if (weight.dtype != DType::F8_E4M3 || weight.shape.size() != 2)
-    detail::fail_checkpoint(kWhere, ": ", detail::description_of(weight), ": expected F8_E4M3 [rows, cols]");
-  detail::check_bytes(weight, kWhere);
+    io::fail_checkpoint(kWhere, ": ", io::description_of(weight), ": expected F8_E4M3 [rows, cols]");
+  io::check_bytes(weight, kWhere);
   const Index rows = weight.shape[0], cols = weight.shape[1];
   const auto blocks = [](Index n) { return n / kBlock + (n % kBlock != 0); };
   const std::vector<Index> expected{blocks(rows), blocks(cols)};
   const bool is_scale =
       scale_inv.dtype == DType::F32 || scale_inv.dtype == DType::BF16 || scale_inv.dtype == DType::F8_E8M0;
   if (!is_scale || scale_inv.shape != expected)
-    detail::fail_checkpoint(kWhere, ": ", detail::description_of(scale_inv),
-                            ": expected BF16, F8_E8M0 or F32 ", detail::text_of(expected), " for ",
-                            detail::description_of(weight));
-  detail::check_bytes(scale_inv, kWhere);
+    io::fail_checkpoint(kWhere, ": ", io::description_of(scale_inv), ": expected BF16, F8_E8M0 or F32 ",
+                        io::text_of(expected), " for ", io::description_of(weight));
+  io::check_bytes(scale_inv, kWhere);
   std::vector<float> scales(std::size_t(scale_inv.size()));
   read_tensor(scale_inv, scales.data());
   for (Index i = 0; i < rows; ++i) {
@@ -420,8 +418,8 @@ inline void read_block_scaled_fp8(const TensorView& weight, const TensorView& sc
       const float scale = scales[std::size_t(i / kBlock * expected[1] + b)];
       const Index end = b + 1 < expected[1] ? (b + 1) * kBlock : cols;
       for (Index j = b * kBlock; j < end; ++j) {
-        const auto bits = detail::load<std::uint8_t>(weight.bytes, i * cols + j);
-        out[i * cols + j] = detail::kE4M3[bits] * scale;
+        const auto bits = io::load<std::uint8_t>(weight.bytes, i * cols + j);
+        out[i * cols + j] = io::kE4M3[bits] * scale;
       }
     }
   }
@@ -437,21 +435,20 @@ inline void read_mxfp4(const TensorView& blocks, const TensorView& scales, float
                                           -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
   constexpr Index kBytes = 16;  // of a block
   constexpr const char* kWhere = "read_mxfp4";
-  detail::require_little_endian();
+  io::require_little_endian();
   if (blocks.dtype != DType::U8 || blocks.shape.size() < 2 || blocks.shape.back() != kBytes)
-    detail::fail_checkpoint(kWhere, ": ", detail::description_of(blocks),
-                            ": expected U8 [..., cols / 32, 16]");
-  detail::check_bytes(blocks, kWhere);
+    io::fail_checkpoint(kWhere, ": ", io::description_of(blocks), ": expected U8 [..., cols / 32, 16]");
+  io::check_bytes(blocks, kWhere);
   const std::vector<Index> expected(blocks.shape.begin(), blocks.shape.end() - 1);
   if ((scales.dtype != DType::U8 && scales.dtype != DType::F8_E8M0) || scales.shape != expected)
-    detail::fail_checkpoint(kWhere, ": ", detail::description_of(scales), ": expected F8_E8M0 or U8 ",
-                            detail::text_of(expected), " for ", detail::description_of(blocks));
-  detail::check_bytes(scales, kWhere);
+    io::fail_checkpoint(kWhere, ": ", io::description_of(scales), ": expected F8_E8M0 or U8 ",
+                        io::text_of(expected), " for ", io::description_of(blocks));
+  io::check_bytes(scales, kWhere);
   const Index num_blocks = scales.size();
   for (Index b = 0; b < num_blocks; ++b) {
-    const float scale = detail::kE8M0[detail::load<std::uint8_t>(scales.bytes, b)];
+    const float scale = io::kE8M0[io::load<std::uint8_t>(scales.bytes, b)];
     for (Index i = b * kBytes; i < (b + 1) * kBytes; ++i) {
-      const auto pair = detail::load<std::uint8_t>(blocks.bytes, i);
+      const auto pair = io::load<std::uint8_t>(blocks.bytes, i);
       out[2 * i] = kValues[pair & 0xf] * scale;
       out[2 * i + 1] = kValues[pair >> 4] * scale;
     }

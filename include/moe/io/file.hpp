@@ -23,7 +23,7 @@
 #include <moe/io/dtype.hpp>
 
 // Files: read as memory, and replaced as a whole or not at all. With POSIX calls where they exist.
-namespace moe::detail {
+namespace moe::io {
 
 /// The contents of a file. They stay where they are while a copy of `owner` lives.
 struct FileBytes {
@@ -180,4 +180,4 @@ inline void replace_file(const std::filesystem::path& path,
 
 #endif
 
-}  // namespace moe::detail
+}  // namespace moe::io

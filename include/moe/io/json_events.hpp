@@ -15,7 +15,7 @@
 // JSON that is not believed: events, one by one, and what a file is that is not JSON.
 namespace moe {
 
-namespace detail {
+namespace io {
 
 inline constexpr std::size_t kMaxHeaderBytes = 100'000'000;  // as in the reference implementation
 
@@ -110,6 +110,6 @@ inline void parse_json(std::string_view json, JsonEvents& events, std::string_vi
   nlohmann::json::sax_parse(json.begin(), json.end(), &events);
 }
 
-}  // namespace detail
+}  // namespace io
 
 }  // namespace moe

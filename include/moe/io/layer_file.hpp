@@ -31,7 +31,7 @@
 // A layer of your own, saved and loaded: every array that Layer::visit shows, under its name.
 namespace moe {
 
-namespace detail {
+namespace io {
 
 template <class Array>
 std::vector<Index> shape_of(const Array& array) {
@@ -119,7 +119,7 @@ std::string describe_each(const Parts& parts) {
   return all;
 }
 
-}  // namespace detail
+}  // namespace io
 
 /// The options and kinds of a layer's parts, or of a router or an expert alone, as text under the keys that
 /// save_layer gives them in the metadata: router, experts, shared_experts, or kind. Here all options are
@@ -127,18 +127,17 @@ std::string describe_each(const Parts& parts) {
 template <class Layer>
 std::vector<std::pair<std::string, std::string>> describe(const Layer& layer) {
   std::vector<std::pair<std::string, std::string>> texts;
-  if constexpr (requires { layer.router(); })
-    texts.emplace_back("router", detail::describe_part(layer.router()));
+  if constexpr (requires { layer.router(); }) texts.emplace_back("router", io::describe_part(layer.router()));
   if constexpr (requires { layer.experts(); })
-    texts.emplace_back("experts", detail::describe_each(layer.experts()));
+    texts.emplace_back("experts", io::describe_each(layer.experts()));
   else
-    texts.emplace_back("kind", detail::describe_part(layer));
+    texts.emplace_back("kind", io::describe_part(layer));
   if constexpr (requires { layer.shared_experts(); })
-    texts.emplace_back("shared_experts", detail::describe_each(layer.shared_experts()));
+    texts.emplace_back("shared_experts", io::describe_each(layer.shared_experts()));
   return texts;
 }
 
-namespace detail {
+namespace io {
 
 // Where a part of a description ends: at a comma or a parenthesis that it did not open, or with the text.
 inline std::size_t end_of_part(std::string_view text) {
@@ -276,7 +275,7 @@ inline void require_table(const TensorView& tensor, const std::vector<std::int64
                             std::to_string(table[id]));
 }
 
-}  // namespace detail
+}  // namespace io
 
 /// Writes every parameter and buffer of a layer (or of anything with visit) to a safetensors file, a
 /// HashRouter's table as "router.table", and to its metadata, as "router", "experts" and "shared_experts",
@@ -293,17 +292,17 @@ void save_layer(const std::filesystem::path& path, const Layer& layer,
       [&](const ParameterInfo& info, const auto& array) {
         using S = typename std::remove_cvref_t<decltype(array)>::Scalar;
         static_assert(std::is_floating_point_v<S>, "layers of float and of double can be saved");
-        tensors.push_back({std::string(info.name), *detail::dtype_of<S>(), detail::shape_of(array),
+        tensors.push_back({std::string(info.name), *io::dtype_of<S>(), io::shape_of(array),
                            std::as_bytes(std::span(array.data(), std::size_t(array.size())))});
       },
       layer);
-  const std::vector<std::int64_t> table = detail::hash_table_of(layer);
+  const std::vector<std::int64_t> table = io::hash_table_of(layer);
   if (!table.empty())
-    tensors.push_back({detail::kTable, DType::I64, {Index(table.size())}, std::as_bytes(std::span(table))});
+    tensors.push_back({io::kTable, DType::I64, {Index(table.size())}, std::as_bytes(std::span(table))});
   metadata["format"] = "moe";
-  metadata[detail::kVersion] = MOE_VERSION_STRING;
+  metadata[io::kVersion] = MOE_VERSION_STRING;
   for (const auto& [part, text] : moe::describe(layer))
-    metadata[part] = detail::with_options<Layer>(part, text, detail::LeaveDefaultsOut());
+    metadata[part] = io::with_options<Layer>(part, text, io::LeaveDefaultsOut());
   write_safetensors(path, tensors, metadata);
 }
 
@@ -316,16 +315,15 @@ void save_layer(const std::filesystem::path& path, const Layer& layer,
 template <class Layer>
 void load_layer(const Checkpoint& checkpoint, Layer& layer) {
   const std::string file = checkpoint.path().string();
-  detail::require_description(checkpoint, layer);
+  io::require_description(checkpoint, layer);
   std::set<std::string> names;
   Layer::visit(
       [&](const ParameterInfo& info, const auto& array) {
         const std::string name(info.name);
         const TensorView& tensor = checkpoint.at(name);  // throws where it is missing
-        if (tensor.shape != detail::shape_of(array))
+        if (tensor.shape != io::shape_of(array))
           throw CheckpointError("load_layer: " + name + " in " + file + " has shape " +
-                                detail::text_of(tensor.shape) + ", expected " +
-                                detail::text_of(detail::shape_of(array)));
+                                io::text_of(tensor.shape) + ", expected " + io::text_of(io::shape_of(array)));
         switch (tensor.dtype) {
           case DType::F64:
           case DType::F32:
@@ -334,15 +332,15 @@ void load_layer(const Checkpoint& checkpoint, Layer& layer) {
             break;
           default:
             throw CheckpointError("load_layer: " + name + " in " + file + " has type " +
-                                  std::string(name_of(tensor.dtype)) + ", expected F32 or F64");
+                                  std::string(name_of(tensor.dtype)) + ", expected F64, F32, F16 or BF16");
         }
         names.insert(name);
       },
       static_cast<const Layer&>(layer));
-  const std::vector<std::int64_t> table = detail::hash_table_of(layer);
-  if (!table.empty() && checkpoint.contains(detail::kTable)) {
-    detail::require_table(checkpoint.at(detail::kTable), table, file);
-    names.insert(detail::kTable);
+  const std::vector<std::int64_t> table = io::hash_table_of(layer);
+  if (!table.empty() && checkpoint.contains(io::kTable)) {
+    io::require_table(checkpoint.at(io::kTable), table, file);
+    names.insert(io::kTable);
   }
   for (const std::string& name : checkpoint.names())
     if (!names.contains(name))

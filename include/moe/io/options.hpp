@@ -32,7 +32,7 @@
 // So an option that was added later is at its default for a file without it, and one that a reader does not
 // know is seen where it matters: the default of a new option is what was done before, and defaults do not
 // change.
-namespace moe::detail {
+namespace moe::io {
 
 // The name of an enumerator; nullptr where there is none of this value.
 inline const char* enumerator(Score value) {
@@ -325,4 +325,4 @@ inline std::pair<std::string, std::string> without_common_options(const std::str
   return {rest(*all_a, *all_b), rest(*all_b, *all_a)};
 }
 
-}  // namespace moe::detail
+}  // namespace moe::io

@@ -35,7 +35,7 @@
 // believed only after every number in it was checked against the others.
 namespace moe {
 
-namespace detail {
+namespace io {
 
 /// A tensor of a dtype that DType does not have. How many bytes its shape has is not known.
 struct UnreadTensor {
@@ -307,13 +307,13 @@ inline Header parse_safetensors(std::span<const std::byte> bytes, std::string_vi
   return parse_header(text_at(header), bytes.subspan(kLengthBytes + header.size()), where);
 }
 
-}  // namespace detail
+}  // namespace io
 
 /// A tensor to write: its name, dtype, shape and bytes. What a Checkpoint gives can be written as
 /// it is.
 using TensorToWrite = TensorView;
 
-namespace detail {
+namespace io {
 
 inline std::string json_string(std::string_view text, std::string_view where, const char* what) {
   try {
@@ -385,7 +385,7 @@ inline FileLayout layout_of(std::span<const TensorToWrite> tensors,
   return layout;
 }
 
-}  // namespace detail
+}  // namespace io
 
 /// Writes a safetensors file. The bytes depend on the arguments only, not on the order of the
 /// tensors, and are those that the reference implementation writes (which has no order of metadata
@@ -397,11 +397,11 @@ inline FileLayout layout_of(std::span<const TensorToWrite> tensors,
 /// the header is too long for a reader, and where the system fails.
 inline void write_safetensors(const std::filesystem::path& path, std::span<const TensorToWrite> tensors,
                               const std::map<std::string, std::string>& metadata = {}) {
-  detail::require_little_endian();
-  const detail::FileLayout layout = detail::layout_of(tensors, metadata, path.string());
+  io::require_little_endian();
+  const io::FileLayout layout = io::layout_of(tensors, metadata, path.string());
   std::vector<std::span<const std::byte>> parts{std::as_bytes(std::span(layout.head))};
   for (const TensorToWrite* tensor : layout.tensors) parts.push_back(tensor->bytes);
-  detail::replace_file(path, parts);
+  io::replace_file(path, parts);
 }
 
 }  // namespace moe

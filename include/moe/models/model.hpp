@@ -191,9 +191,7 @@ struct Model {
   }
 };
 
-namespace detail {
-
-// The options of the model's experts of width d_ff, routed or shared.
+/// The options of the model's experts of width d_ff, routed or shared.
 template <class Expert, class M>
 typename Expert::Options expert_options(const M& model, Index d_ff) {
   typename Expert::Options options{};
@@ -206,6 +204,8 @@ typename Expert::Options expert_options(const M& model, Index d_ff) {
     options.activation = model.unit;
   return options;
 }
+
+namespace detail {
 
 // A layer of the model; `more` is what constructors of experts and routers take beside their options: an
 // Rng or nothing.
