@@ -114,7 +114,7 @@ void inspect(const moe::SoftModel<Unit>& published, const moe::Checkpoint& check
   layer.forward(x, y, workspace);
   for (moe::Index t = 0; t < 4; ++t) {
     moe::Index slot = 0;
-    const float share = workspace.combine.row(t).maxCoeff(&slot);
+    const float share = workspace.routing.combine.row(t).maxCoeff(&slot);
     std::printf("token %ld: most of slot %ld, of expert %ld, x %.3f\n", long(t), long(slot),
                 long(slot / layer.slots_per_expert()), double(share));
   }

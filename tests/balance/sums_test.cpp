@@ -215,7 +215,7 @@ TEST(Sums, OfSoftMoEOverManyTokensKeepTheirDigits) {
     using S = decltype(zero);
     moe::SoftMoELayer<moe::CopyExpert<S>> layer({moe::CopyExpert<S>({.d_model = 2})},
                                                 {.d_model = 2, .num_experts = 1, .normalise = false});
-    layer.w_slots << S(0.5), S(0.25);
+    layer.router().w_slots << S(0.5), S(0.25);
     Matrix<S> x(tokens, 2), d_y(tokens, 2);
     x.rowwise() = Eigen::Matrix<S, 1, 2>(S(0.3f), S(0.7f));
     d_y.rowwise() = Eigen::Matrix<S, 1, 2>(S(0.1f), S(0.3f));

@@ -214,14 +214,15 @@ TEST(Overlap, OfInputAndOutputIsRefusedBySoftLayers) {
     Matrix<double> y;
     layer.forward(x, y, cache);
     layer.backward(x, cache, grad, y);
-    for (Matrix<double>* in : {&cache.x, &cache.logits, &cache.dispatch, &cache.combine, &cache.d_y,
-                               &cache.d_combine, &cache.d_logits}) {
+    for (Matrix<double>* in :
+         {&cache.routing.x, &cache.routing.logits, &cache.routing.dispatch, &cache.routing.combine,
+          &cache.gradient.d_y, &cache.gradient.d_combine, &cache.gradient.d_logits}) {
       expect_refused<double>([&] { layer.forward(*in, y, cache); }, *in, "x in the cache");
       expect_refused<double>([&] { layer.forward(x, *in, cache); }, *in, "y in the cache");
       expect_refused<double>([&] { layer.backward(*in, cache, grad, y); }, *in, "d_y in the cache");
       expect_refused<double>([&] { layer.backward(x, cache, grad, *in); }, *in, "d_x in the cache");
     }
-    Matrix<double>& by_slots = grad.w_slots;
+    Matrix<double>& by_slots = grad.router().w_slots;
     expect_refused<double>([&] { layer.backward(x, cache, grad, by_slots); }, by_slots, "d_x in grad");
   }
 }

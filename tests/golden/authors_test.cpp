@@ -397,8 +397,8 @@ void expect_equal_to_soft_moe(const std::string& name) {
   Layer::Cache cache;
   file.expect_close(layer.forward(x, cache, groups_of(file.golden.number("groups"), x.rows())),
                     file.matrix("y"), "y");
-  file.expect_close(cache.dispatch, file.matrix("dispatch"), "dispatch");
-  file.expect_close(cache.combine, file.matrix("combine"), "combine");
+  file.expect_close(cache.routing.dispatch, file.matrix("dispatch"), "dispatch");
+  file.expect_close(cache.routing.combine, file.matrix("combine"), "combine");
   Layer grad = moe::zeros_like(layer);
   file.expect_close(layer.backward(file.matrix("d_y"), cache, grad), file.matrix("d_x"), "d_x");
   file.expect_equal_layer_gradients(model, grad);

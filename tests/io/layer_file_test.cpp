@@ -209,6 +209,18 @@ TEST(LayerFile, ExpertsOfASoftMoELayerAreCompared) {
                           {"experts = 2 x FeedForward(GELU)", "FeedForward(ReLU)"});
 }
 
+TEST(LayerFile, TheRouterOfASoftMoELayerIsCompared) {
+  const auto layer = [](moe::Index slots_per_expert, bool normalise) {
+    using Copy = moe::CopyExpert<float>;
+    Rng rng(12);
+    return moe::SoftMoELayer<Copy>(
+        {Copy({.d_model = 4}), Copy({.d_model = 4})},
+        {.d_model = 4, .num_experts = 2, .slots_per_expert = slots_per_expert, .normalise = normalise}, rng);
+  };
+  expect_another_function(layer(1, true), layer(2, true), {"router = slots_per_expert=1, expected", "=2"});
+  expect_another_function(layer(3, false), layer(3, true), {"router = normalise=false, expected", "=true"});
+}
+
 TEST(LayerFile, EveryLevelOfAHierarchyIsCompared) {
   using Router = moe::TopKRouter<float>;
   using Expert = moe::FeedForward<float>;

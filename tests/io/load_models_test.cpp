@@ -209,9 +209,10 @@ TEST(LoadModels, TakesSoftMoEsParameters) {
   const auto layer = moe::load_layer<float>(model, checkpoint, kLayer);
   expect_flax_experts(layer.experts()[1]);
   for (Index s = 0; s < kExperts * kSlots; ++s)
-    for (Index j = 0; j < kModel; ++j) EXPECT_EQ(layer.w_slots(s, j), float(500 + j * kExperts * kSlots + s));
-  ASSERT_EQ(layer.scale.size(), 1);
-  EXPECT_EQ(layer.scale[0], 600);
+    for (Index j = 0; j < kModel; ++j)
+      EXPECT_EQ(layer.router().w_slots(s, j), float(500 + j * kExperts * kSlots + s));
+  ASSERT_EQ(layer.router().scale.size(), 1);
+  EXPECT_EQ(layer.router().scale[0], 600);
 
   // Slots that stand as [num_experts, slots_per_expert, d_model].
   Shapes turned = soft_moe_shapes();
@@ -221,7 +222,7 @@ TEST(LoadModels, TakesSoftMoEsParameters) {
   as_it_lies.tensors.w_slots.transposed = false;
   as_it_lies = sized(as_it_lies, file);
   EXPECT_EQ(as_it_lies.layer.slots_per_expert, kSlots);
-  EXPECT_EQ(moe::load_layer<float>(as_it_lies, file, kLayer).w_slots(4, 1), 500 + 4 * kModel + 1);
+  EXPECT_EQ(moe::load_layer<float>(as_it_lies, file, kLayer).router().w_slots(4, 1), 500 + 4 * kModel + 1);
 }
 
 // As Flax saves them, below "params".
@@ -231,8 +232,8 @@ TEST(LoadModels, FindsSoftMoEBelowOtherModules) {
   for (auto& [name, shape] : shapes) name.insert(0, "params/");
   const auto checkpoint = checkpoint_of(shapes);
   const auto model = sized(moe::soft_moe_s16, checkpoint);
-  EXPECT_EQ(moe::load_layer<float>(model, checkpoint, kLayer).w_slots,
-            moe::load_layer<float>(model, expected, kLayer).w_slots);
+  EXPECT_EQ(moe::load_layer<float>(model, checkpoint, kLayer).router().w_slots,
+            moe::load_layer<float>(model, expected, kLayer).router().w_slots);
 }
 
 // What load_layer says of a checkpoint of Soft MoE in which a tensor was changed.

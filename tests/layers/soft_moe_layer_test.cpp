@@ -64,7 +64,7 @@ SoftMoELayer<E> make_layer(const SoftMoEOptions& options, Rng& rng, bool bias = 
   const typename E::Options expert{.d_model = options.d_model, .d_ff = d_ff, .bias = bias};
   SoftMoELayer<E> layer(moe::make_experts<E>(options.num_experts, expert, rng), options, rng);
   randomise(layer, rng);
-  if (options.normalise) layer.scale[0] = typename E::Scalar(rng.uniform(0.5, 4.0));
+  if (options.normalise) layer.router().scale[0] = typename E::Scalar(rng.uniform(0.5, 4.0));
   return layer;
 }
 
@@ -105,11 +105,11 @@ Step<typename L::S> run(const L& layer, const Matrix<typename L::S>& x, const Ba
   layer.forward(x, step.inference, workspace, info, executor);
   layer.forward(x, step.y, cache, info, executor);
   layer.backward(d_y, cache, grad, step.d_x, executor);
-  EXPECT_TRUE(same_bits(workspace.dispatch, cache.dispatch));
-  EXPECT_TRUE(same_bits(workspace.combine, cache.combine));
-  step.logits = cache.logits;
-  step.dispatch = cache.dispatch;
-  step.combine = cache.combine;
+  EXPECT_TRUE(same_bits(workspace.routing.dispatch, cache.routing.dispatch));
+  EXPECT_TRUE(same_bits(workspace.routing.combine, cache.routing.combine));
+  step.logits = cache.routing.logits;
+  step.dispatch = cache.routing.dispatch;
+  step.combine = cache.routing.combine;
   L::visit([&](const ParameterInfo&, const auto& g) { step.gradients.push_back(Matrix<typename L::S>(g)); },
            grad);
   return step;
@@ -151,25 +151,25 @@ double norm(const L& grad) {
 // Logits [[1, 0], [0, 2]].
 TEST(SoftMoELayer, WeightsAreSoftmaxesOverTokensAndOverSlots) {
   SoftMoELayer<Triple> layer({{}, {}}, {.d_model = 2, .num_experts = 2, .normalise = false});
-  layer.w_slots << 1, 0, 0, 1;
+  layer.router().w_slots << 1, 0, 0, 1;
   Matrix<double> x(2, 2), y, dispatch(2, 2), combine(2, 2);
   x << 1, 0, 0, 2;
   dispatch << .731058579, .119202922, .268941421, .880797078;
   combine << .731058579, .268941421, .119202922, .880797078;
   decltype(layer)::Workspace workspace;
   layer.forward(x, y, workspace);
-  EXPECT_EQ(workspace.logits, x);
-  EXPECT_LE(error(workspace.dispatch, dispatch), 1e-9);
-  EXPECT_LE(error(workspace.combine, combine), 1e-9);
+  EXPECT_EQ(workspace.routing.logits, x);
+  EXPECT_LE(error(workspace.routing.dispatch, dispatch), 1e-9);
+  EXPECT_LE(error(workspace.routing.combine, combine), 1e-9);
   EXPECT_LE(error(y, 3 * combine * dispatch.transpose() * x), 1e-8);
 }
 
 TEST(SoftMoELayer, LogitsAreScaledCosinesWithEpsilonUnderTheRoot) {
   SoftMoELayer<Triple> layer({{}}, {.d_model = 2, .num_experts = 1, .slots_per_expert = 2});
-  EXPECT_EQ(layer.scale.size(), 1);
-  EXPECT_EQ(layer.scale[0], 1.0);
-  layer.scale[0] = 2;
-  layer.w_slots << 0, 2, 1e-3, 0;
+  EXPECT_EQ(layer.router().scale.size(), 1);
+  EXPECT_EQ(layer.router().scale[0], 1.0);
+  layer.router().scale[0] = 2;
+  layer.router().w_slots << 0, 2, 1e-3, 0;
   Matrix<double> x(2, 2), y, logits(2, 2);
   x << 3, 4, 1e-3, 0;
   // Cosines 0.8 and 0.6, but for entries of 1e-3, whose squares are as large as epsilon.
@@ -177,11 +177,11 @@ TEST(SoftMoELayer, LogitsAreScaledCosinesWithEpsilonUnderTheRoot) {
   logits << 2 * 0.8, 2 * 0.6 * half, 0, 2 * half * half;
   decltype(layer)::Workspace workspace;
   layer.forward(x, y, workspace);
-  EXPECT_LE(error(workspace.logits, logits), 1e-6);
-  layer.scale[0] = 0;
+  EXPECT_LE(error(workspace.routing.logits, logits), 1e-6);
+  layer.router().scale[0] = 0;
   layer.forward(x, y, workspace);
-  EXPECT_EQ(workspace.dispatch, (Matrix<double>::Constant(2, 2, 0.5)));
-  EXPECT_EQ(workspace.combine, (Matrix<double>::Constant(2, 2, 0.5)));
+  EXPECT_EQ(workspace.routing.dispatch, (Matrix<double>::Constant(2, 2, 0.5)));
+  EXPECT_EQ(workspace.routing.combine, (Matrix<double>::Constant(2, 2, 0.5)));
 }
 
 // Slot e * slots_per_expert + p belongs to expert e, in every group.
@@ -200,7 +200,7 @@ TEST(SoftMoELayer, EverySlotGoesToItsExpert) {
   layer.forward(x, y, w, grouped({0, 3, 7}));
   for (Index t = 0; t < 7; ++t) {
     double expected = 0;
-    for (Index s = 0; s < 6; ++s) expected += w.combine(t, s) * double(s / 2 + 1);
+    for (Index s = 0; s < 6; ++s) expected += w.routing.combine(t, s) * double(s / 2 + 1);
     EXPECT_NEAR(y(t, 0), expected, 1e-12) << t;
   }
 }
@@ -232,9 +232,9 @@ Reference reference(const SoftMoELayer<E>& layer, const Matrix<double>& x, const
       if (is_valid(info, t)) valid.push_back(t);
     for (const Index t : valid)
       for (Index s = 0; s < slots; ++s) {
-        for (Index j = 0; j < d; ++j) r.logits(t, s) += x(t, j) * layer.w_slots(s, j);
+        for (Index j = 0; j < d; ++j) r.logits(t, s) += x(t, j) * layer.router().w_slots(s, j);
         if (layer.options().normalise)
-          r.logits(t, s) *= layer.scale[0] / length(x, t) / length(layer.w_slots, s);
+          r.logits(t, s) *= layer.router().scale[0] / length(x, t) / length(layer.router().w_slots, s);
       }
     for (Index s = 0; s < slots; ++s) {
       double sum = 0;
@@ -317,9 +317,9 @@ void expect_like_the_reference(double tolerance) {
     typename SoftMoELayer<E<S>>::Workspace workspace;
     Matrix<S> y;
     layer.forward(x, y, workspace, info, Sequential{});
-    for (const double e :
-         {error(workspace.logits, expected.logits), error(y, expected.y),
-          error(workspace.dispatch, expected.dispatch), error(workspace.combine, expected.combine)})
+    for (const double e : {error(workspace.routing.logits, expected.logits), error(y, expected.y),
+                           error(workspace.routing.dispatch, expected.dispatch),
+                           error(workspace.routing.combine, expected.combine)})
       worst = std::max(worst, e);
     ASSERT_LE(worst, tolerance);
     ASSERT_TRUE(same_bits(layer.forward(x, info, Sequential{}), y));
@@ -448,11 +448,12 @@ TEST(SoftMoELayer, SharesOfAGroupAndOfATokenAddUpToOne) {
   Matrix<double> y;
   layer.forward(normal_matrix<double>(12, 4, rng), y, w, info);
   for (Index s = 0; s < 6; ++s) {
-    EXPECT_NEAR(w.dispatch.col(s).segment(0, 5).sum(), 1, 1e-12);
-    EXPECT_EQ(w.dispatch.col(s).segment(5, 2).sum(), 0);
-    EXPECT_NEAR(w.dispatch.col(s).segment(7, 5).sum(), 1, 1e-12);
+    EXPECT_NEAR(w.routing.dispatch.col(s).segment(0, 5).sum(), 1, 1e-12);
+    EXPECT_EQ(w.routing.dispatch.col(s).segment(5, 2).sum(), 0);
+    EXPECT_NEAR(w.routing.dispatch.col(s).segment(7, 5).sum(), 1, 1e-12);
   }
-  for (Index t = 0; t < 12; ++t) EXPECT_NEAR(w.combine.row(t).sum(), info.mask[t] ? 1 : 0, 1e-12) << t;
+  for (Index t = 0; t < 12; ++t)
+    EXPECT_NEAR(w.routing.combine.row(t).sum(), info.mask[t] ? 1 : 0, 1e-12) << t;
 }
 
 TEST(SoftMoELayer, PermutingTokensPermutesOutputs) {
@@ -582,8 +583,8 @@ TEST(SoftMoELayer, PoisonedTokensAreNamed) {
   x(1, 2) = std::numeric_limits<double>::infinity();
   Layer::Workspace w;
   layer.forward(x, y, w, masked(4, {3}));
-  EXPECT_EQ(w.token_state, (moe::Buffer<TokenState>{TokenState::valid, TokenState::poisoned,
-                                                    TokenState::valid, TokenState::masked}));
+  EXPECT_EQ(w.routing.token_state, (moe::Buffer<TokenState>{TokenState::valid, TokenState::poisoned,
+                                                            TokenState::valid, TokenState::masked}));
 }
 
 // 0 times infinity is NaN: a masked token must not take a share of 0 of it.
@@ -603,16 +604,16 @@ TEST(SoftMoELayer, AnExpertThatOverflowsDoesNotReachMaskedTokens) {
 TEST(SoftMoELayer, LongRowsAreNormalisedToo) {
   Rng rng(4);
   auto layer = make_layer<Plain<float>>({.d_model = 4, .num_experts = 3}, rng);
-  layer.w_slots.row(1) *= 1e30f;
+  layer.router().w_slots.row(1) *= 1e30f;
   const Matrix<float> x = normal_matrix<float>(5, 4, rng);
   Matrix<float> y;
   SoftMoELayer<Plain<float>>::Cache ordinary, huge;
   layer.forward(x, y, ordinary);
   layer.forward(1e30f * x, y, huge);
-  EXPECT_TRUE(huge.logits.isApprox(ordinary.logits, 1e-5f));
-  EXPECT_LE(huge.logits.cwiseAbs().maxCoeff(), layer.scale[0] * 1.0001f);
-  EXPECT_GT(huge.logits.col(1).cwiseAbs().minCoeff(), 0.0f);
-  for (const TokenState state : huge.token_state) EXPECT_EQ(state, TokenState::valid);
+  EXPECT_TRUE(huge.routing.logits.isApprox(ordinary.routing.logits, 1e-5f));
+  EXPECT_LE(huge.routing.logits.cwiseAbs().maxCoeff(), layer.router().scale[0] * 1.0001f);
+  EXPECT_GT(huge.routing.logits.col(1).cwiseAbs().minCoeff(), 0.0f);
+  for (const TokenState state : huge.routing.token_state) EXPECT_EQ(state, TokenState::valid);
 }
 
 // ---- Nothing to do.
@@ -639,7 +640,7 @@ TEST(SoftMoELayer, ABatchWithoutValidTokensGivesNothing) {
   none.group_begin = IndexVector{{0, 2, 2, 5}};
   check(none, x, 0);
   check({}, Matrix<double>::Constant(5, 4, kNaN), kNaN);
-  layer.w_slots(0, 0) = kNaN;  // poisons every token
+  layer.router().w_slots(0, 0) = kNaN;  // poisons every token
   check({}, x, kNaN);
 }
 
@@ -726,7 +727,7 @@ TEST(SoftMoELayer, BuffersOfOtherBatchesMayBeReused) {
       l->backward(d_y, cache, grad, d_x);
       EXPECT_TRUE(same_bits(y, expected.y) && same_bits(y_inference, expected.y)) << tokens;
       EXPECT_TRUE(same_bits(d_x, expected.d_x)) << tokens;
-      EXPECT_TRUE(same_bits(grad.w_slots, expected.gradients[0])) << tokens;
+      EXPECT_TRUE(same_bits(grad.router().w_slots, expected.gradients[0])) << tokens;
     }
   }
 }
@@ -758,7 +759,7 @@ TEST(SoftMoELayer, IsAValue) {
   const Layer layer = small_layer();
   const Matrix<double> x = normal_matrix<double>(5, 4, rng), y = layer.forward(x);
   Layer copy = layer;
-  copy.w_slots.setZero();
+  copy.router().w_slots.setZero();
   copy.experts()[0].w_up.setZero();
   EXPECT_TRUE(same_bits(layer.forward(x), y));
   EXPECT_FALSE(same_bits(copy.forward(x), y));
@@ -772,6 +773,51 @@ TEST(SoftMoELayer, IsAValue) {
   EXPECT_TRUE(same_bits(layer.backward(y, cache, a), layer.backward(y, second, b)));
 }
 
+// ---- The router alone.
+
+// Two groups, the first of which has no valid token: rows of slots stand by expert, then by group.
+TEST(SoftRouter, MixesTokensIntoRowsByExpertAndBack) {
+  Rng rng(4);
+  const SoftMoEOptions options{.d_model = 4, .num_experts = 3, .slots_per_expert = 2};
+  const moe::SoftRouter<double> router(options, rng);
+  const Matrix<double> x = normal_matrix<double>(9, 4, rng);
+  BatchInfo info = masked(9, {0, 1});
+  info.group_begin = IndexVector{{0, 2, 5, 9}};
+  moe::SoftRouting<double> routing;
+  moe::RowBuffer<double> rows;
+  Matrix<double> y;
+  router.check_forward(x, info, "test");
+  router.mix(x, info, routing, rows);
+  EXPECT_EQ(routing.expert_begin, (moe::Buffer<Index>{0, 4, 8, 12}));
+  EXPECT_EQ(routing.live, (moe::Buffer<Index>{1, 2}));
+  const auto of_group = [&](const Matrix<double>& m, Index g) {
+    return m.middleRows(info.group_begin[g], info.group_begin[g + 1] - info.group_begin[g]);
+  };
+  for (Index e = 0; e < 3; ++e)
+    for (Index g = 1; g < 3; ++g)
+      for (Index p = 0; p < 2; ++p) {
+        const auto expected =
+            (of_group(routing.dispatch, g).col(e * 2 + p).transpose() * of_group(x, g)).eval();
+        EXPECT_TRUE(rows.matrix().row((e * 2 + g - 1) * 2 + p).isApprox(expected, 1e-13)) << e << g << p;
+      }
+  router.unmix(rows, routing, y);
+  for (Index g = 1; g < 3; ++g)
+    EXPECT_TRUE(of_group(y, g).isApprox(
+        of_group(routing.combine, g) * of_group(routing.dispatch, g).transpose() * of_group(x, g), 1e-13));
+  EXPECT_TRUE((of_group(y, 0).array() == 0).all());
+}
+
+TEST(SoftRouter, OfALayerIsTheRouterAlone) {
+  Rng a(6), b(6);
+  const SoftMoEOptions options{.d_model = 2, .num_experts = 2, .slots_per_expert = 3};
+  const SoftMoELayer<Triple> layer({{}, {}}, options, a);
+  const moe::SoftRouter<double> router(options, b);
+  EXPECT_EQ(layer.router().w_slots, router.w_slots);
+  EXPECT_EQ(moe::num_parameters(router), 6 * 2 + 1);
+  EXPECT_EQ(moe::zeros_like(router).scale[0], 0.0);
+  EXPECT_EQ(layer.router().options().slots_per_expert, 3);
+}
+
 // ---- Errors.
 
 TEST(SoftMoELayer, RefusesWhatDoesNotFit) {
@@ -783,8 +829,8 @@ TEST(SoftMoELayer, RefusesWhatDoesNotFit) {
   const SoftMoEOptions options{.d_model = 4, .num_experts = 3, .slots_per_expert = 2};
   const Layer layer(experts(3, 4), options, rng);
   Layer changed = layer, unscaled = layer, grad = moe::zeros_like(layer);
-  changed.w_slots.setZero(5, 4);
-  unscaled.scale.resize(0);
+  changed.router().w_slots.setZero(5, 4);
+  unscaled.router().scale.resize(0);
   const Layer fewer_slots(experts(3, 4), {.d_model = 4, .num_experts = 3}, rng),
       fewer_experts(experts(2, 4), {.d_model = 4, .num_experts = 2, .slots_per_expert = 3}, rng),
       narrow(experts(3, 3), {.d_model = 3, .num_experts = 3, .slots_per_expert = 2}, rng),

@@ -105,10 +105,10 @@ typename SoftModel<Unit>::template Layer<S> load_layer(const SoftModel<Unit>& mo
       model.layer);
   const Index experts = model.num_experts(), slots = model.layer.slots_per_expert;
   using Shape = std::vector<Index>;
-  reader.read(tensors.w_slots, 0, 0, loaded.w_slots,
+  reader.read(tensors.w_slots, 0, 0, loaded.router().w_slots,
               tensors.w_slots.transposed ? Shape{model.d_model(), experts, slots}
                                          : Shape{experts, slots, model.d_model()});
-  reader.read(tensors.scale, 0, 0, loaded.scale, Shape{});
+  reader.read(tensors.scale, 0, 0, loaded.router().scale, Shape{});
   reader.check_all_read(tensors.prefix);
   return loaded;
 }

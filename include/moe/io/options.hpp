@@ -16,6 +16,7 @@
 #include <vector>
 
 #include <moe/core/types.hpp>
+#include <moe/layers/soft_routing.hpp>
 #include <moe/math/activation.hpp>
 #include <moe/routers/expert_choice_router.hpp>
 #include <moe/routers/hash_router.hpp>
@@ -222,6 +223,14 @@ void visit_options(const HashOptions& options, const F& f) {
   f("capacity", capacity);
   visit_options(capacity_rule, f);
   f("overflow", overflow);
+}
+template <class F>
+void visit_options(const SoftMoEOptions& options, const F& f) {
+  const auto& [d_model, num_experts, slots_per_expert, normalise] = options;
+  f("d_model", d_model);
+  f("num_experts", num_experts);
+  f("slots_per_expert", slots_per_expert);
+  f("normalise", normalise);
 }
 template <class F>
 void visit_options(const ClampedSwiGLU& options, const F& f) {
