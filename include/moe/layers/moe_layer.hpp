@@ -15,8 +15,11 @@
 #include <moe/layers/shared_experts.hpp>
 #include <moe/math/activation.hpp>
 #include <moe/math/init.hpp>
+#include <moe/math/sigmoid.hpp>
+#include <moe/routing/check_routing.hpp>
+#include <moe/routing/edit_experts.hpp>
 #include <moe/routing/router.hpp>
-#include <moe/routing/token_choice.hpp>
+#include <moe/routing/router_workspace.hpp>
 
 // The layer that joins a router and experts. Read forward() first.
 namespace moe {
@@ -33,6 +36,7 @@ struct SharedExperts {
 template <class S>
 struct LayerWorkspace {
   Routing<S> routing;           ///< what the router decided
+  RouterWorkspace<S> router;    ///< what it works in
   DispatchPlan<S> all_experts;  ///< its plan with the shared experts after the routed ones
   Matrix<S> shared_gate;        ///< logits of the shared experts' gates [tokens, shared experts]
   RowBuffer<S> x_rows, y_rows;  ///< [assignments, d_model]
@@ -41,6 +45,7 @@ struct LayerWorkspace {
   template <class F>
   void for_each_array(const F& f) const {
     f(routing);
+    f(router);
     f(all_experts);
     f(shared_gate);
     for (const RowBuffer<S>* rows : {&x_rows, &y_rows}) f(*rows);
@@ -126,7 +131,8 @@ class MoELayer {
   template <Executor Ex = DefaultExecutor>
   Routing<S> route(const ConstMatrixRef<S>& x, const BatchInfo& info = {}, const Ex& executor = {}) const {
     Routing<S> routing;
-    route(x, info, routing, executor);
+    RouterWorkspace<S> router;
+    route(x, info, routing, router, executor);
     return routing;
   }
 
@@ -144,7 +150,7 @@ class MoELayer {
   void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Workspace& workspace, const BatchInfo& info = {},
                const Ex& executor = {}) const {
     check_apart(x, y, workspace, "the workspace");
-    route(x, info, workspace.routing, executor);
+    route(x, info, workspace.routing, workspace.router, executor);
     y.resize(x.rows(), d_model());
     const DispatchPlan<S>& plan = all_experts(x, workspace.routing.plan, workspace, executor);
     dispatch(x, plan, workspace.x_rows, executor);
@@ -183,7 +189,7 @@ class MoELayer {
   void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Cache& cache, const BatchInfo& info = {},
                const Ex& executor = {}) const {
     check_apart(x, y, cache, "the cache");
-    route(x, info, cache.routing, executor);
+    route(x, info, cache.routing, cache.router, executor);
     forward_routed(x, y, cache, executor);
   }
 
@@ -202,7 +208,7 @@ class MoELayer {
                const Ex& executor = {}) const {
     check_input(x);
     check_apart(x, y, cache, "the cache");
-    route_with(router_, x, rng, info, cache.routing, executor);
+    route_with(router_, x, rng, info, cache.routing, cache.router, executor);
     check_routed(cache.routing, x.rows());
     forward_routed(x, y, cache, executor);
   }
@@ -345,9 +351,9 @@ class MoELayer {
 
   template <class Ex>
   void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
-             const Ex& executor) const {
+             RouterWorkspace<S>& workspace, const Ex& executor) const {
     check_input(x);
-    route_with(router_, x, info, routing, executor);
+    route_with(router_, x, info, routing, workspace, executor);
     check_routed(routing, x.rows());
   }
 
@@ -440,7 +446,8 @@ class MoELayer {
       gradient.d_gate.reserve(cache.routing.plan.token.capacity());
       if (gradient.d_gate.empty()) gradient.d_gate.assign(assignments, S(0));
       for (Index a = 0; a < assignments; ++a) gradient.d_gate[a] += cache.d_gate[a];
-      route_backward_with(router_, cache.x, cache.routing, gradient, d_x, grad.router_, executor);
+      route_backward_with(router_, cache.x, cache.routing, gradient, d_x, grad.router_, cache.router,
+                          executor);
     }
   }
 
@@ -468,7 +475,7 @@ class MoELayer {
       const Index e = num_experts() + s;
       for (Index a = plan.expert_begin[e]; a < plan.expert_begin[e + 1]; ++a)
         cache.d_shared_gate(plan.token[a], s) =
-            cache.d_gate[a] * detail::sigmoid_slope(cache.shared_gate(plan.token[a], s));
+            cache.d_gate[a] * sigmoid_slope(cache.shared_gate(plan.token[a], s));
     }
     router_linear_backward(cache.x, w_shared_gate, cache.d_shared_gate, grad.w_shared_gate, d_x, executor);
   }

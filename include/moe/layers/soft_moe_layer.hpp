@@ -293,7 +293,7 @@ class SoftMoELayer {
   Vector<S> scale;    ///< of the logits [1], empty unless normalised
 
  private:
-  using Sum = detail::Sum<S>;  // of terms over tokens or slots
+  using Sum = moe::Sum<S>;  // of terms over tokens or slots
 
   // Slots and columns that one task takes.
   static constexpr Index kSlotBlock = 64, kColBlock = 128;
