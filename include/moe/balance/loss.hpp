@@ -27,9 +27,9 @@ struct Loss {
 template <class S>
 void require_filled(const Matrix<S>& part, const Routing<S>& routing, const char* where, const char* what) {
   const Index tokens = routing.num_tokens(), experts = routing.num_experts();
-  require(part.rows() == tokens && part.cols() == experts, where, ": ", what,
-          part.size() > 0 ? "" : " (the router did not fill them)", " has shape [", part.rows(), ", ",
-          part.cols(), "], expected [", tokens, ", ", experts, "]");
+  require(part.rows() == tokens && part.cols() == experts, where, ": ", what, " has shape [", part.rows(),
+          ", ", part.cols(), "], expected [", tokens, ", ", experts, "]",
+          part.size() > 0 ? "" : ": the router did not fill it");
 }
 
 /// Squared coefficient of variation, population variance / (mean^2 + 1e-10), and, in `x`, its

@@ -5,6 +5,7 @@
 #include <moe/core/parameters.hpp>
 #include <moe/core/types.hpp>
 #include <moe/routing/check_routing.hpp>
+#include <moe/routing/router.hpp>
 #include <moe/routing/router_workspace.hpp>
 #include <moe/routing/routing.hpp>
 #include <moe/routing/routing_gradient.hpp>

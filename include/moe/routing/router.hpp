@@ -3,6 +3,7 @@
 
 #include <concepts>
 #include <optional>
+#include <type_traits>
 
 #include <moe/core/executor.hpp>
 #include <moe/core/parameters.hpp>
@@ -58,23 +59,16 @@ std::optional<GateSide> gate_side_of(const R& router) {
 
 namespace detail {
 
-template <class F, class W, class E>
-concept TakesSome = requires(const F& f, W& workspace, const E& executor) {
-  f(workspace, executor);
-}
-|| requires(const F& f, W& workspace) { f(workspace); }
-|| requires(const F& f, const E& executor) { f(executor); }
-|| requires(const F& f) { f(); };
-
-// Calls f with the most of workspace and executor that it takes.
+// Calls f with the most of workspace and executor that it takes. A router may take anything for an executor:
+// a workspace is passed alone only where an executor is not taken.
 template <class F, class W, class E>
 void call_with_most(const F& f, W& workspace, const E& executor) {
-  if constexpr (requires { f(workspace, executor); })
+  if constexpr (std::is_invocable_v<F, W&, const E&>)
     f(workspace, executor);
-  else if constexpr (requires { f(workspace); })
-    f(workspace);
-  else if constexpr (requires { f(executor); })
+  else if constexpr (std::is_invocable_v<F, const E&>)
     f(executor);
+  else if constexpr (std::is_invocable_v<F, W&>)
+    f(workspace);
   else
     f();
 }
@@ -100,7 +94,9 @@ void route_with(const R& router, const ConstMatrixRef<typename R::Scalar>& x, Rn
   const auto route = [&](auto&... rest) -> decltype(router.route(x, rng, info, routing, rest...)) {
     return router.route(x, rng, info, routing, rest...);
   };
-  if constexpr (detail::TakesSome<decltype(route), RouterWorkspace<typename R::Scalar>, E>)
+  if constexpr (
+      requires { router.route(x, rng, info, routing); } ||
+      requires { router.route(x, rng, info, routing, executor); })
     detail::call_with_most(route, workspace, executor);
   else
     route_with(router, x, info, routing, workspace, executor);

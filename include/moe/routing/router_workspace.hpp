@@ -61,9 +61,9 @@ struct ExpertChoiceWorkspace {
 /// What SinkhornRouter works in.
 template <class S>
 struct SinkhornWorkspace {
-  Matrix<S> plan;       ///< [tokens, num_experts]
-  Buffer<S> factors;    ///< of experts, now and before, and of a group's tokens
-  Buffer<double> sums;  ///< [num_experts]
+  Matrix<S> plan{};       ///< [tokens, num_experts]
+  Buffer<S> factors{};    ///< of experts, now and before, and of a group's tokens
+  Buffer<double> sums{};  ///< [num_experts]
 
   template <class F>
   void for_each_array(const F& f) const {
