@@ -334,8 +334,9 @@ TEST(Errors, OfABatchInfo) {
   });
   expect_bad_info("apply_capacity", [](const auto& info) {
     Routing r = good_routing();
-    moe::apply_capacity(r.chosen, r.router_probs, IndexVector(IndexVector::Ones(info.num_groups())),
-                        Overflow::drop, Priority::token_order, info, r.plan, r.scratch);
+    moe::CapacityWorkspace<double> workspace;
+    moe::apply_capacity(r.chosen, r.router_probs, IndexVector(IndexVector::Ones(info.num_groups())), {}, info,
+                        r.plan, workspace);
   });
   const auto routers = [](auto router, const char* where) {
     expect_bad_info(where, [&](const BatchInfo& info) {
@@ -551,14 +552,16 @@ TEST(Errors, OfChoices) {
   expect_bad_choices("check", [](Routing& r) { moe::check_choices(r.chosen, 5, 3, "check"); });
   expect_bad_choices("dispatch_all", [](Routing& r) { moe::dispatch_all(r.chosen, r.plan); });
   expect_bad_choices("apply_capacity", [](Routing& r) {
-    moe::apply_capacity(r.chosen, r.router_probs, IndexVector(IndexVector::Ones(1)), Overflow::drop,
-                        Priority::token_order, {}, r.plan, r.scratch);
+    moe::CapacityWorkspace<double> workspace;
+    moe::apply_capacity(r.chosen, r.router_probs, IndexVector(IndexVector::Ones(1)), {}, {}, r.plan,
+                        workspace);
   });
   expect_bad_choices("importance_loss", [](Routing& r) { moe::importance_loss(r); });
   expect_bad_choices("load_loss", [](Routing& r) { moe::load_loss(r); });
   expect_bad_choices("selection_backward", [](Routing& r) {
+    moe::TokenChoiceWorkspace<double> workspace;
     Matrix<double> d_logits;
-    moe::selection_backward({}, r, Gradient{}, d_logits);
+    moe::selection_backward({}, r, Gradient{}, workspace, d_logits);
   });
   const Layer layer = make_layer();
   expect_bad_choices("MoELayer::forward", [&](Routing& r) {
@@ -604,7 +607,8 @@ TEST(Errors, OfCapacity) {
                         Matrix<double> scores = ones(5, 3)) {
     return [=] {
       Routing r = spoilt(spoil);
-      moe::apply_capacity(r.chosen, scores, capacity, overflow, priority, {}, r.plan, r.scratch);
+      moe::CapacityWorkspace<double> workspace;
+      moe::apply_capacity(r.chosen, scores, capacity, {overflow, priority}, {}, r.plan, workspace);
     };
   };
   const auto nothing = [](Routing&) {};
@@ -661,15 +665,17 @@ TEST(Errors, OfCapacity) {
       {"an order of probabilities without them",
        [] {
          Routing r = spoilt([](Routing&) {});
-         moe::apply_capacity(r.chosen, ones(5, 3), IndexVector(IndexVector::Ones(1)), Overflow::drop,
-                             Priority::token_max_prob, {}, r.plan, r.scratch);
+         moe::CapacityWorkspace<double> workspace;
+         moe::apply_capacity(r.chosen, ones(5, 3), IndexVector(IndexVector::Ones(1)),
+                             {.priority = Priority::token_max_prob}, {}, r.plan, workspace);
        },
        {"apply_capacity", "token_max_prob", "probs"}},
       {"NaN has no place in an order of probabilities",
        [] {
          Routing r = spoilt([](Routing& spoil) { spoil.router_probs(3, 1) = kNan; });
-         moe::apply_capacity(r.chosen, ones(5, 3), IndexVector(IndexVector::Ones(1)), Overflow::drop,
-                             Priority::token_max_prob, {}, r.plan, r.scratch, &r.router_probs);
+         moe::CapacityWorkspace<double> workspace;
+         moe::apply_capacity(r.chosen, ones(5, 3), IndexVector(IndexVector::Ones(1)),
+                             {.priority = Priority::token_max_prob}, {}, r.plan, workspace, &r.router_probs);
        },
        {"token 3 of 5", "NaN"}},
   });
@@ -805,7 +811,8 @@ TEST(Errors, OfTokenChoice) {
       Routing r;
       moe::begin_routing(5, 3, {}, r, "");
       r.router_logits = ones(rows, cols);
-      moe::route_by_logits({.top_k = top_k}, {}, {}, r, moe::Sequential{});
+      moe::RouterWorkspace<double> workspace;
+      moe::route_by_logits({.top_k = top_k}, {}, {}, r, workspace, moe::Sequential{});
     };
   };
   expect_errors({
@@ -817,7 +824,8 @@ TEST(Errors, OfTokenChoice) {
        [] {
          Routing r = noisy_routing();
          r.noise.noisy_logits = ones(5, 2);
-         moe::route_by_logits({.top_k = 2}, {}, {}, r, moe::Sequential{});
+         moe::RouterWorkspace<double> workspace;
+         moe::route_by_logits({.top_k = 2}, {}, {}, r, workspace, moe::Sequential{});
        },
        {"[5, 2]", "[5, 3]"}},
       {"route_by_logits: capacity factor",
@@ -825,9 +833,21 @@ TEST(Errors, OfTokenChoice) {
          Routing r;
          moe::begin_routing(5, 3, {}, r, "");
          r.router_logits = ones(5, 3);
-         moe::route_by_logits({.top_k = 2, .capacity_factor = -1}, {}, {}, r, moe::Sequential{});
+         moe::RouterWorkspace<double> workspace;
+         moe::route_by_logits({.top_k = 2, .capacity_factor = -1}, {}, {}, r, workspace, moe::Sequential{});
        },
        {"-1", "0"}},
+      {"route_by_logits: draws",
+       [] {
+         Routing r;
+         moe::begin_routing(5, 3, {}, r, "");
+         r.router_logits = ones(5, 3);
+         const std::vector<double> draws(4);
+         moe::RouterWorkspace<double> workspace;
+         moe::route_by_logits({.top_k = 2, .second_threshold = 0.5}, {.second_draws = draws}, {}, r,
+                              workspace, moe::Sequential{});
+       },
+       {"4 second_draws", "5"}},
       {"add_valid_rows: d",
        [] {
          Matrix<double> d_logits = ones(5, 3);
@@ -885,8 +905,9 @@ void expect_bad_gradient(const std::function<void(const Gradient&)>& call) {
 TEST(Errors, OfARoutingGradient) {
   expect_bad_gradient([](const Gradient& g) { moe::check_routing_gradient(g, good_routing(), "check"); });
   expect_bad_gradient([](const Gradient& g) {
+    moe::TokenChoiceWorkspace<double> workspace;
     Matrix<double> d_logits;
-    moe::selection_backward({}, good_routing(), g, d_logits);
+    moe::selection_backward({}, good_routing(), g, workspace, d_logits);
   });
   expect_bad_gradient([](const Gradient& g) {  // sums of two batches
     Gradient all{ones(5, 3), ones(5, 3), ones(5, 3), filled(10), filled(10)};
@@ -1123,11 +1144,7 @@ void expect_router_errors(const char* name) {
        backward({5, 4}, {5, 4}, router, [](Routing& r) { r.plan.choice[3] = 77; }),
        {"assignment 3", "77 of 10"}},
       {"backward: input_factor",
-       backward({5, 4}, {5, 4}, router,
-                [](Routing& r) {
-                  r.has_input_factor = true;
-                  r.input_factor = ones(5, 3);
-                }),
+       backward({5, 4}, {5, 4}, router, [](Routing& r) { r.input_factor = ones(5, 3); }),
        {"input_factor", "[5, 3]", "[5, 4]"}},
       {"backward: noise's draws",
        backward({5, 4}, {5, 4}, router,
@@ -1305,7 +1322,8 @@ TEST(Errors, OfRouters) {
          const Matrix<double> ranking = ones(5, 2);
          moe::begin_routing(5, 3, {}, r, "test");
          r.router_logits = ones(5, 3);
-         moe::route_by_logits({}, {}, {}, r, moe::Sequential{}, &ranking);
+         moe::RouterWorkspace<double> workspace;
+         moe::route_by_logits({}, {.ranking = &ranking}, {}, r, workspace, moe::Sequential{});
        },
        {"given_ranking", "[5, 2]", "[5, 3]"}},
       {"update_selection_bias: sizes",

@@ -11,8 +11,9 @@ void run(benchmark::State& state, const Router& router) {
   const Index tokens = state.range(0);
   const Matrix<float> x = normal(tokens, kModel);
   Routing<float> routing;
+  RouterWorkspace<float> workspace;
   for (auto _ : state) {
-    router.route(x, {}, routing, Sequential{});
+    router.route(x, {}, routing, workspace, Sequential{});
     benchmark::DoNotOptimize(routing.plan.token.data());
   }
   count_tokens(state, tokens);
@@ -28,8 +29,9 @@ void BM_NoisyTopKRouter(benchmark::State& state) {
   const Index tokens = state.range(0);
   const Matrix<float> x = normal(tokens, kModel);
   Routing<float> routing;
+  RouterWorkspace<float> workspace;
   for (auto _ : state) {
-    router.route(x, rng, {}, routing, Sequential{});
+    router.route(x, rng, {}, routing, workspace, Sequential{});
     benchmark::DoNotOptimize(routing.plan.token.data());
   }
   count_tokens(state, tokens);

@@ -30,10 +30,11 @@ void BM_ApplyCapacity(benchmark::State& state) {
   const auto overflow = Overflow(state.range(2));
   const auto priority = Priority(state.range(3));
   Routing<float> routing = random_routing(tokens, experts, k);
+  CapacityWorkspace<float> workspace;
   const IndexVector capacity = IndexVector::Constant(1, expert_capacity(tokens, experts, k, 1.0));
   for (auto _ : state) {
-    apply_capacity(routing.chosen, routing.router_logits, capacity, overflow, priority, {}, routing.plan,
-                   routing.scratch);
+    apply_capacity(routing.chosen, routing.router_logits, capacity, {overflow, priority}, {}, routing.plan,
+                   workspace);
     benchmark::DoNotOptimize(routing.plan.token.data());
   }
   count_tokens(state, tokens);

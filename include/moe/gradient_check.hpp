@@ -224,10 +224,8 @@ GradientReport check_gradients(const R& router, Matrix<double> x, const Gradient
   Matrix<double> valid_x = x;
   for (Index t = 0; t < x.rows(); ++t)
     if (!routing.is_valid(t)) valid_x.row(t).setZero();
-  if constexpr (requires { work.backward(valid_x, routing, weights, d_x, grad, Sequential{}); })
-    work.backward(valid_x, routing, weights, d_x, grad, Sequential{});
-  else
-    route_backward_with(work, valid_x, routing, weights, d_x, grad, Sequential{});
+  RouterWorkspace<double> workspace;
+  route_backward_with(work, valid_x, routing, weights, d_x, grad, workspace, Sequential{});
   return detail::compare_gradients(
       detail::gradient_arrays(work, grad, x, d_x), options, [&](detail::RoutingSignature& seen) {
         route();

@@ -24,9 +24,11 @@
 //
 // The way of the data: x -> router.route -> Routing -> dispatch -> experts -> combine -> y.
 
+#include <moe/balance/group_balance_loss.hpp>
 #include <moe/balance/load_loss.hpp>
 #include <moe/balance/loss.hpp>
 #include <moe/balance/metrics.hpp>
+#include <moe/balance/relu_balance_loss.hpp>
 #include <moe/balance/selection_bias.hpp>
 #include <moe/core/buffer.hpp>
 #include <moe/core/check.hpp>
@@ -42,7 +44,9 @@
 #include <moe/experts/variant_expert.hpp>
 #include <moe/experts/zero_computation_experts.hpp>
 #include <moe/gradient_check.hpp>
+#include <moe/layers/checked_plan.hpp>
 #include <moe/layers/dispatch.hpp>
+#include <moe/layers/expert_cache.hpp>
 #include <moe/layers/grouped_experts.hpp>
 #include <moe/layers/layer_workspace.hpp>
 #include <moe/layers/moe_layer.hpp>
@@ -56,6 +60,7 @@
 #include <moe/math/init.hpp>
 #include <moe/math/linear.hpp>
 #include <moe/math/numbers.hpp>
+#include <moe/math/sigmoid.hpp>
 #include <moe/math/softmax.hpp>
 #include <moe/math/top_k.hpp>
 #include <moe/models/model.hpp>
@@ -90,12 +95,22 @@
 #include <moe/routers/noisy_top_k_router.hpp>
 #include <moe/routers/sinkhorn_router.hpp>
 #include <moe/routers/sparse_mixer_router.hpp>
+#include <moe/routers/top_k_options.hpp>
 #include <moe/routers/top_k_router.hpp>
 #include <moe/routing/capacity.hpp>
+#include <moe/routing/check_router.hpp>
 #include <moe/routing/check_routing.hpp>
+#include <moe/routing/edit_experts.hpp>
+#include <moe/routing/expert_capacity.hpp>
+#include <moe/routing/final_sets.hpp>
 #include <moe/routing/group_limit.hpp>
 #include <moe/routing/router.hpp>
+#include <moe/routing/router_workspace.hpp>
 #include <moe/routing/routing.hpp>
+#include <moe/routing/routing_gradient.hpp>
 #include <moe/routing/scores.hpp>
+#include <moe/routing/seating_order.hpp>
+#include <moe/routing/seating_rule.hpp>
 #include <moe/routing/token_choice.hpp>
+#include <moe/routing/token_choice_backward.hpp>
 #include <moe/version.hpp>

@@ -36,7 +36,9 @@ Routing<S> route_logits(const Matrix<S>& logits, Index k, const BatchInfo& info 
   Routing<S> routing;
   moe::begin_routing(logits.rows(), logits.cols(), info, routing, "test");
   routing.router_logits = logits;
-  moe::route_by_logits({.gate = {.renormalise = true}, .top_k = k}, {}, info, routing, moe::Sequential{});
+  moe::RouterWorkspace<S> workspace;
+  moe::route_by_logits({.gate = {.renormalise = true}, .top_k = k}, {}, info, routing, workspace,
+                       moe::Sequential{});
   return routing;
 }
 
@@ -692,7 +694,9 @@ TEST(SequenceBalanceLoss, OfDeepSeekV3CountsTheScoresWithoutTheBias) {
   Routing<double> routing;
   moe::begin_routing(4, 4, {}, routing, "test");
   routing.router_logits = z;
-  moe::route_by_logits({.gate = {.score = moe::Score::sigmoid}}, Vector<double>{{-5, 0, 0, 5}}, {}, routing,
+  const Vector<double> bias{{-5, 0, 0, 5}};
+  moe::RouterWorkspace<double> workspace;
+  moe::route_by_logits({.gate = {.score = moe::Score::sigmoid}}, {.bias = &bias}, {}, routing, workspace,
                        moe::Sequential{});
   const auto demand = moe::most_probable_choices(routing, 1);
   EXPECT_EQ(demand.expert, (moe::Buffer<Index>{0, 0, 0, 3}));

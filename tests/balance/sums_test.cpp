@@ -198,15 +198,16 @@ TEST(Sums, OfALayersGradientsOverManyTokensKeepTheirDigits) {
 // Sinkhorn's algorithm makes every expert's share of the tokens even.
 TEST(Sums, OfSinkhornsColumnsOverManyTokensKeepTheirDigits) {
   const Index tokens = 1 << 19, experts = 4;
-  Matrix<float> z(tokens, experts), plan(tokens, experts);
+  Matrix<float> z(tokens, experts);
+  moe::SinkhornWorkspace<float> workspace{.plan = Matrix<float>(tokens, experts)};
   moe::Rng rng(7);
   for (Index i = 0; i < z.size(); ++i) z.data()[i] = float(0.5 * rng.uniform());
   moe::Buffer<moe::TokenState> state;
   state.assign(tokens, moe::TokenState::valid);
-  moe::Buffer<float> factors;
-  moe::Buffer<double> sums;
-  moe::detail::balance_by_sinkhorn(z, state, Index(0), tokens, 0.0, Index(20), plan, factors, sums);
-  for (Index e = 0; e < experts; ++e) EXPECT_NEAR(plan.col(e).cast<double>().sum(), 0.25, 1e-6) << e;
+  moe::detail::balance_by_sinkhorn(z, state, Index(0), tokens, {.tolerance = 0, .max_iterations = 20},
+                                   workspace);
+  for (Index e = 0; e < experts; ++e)
+    EXPECT_NEAR(workspace.plan.col(e).cast<double>().sum(), 0.25, 1e-6) << e;
 }
 
 // Soft MoE adds up tokens into slots, and their weights into the sums of its softmax.

@@ -234,7 +234,8 @@ TEST(Overlap, OfTheCacheAndAnotherArgumentIsRefused) {
   const Matrix<double> x = draws<double>(6, kModel);
   Matrix<double> y, d_x;
   layer.forward(x, y, cache);
-  cache.routing.noise.draws = cache.routing.input_factor = cache.routing.scratch.input = x;
+  cache.routing.noise = {x, x, x, 2};
+  cache.routing.input_factor = x;
   layer.backward(y, cache, grad, {}, d_x);
   Routing<double>& routing = cache.routing;
   const std::vector<Matrix<double>*> arrays{&cache.x,
@@ -242,8 +243,8 @@ TEST(Overlap, OfTheCacheAndAnotherArgumentIsRefused) {
                                             &routing.router_probs,
                                             &routing.noise.draws,
                                             &routing.input_factor,
-                                            &routing.scratch.d_logits,
-                                            &routing.scratch.input};
+                                            &cache.router.d_logits,
+                                            &cache.router.input};
   for (Matrix<double>* in : arrays) {
     ASSERT_EQ(in->size(), 6 * kModel);
     expect_refused<double>([&] { layer.forward(*in, y, cache); }, *in, "x");
@@ -338,19 +339,19 @@ Router make_router() {
 TYPED_TEST(OverlapOf, RoutersIsRefused) {
   const TypeParam router = make_router<TypeParam>();
   Routing<double> routing;
+  RouterWorkspace<double> workspace;
   const Matrix<double> x = draws<double>(6, kModel);
   Rng rng(2);
-  const auto fill = [&] {
-    router.route(x, {}, routing);
-    routing.noise.stddev = routing.scratch.d_noise = routing.scratch.ranking = x;
-  };
-  fill();
-  for (Matrix<double>* in :
-       {&routing.router_probs, &routing.noise.stddev, &routing.scratch.d_noise, &routing.scratch.ranking}) {
+  router.route(x, {}, routing, workspace);
+  routing.noise = {x, x, routing.router_probs, 2};
+  workspace.d_noise = workspace.token_choice.ranking = workspace.sinkhorn.plan = x;
+  for (Matrix<double>* in : {&routing.router_probs, &routing.noise.stddev, &workspace.d_noise,
+                             &workspace.token_choice.ranking, &workspace.sinkhorn.plan}) {
     ASSERT_EQ(in->size(), 6 * kModel);
-    expect_refused<double>([&] { router.route(*in, {}, routing); }, *in, "x in the routing");
+    expect_refused<double>([&] { router.route(*in, {}, routing, workspace); }, *in, "x in the routing");
     if constexpr (requires { router.route(x, rng, BatchInfo{}, routing); })
-      expect_refused<double>([&] { router.route(*in, rng, {}, routing); }, *in, "x in the routing, training");
+      expect_refused<double>([&] { router.route(*in, rng, {}, routing, workspace); }, *in,
+                             "x in the routing, training");
   }
   TypeParam grad = zeros_like(router);
   RoutingGradient<double> gradient;
@@ -358,7 +359,7 @@ TYPED_TEST(OverlapOf, RoutersIsRefused) {
   Matrix<double> memory = draws<double>(9, kModel), d_x = memory.topRows(6);
   const auto backward = [&](const ConstMatrixRef<double>& seen, MatrixRef<double> by_x,
                             const auto& by_routing) {
-    router.backward(seen, routing, by_routing, by_x, grad);
+    router.backward(seen, routing, by_routing, by_x, grad, workspace);
   };
   expect_refused<double>([&] { backward(memory.topRows(6), memory.topRows(6), gradient); }, memory,
                          "d_x is x");
@@ -368,8 +369,10 @@ TYPED_TEST(OverlapOf, RoutersIsRefused) {
                          "d_x in the gradient");
   expect_refused<double>([&] { backward(x, routing.router_probs, gradient); }, routing.router_probs,
                          "d_x in the routing");
-  expect_refused<double>([&] { backward(routing.scratch.d_noise, d_x, gradient); }, routing.scratch.d_noise,
-                         "x in the scratch");
+  expect_refused<double>([&] { backward(workspace.d_noise, d_x, gradient); }, workspace.d_noise,
+                         "x in the workspace");
+  expect_refused<double>([&] { backward(x, workspace.d_noise, gradient); }, workspace.d_noise,
+                         "d_x in the workspace");
   TypeParam::visit([](const ParameterInfo&, const auto& g) { EXPECT_EQ(g.squaredNorm(), 0.0); }, grad);
   EXPECT_NO_THROW(backward(memory.topRows(6), d_x, gradient));
   Matrix<double>* by_logits = nullptr;
@@ -404,11 +407,13 @@ TEST(Overlap, OfWhatAHashRouterReadsAndWritesIsRefused) {
 TEST(Overlap, OfDrawsAndTheRoutingIsRefused) {
   const auto router = make_router<SparseMixerRouter<double>>();
   Routing<double> routing;
-  routing.scratch.d_noise = Matrix<double>::Constant(6, 2 * (kExperts + 1), 0.5);
-  routing.router_logits = routing.scratch.d_noise;
-  expect_refused<double>(
-      [&] { router.route_with_draws(draws<double>(6, kModel), routing.router_logits, {}, routing); },
-      routing.router_logits, "draws");
+  RouterWorkspace<double> workspace;
+  Matrix<double>& in_workspace = workspace.sparse_mixer.draws;
+  routing.router_logits = in_workspace = Matrix<double>::Constant(6, 2 * (kExperts + 1), 0.5);
+  for (Matrix<double>* in : {&routing.router_logits, &in_workspace})
+    expect_refused<double>(
+        [&] { router.route_with_draws(draws<double>(6, kModel), *in, {}, routing, workspace); }, *in,
+        "draws");
 }
 
 // ---- Functions.

@@ -206,7 +206,8 @@ Routing<float> route_under_noise(const R& router, const moe::SeatingRule& rule, 
   auto& noise = routing.noise;
   noise.draws = file.matrix("noise");
   noise.noisy_logits = routing.router_logits + noise.draws.cwiseProduct(noise.stddev);
-  moe::route_by_logits(rule, {}, {}, routing, moe::DefaultExecutor{});
+  moe::RouterWorkspace<float> workspace;
+  moe::route_by_logits(rule, {}, {}, routing, workspace, moe::DefaultExecutor{});
   return routing;
 }
 
@@ -215,16 +216,16 @@ Routing<float> route_under_draws(const moe::TopKRouter<float>& router, const Com
   const moe::TopKOptions& options = router.options();
   const Matrix<float> x = file.matrix("x"), uniform = file.matrix("uniform");
   const std::vector<double> draws(uniform.data(), uniform.data() + uniform.size());
+  moe::RouterWorkspace<float> workspace;
   Routing<float> routing;
   router.route(x, {}, routing);  // for the logits
-  moe::begin_routing(x.rows(), kExperts, {}, routing, "test");
+  moe::begin_routing(x.rows(), kExperts, {}, routing, "test", {.router_logits = true});
   moe::route_by_logits({.gate = {.renormalise = options.renormalise, .epsilon = options.renormalise_epsilon},
                         .top_k = options.top_k,
                         .second_threshold = options.random_second_threshold,
-                        .second_draws = draws.data(),
                         .capacity_factor = options.training_capacity,
                         .capacity_rule = options.capacity_rule},
-                       {}, {}, routing, moe::DefaultExecutor{});
+                       {.second_draws = draws}, {}, routing, workspace, moe::DefaultExecutor{});
   Index left_out = 0;
   for (Index t = 0; t < x.rows(); ++t)
     left_out += options.top_k - (routing.chosen.token_begin[t + 1] - routing.chosen.token_begin[t]);
@@ -539,13 +540,13 @@ TEST(Authors, MeshSwitchLayer) {
   const BatchInfo info = groups_of(file.golden.number("groups"), x.rows());
   Routing<float> routing;
   layer.router().route(x.cwiseProduct(jitter), info, routing);  // for the logits
-  moe::begin_routing(x.rows(), kExperts, info, routing, "test");
-  routing.has_input_factor = true;
+  moe::begin_routing(x.rows(), kExperts, info, routing, "test", {.router_logits = true});
   routing.input_factor = jitter;
+  moe::RouterWorkspace<float> workspace;
   moe::route_by_logits({.top_k = options.top_k,
                         .capacity_factor = options.training_capacity,
                         .capacity_rule = options.capacity_rule},
-                       {}, info, routing, moe::DefaultExecutor{});
+                       {}, info, routing, workspace, moe::DefaultExecutor{});
   file.expect_equal_plan(routing);
   file.gradient = {};
   file.expect_equal_loss("balance_loss", moe::sequence_balance_loss(routing, info));

@@ -63,8 +63,8 @@ TEST(MoELayerMisuse, ABackwardThatThrowsLeavesTheGradientAsItWas) {
   cache.routing = layer.route(tokens(5));
   expect_refused(cache, "a routing of another batch");
   layer.forward(x, cache);
-  cache.routing.has_input_factor = true;
-  expect_refused(cache, "jitter without its factors");
+  cache.routing.input_factor = tokens(5);
+  expect_refused(cache, "jitter of another batch");
   layer.forward(x, cache);
   cache.routing.plan.choice[0] = cache.routing.plan.choice[1];
   expect_refused(cache, "an assignment that stems from another token's choice");

@@ -187,8 +187,7 @@ struct Logits {
 
 template <class S>
 Logits<S> logits_of(const moe::TopKRouter<S>& router, Matrix<S> x, const moe::Routing<S>& routing) {
-  for (Index i = 0; routing.has_input_factor && i < x.size(); ++i)
-    x.data()[i] *= routing.input_factor.data()[i];
+  for (Index i = 0; i < routing.input_factor.size(); ++i) x.data()[i] *= routing.input_factor.data()[i];
   const Matrix<S> z = reference::logits(x, router.w_router, router.b_router);
   return {z, z};
 }

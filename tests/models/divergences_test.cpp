@@ -199,7 +199,7 @@ TEST(Divergences, JitterOfSparseMixerLeavesItsInputAlone) {
   Routing<double> routing;
   router.route(x, rng, {}, routing);
   EXPECT_EQ(routing.router_logits, x);
-  EXPECT_FALSE(routing.has_input_factor);
+  EXPECT_EQ(routing.input_factor.size(), 0);
 }
 
 // Hugging Face's Switch once returned p x for a dropped token, and reports it as one of expert 0.
@@ -238,9 +238,9 @@ TEST(Divergences, ARandomSecondExpertIsDrawnByItsNormalisedGate) {
   Routing<double> routing;
   moe::begin_routing(1, 4, {}, routing, "test");
   routing.router_logits = z;
-  moe::route_by_logits(
-      {.gate = {.renormalise = true}, .top_k = 2, .second_threshold = .5, .second_draws = &draw}, {}, {},
-      routing, moe::Sequential{});
+  moe::RouterWorkspace<double> workspace;
+  moe::route_by_logits({.gate = {.renormalise = true}, .top_k = 2, .second_threshold = .5},
+                       {.second_draws = {&draw, 1}}, {}, routing, workspace, moe::Sequential{});
   ASSERT_EQ(routing.chosen.expert, (Chosen{0, 1}));
   EXPECT_NEAR(routing.chosen.gate[0], 4.0 / 7, 1e-15);
   EXPECT_NEAR(routing.chosen.gate[1], 3.0 / 7, 1e-15);

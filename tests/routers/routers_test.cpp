@@ -255,7 +255,7 @@ TEST(TopKRouter, JitterMultipliesTheInputInTrainingOnly) {
   Rng rng(5), expected(5);
   Routing<double> routing;
   router.route(x, rng, masked({1, 0, 1, 1}), routing);
-  ASSERT_TRUE(routing.has_input_factor);
+  ASSERT_EQ(routing.input_factor.size(), x.size());
   double least = 2, most = 0;
   for (Index t = 0; t < 4; ++t) {
     for (Index j = 0; j < 4; ++j) {  // row-major, masked tokens included
@@ -276,7 +276,7 @@ TEST(TopKRouter, JitterMultipliesTheInputInTrainingOnly) {
   EXPECT_LT(least, 1 - 0.95 * jitter);
   EXPECT_GT(most, 1 + 0.95 * jitter);
   router.route(x, {}, routing);
-  EXPECT_FALSE(routing.has_input_factor);
+  EXPECT_EQ(routing.input_factor.size(), 0);
   EXPECT_EQ(routing.router_logits, x);
 }
 
@@ -301,7 +301,7 @@ TEST(TopKRouter, AReusedRoutingIsLikeANewOne) {
   EXPECT_EQ(reused.plan, fresh.plan);
   EXPECT_EQ(reused.chosen, fresh.chosen);
   EXPECT_EQ(reused.router_probs, fresh.router_probs);
-  EXPECT_FALSE(reused.has_input_factor);
+  EXPECT_EQ(reused.input_factor.size(), 0);
 }
 
 TEST(TopKRouter, WeightsHaveVarianceOneOverTheWidth) {

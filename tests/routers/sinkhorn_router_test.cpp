@@ -41,13 +41,15 @@ TEST(SinkhornRouter, SelectsByTheBalancedPlanInTraining) {
 
 TEST(SinkhornRouter, ThePlanHasEvenRowsAndColumns) {
   Rng rng(2);
-  Matrix<double> z(40, 5), plan(40, 5);
+  Matrix<double> z(40, 5);
+  moe::SinkhornWorkspace<double> workspace{.plan = Matrix<double>(40, 5)};
+  Matrix<double>& plan = workspace.plan;
   moe::fill_normal(z, 3.0, rng);
   moe::Buffer<moe::TokenState> state;
   state.assign(40, moe::TokenState::valid);
   state[7] = moe::TokenState::masked;
-  moe::Buffer<double> factors, sums;
-  moe::detail::balance_by_sinkhorn(z, state, Index(0), Index(40), 1e-12, Index(10000), plan, factors, sums);
+  moe::detail::balance_by_sinkhorn(z, state, Index(0), Index(40),
+                                   {.tolerance = 1e-12, .max_iterations = 10000}, workspace);
   plan.row(7).setZero();
   for (Index e = 0; e < 5; ++e) EXPECT_NEAR(plan.col(e).sum(), 1.0 / 5, 1e-5);
   for (Index t = 0; t < 40; ++t) EXPECT_NEAR(plan.row(t).sum(), t == 7 ? 0 : 1.0 / 39, 1e-5);
@@ -64,11 +66,10 @@ TEST(SinkhornRouter, BalancingEndsByItsToleranceOrItsNumberOfIterations) {
   moe::Buffer<moe::TokenState> state;
   state.assign(2, moe::TokenState::valid);
   const auto plan_of = [&](double tolerance, Index max_iterations) {
-    moe::Buffer<double> factors, sums;
-    Matrix<double> plan(2, 2);
-    moe::detail::balance_by_sinkhorn(z, state, Index(0), Index(2), tolerance, max_iterations, plan, factors,
-                                     sums);
-    return plan;
+    moe::SinkhornWorkspace<double> workspace{.plan = Matrix<double>(2, 2)};
+    moe::detail::balance_by_sinkhorn(z, state, Index(0), Index(2),
+                                     {.tolerance = tolerance, .max_iterations = max_iterations}, workspace);
+    return workspace.plan;
   };
   EXPECT_TRUE(plan_of(0, 1).isApprox(one, 1e-7));
   EXPECT_TRUE(plan_of(0, 2).isApprox(two, 1e-7));

@@ -200,6 +200,7 @@ using Token = std::vector<std::pair<Index, double>>;  // its choices: expert and
 
 struct Seating {
   moe::Routing<double> routing;
+  moe::CapacityWorkspace<double> workspace;
   Matrix<double> scores, probs;
   BatchInfo info;
 
@@ -217,8 +218,8 @@ struct Seating {
   void seat(const std::vector<Index>& capacity, Overflow overflow = Overflow::drop,
             Priority priority = Priority::token_order) {
     const IndexVector seats = Eigen::Map<const IndexVector>(capacity.data(), Index(capacity.size()));
-    moe::apply_capacity(routing.chosen, scores, seats, overflow, priority, info, routing.plan,
-                        routing.scratch, &probs);
+    moe::apply_capacity(routing.chosen, scores, seats, {overflow, priority}, info, routing.plan, workspace,
+                        &probs);
   }
 
   std::vector<std::vector<Index>> tokens_of_experts() const {
@@ -280,9 +281,10 @@ TEST(ApplyCapacity, ByTheLargestProbabilityIsNotByTheLargestRenormalisedGate) {
     moe::Routing<double> routing;
     moe::begin_routing(2, 3, {}, routing, "test");
     routing.router_logits = p.colwise().reverse().array().log();
+    moe::RouterWorkspace<double> workspace;
     moe::route_by_logits(
         {.gate = {.renormalise = true}, .top_k = 2, .capacity_factor = 0.7, .priority = priority}, {}, {},
-        routing, moe::Sequential{});
+        routing, workspace, moe::Sequential{});
     ASSERT_EQ(routing.plan.num_assignments(), 2);
     for (const Index t : routing.plan.token) EXPECT_EQ(t, priority == Priority::token_max_gate ? 0 : 1);
   }

@@ -174,9 +174,9 @@ TYPED_TEST(GatePrecision, OfGatesAndGradientsHoldsAtEveryGap) {
           }
           Vector<S> gates(n), d(n), d_z = Vector<S>::Zero(kExperts);
           for (Index i = 0; i < n; ++i) d[i] = S(d_gates[std::size_t(i)]);
-          moe::compute_gates(c.rule, z.data(), probs.data(), n, experts, gates.data());
-          moe::compute_gates_backward(c.rule, z.data(), probs.data(), kExperts, n, experts, gates.data(),
-                                      d.data(), d_z.data());
+          const moe::TokenScores<S> token{kExperts, z.data(), probs.data()};
+          moe::compute_gates(c.rule, token, n, experts, gates.data());
+          moe::compute_gates_backward(c.rule, token, n, experts, gates.data(), d.data(), d_z.data());
           const Reference expected = reference(c.rule, long_z, std::size_t(n), d_gates);
           const auto where = [&] {
             return c.name + ", base " + std::to_string(base) + ", gap " + std::to_string(gap) + ", winner " +
@@ -207,8 +207,8 @@ TYPED_TEST(GatePrecision, OfScoresThatAllUnderflowIsThatOfTheirQuotients) {
     for (const Score score : {Score::sigmoid, Score::sqrt_softplus}) {
       Vector<S> z{{S(low - 5), S(low)}}, probs(2), gates(2);
       moe::normalised_scores(score, Index(2), z.data(), probs.data());
-      moe::compute_gates(GateRule{.score = score, .renormalise = true}, z.data(), probs.data(), 2, experts,
-                         gates.data());
+      moe::compute_gates(GateRule{.score = score, .renormalise = true}, {2, z.data(), probs.data()}, 2,
+                         experts, gates.data());
       const Long quotient = std::exp(score == Score::sigmoid ? -5.0L : -2.5L);
       EXPECT_LE(ulps(gates[0], 1 / (1 + quotient)), 4) << low;
       EXPECT_LE(ulps(gates[1], quotient / (1 + quotient)), 4) << low;

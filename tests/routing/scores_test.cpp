@@ -26,9 +26,10 @@ struct Row {
   explicit Row(const Vector<double>& z) : logits(z), probs(z.size()) {
     moe::softmax(z.size(), z.data(), probs.data());
   }
+  moe::TokenScores<double> token() const { return {logits.size(), logits.data(), probs.data()}; }
   Vector<double> gates(const GateRule& recipe, const IndexVector& experts) const {
     Vector<double> gates(experts.size());
-    moe::compute_gates(recipe, logits.data(), probs.data(), experts.size(), experts.data(), gates.data());
+    moe::compute_gates(recipe, token(), experts.size(), experts.data(), gates.data());
     return gates;
   }
   // The gradient by the logits of <d_gates, gates>.
@@ -36,8 +37,8 @@ struct Row {
                           const Vector<double>& d_gates) const {
     const Vector<double> g = gates(recipe, experts);
     Vector<double> d = Vector<double>::Zero(logits.size());
-    moe::compute_gates_backward(recipe, logits.data(), probs.data(), logits.size(), experts.size(),
-                                experts.data(), g.data(), d_gates.data(), d.data());
+    moe::compute_gates_backward(recipe, token(), experts.size(), experts.data(), g.data(), d_gates.data(),
+                                d.data());
     return d;
   }
 };
@@ -185,8 +186,8 @@ TEST(Gates, BackwardAddsToWhatIsThere) {
   const Vector<double> gates = row.gates(kOfAll, best), d_gates{{2}};
   const Vector<double> alone = row.backward(kOfAll, best, d_gates);
   Vector<double> d = Vector<double>::Constant(3, 10);
-  moe::compute_gates_backward(kOfAll, row.logits.data(), row.probs.data(), Index(3), Index(1), best.data(),
-                              gates.data(), d_gates.data(), d.data());
+  moe::compute_gates_backward(kOfAll, row.token(), Index(1), best.data(), gates.data(), d_gates.data(),
+                              d.data());
   for (Index e = 0; e < 3; ++e) EXPECT_NEAR(d[e], 10 + alone[e], 1e-14);
 }
 

@@ -10,7 +10,8 @@
 #include <moe/balance/loss.hpp>
 #include <moe/core/check.hpp>
 #include <moe/math/top_k.hpp>
-#include <moe/routing/router.hpp>
+#include <moe/routing/check_routing.hpp>
+#include <moe/routing/routing.hpp>
 
 // The load that noise makes differentiable: how many tokens an expert would get under fresh noise.
 namespace moe {
@@ -36,8 +37,9 @@ class EstimatedLoad {
     const RoutingNoise<S>& noise = routing.noise;
     check_plan_arrays(routing.plan, where);
     check_choices(routing.chosen, tokens, experts, where);
-    require(noise.top_k >= 0 && noise.top_k <= experts, where, ": noise.top_k = ", noise.top_k,
-            " is not between 0 and num_experts = ", experts);
+    const Index least = noise.empty() ? 0 : 1;
+    require(noise.top_k >= least && noise.top_k <= experts, where, ": noise.top_k = ", noise.top_k,
+            " is not between ", least, " and num_experts = ", experts);
     if (!noise.empty()) {
       require_shape(routing.router_logits, tokens, experts, where, "router_logits");
       require_shape(noise.draws, tokens, experts, where, "noise.draws");
@@ -141,7 +143,7 @@ Loss<S> load_loss(const Routing<S>& routing, LoadThreshold threshold = LoadThres
   detail::require_no_noise_in_levels(routing);
   detail::EstimatedLoad<S> load(routing, threshold, "load_loss");
   Loss<S> loss;
-  loss.value = S(detail::squared_variation(load.values));
+  loss.value = S(squared_variation(load.values));
   loss.gradient = load.backward(load.values);
   return loss;
 }
@@ -165,7 +167,6 @@ template <class S>
 LevelsLoss<S> hierarchical_load_loss(const Routing<S>& routing,
                                      LoadThreshold threshold = LoadThreshold::two) {
   constexpr const char* kWhere = "hierarchical_load_loss";
-  using Sum = detail::Sum<S>;
   require(routing.levels.size() >= 2, kWhere, ": the routing has ", routing.levels.size(),
           " levels, expected a parent's and at least 1 child's");
   const Index groups = Index(routing.levels.size()) - 1;
@@ -183,14 +184,14 @@ LevelsLoss<S> hierarchical_load_loss(const Routing<S>& routing,
   }
   const auto share = [&](Index i) {  // 1 / tokens of group i
     const Index tokens = routing.levels[std::size_t(i) + 1].plan.num_valid_tokens();
-    return tokens > 0 ? Sum(1) / Sum(tokens) : Sum(0);
+    return tokens > 0 ? Sum<S>(1) / Sum<S>(tokens) : Sum<S>(0);
   };
-  Vector<Sum> all(groups * leaves);
+  Vector<Sum<S>> all(groups * leaves);
   for (Index i = 0; i < groups; ++i)
     all.segment(i * leaves, leaves) = load[0].values[i] * share(i) * load[std::size_t(i) + 1].values;
   LevelsLoss<S> loss;
-  loss.value = S(detail::squared_variation(all));
-  Vector<Sum> d_parent(groups);
+  loss.value = S(squared_variation(all));
+  Vector<Sum<S>> d_parent(groups);
   loss.gradients.resize(routing.levels.size());
   for (Index i = 0; i < groups; ++i) {
     detail::EstimatedLoad<S>& child = load[std::size_t(i) + 1];

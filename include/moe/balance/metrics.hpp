@@ -7,7 +7,8 @@
 
 #include <moe/core/check.hpp>
 #include <moe/core/types.hpp>
-#include <moe/routing/router.hpp>
+#include <moe/routing/check_routing.hpp>
+#include <moe/routing/routing.hpp>
 
 // What a routing did, as numbers: for dashboards, tests and people. Nothing here is differentiated.
 namespace moe {

@@ -8,8 +8,8 @@
 
 #include <moe/core/buffer.hpp>
 #include <moe/core/executor.hpp>
+#include <moe/layers/checked_plan.hpp>
 #include <moe/math/linear.hpp>
-#include <moe/routing/check_routing.hpp>
 #include <moe/routing/routing.hpp>
 
 // Moving rows: dispatch copies every assignment's token to a row of its expert, the experts work on their
@@ -19,64 +19,12 @@
 // little beside moving rows; a layer does it once, and hands the CheckedPlan on.
 namespace moe {
 
-/// A plan that was checked: the functions here follow it without looking again. Refers to the plan, which
-/// must not change meanwhile.
-template <class S>
-class CheckedPlan {
- public:
-  /// Throws std::invalid_argument unless the plan is of so many tokens and experts and can be followed.
-  CheckedPlan(const DispatchPlan<S>& plan, Index tokens, Index num_experts, const char* where)
-      : plan_(&plan) {
-    check_plan(plan, tokens, num_experts, where);
-  }
-  /// What a router made. Throws std::invalid_argument, too, where it chose but did not seat.
-  static CheckedPlan of_router(const Routing<S>& routing, Index tokens, Index num_experts,
-                               const char* where) {
-    const DispatchPlan<S>& plan = routing.plan;
-    require(plan.num_tokens == tokens && plan.num_experts() == num_experts, where,
-            ": the router made a plan of ", plan.num_tokens, " tokens and ", plan.num_experts(),
-            " experts, expected ", tokens, " and ", num_experts);
-    require(routing.chosen.size() == 0 || plan.num_assignments() > 0 || !plan.dropped.empty() ||
-                !plan.passed_through.empty(),
-            where, ": the router made ", routing.chosen.size(),
-            " choices, but its plan has no assignment of them and none is dropped: a router ends with "
-            "dispatch_all or apply_capacity");
-    return {plan, tokens, num_experts, where};
-  }
-  /// For who has made the plan of a checked one.
-  static CheckedPlan trusted(const DispatchPlan<S>& plan) { return CheckedPlan(plan); }
-
-  const DispatchPlan<S>& operator*() const { return *plan_; }
-  const DispatchPlan<S>* operator->() const { return plan_; }
-
- private:
-  explicit CheckedPlan(const DispatchPlan<S>& plan) : plan_(&plan) {}
-
-  const DispatchPlan<S>* plan_;
-};
-
-/// A plan for the functions here: a DispatchPlan, which they check, or a CheckedPlan.
-template <class P, class S>
-concept PlanOf = std::same_as<P, DispatchPlan<S>> || std::same_as<P, CheckedPlan<S>>;
-
 /// What the functions here take as a matrix of tokens: the elements of a row lie side by side. A
 /// column-major matrix does not compile: bind it to a ConstMatrixRef first, which copies.
 template <class M>
 concept TokenMatrix = detail::kRowsAreContiguous<std::remove_cvref_t<M>>;
 
 namespace detail {
-
-template <class S>
-const DispatchPlan<S>& to_follow(const DispatchPlan<S>& plan, Index tokens, const char* where) {
-  check_plan(plan, tokens, plan.num_experts(), where);
-  return plan;
-}
-template <class S>
-const DispatchPlan<S>& to_follow(const CheckedPlan<S>& checked, Index tokens, const char* where) {
-  require(checked->num_tokens == tokens, where, ": the routing is of ", checked->num_tokens,
-          " tokens, expected ", tokens);
-  return *checked;
-}
 
 // Calls f(assignment, token) for every assignment of the tokens [begin, end), experts ascending.
 template <class S, class F>
@@ -120,7 +68,7 @@ void sum_rows(const DispatchPlan<S>& plan, const RowBuffer<S>& rows, const Passe
 /// O(assignments * d_model). Allocates only when rows grows.
 template <TokenMatrix X, class S, PlanOf<S> P, Executor E = DefaultExecutor>
 void dispatch(const X& x, const P& given, RowBuffer<S>& rows, const E& executor = {}) {
-  const DispatchPlan<S>& plan = detail::to_follow(given, x.rows(), "dispatch");
+  const DispatchPlan<S>& plan = to_follow(given, x.rows(), "dispatch");
   require_apart("dispatch", "rows", rows, "x", x, "plan", plan);
   rows.resize(plan.num_assignments(), x.cols(), plan.token.capacity());
   for_each_block(plan.num_assignments(), executor, [&](Index begin, Index end, Index) {
@@ -143,7 +91,7 @@ void dispatch(const X& x, const P& given, RowBuffer<S>& rows, const E& executor 
 /// O(tokens * d_model + assignments * d_model). The order does not depend on the executor.
 template <TokenMatrix X, class S, PlanOf<S> P, TokenMatrix Y, Executor E = DefaultExecutor>
 void combine(const RowBuffer<S>& rows, const P& given, const X& x, Y&& y, const E& executor = {}) {
-  const DispatchPlan<S>& plan = detail::to_follow(given, y.rows(), "combine");
+  const DispatchPlan<S>& plan = to_follow(given, y.rows(), "combine");
   detail::require_rows(rows, plan, "combine", "rows");
   require_shape(x, plan.num_tokens, rows.cols(), "combine", "x");
   require_shape(y, plan.num_tokens, rows.cols(), "combine", "y");
@@ -162,7 +110,7 @@ void combine(const RowBuffer<S>& rows, const P& given, const X& x, Y&& y, const 
 template <TokenMatrix Dy, class S, PlanOf<S> P, Executor E = DefaultExecutor>
 void combine_backward(const Dy& d_y, const RowBuffer<S>& rows, const P& given, RowBuffer<S>& d_rows,
                       Buffer<S>& d_gate, const E& executor = {}) {
-  const DispatchPlan<S>& plan = detail::to_follow(given, d_y.rows(), "combine_backward");
+  const DispatchPlan<S>& plan = to_follow(given, d_y.rows(), "combine_backward");
   detail::require_rows(rows, plan, "combine_backward", "rows");
   require_shape(d_y, plan.num_tokens, rows.cols(), "combine_backward", "d_y");
   require_apart("combine_backward", "d_rows", d_rows, "d_y", d_y, "rows", rows, "plan", plan);
@@ -192,7 +140,7 @@ void combine_backward(const Dy& d_y, const RowBuffer<S>& rows, const P& given, R
 template <TokenMatrix X, TokenMatrix Dy, class S, PlanOf<S> P, TokenMatrix Dx, Executor E = DefaultExecutor>
 void dispatch_backward(const RowBuffer<S>& d_rows, const P& given, const X& x, const Dy& d_y, Dx&& d_x,
                        Buffer<S>& d_gate, const E& executor = {}) {
-  const DispatchPlan<S>& plan = detail::to_follow(given, d_x.rows(), "dispatch_backward");
+  const DispatchPlan<S>& plan = to_follow(given, d_x.rows(), "dispatch_backward");
   detail::require_rows(d_rows, plan, "dispatch_backward", "d_rows");
   require_shape(d_x, plan.num_tokens, d_rows.cols(), "dispatch_backward", "d_x");
   require_shape(d_y, plan.num_tokens, d_rows.cols(), "dispatch_backward", "d_y");

@@ -4,7 +4,9 @@
 #include <moe/core/buffer.hpp>
 #include <moe/core/types.hpp>
 #include <moe/layers/grouped_experts.hpp>
+#include <moe/routing/router_workspace.hpp>
 #include <moe/routing/routing.hpp>
+#include <moe/routing/routing_gradient.hpp>
 
 // What a layer writes on the way: memory that is used again, and what backward needs of forward.
 namespace moe {
@@ -13,6 +15,7 @@ namespace moe {
 template <class S>
 struct LayerWorkspace {
   Routing<S> routing;           ///< what the router decided
+  RouterWorkspace<S> router;    ///< what it works in
   DispatchPlan<S> all_experts;  ///< its plan with the shared experts after the routed ones
   Matrix<S> shared_gate;        ///< logits of the shared experts' gates [tokens, shared experts]
   RowBuffer<S> x_rows, y_rows;  ///< [assignments, d_model]
@@ -21,6 +24,7 @@ struct LayerWorkspace {
   template <class F>
   void for_each_array(const F& f) const {
     f(routing);
+    f(router);
     f(all_experts);
     f(shared_gate);
     for (const RowBuffer<S>* rows : {&x_rows, &y_rows}) f(*rows);

@@ -15,8 +15,10 @@
 #include <moe/layers/shared_experts.hpp>
 #include <moe/math/activation.hpp>
 #include <moe/math/init.hpp>
+#include <moe/routing/check_routing.hpp>
+#include <moe/routing/edit_experts.hpp>
 #include <moe/routing/router.hpp>
-#include <moe/routing/token_choice.hpp>
+#include <moe/routing/router_workspace.hpp>
 
 // The layer that joins a router and experts. Read forward() first.
 namespace moe {
@@ -81,7 +83,8 @@ class MoELayer {
   template <Executor Ex = DefaultExecutor>
   Routing<S> route(const ConstMatrixRef<S>& x, const BatchInfo& info = {}, const Ex& executor = {}) const {
     Routing<S> routing;
-    checked_route(x, info, routing, executor);
+    RouterWorkspace<S> router;
+    checked_route(x, info, routing, router, executor);
     return routing;
   }
 
@@ -99,7 +102,7 @@ class MoELayer {
   void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Workspace& workspace, const BatchInfo& info = {},
                const Ex& executor = {}) const {
     check_apart(x, y, workspace, "the workspace");
-    const CheckedPlan<S> routed = checked_route(x, info, workspace.routing, executor);
+    const CheckedPlan<S> routed = checked_route(x, info, workspace.routing, workspace.router, executor);
     run(x, routed, y, workspace, workspace.expert_workspace, executor);
   }
 
@@ -129,7 +132,7 @@ class MoELayer {
   void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Cache& cache, const BatchInfo& info = {},
                const Ex& executor = {}) const {
     check_apart(x, y, cache, "the cache");
-    forward_routed(x, checked_route(x, info, cache.routing, executor), y, cache, executor);
+    forward_routed(x, checked_route(x, info, cache.routing, cache.router, executor), y, cache, executor);
   }
 
   /// Training: with the router's noise, jitter and training capacity. An Rng means training.
@@ -147,7 +150,7 @@ class MoELayer {
                const Ex& executor = {}) const {
     check_input(x);
     check_apart(x, y, cache, "the cache");
-    route_with(router_, x, rng, info, cache.routing, executor);
+    route_with(router_, x, rng, info, cache.routing, cache.router, executor);
     const auto routed = CheckedPlan<S>::of_router(cache.routing, x.rows(), num_experts(), "MoELayer::route");
     forward_routed(x, routed, y, cache, executor);
   }
@@ -196,7 +199,7 @@ class MoELayer {
     if constexpr (TrainableRouter<R>) {
       add_gate_gradient(routing_gradient, cache.d_gate, cache.routing.plan, cache.routing_gradient);
       route_backward_with(router_, cache.x, cache.routing, cache.routing_gradient, d_x, grad.router_,
-                          executor);
+                          cache.router, executor);
     }
     if (w_shared_gate.size() > 0)
       shared_gate_backward(cache.x, *plan, cache.shared_gate, cache.d_gate, w_shared_gate,
@@ -272,9 +275,9 @@ class MoELayer {
 
   template <class Ex>
   CheckedPlan<S> checked_route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
-                               const Ex& executor) const {
+                               RouterWorkspace<S>& workspace, const Ex& executor) const {
     check_input(x);
-    route_with(router_, x, info, routing, executor);
+    route_with(router_, x, info, routing, workspace, executor);
     return CheckedPlan<S>::of_router(routing, x.rows(), num_experts(), "MoELayer::route");
   }
 
@@ -332,16 +335,7 @@ class MoELayer {
                               experts_.size(), kWhere);
     cache.experts.check(std::span<const E>(experts_.all()), plan->expert_begin, kWhere);
     check_routing_gradient(routing_gradient, cache.routing, kWhere);
-    if constexpr (requires { router_.check_backward(cache.x, cache.routing, grad.router_); })
-      router_.check_backward(cache.x, cache.routing, grad.router_);
-    constexpr bool kHasParameters = requires {
-      R::visit([](const ParameterInfo&, auto&...) {}, grad.router_);
-    };
-    static_assert(TrainableRouter<R> || !kHasParameters,
-                  "a router with visit() must satisfy TrainableRouter: see its backward()");
-    if constexpr (!TrainableRouter<R>)
-      require(routing_gradient.empty(), kWhere, ": a routing gradient of ", cache.routing.num_tokens(),
-              " tokens for a router without backward, expected none");
+    check_backward_with(router_, cache.x, cache.routing, routing_gradient, grad.router_, kWhere);
     return plan;
   }
 

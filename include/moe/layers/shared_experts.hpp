@@ -6,7 +6,7 @@
 #include <moe/core/check.hpp>
 #include <moe/core/executor.hpp>
 #include <moe/core/types.hpp>
-#include <moe/math/activation.hpp>
+#include <moe/math/sigmoid.hpp>
 #include <moe/routing/router.hpp>
 #include <moe/routing/scores.hpp>
 
@@ -54,7 +54,7 @@ const DispatchPlan<S>& add_shared_experts(const ConstMatrixRef<S>& x, const Disp
     for (Index t = 0; t < plan.num_tokens; ++t) {
       if (plan.token_state[t] != TokenState::valid) continue;
       plan.token.push_back(t);
-      plan.gate.push_back(w_shared_gate.size() > 0 ? detail::logistic(gate(t, s)) : S(1));
+      plan.gate.push_back(w_shared_gate.size() > 0 ? sigmoid(gate(t, s)) : S(1));
       if (plan.gate_side == GateSide::input) plan.gate[plan.gate.size() - 1] = S(1);
     }
     plan.expert_begin.push_back(plan.token.size());
@@ -83,7 +83,7 @@ void shared_gate_backward(const Matrix<S>& x, const DispatchPlan<S>& plan, const
   d_logits.setZero(x.rows(), num_shared);
   for (Index s = 0; s < num_shared; ++s)
     for (Index a = plan.expert_begin[routed + s]; a < plan.expert_begin[routed + s + 1]; ++a)
-      d_logits(plan.token[a], s) = d_gate[a] * detail::sigmoid_slope(gate(plan.token[a], s));
+      d_logits(plan.token[a], s) = d_gate[a] * sigmoid_slope(gate(plan.token[a], s));
   router_linear_backward(x, w_shared_gate, d_logits, d_w_shared_gate, d_x, executor);
 }
 

@@ -133,8 +133,8 @@ struct CosineLogits {
         detail::make_unit_backward(d, &w_slots(s, 0), unit, d_scaled, scale[0], &d_w_slots(s, 0));
       }
     });
-    detail::Sum<S> sum = 0;
-    for (const S part : g.d_scale) sum += detail::Sum<S>(part);
+    moe::Sum<S> sum = 0;
+    for (const S part : g.d_scale) sum += moe::Sum<S>(part);
     d_scale[0] += S(sum);
   }
 };

@@ -184,7 +184,7 @@ class SoftRouter {
   Vector<S> scale;    ///< of the logits [1], empty unless normalised
 
  private:
-  using Sum = detail::Sum<S>;  // of terms over tokens
+  using Sum = moe::Sum<S>;  // of terms over tokens
 
   // Slots and columns that one task takes.
   static constexpr Index kSlotBlock = 64, kColBlock = 128;

@@ -167,7 +167,7 @@ void bias_backward(const Dy& d_y, B&& d_b, const Keep& keep) {
   using S = typename Dy::Scalar;
   require(d_b.size() == d_y.cols(), "bias_backward: d_b has ", d_b.size(), " entries, expected ", d_y.cols());
   require_apart("bias_backward", "d_b", d_b, "d_y", d_y);
-  using Sum = detail::Sum<S>;
+  using Sum = moe::Sum<S>;
   constexpr Index kCols = 256;
   for (Index j = 0; j < d_y.cols(); j += kCols) {
     const Index wide = (std::min)(kCols, d_y.cols() - j);

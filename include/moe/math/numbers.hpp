@@ -54,11 +54,11 @@ bool is_unavailable(S value) {
   return number_kind(value) == NumberKind::infinite && std::signbit(value);
 }
 
-namespace detail {
-
-// What sums over tokens are made in.
+/// What sums over tokens are made in.
 template <class S>
 using Sum = std::common_type_t<S, double>;
+
+namespace detail {
 
 template <class S>
 bool is_nan(S value) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include <moe/balance/group_balance_loss.hpp>
 #include <moe/balance/load_loss.hpp>
 #include <moe/balance/loss.hpp>
 #include <moe/balance/metrics.hpp>

@@ -119,7 +119,8 @@ class PackedMoELayer {
                        const Ex& executor = {}) const {
     check_input(x);
     Routing<float> routing;
-    route_with(parts_.router, x, info, routing, executor);
+    RouterWorkspace<float> workspace;
+    route_with(parts_.router, x, info, routing, workspace, executor);
     return routing;
   }
 
@@ -140,7 +141,7 @@ class PackedMoELayer {
                const BatchInfo& info = {}, const Ex& executor = {}) const {
     check_input(x);
     check_apart(x, y, workspace);
-    route_with(parts_.router, x, info, workspace.routing, executor);
+    route_with(parts_.router, x, info, workspace.routing, workspace.router, executor);
     check_plan(workspace.routing.plan, x.rows(), num_experts(), "PackedMoELayer::forward");
     run(x, workspace.routing.plan, y, workspace, executor);
   }

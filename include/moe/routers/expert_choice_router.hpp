@@ -5,7 +5,13 @@
 #include <vector>
 
 #include <moe/math/init.hpp>
-#include <moe/routing/token_choice.hpp>
+#include <moe/math/linear.hpp>
+#include <moe/math/softmax.hpp>
+#include <moe/routing/capacity.hpp>
+#include <moe/routing/check_router.hpp>
+#include <moe/routing/edit_experts.hpp>
+#include <moe/routing/router_workspace.hpp>
+#include <moe/routing/token_choice_backward.hpp>
 
 namespace moe {
 
@@ -58,10 +64,9 @@ class ExpertChoiceRouter {
   /// Routing, the same in training and in inference. O(tokens * num_experts * d_model).
   template <Executor E = DefaultExecutor>
   void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
-             const E& executor = {}) const {
-    require_shape(x, x.rows(), d_model(), "ExpertChoiceRouter::route", "x");
-    require_apart("ExpertChoiceRouter::route", "routing", routing, "x", x);
-    begin_routing(x.rows(), num_experts(), info, routing, "ExpertChoiceRouter::route");
+             RouterWorkspace<S>& workspace, const E& executor = {}) const {
+    begin_route(*this, x, info, routing, workspace, "ExpertChoiceRouter::route",
+                {.router_logits = true, .router_probs = true});
     const Index tokens = x.rows(), experts = num_experts();
     Matrix<S>&z = routing.router_logits, &p = routing.router_probs;
     z.resize(tokens, experts);
@@ -70,14 +75,14 @@ class ExpertChoiceRouter {
     for_each_block(tokens, executor, [&](Index begin, Index end, Index) {
       for (Index t = begin; t < end; ++t) {
         TokenState& state = routing.plan.token_state[t];
-        if (state == TokenState::valid) detail::check_logits(&z(t, 0), experts, state);
+        check_logits(experts, &z(t, 0), state);
         if (state == TokenState::valid)
           softmax(experts, &z(t, 0), &p(t, 0));
         else
           p.row(t).setZero();
       }
     });
-    choose_tokens(info, routing, executor);
+    choose_tokens(info, routing, workspace, executor);
     list_choices(routing);
   }
 
@@ -85,13 +90,28 @@ class ExpertChoiceRouter {
   /// not valid. O(tokens * num_experts * d_model).
   template <Executor E = DefaultExecutor>
   void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing, const RoutingGradient<S>& gradient,
-                MatrixRef<S> d_x, ExpertChoiceRouter& grad, const E& executor = {}) const {
+                MatrixRef<S> d_x, ExpertChoiceRouter& grad, RouterWorkspace<S>& workspace,
+                const E& executor = {}) const {
     check_backward(x, routing, grad);
-    check_router_operands(x, routing, gradient, d_x, grad, "ExpertChoiceRouter::backward");
-    Matrix<S>& d_logits = routing.scratch.d_logits;
-    selection_backward(SeatingRule{}, routing, gradient, d_logits);
+    check_router_operands(x, routing, gradient, d_x, grad, workspace, "ExpertChoiceRouter::backward");
+    Matrix<S>& d_logits = workspace.d_logits;
+    selection_backward(SeatingRule{}, routing, gradient, workspace.token_choice, d_logits);
     add_valid_rows(routing, gradient.d_router_logits, d_logits);
     router_linear_backward(x, w_router, d_logits, grad.w_router, d_x, executor);
+  }
+
+  /// The same with a workspace of its own, here and below: it allocates.
+  template <Executor E = DefaultExecutor>
+  void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
+             const E& executor = {}) const {
+    RouterWorkspace<S> workspace;
+    route(x, info, routing, workspace, executor);
+  }
+  template <Executor E = DefaultExecutor>
+  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing, const RoutingGradient<S>& gradient,
+                MatrixRef<S> d_x, ExpertChoiceRouter& grad, const E& executor = {}) const {
+    RouterWorkspace<S> workspace;
+    backward(x, routing, gradient, d_x, grad, workspace, executor);
   }
 
   /// Throws what backward would throw for its arguments, and changes nothing.
@@ -127,12 +147,12 @@ class ExpertChoiceRouter {
  private:
   // Fills the plan but for `choice`: every expert's tokens, group by group.
   template <class E>
-  void choose_tokens(const BatchInfo& info, Routing<S>& routing, const E& executor) const {
+  void choose_tokens(const BatchInfo& info, Routing<S>& routing, RouterWorkspace<S>& workspace,
+                     const E& executor) const {
     const Matrix<S>&z = routing.router_logits, &p = routing.router_probs;
     DispatchPlan<S>& plan = routing.plan;
-    RoutingScratch<S>& scratch = routing.scratch;
     const Index tokens = plan.num_tokens, experts = num_experts(), groups = info.num_groups();
-    IndexVector& capacity = scratch.capacity;
+    IndexVector& capacity = workspace.capacity;
     count_valid_tokens(plan, info, capacity);
     Index most = 0, room = 0;  // seats of one expert: used at most now, and by any mask
     for (Index g = 0; g < groups; ++g) {
@@ -143,7 +163,8 @@ class ExpertChoiceRouter {
       most += capacity[g];
       room += seats(info.end_of(g, tokens) - info.begin_of(g));
     }
-    Buffer<Index>&candidates = scratch.order, &taken = scratch.seat, &count = scratch.load;
+    ExpertChoiceWorkspace& own = workspace.expert_choice;
+    Buffer<Index>&candidates = own.candidates, &taken = own.taken, &count = own.count;
     candidates.resize(executor.concurrency() * tokens);
     taken.reserve(experts * room);
     taken.resize(experts * most);  // [experts, most]

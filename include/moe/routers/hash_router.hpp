@@ -7,7 +7,8 @@
 
 #include <moe/core/random.hpp>
 #include <moe/routing/capacity.hpp>
-#include <moe/routing/router.hpp>
+#include <moe/routing/check_router.hpp>
+#include <moe/routing/router_workspace.hpp>
 
 namespace moe {
 
@@ -83,10 +84,9 @@ class HashRouter {
   /// Routing, the same in training and in inference. A valid token with a NaN or an infinity in its row of
   /// x is poisoned. O(tokens * (d_model + num_experts)). Throws std::invalid_argument without token_ids, and
   /// for the id of a token that is not masked beyond the table.
-  void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing) const {
-    require_shape(x, x.rows(), d_model(), "HashRouter::route", "x");
-    require_apart("HashRouter::route", "routing", routing, "x", x);
-    begin_routing(x.rows(), num_experts(), info, routing, "HashRouter::route");
+  void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
+             RouterWorkspace<S>& workspace) const {
+    begin_route(*this, x, info, routing, workspace, "HashRouter::route", {.router_probs = true});
     require(info.token_ids.size() == x.rows(), "HashRouter::route: token_ids has ", info.token_ids.size(),
             " entries, expected ", x.rows(), " tokens");
     DispatchPlan<S>& plan = routing.plan;
@@ -111,12 +111,17 @@ class HashRouter {
       chosen.token_begin[t + 1] = chosen.size();
     }
     if (!options_.capacity) return dispatch_all(chosen, plan);
-    IndexVector& capacity = routing.scratch.capacity;
+    IndexVector& capacity = workspace.capacity;
     count_valid_tokens(plan, info, capacity);
     for (Index& seats : capacity)
       seats = expert_capacity(seats, num_experts(), 1, *options_.capacity, options_.capacity_rule);
-    apply_capacity(chosen, routing.router_probs, capacity, options_.overflow, Priority::token_order, info,
-                   plan, routing.scratch);
+    apply_capacity(chosen, routing.router_probs, capacity, {.overflow = options_.overflow}, info, plan,
+                   workspace.seating);
+  }
+  /// The same with a workspace of its own: it allocates.
+  void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing) const {
+    RouterWorkspace<S> workspace;
+    route(x, info, routing, workspace);
   }
 
  private:

@@ -14,7 +14,10 @@
 #include <utility>
 #include <vector>
 
-#include <moe/routing/token_choice.hpp>
+#include <moe/routing/capacity.hpp>
+#include <moe/routing/check_router.hpp>
+#include <moe/routing/router.hpp>
+#include <moe/routing/router_workspace.hpp>
 
 namespace moe {
 
@@ -88,15 +91,15 @@ class HierarchicalRouter {
   /// for a level that drops choices or whose gates scale another side than the parent's.
   template <Executor E = DefaultExecutor>
   void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
-             const E& executor = {}) const {
-    route_levels(x, nullptr, info, routing, executor);
+             RouterWorkspace<S>& workspace, const E& executor = {}) const {
+    route_levels(x, nullptr, info, routing, workspace, executor);
   }
 
   /// Routing for training. The parent draws first, then every child in turn, each for all tokens.
   template <Executor E = DefaultExecutor>
   void route(const ConstMatrixRef<S>& x, Rng& rng, const BatchInfo& info, Routing<S>& routing,
-             const E& executor = {}) const {
-    route_levels(x, &rng, info, routing, executor);
+             RouterWorkspace<S>& workspace, const E& executor = {}) const {
+    route_levels(x, &rng, info, routing, workspace, executor);
   }
 
   /// Adds to d_x [tokens, d_model] and to grad's parameters: exact through both factors of every
@@ -105,38 +108,36 @@ class HierarchicalRouter {
   /// for a gradient by leaves' logits or noise that is not zero: there are none.
   template <Executor E = DefaultExecutor>
   void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing, const RoutingGradient<S>& gradient,
-                MatrixRef<S> d_x, HierarchicalRouter& grad, const E& executor = {}) const {
+                MatrixRef<S> d_x, HierarchicalRouter& grad, RouterWorkspace<S>& workspace,
+                const E& executor = {}) const {
     constexpr const char* kWhere = "HierarchicalRouter::backward";
     check_backward(x, routing, grad);
-    check_router_operands(x, routing, gradient, d_x, grad, kWhere);
+    check_router_operands(x, routing, gradient, d_x, grad, workspace, kWhere);
     check_routing_gradient(gradient, routing, kWhere);
     for (const Matrix<S>* d : {&gradient.d_router_logits, &gradient.d_noise_stddev})
       require(std::all_of(d->data(), d->data() + d->size(), [](S v) { return is_equal(v, S(0)); }), kWhere,
               ": a gradient by logits or noise of [", d->rows(), ", ", d->cols(),
               "] leaves that is not zero, expected none: see backward_levels");
-    Buffer<S>& d_leaf = routing.scratch.row;  // by the leaves' gates [choices]
+    HierarchyWorkspace<S>& own = workspace.hierarchy;
+    Buffer<S>& d_leaf = own.d_gate;
     d_leaf.reserve(routing.chosen.gate.capacity());
     d_leaf.assign(routing.chosen.size(), S(0));
     for (Index c = 0; c < gradient.d_chosen_gate.size(); ++c) d_leaf[c] = gradient.d_chosen_gate[c];
     for (Index a = 0; a < gradient.d_gate.size(); ++a) d_leaf[routing.plan.choice[a]] += gradient.d_gate[a];
     const bool by_gates = !gradient.d_chosen_gate.empty() || !gradient.d_gate.empty();
     const bool by_probs = gradient.d_router_probs.size() > 0;
+    own.levels.resize(routing.levels.size());
     for (Index level = 0; level <= num_children(); ++level) {
-      // Memory that no one uses meanwhile: of this routing's scratch, and of another level's.
-      Matrix<S>& probs = level == 0 ? routing.scratch.d_logits : routing.scratch.d_noise;
-      Buffer<S>& gates = routing.levels[level == 0 ? 1 : 0].scratch.row;
-      RoutingGradient<S> of_level;
-      if (by_probs) {
-        of_level.d_router_probs.swap(probs);
+      RoutingGradient<S>& of_level = level == 0 ? own.d_parent : own.d_child;
+      if (by_probs)
         probs_backward(routing, level, gradient.d_router_probs, of_level.d_router_probs);
-      }
-      if (by_gates) {
-        of_level.d_chosen_gate = std::move(gates);
+      else
+        of_level.d_router_probs.resize(0, 0);
+      if (by_gates)
         gates_backward(routing, level, d_leaf, of_level.d_chosen_gate);
-      }
-      level_backward(level, x, routing, of_level, d_x, grad, executor);
-      if (by_probs) probs.swap(of_level.d_router_probs);
-      if (by_gates) gates = std::move(of_level.d_chosen_gate);
+      else
+        of_level.d_chosen_gate.clear();
+      level_backward(level, x, routing, of_level, d_x, grad, workspace, executor);
     }
   }
 
@@ -148,17 +149,46 @@ class HierarchicalRouter {
   template <Executor E = DefaultExecutor>
   void backward_levels(const ConstMatrixRef<S>& x, const Routing<S>& routing,
                        std::span<const RoutingGradient<S>> gradients, MatrixRef<S> d_x,
-                       HierarchicalRouter& grad, const E& executor = {}) const {
+                       HierarchicalRouter& grad, RouterWorkspace<S>& workspace,
+                       const E& executor = {}) const {
     constexpr const char* kWhere = "HierarchicalRouter::backward_levels";
     require(gradients.size() == children_.size() + 1, kWhere, ": ", gradients.size(),
             " gradients, expected 1 + ", children_.size(), " children");
     check_backward(x, routing, grad);
     for (const RoutingGradient<S>& gradient : gradients)
-      check_router_operands(x, routing, gradient, d_x, grad, kWhere);
+      check_router_operands(x, routing, gradient, d_x, grad, workspace, kWhere);
     for (std::size_t level = 0; level < gradients.size(); ++level)
       check_routing_gradient(gradients[level], routing.levels[level], kWhere);
+    workspace.hierarchy.levels.resize(routing.levels.size());
     for (std::size_t level = 0; level < gradients.size(); ++level)
-      level_backward(Index(level), x, routing, gradients[level], d_x, grad, executor);
+      level_backward(Index(level), x, routing, gradients[level], d_x, grad, workspace, executor);
+  }
+
+  /// The same with a workspace of its own, here and below: it allocates.
+  template <Executor E = DefaultExecutor>
+  void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
+             const E& executor = {}) const {
+    RouterWorkspace<S> workspace;
+    route(x, info, routing, workspace, executor);
+  }
+  template <Executor E = DefaultExecutor>
+  void route(const ConstMatrixRef<S>& x, Rng& rng, const BatchInfo& info, Routing<S>& routing,
+             const E& executor = {}) const {
+    RouterWorkspace<S> workspace;
+    route(x, rng, info, routing, workspace, executor);
+  }
+  template <Executor E = DefaultExecutor>
+  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing, const RoutingGradient<S>& gradient,
+                MatrixRef<S> d_x, HierarchicalRouter& grad, const E& executor = {}) const {
+    RouterWorkspace<S> workspace;
+    backward(x, routing, gradient, d_x, grad, workspace, executor);
+  }
+  template <Executor E = DefaultExecutor>
+  void backward_levels(const ConstMatrixRef<S>& x, const Routing<S>& routing,
+                       std::span<const RoutingGradient<S>> gradients, MatrixRef<S> d_x,
+                       HierarchicalRouter& grad, const E& executor = {}) const {
+    RouterWorkspace<S> workspace;
+    backward_levels(x, routing, gradients, d_x, grad, workspace, executor);
   }
 
   /// Throws what backward would throw for its arguments, and changes nothing.
@@ -269,43 +299,31 @@ class HierarchicalRouter {
 
   template <class E>
   void route_levels(const ConstMatrixRef<S>& x, Rng* rng, const BatchInfo& info, Routing<S>& routing,
-                    const E& executor) const {
+                    RouterWorkspace<S>& workspace, const E& executor) const {
     constexpr const char* kWhere = "HierarchicalRouter::route";
-    require_shape(x, x.rows(), d_model(), kWhere, "x");
-    require_apart(kWhere, "routing", routing, "x", x);
     check_parts(kWhere);
-    std::vector<Routing<S>> levels = std::move(routing.levels);  // begin_routing would drop them
-    begin_routing(x.rows(), num_experts(), info, routing, kWhere);
-    levels.resize(children_.size() + 1);
-    routing.levels = std::move(levels);
-    routing.router_logits.resize(0, 0);
-    BatchInfo& sent = routing.scratch.info;
+    begin_route(*this, x, info, routing, workspace, kWhere, {.router_probs = true, .levels = true});
+    routing.levels.resize(children_.size() + 1);
+    workspace.hierarchy.levels.resize(children_.size() + 1);
+    BatchInfo& sent = workspace.hierarchy.info;
     sent.token_ids = info.token_ids;
     sent.group_begin = info.group_begin;
     sent.mask.resize(x.rows());
     const Rng first = rng != nullptr ? *rng : Rng();
-    const auto route_level = [&](const auto& router, Index number) {
-      Routing<S>& level = routing.levels[std::size_t(number)];
-      if (rng != nullptr)
-        route_with(router, x, *rng, sent, level, executor);
-      else
-        route_with(router, x, sent, level, executor);
-      check_level(routing, number, kWhere);
-    };
     Buffer<TokenState>& state = routing.plan.token_state;
     const DispatchPlan<S>& groups = routing.levels[0].plan;
     bool again;
     do {
       if (rng != nullptr) *rng = first;
       for (Index t = 0; t < x.rows(); ++t) sent.mask[t] = state[t] == TokenState::valid;
-      route_level(parent_, 0);
+      route_level(parent_, 0, x, rng, routing, workspace.hierarchy, executor);
       for (Index t = 0; t < x.rows(); ++t)
         if (groups.token_state[t] == TokenState::poisoned) state[t] = TokenState::poisoned;
       for (Index i = 0; i < num_children(); ++i) {
         sent.mask.setConstant(false);
         for (Index a = groups.expert_begin[i]; a < groups.expert_begin[i + 1]; ++a)
           sent.mask[groups.token[a]] = true;
-        route_level(children_[std::size_t(i)], i + 1);
+        route_level(children_[std::size_t(i)], i + 1, x, rng, routing, workspace.hierarchy, executor);
       }
       // Where a child finds a token poisoned, everything is what it is when that token is masked.
       again = false;
@@ -318,8 +336,20 @@ class HierarchicalRouter {
     } while (again);
     routing.levels[0].plan.token_state = state;
     routing.plan.gate_side = groups.gate_side;
-    choose_leaves(routing, executor);
+    choose_leaves(routing, workspace.hierarchy, executor);
     dispatch_all(routing.chosen, routing.plan);
+  }
+
+  template <class R, class E>
+  void route_level(const R& router, Index number, const ConstMatrixRef<S>& x, Rng* rng, Routing<S>& routing,
+                   HierarchyWorkspace<S>& workspace, const E& executor) const {
+    Routing<S>& level = routing.levels[std::size_t(number)];
+    RouterWorkspace<S>& of_level = workspace.levels[std::size_t(number)];
+    if (rng != nullptr)
+      route_with(router, x, *rng, workspace.info, level, of_level, executor);
+    else
+      route_with(router, x, workspace.info, level, of_level, executor);
+    check_level(routing, number, "HierarchicalRouter::route");
   }
 
   static const Routing<S>& child_routing(const Routing<S>& routing, Index i) {
@@ -346,15 +376,15 @@ class HierarchicalRouter {
 
   // Fills chosen and router_probs from the levels.
   template <class E>
-  void choose_leaves(Routing<S>& routing, const E& executor) const {
+  void choose_leaves(Routing<S>& routing, HierarchyWorkspace<S>& workspace, const E& executor) const {
     const Index tokens = routing.num_tokens(), room = tokens * choices_per_token();
     Choices<S>& chosen = routing.chosen;
     for (Index t = 0; t < tokens; ++t) {
       Index& end = chosen.token_begin[t + 1] = chosen.token_begin[t];
       for_each_pair(routing, t, [&](Index, Index, Index) { ++end; });
     }
-    Buffer<Index>&leaf = routing.scratch.order, &rank = routing.scratch.position;
-    Buffer<S>& gate = routing.scratch.row;  // as leaf, in the order of the levels' choices
+    Buffer<Index>&leaf = workspace.leaf, &rank = workspace.rank;
+    Buffer<S>& gate = workspace.gate;
     for (Buffer<Index>* b : {&leaf, &rank, &chosen.expert}) {
       b->reserve(room);
       b->resize(chosen.token_begin[tokens]);
@@ -445,16 +475,18 @@ class HierarchicalRouter {
   template <class E>
   void level_backward(Index number, const ConstMatrixRef<S>& x, const Routing<S>& routing,
                       const RoutingGradient<S>& gradient, MatrixRef<S> d_x, HierarchicalRouter& grad,
-                      const E& executor) const {
+                      RouterWorkspace<S>& workspace, const E& executor) const {
     const Routing<S>& level = routing.levels[std::size_t(number)];
+    RouterWorkspace<S>& of_level = workspace.hierarchy.levels[std::size_t(number)];
     if (gradient.empty() || level.plan.num_valid_tokens() == 0) return;
-    if (number == 0) return route_backward_with(parent_, x, level, gradient, d_x, grad.parent_, executor);
-    Matrix<S>& seen = routing.scratch.input;  // zeros for the tokens that the child did not see
+    if (number == 0)
+      return route_backward_with(parent_, x, level, gradient, d_x, grad.parent_, of_level, executor);
+    Matrix<S>& seen = workspace.input;  // zeros for the tokens that the child did not see
     seen = x;
     for (Index t = 0; t < x.rows(); ++t)
       if (!level.is_valid(t)) seen.row(t).setZero();
     const std::size_t i = std::size_t(number) - 1;
-    route_backward_with(children_[i], seen, level, gradient, d_x, grad.children_[i], executor);
+    route_backward_with(children_[i], seen, level, gradient, d_x, grad.children_[i], of_level, executor);
   }
 
   // Visits a level's parameters under its name.

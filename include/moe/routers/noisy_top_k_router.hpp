@@ -7,7 +7,13 @@
 #include <vector>
 
 #include <moe/math/init.hpp>
+#include <moe/math/linear.hpp>
+#include <moe/math/sigmoid.hpp>
+#include <moe/routing/check_router.hpp>
+#include <moe/routing/edit_experts.hpp>
+#include <moe/routing/router_workspace.hpp>
 #include <moe/routing/token_choice.hpp>
+#include <moe/routing/token_choice_backward.hpp>
 
 namespace moe {
 
@@ -65,24 +71,22 @@ class NoisyTopKRouter {
   /// Routing for inference: no noise, capacity `options.capacity`.
   template <Executor E = DefaultExecutor>
   void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
-             const E& executor = {}) const {
-    require_shape(x, x.rows(), d_model(), "NoisyTopKRouter::route", "x");
-    require_apart("NoisyTopKRouter::route", "routing", routing, "x", x);
-    begin_routing(x.rows(), num_experts(), info, routing, "NoisyTopKRouter::route");
+             RouterWorkspace<S>& workspace, const E& executor = {}) const {
+    begin_route(*this, x, info, routing, workspace, "NoisyTopKRouter::route",
+                {.router_logits = true, .router_probs = true});
     logits(x, w_router, routing.router_logits, executor);
-    route_by_logits(rule(options_.capacity), {}, info, routing, executor);
+    route_by_logits(rule(options_.capacity), {}, info, routing, workspace, executor);
   }
 
   /// Routing for training: noise, capacity `options.training_capacity`. Throws when gates would be
   /// constant (see Options::allow_constant_gate).
   template <Executor E = DefaultExecutor>
   void route(const ConstMatrixRef<S>& x, Rng& rng, const BatchInfo& info, Routing<S>& routing,
-             const E& executor = {}) const {
-    require_shape(x, x.rows(), d_model(), "NoisyTopKRouter::route", "x");
-    require_apart("NoisyTopKRouter::route", "routing", routing, "x", x);
+             RouterWorkspace<S>& workspace, const E& executor = {}) const {
     require_trainable(options_, rule({}), num_experts(), "NoisyTopKRouter::route");
     require_shape(w_noise, num_experts(), d_model(), "NoisyTopKRouter::route", "w_noise");
-    begin_routing(x.rows(), num_experts(), info, routing, "NoisyTopKRouter::route");
+    begin_route(*this, x, info, routing, workspace, "NoisyTopKRouter::route",
+                {.router_logits = true, .router_probs = true, .noise = true});
     logits(x, w_router, routing.router_logits, executor);
     RoutingNoise<S>& noise = routing.noise;
     noise.top_k = options_.top_k;
@@ -92,25 +96,26 @@ class NoisyTopKRouter {
     noise.noisy_logits.resize(x.rows(), num_experts());
     for (Index i = 0; i < noise.stddev.size(); ++i) {
       S& stddev = noise.stddev.data()[i];
-      stddev = detail::softplus(stddev) + S(options_.noise_epsilon);
+      stddev = softplus(stddev) + S(options_.noise_epsilon);
       noise.noisy_logits.data()[i] = routing.router_logits.data()[i] + noise.draws.data()[i] * stddev;
     }
-    route_by_logits(rule(options_.training_capacity), {}, info, routing, executor);
+    route_by_logits(rule(options_.training_capacity), {}, info, routing, workspace, executor);
   }
 
   /// Adds to d_x [tokens, d_model] and to grad's parameters. `x` has zeros in rows of tokens that are
   /// not valid. O(tokens * num_experts * d_model).
   template <Executor E = DefaultExecutor>
   void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing, const RoutingGradient<S>& gradient,
-                MatrixRef<S> d_x, NoisyTopKRouter& grad, const E& executor = {}) const {
+                MatrixRef<S> d_x, NoisyTopKRouter& grad, RouterWorkspace<S>& workspace,
+                const E& executor = {}) const {
     check_backward(x, routing, grad);
-    check_router_operands(x, routing, gradient, d_x, grad, "NoisyTopKRouter::backward");
+    check_router_operands(x, routing, gradient, d_x, grad, workspace, "NoisyTopKRouter::backward");
     const RoutingNoise<S>& noise = routing.noise;
-    Matrix<S>& d_logits = routing.scratch.d_logits;
-    selection_backward(rule({}), routing, gradient, d_logits);
+    Matrix<S>& d_logits = workspace.d_logits;
+    selection_backward(rule({}), routing, gradient, workspace.token_choice, d_logits);
     if (!noise.empty()) {
       // softplus'(a) = 1 - exp(-softplus(a)), and softplus(a) = stddev - noise_epsilon.
-      Matrix<S>& d_noise = routing.scratch.d_noise;
+      Matrix<S>& d_noise = workspace.d_noise;
       d_noise.setZero(x.rows(), num_experts());
       for (Index t = 0; t < x.rows(); ++t) {
         if (!routing.is_valid(t)) continue;
@@ -124,6 +129,26 @@ class NoisyTopKRouter {
     }
     add_valid_rows(routing, gradient.d_router_logits, d_logits);
     router_linear_backward(x, w_router, d_logits, grad.w_router, d_x, executor);
+  }
+
+  /// The same with a workspace of its own, here and below: it allocates.
+  template <Executor E = DefaultExecutor>
+  void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
+             const E& executor = {}) const {
+    RouterWorkspace<S> workspace;
+    route(x, info, routing, workspace, executor);
+  }
+  template <Executor E = DefaultExecutor>
+  void route(const ConstMatrixRef<S>& x, Rng& rng, const BatchInfo& info, Routing<S>& routing,
+             const E& executor = {}) const {
+    RouterWorkspace<S> workspace;
+    route(x, rng, info, routing, workspace, executor);
+  }
+  template <Executor E = DefaultExecutor>
+  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing, const RoutingGradient<S>& gradient,
+                MatrixRef<S> d_x, NoisyTopKRouter& grad, const E& executor = {}) const {
+    RouterWorkspace<S> workspace;
+    backward(x, routing, gradient, d_x, grad, workspace, executor);
   }
 
   /// Throws what backward would throw for its arguments, and changes nothing.

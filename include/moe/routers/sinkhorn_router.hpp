@@ -7,7 +7,12 @@
 #include <vector>
 
 #include <moe/math/init.hpp>
+#include <moe/math/linear.hpp>
+#include <moe/routing/check_router.hpp>
+#include <moe/routing/edit_experts.hpp>
+#include <moe/routing/router_workspace.hpp>
 #include <moe/routing/token_choice.hpp>
+#include <moe/routing/token_choice_backward.hpp>
 
 namespace moe {
 
@@ -30,12 +35,12 @@ struct SinkhornOptions {
 
 namespace detail {
 
-// plan [tokens, experts] = d0_t * exp(z_te) * d1_e for the valid tokens [begin, end), whose rows sum to
-// 1 / tokens and whose columns to 1 / experts, about; minus infinity where an expert is unavailable.
+// workspace.plan [tokens, experts] = d0_t * exp(z_te) * d1_e for the valid tokens [begin, end), whose rows
+// sum to 1 / tokens and whose columns to 1 / experts, about; minus infinity where an expert is unavailable.
 template <class S>
 void balance_by_sinkhorn(const Matrix<S>& z, const Buffer<TokenState>& state, Index begin, Index end,
-                         double tolerance, Index max_iterations, Matrix<S>& plan, Buffer<S>& factors,
-                         Buffer<double>& sums) {
+                         const SinkhornOptions& options, SinkhornWorkspace<S>& workspace) {
+  auto& [plan, factors, sums] = workspace;
   const Index experts = z.cols();
   constexpr S kEpsilon = S(1e-8);
   Index tokens = 0;
@@ -56,7 +61,7 @@ void balance_by_sinkhorn(const Matrix<S>& z, const Buffer<TokenState>& state, In
   S* const d0 = before + experts;  // of token begin + i
   double* const sum = sums.data();
   std::fill(d1, d1 + experts, S(1));
-  for (Index iteration = 0; iteration < max_iterations; ++iteration) {
+  for (Index iteration = 0; iteration < options.max_iterations; ++iteration) {
     std::copy(d1, d1 + experts, before);
     std::fill(sum, sum + experts, 0.0);
     for (Index t = begin; t < end; ++t) {
@@ -71,7 +76,7 @@ void balance_by_sinkhorn(const Matrix<S>& z, const Buffer<TokenState>& state, In
       d1[e] = S(1) / (S(experts) * (S(sum[e]) + kEpsilon));
       change += std::abs(d1[e] - before[e]);
     }
-    if (!(change / S(experts) > S(tolerance))) break;
+    if (!(change / S(experts) > S(options.tolerance))) break;
   }
   for (Index t = begin; t < end; ++t)
     for (Index e = 0; e < experts && state[t] == TokenState::valid; ++e)
@@ -115,40 +120,60 @@ class SinkhornRouter {
   /// Routing for inference: by the logits, capacity `options.capacity`.
   template <Executor E = DefaultExecutor>
   void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
-             const E& executor = {}) const {
-    begin(x, info, routing, executor);
-    route_by_logits(rule(options_.capacity), {}, info, routing, executor);
+             RouterWorkspace<S>& workspace, const E& executor = {}) const {
+    begin(x, info, routing, workspace, executor);
+    route_by_logits(rule(options_.capacity), {}, info, routing, workspace, executor);
   }
 
   /// Routing for training: balanced, capacity `options.training_capacity`. Draws nothing from the Rng.
   /// O(iterations * tokens * num_experts) beside the logits.
   template <Executor E = DefaultExecutor>
   void route(const ConstMatrixRef<S>& x, Rng&, const BatchInfo& info, Routing<S>& routing,
-             const E& executor = {}) const {
-    begin(x, info, routing, executor);
+             RouterWorkspace<S>& workspace, const E& executor = {}) const {
+    begin(x, info, routing, workspace, executor);
     const Matrix<S>& z = routing.router_logits;
     Buffer<TokenState>& state = routing.plan.token_state;
-    for (Index t = 0; t < x.rows(); ++t)
-      if (state[t] == TokenState::valid) detail::check_logits(&z(t, 0), num_experts(), state[t]);
-    Matrix<S>& plan = routing.scratch.ranking;
-    plan.resize(x.rows(), num_experts());
+    for (Index t = 0; t < x.rows(); ++t) check_logits(num_experts(), &z(t, 0), state[t]);
+    workspace.sinkhorn.plan.resize(x.rows(), num_experts());
     for (Index g = 0; g < info.num_groups(); ++g)
-      detail::balance_by_sinkhorn(z, state, info.begin_of(g), info.end_of(g, x.rows()), options_.tolerance,
-                                  options_.max_iterations, plan, routing.scratch.row, routing.scratch.sums);
-    route_by_logits(rule(options_.training_capacity), {}, info, routing, executor, &plan);
+      detail::balance_by_sinkhorn(z, state, info.begin_of(g), info.end_of(g, x.rows()), options_,
+                                  workspace.sinkhorn);
+    route_by_logits(rule(options_.training_capacity), {.ranking = &workspace.sinkhorn.plan}, info, routing,
+                    workspace, executor);
   }
 
   /// Adds to d_x [tokens, d_model] and to grad's w_router. `x` has zeros in rows of tokens that are not
   /// valid. O(tokens * num_experts * d_model).
   template <Executor E = DefaultExecutor>
   void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing, const RoutingGradient<S>& gradient,
-                MatrixRef<S> d_x, SinkhornRouter& grad, const E& executor = {}) const {
+                MatrixRef<S> d_x, SinkhornRouter& grad, RouterWorkspace<S>& workspace,
+                const E& executor = {}) const {
     check_backward(x, routing, grad);
-    check_router_operands(x, routing, gradient, d_x, grad, "SinkhornRouter::backward");
-    Matrix<S>& d_logits = routing.scratch.d_logits;
-    selection_backward(rule({}), routing, gradient, d_logits);
+    check_router_operands(x, routing, gradient, d_x, grad, workspace, "SinkhornRouter::backward");
+    Matrix<S>& d_logits = workspace.d_logits;
+    selection_backward(rule({}), routing, gradient, workspace.token_choice, d_logits);
     add_valid_rows(routing, gradient.d_router_logits, d_logits);
     router_linear_backward(x, w_router, d_logits, grad.w_router, d_x, executor);
+  }
+
+  /// The same with a workspace of its own, here and below: it allocates.
+  template <Executor E = DefaultExecutor>
+  void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
+             const E& executor = {}) const {
+    RouterWorkspace<S> workspace;
+    route(x, info, routing, workspace, executor);
+  }
+  template <Executor E = DefaultExecutor>
+  void route(const ConstMatrixRef<S>& x, Rng& rng, const BatchInfo& info, Routing<S>& routing,
+             const E& executor = {}) const {
+    RouterWorkspace<S> workspace;
+    route(x, rng, info, routing, workspace, executor);
+  }
+  template <Executor E = DefaultExecutor>
+  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing, const RoutingGradient<S>& gradient,
+                MatrixRef<S> d_x, SinkhornRouter& grad, const E& executor = {}) const {
+    RouterWorkspace<S> workspace;
+    backward(x, routing, gradient, d_x, grad, workspace, executor);
   }
 
   /// Throws what backward would throw for its arguments, and changes nothing.
@@ -193,10 +218,9 @@ class SinkhornRouter {
 
   template <class E>
   void begin(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
-             const E& executor) const {
-    require_shape(x, x.rows(), d_model(), "SinkhornRouter::route", "x");
-    require_apart("SinkhornRouter::route", "routing", routing, "x", x);
-    begin_routing(x.rows(), num_experts(), info, routing, "SinkhornRouter::route");
+             const RouterWorkspace<S>& workspace, const E& executor) const {
+    begin_route(*this, x, info, routing, workspace, "SinkhornRouter::route",
+                {.router_logits = true, .router_probs = true});
     routing.router_logits.resize(x.rows(), num_experts());
     router_linear(x, w_router, routing.router_logits, executor);
   }

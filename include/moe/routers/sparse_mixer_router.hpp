@@ -8,7 +8,13 @@
 #include <vector>
 
 #include <moe/math/init.hpp>
-#include <moe/routing/token_choice.hpp>
+#include <moe/math/linear.hpp>
+#include <moe/math/softmax.hpp>
+#include <moe/routing/capacity.hpp>
+#include <moe/routing/check_router.hpp>
+#include <moe/routing/edit_experts.hpp>
+#include <moe/routing/router_workspace.hpp>
+#include <moe/routing/token_choice_backward.hpp>
 
 namespace moe {
 
@@ -57,45 +63,50 @@ class SparseMixerRouter {
   /// O(tokens * num_experts * d_model).
   template <Executor E = DefaultExecutor>
   void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
-             const E& executor = {}) const {
-    begin(x, info, routing, executor);
-    pick_all(routing, executor, [](Index, int, const S*, Index, Index best) { return Pick{best, S(1)}; });
+             RouterWorkspace<S>& workspace, const E& executor = {}) const {
+    begin(x, info, routing, workspace, executor);
+    pick_all(routing, workspace.sparse_mixer, executor, [](Index, int, const S*, Index, Index best) {
+      return Pick{best, S(1)};
+    });
   }
 
   /// Routing for training: picks are drawn. Draws 2 * tokens * (num_experts + 1) numbers.
   template <Executor E = DefaultExecutor>
   void route(const ConstMatrixRef<S>& x, Rng& rng, const BatchInfo& info, Routing<S>& routing,
-             const E& executor = {}) const {
-    begin(x, info, routing, executor);
-    Matrix<S>& draws = routing.scratch.d_noise;
+             RouterWorkspace<S>& workspace, const E& executor = {}) const {
+    begin(x, info, routing, workspace, executor);
+    Matrix<S>& draws = workspace.sparse_mixer.draws;
     draws.resize(x.rows(), 2 * (num_experts() + 1));
     fill_uniform(draws, 0, 1, rng);
-    pick_drawn(draws, routing, executor);
+    pick_drawn(draws, routing, workspace.sparse_mixer, executor);
   }
 
   /// Routing for training under given uniform draws from [0, 1) [tokens, 2 * (num_experts + 1)]: for the
   /// first pick one for every expert and one for the gate's factor, then the same for the second.
   template <Executor E = DefaultExecutor>
   void route_with_draws(const ConstMatrixRef<S>& x, const Matrix<S>& draws, const BatchInfo& info,
-                        Routing<S>& routing, const E& executor = {}) const {
+                        Routing<S>& routing, RouterWorkspace<S>& workspace, const E& executor = {}) const {
     require_shape(draws, x.rows(), 2 * (num_experts() + 1), "SparseMixerRouter::route_with_draws", "draws");
     require_apart("SparseMixerRouter::route_with_draws", "routing", routing, "draws", draws);
-    begin(x, info, routing, executor);
-    pick_drawn(draws, routing, executor);
+    require_apart("SparseMixerRouter::route_with_draws", "the workspace", workspace, "draws", draws);
+    begin(x, info, routing, workspace, executor);
+    pick_drawn(draws, routing, workspace.sparse_mixer, executor);
   }
 
   /// Adds to d_x [tokens, d_model] and to grad's w_router. `x` has zeros in rows of tokens that are not
   /// valid. O(tokens * num_experts * d_model).
   template <Executor E = DefaultExecutor>
   void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing, const RoutingGradient<S>& gradient,
-                MatrixRef<S> d_x, SparseMixerRouter& grad, const E& executor = {}) const {
+                MatrixRef<S> d_x, SparseMixerRouter& grad, RouterWorkspace<S>& workspace,
+                const E& executor = {}) const {
     check_backward(x, routing, grad);
-    check_router_operands(x, routing, gradient, d_x, grad, "SparseMixerRouter::backward");
+    check_router_operands(x, routing, gradient, d_x, grad, workspace, "SparseMixerRouter::backward");
     check_routing_gradient(gradient, routing, "SparseMixerRouter::backward");
-    Matrix<S>& d_logits = routing.scratch.d_logits;
+    Matrix<S>& d_logits = workspace.d_logits;
     d_logits.setZero(x.rows(), num_experts());
-    Buffer<S>& d_gate = routing.scratch.row;  // [choices], then the shares of one pick
+    Buffer<S>& d_gate = workspace.sparse_mixer.d_gate;
     const Index choices = routing.chosen.size();
+    d_gate.reserve(routing.chosen.gate.capacity() + num_experts());
     d_gate.assign(choices + num_experts(), S(0));
     for (Index c = 0; c < gradient.d_chosen_gate.size(); ++c) d_gate[c] = gradient.d_chosen_gate[c];
     for (Index a = 0; a < gradient.d_gate.size(); ++a) d_gate[routing.plan.choice[a]] += gradient.d_gate[a];
@@ -122,6 +133,32 @@ class SparseMixerRouter {
     }
     add_valid_rows(routing, gradient.d_router_logits, d_logits);
     router_linear_backward(x, w_router, d_logits, grad.w_router, d_x, executor);
+  }
+
+  /// The same with a workspace of its own, here and below: it allocates.
+  template <Executor E = DefaultExecutor>
+  void route(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
+             const E& executor = {}) const {
+    RouterWorkspace<S> workspace;
+    route(x, info, routing, workspace, executor);
+  }
+  template <Executor E = DefaultExecutor>
+  void route(const ConstMatrixRef<S>& x, Rng& rng, const BatchInfo& info, Routing<S>& routing,
+             const E& executor = {}) const {
+    RouterWorkspace<S> workspace;
+    route(x, rng, info, routing, workspace, executor);
+  }
+  template <Executor E = DefaultExecutor>
+  void backward(const ConstMatrixRef<S>& x, const Routing<S>& routing, const RoutingGradient<S>& gradient,
+                MatrixRef<S> d_x, SparseMixerRouter& grad, const E& executor = {}) const {
+    RouterWorkspace<S> workspace;
+    backward(x, routing, gradient, d_x, grad, workspace, executor);
+  }
+  template <Executor E = DefaultExecutor>
+  void route_with_draws(const ConstMatrixRef<S>& x, const Matrix<S>& draws, const BatchInfo& info,
+                        Routing<S>& routing, const E& executor = {}) const {
+    RouterWorkspace<S> workspace;
+    route_with_draws(x, draws, info, routing, workspace, executor);
   }
 
   /// Throws what backward would throw for its arguments, and changes nothing.
@@ -184,10 +221,9 @@ class SparseMixerRouter {
 
   template <class E>
   void begin(const ConstMatrixRef<S>& x, const BatchInfo& info, Routing<S>& routing,
-             const E& executor) const {
-    require_shape(x, x.rows(), d_model(), "SparseMixerRouter::route", "x");
-    require_apart("SparseMixerRouter::route", "routing", routing, "x", x);
-    begin_routing(x.rows(), num_experts(), info, routing, "SparseMixerRouter::route");
+             const RouterWorkspace<S>& workspace, const E& executor) const {
+    begin_route(*this, x, info, routing, workspace, "SparseMixerRouter::route",
+                {.router_logits = true, .router_probs = true});
     routing.router_logits.resize(x.rows(), num_experts());
     routing.router_probs.resize(x.rows(), num_experts());
     router_linear(x, w_router, routing.router_logits, executor);
@@ -195,8 +231,9 @@ class SparseMixerRouter {
 
   // Draws the picks of training.
   template <class E>
-  void pick_drawn(const Matrix<S>& draws, Routing<S>& routing, const E& executor) const {
-    pick_all(routing, executor, [&](Index t, int pick, const S* shares, Index n, Index best) {
+  void pick_drawn(const Matrix<S>& draws, Routing<S>& routing, SparseMixerWorkspace<S>& workspace,
+                  const E& executor) const {
+    pick_all(routing, workspace, executor, [&](Index t, int pick, const S* shares, Index n, Index best) {
       const S* const u = &draws(t, pick * (num_experts() + 1));
       Index drawn = -1;
       S largest = 0;
@@ -214,25 +251,26 @@ class SparseMixerRouter {
 
   // pick(token, 0 or 1, shares, num_experts, best) picks one of the experts with shares.
   template <class E, class PickOne>
-  void pick_all(Routing<S>& routing, const E& executor, const PickOne& pick) const {
+  void pick_all(Routing<S>& routing, SparseMixerWorkspace<S>& workspace, const E& executor,
+                const PickOne& pick) const {
     const Index tokens = routing.num_tokens(), experts = num_experts();
     Choices<S>& chosen = routing.chosen;
-    Buffer<Index>& picked = routing.scratch.order;    // [tokens, 2]
-    Buffer<S>& gate = routing.scratch.row;            // [tokens, 2]
-    routing.scratch.ranking.resize(tokens, experts);  // the shares of one pick of every token
+    Buffer<Index>& picked = workspace.picked;
+    Buffer<S>& gate = workspace.gate;
+    workspace.shares.resize(tokens, experts);
     picked.assign(2 * tokens, -1);
     gate.assign(2 * tokens, S(0));
     for_each_block(tokens, executor, [&](Index begin, Index end, Index) {
       for (Index t = begin; t < end; ++t) {
         const S* const z = &routing.router_logits(t, 0);
         TokenState& state = routing.plan.token_state[t];
-        if (state == TokenState::valid) detail::check_logits(z, experts, state);
+        check_logits(experts, z, state);
         if (state != TokenState::valid) {
           routing.router_probs.row(t).setZero();
           continue;
         }
         softmax(experts, z, &routing.router_probs(t, 0));
-        S* const shares = &routing.scratch.ranking(t, 0);
+        S* const shares = &workspace.shares(t, 0);
         for (const int i : {0, 1}) {
           const Index best = find_shares(z, i == 0 ? Index(-1) : picked[2 * t], shares);
           if (best < 0) break;

@@ -2,14 +2,18 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
-#include <optional>
 
 #include <moe/core/check.hpp>
+#include <moe/core/types.hpp>
+#include <moe/math/numbers.hpp>
 #include <moe/math/top_k.hpp>
-#include <moe/routing/router.hpp>
+#include <moe/routing/check_routing.hpp>
+#include <moe/routing/expert_capacity.hpp>
+#include <moe/routing/router_workspace.hpp>
+#include <moe/routing/routing.hpp>
+#include <moe/routing/seating_order.hpp>
 
-// How many tokens an expert takes, who gets a seat, and what becomes of the others.
+// Who gets a seat at an expert, and what becomes of the others.
 namespace moe {
 
 /// What becomes of an assignment whose expert is full.
@@ -20,130 +24,13 @@ enum class Overflow {
   pass_through,  ///< dropped; a token that loses all of its assignments outputs x instead
 };
 
-/// In which order assignments are seated.
-enum class Priority {
-  token_order,      ///< all first choices in token order, then all second choices, ... (GShard)
-  token_max_gate,   ///< the same, with tokens in order of their largest gate, which may be
-                    ///< renormalised (batch-prioritised routing; Riquelme et al. 2021, section 4; Tutel)
-  assignment_gate,  ///< by gate: each expert keeps its largest
-  token_max_prob,   ///< as token_max_gate, but in order of the largest of a token's router_probs,
-                    ///< over all experts (fairseq's and Hugging Face's NLLB)
+/// Who is seated first, and what becomes of those who find no seat.
+struct SeatingPolicy {
+  Overflow overflow = Overflow::drop;
+  Priority priority = Priority::token_order;
 };
-
-/// How a number of seats becomes whole. Halves go to the even neighbour in `nearest_even`.
-enum class Rounding { up, down, nearest_even };
-
-/// What becomes of an even share of seats. The default is Megatron-LM's; published models differ:
-/// V-MoE {.multiple_of = 4}, Switch (mesh) {Rounding::down, 4}, GShard (lingvo) {Rounding::down, 4, 4},
-/// flaxformer {Rounding::nearest_even, 4}, OpenMoE {Rounding::down, 4, 2}.
-struct CapacityRule {
-  Rounding rounding = Rounding::up;
-  Index minimum = 0;      ///< at least as many seats as this
-  Index multiple_of = 1;  ///< then rounded up to a multiple of this
-};
-
-/// Throws std::invalid_argument unless the rule is in range.
-inline void check_capacity_rule(const CapacityRule& rule, const char* where) {
-  require(rule.minimum >= 0, where, ": capacity_rule.minimum = ", rule.minimum, ", expected at least 0");
-  require(rule.multiple_of >= 1, where, ": capacity_rule.multiple_of = ", rule.multiple_of,
-          ", expected at least 1");
-}
-
-/// Seats that each expert has for `tokens` valid tokens: capacity_factor * top_k * tokens /
-/// num_experts, then made whole as `rule` says, and at most `tokens`: nobody could take more, because a
-/// token sits at most once at an expert. The product is made in double, which errs by up to 2^-51 of it; so
-/// within 2^-50 of a whole number, or of a half, it is that number: 1.05 * 6 * 80 / 8 is 63 seats, not the 64
-/// of 63.00000000000001 rounded up. With the default rule a factor of 1 never drops from a balanced batch.
-/// O(1). Throws std::invalid_argument for a negative or not finite factor, and for counts and rules out of
-/// range. Authors who do not multiply by top_k (mesh, lingvo, flaxformer) have capacity_factor * top_k as
-/// their factor. Example: expert_capacity(100, 8, 2, 1.25) is 32.
-inline Index expert_capacity(Index tokens, Index num_experts, Index top_k, double capacity_factor,
-                             const CapacityRule& rule = {}) {
-  require(tokens >= 0, "expert_capacity: tokens = ", tokens, ", expected at least 0");
-  require(num_experts >= 1, "expert_capacity: num_experts = ", num_experts, ", expected at least 1");
-  require(top_k >= 0 && top_k <= num_experts, "expert_capacity: top_k = ", top_k,
-          " is not between 0 and num_experts = ", num_experts);
-  require(number_kind(capacity_factor) == NumberKind::finite && capacity_factor >= 0,
-          "expert_capacity: capacity_factor = ", capacity_factor, ", expected a finite number of at least 0");
-  check_capacity_rule(rule, "expert_capacity");
-  if (tokens == 0) return 0;
-  double share = capacity_factor * double(top_k) * double(tokens) / double(num_experts);
-  const double nearest_half = std::round(2 * share) / 2;
-  if (std::abs(share - nearest_half) <= 0x1p-50 * nearest_half) share = nearest_half;
-  double whole = std::floor(share);
-  const double rest = share - whole;
-  if (rule.rounding == Rounding::up) whole = std::ceil(share);
-  if (rule.rounding == Rounding::nearest_even &&
-      (rest > 0.5 || (is_equal(rest, 0.5) && !is_equal(std::fmod(whole, 2.0), 0.0))))
-    ++whole;
-  if (whole >= double(tokens)) return tokens;
-  const Index seats = (std::max)(Index(whole), rule.minimum);
-  if (seats >= tokens || seats % rule.multiple_of == 0) return (std::min)(seats, tokens);
-  const Index missing = rule.multiple_of - seats % rule.multiple_of;
-  return missing > tokens - seats ? tokens : seats + missing;
-}
-
-/// valid [groups] = number of valid tokens of every group. O(tokens). Throws std::invalid_argument
-/// when `info` does not fit the plan.
-template <class S>
-void count_valid_tokens(const DispatchPlan<S>& plan, const BatchInfo& info, IndexVector& valid) {
-  require(plan.token_state.size() == plan.num_tokens, "count_valid_tokens: token_state has ",
-          plan.token_state.size(), " entries, expected ", plan.num_tokens, " tokens");
-  check_batch_info(info, plan.num_tokens, "count_valid_tokens");
-  valid.setZero(info.num_groups());
-  for (Index g = 0; g < valid.size(); ++g)
-    for (Index t = info.begin_of(g); t < info.end_of(g, plan.num_tokens); ++t)
-      valid[g] += plan.token_state[t] == TokenState::valid;
-}
 
 namespace detail {
-
-// Writes the choices of the tokens [begin, end) in order of priority to scratch.order. `probs` are for
-// token_max_prob.
-template <class S>
-void order_choices(const Choices<S>& chosen, const Matrix<S>* probs, Priority priority, Index begin,
-                   Index end, RoutingScratch<S>& scratch) {
-  const Index* const first = chosen.token_begin.data();
-  Buffer<Index>& order = scratch.order;
-  order.reserve(chosen.expert.capacity());
-  order.clear();
-  if (priority == Priority::assignment_gate) {
-    for (Index c = first[begin]; c < first[end]; ++c) order.push_back(c);
-    // Choices are in token order, so the lower choice is the lower token.
-    std::sort(order.begin(), order.end(), [&](Index a, Index b) {
-      return is_equal(chosen.gate[a], chosen.gate[b]) ? a < b : chosen.gate[a] > chosen.gate[b];
-    });
-    return;
-  }
-  Buffer<Index>& tokens = scratch.position;
-  tokens.resize(end - begin);
-  Index most = 0;
-  for (Index t = begin; t < end; ++t) {
-    tokens[t - begin] = t;
-    most = (std::max)(most, first[t + 1] - first[t]);
-  }
-  if (priority == Priority::token_max_gate || priority == Priority::token_max_prob) {
-    scratch.row.resize(end - begin);
-    for (Index t = begin; t < end; ++t) {
-      S& value = scratch.row[t - begin];
-      const S* const gate = chosen.gate.data();
-      if (first[t] == first[t + 1])
-        value = 0;
-      else if (priority == Priority::token_max_gate)
-        value = *std::max_element(gate + first[t], gate + first[t + 1]);
-      else
-        value = probs->row(t).maxCoeff();
-    }
-    const S* const largest = scratch.row.data();
-    std::sort(tokens.begin(), tokens.end(), [&](Index a, Index b) {
-      const S of_a = largest[a - begin], of_b = largest[b - begin];
-      return is_equal(of_a, of_b) ? a < b : of_a > of_b;
-    });
-  }
-  for (Index rank = 0; rank < most; ++rank)
-    for (const Index t : tokens)
-      if (first[t] + rank < first[t + 1]) order.push_back(first[t] + rank);
-}
 
 // The token that a choice belongs to.
 template <class S>
@@ -209,8 +96,79 @@ void dispatch_all(const Choices<S>& chosen, DispatchPlan<S>& plan) {
   detail::plan_from_seats(chosen, chosen.expert, plan);
 }
 
+namespace detail {
+
+// A call of apply_capacity. `scores` are for next_best, `probs` for token_max_prob.
+template <class S>
+struct Seating {
+  const Choices<S>& chosen;
+  const Matrix<S>& scores;
+  const IndexVector& capacity;  // [groups]
+  SeatingPolicy policy;
+  const BatchInfo& info;
+  DispatchPlan<S>& plan;
+  CapacityWorkspace<S>& workspace;
+  const Matrix<S>* probs;
+};
+
+template <class S>
+void check_seating(const Seating<S>& s) {
+  constexpr const char* kWhere = "apply_capacity";
+  const Index tokens = s.plan.num_tokens, experts = s.plan.num_experts();
+  const Priority priority = s.policy.priority;
+  check_choices(s.chosen, tokens, experts, kWhere);
+  for (Index c = 0; priority != Priority::token_order && c < s.chosen.size(); ++c)
+    require(number_kind(s.chosen.gate[c]) != NumberKind::nan, kWhere, ": the gate of choice ", c, " of ",
+            s.chosen.size(), " is NaN");
+  if (priority == Priority::token_max_prob) {
+    require(s.probs != nullptr, kWhere, ": token_max_prob without probs");
+    require_shape(*s.probs, tokens, experts, kWhere, "probs");
+    for (Index i = 0; i < s.probs->size(); ++i)
+      require(number_kind(s.probs->data()[i]) != NumberKind::nan, kWhere, ": probs of token ", i / experts,
+              " of ", tokens, " are NaN");
+  }
+  check_batch_info(s.info, tokens, kWhere);
+  require(s.capacity.size() == s.info.num_groups(), kWhere, ": ", s.capacity.size(),
+          " capacities, expected one for each of ", s.info.num_groups(), " groups");
+  for (Index g = 0; g < s.capacity.size(); ++g)
+    require(s.capacity[g] >= 0, kWhere, ": capacity[", g, "] = ", s.capacity[g], ", expected at least 0");
+  if (s.policy.overflow == Overflow::next_best) require_shape(s.scores, tokens, experts, kWhere, "scores");
+}
+
+// Seats the choices of one group.
+template <class S>
+void seat_group(const Seating<S>& s, Index group) {
+  const Index tokens = s.plan.num_tokens, experts = s.plan.num_experts(), capacity = s.capacity[group];
+  Buffer<Index>&load = s.workspace.load, &seat = s.workspace.seat;
+  order_choices(s.chosen, s.probs, s.policy.priority, s.info.begin_of(group), s.info.end_of(group, tokens),
+                s.workspace);
+  load.assign(experts, 0);
+  for (const Index c : s.workspace.order) {
+    const Index e = s.chosen.expert[c];
+    if (load[e] >= capacity) continue;
+    ++load[e];
+    seat[c] = e;
+  }
+  for (const Index c : s.workspace.order) {
+    if (seat[c] >= 0) continue;
+    const Index t = token_of(s.chosen, c);
+    if (s.policy.overflow == Overflow::next_best) {
+      seat[c] =
+          best_free_expert(experts, &s.scores(t, 0), load.data(), capacity,
+                           seat.data() + s.chosen.token_begin[t], seat.data() + s.chosen.token_begin[t + 1]);
+      if (seat[c] >= 0) {
+        ++load[seat[c]];
+        continue;
+      }
+    }
+    s.plan.dropped.push_back({t, s.chosen.expert[c], c - s.chosen.token_begin[t]});
+  }
+}
+
+}  // namespace detail
+
 /// Seats at most capacity[g] choices of the tokens of group g at each expert, in order of priority;
-/// then handles the others as `overflow` says, in the same order. For next_best, `scores`
+/// then handles the others as the policy says, in the same order. For next_best, `scores`
 /// [tokens, num_experts] ranks a token's experts (minus infinity: unavailable); it may be empty
 /// otherwise. For token_max_prob, `probs` are the router_probs [tokens, num_experts]; null otherwise.
 /// Gates are those of the choices, also where an expert was replaced: recomputing them is the router's
@@ -220,66 +178,23 @@ void dispatch_all(const Choices<S>& chosen, DispatchPlan<S>& plan) {
 /// other, and for gates or probabilities that can not be ordered.
 template <class S>
 void apply_capacity(const Choices<S>& chosen, const Matrix<S>& scores, const IndexVector& capacity,
-                    Overflow overflow, Priority priority, const BatchInfo& info, DispatchPlan<S>& plan,
-                    RoutingScratch<S>& scratch, const Matrix<S>* probs = nullptr) {
-  const Index tokens = plan.num_tokens, experts = plan.num_experts();
-  check_choices(chosen, tokens, experts, "apply_capacity");
-  for (Index c = 0; priority != Priority::token_order && c < chosen.size(); ++c)
-    require(number_kind(chosen.gate[c]) != NumberKind::nan, "apply_capacity: the gate of choice ", c, " of ",
-            chosen.size(), " is NaN");
-  if (priority == Priority::token_max_prob) {
-    require(probs != nullptr, "apply_capacity: token_max_prob without probs");
-    require_shape(*probs, tokens, experts, "apply_capacity", "probs");
-    for (Index i = 0; i < probs->size(); ++i)
-      require(number_kind(probs->data()[i]) != NumberKind::nan, "apply_capacity: probs of token ",
-              i / experts, " of ", tokens, " are NaN");
-  }
-  check_batch_info(info, tokens, "apply_capacity");
-  require(capacity.size() == info.num_groups(), "apply_capacity: ", capacity.size(),
-          " capacities, expected one for each of ", info.num_groups(), " groups");
-  for (Index g = 0; g < capacity.size(); ++g)
-    require(capacity[g] >= 0, "apply_capacity: capacity[", g, "] = ", capacity[g], ", expected at least 0");
-  if (overflow == Overflow::next_best) require_shape(scores, tokens, experts, "apply_capacity", "scores");
-
-  Buffer<Index>& seat = scratch.seat;  // the expert at which a choice is seated, or -1
+                    const SeatingPolicy& policy, const BatchInfo& info, DispatchPlan<S>& plan,
+                    CapacityWorkspace<S>& workspace, const Matrix<S>* probs = nullptr) {
+  const detail::Seating<S> seating{chosen, scores, capacity, policy, info, plan, workspace, probs};
+  detail::check_seating(seating);
+  Buffer<Index>& seat = workspace.seat;
   seat.reserve(chosen.expert.capacity());
   seat.assign(chosen.size(), -1);
   plan.dropped.reserve(chosen.expert.capacity());
   plan.dropped.clear();
-  plan.passed_through.reserve(tokens);
+  plan.passed_through.reserve(plan.num_tokens);
   plan.passed_through.clear();
-
-  for (Index g = 0; g < info.num_groups(); ++g) {
-    detail::order_choices(chosen, probs, priority, info.begin_of(g), info.end_of(g, tokens), scratch);
-    scratch.load.assign(experts, 0);
-    for (const Index c : scratch.order) {
-      const Index e = chosen.expert[c];
-      if (scratch.load[e] >= capacity[g]) continue;
-      ++scratch.load[e];
-      seat[c] = e;
-    }
-    for (const Index c : scratch.order) {
-      if (seat[c] >= 0) continue;
-      const Index t = detail::token_of(chosen, c);
-      if (overflow == Overflow::next_best) {
-        seat[c] = detail::best_free_expert(experts, &scores(t, 0), scratch.load.data(), capacity[g],
-                                           seat.data() + chosen.token_begin[t],
-                                           seat.data() + chosen.token_begin[t + 1]);
-        if (seat[c] >= 0) {
-          ++scratch.load[seat[c]];
-          continue;
-        }
-      }
-      plan.dropped.push_back({t, chosen.expert[c], c - chosen.token_begin[t]});
-    }
-  }
-  if (overflow == Overflow::pass_through) {
-    for (Index t = 0; t < tokens; ++t) {
-      const Index* const begin = seat.data() + chosen.token_begin[t];
-      const Index* const end = seat.data() + chosen.token_begin[t + 1];
-      if (begin != end && std::all_of(begin, end, [](Index e) { return e < 0; }))
-        plan.passed_through.push_back(t);
-    }
+  for (Index g = 0; g < info.num_groups(); ++g) detail::seat_group(seating, g);
+  for (Index t = 0; policy.overflow == Overflow::pass_through && t < plan.num_tokens; ++t) {
+    const Index* const begin = seat.data() + chosen.token_begin[t];
+    const Index* const end = seat.data() + chosen.token_begin[t + 1];
+    if (begin != end && std::all_of(begin, end, [](Index e) { return e < 0; }))
+      plan.passed_through.push_back(t);
   }
   detail::plan_from_seats(chosen, seat, plan);
 }

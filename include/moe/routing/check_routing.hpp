@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <cmath>
+
 #include <moe/core/check.hpp>
 #include <moe/core/types.hpp>
 #include <moe/math/numbers.hpp>
 #include <moe/routing/routing.hpp>
+#include <moe/routing/routing_gradient.hpp>
 
 // What a routing must be for the library to follow it, and how one begins.
 namespace moe {
@@ -99,20 +102,62 @@ void check_choices(const Choices<S>& chosen, Index tokens, Index num_experts, co
                 chosen.expert[c], " twice, as choices ", d - begin[t], " and ", c - begin[t]);
 }
 
-/// Makes `routing` an empty one for a batch: shapes set, tokens valid or masked, nothing chosen.
-/// Every router begins with this. router_logits and router_probs are not touched: a router fills
-/// them, or a reused routing keeps the old ones. levels are cleared: a router that reuses their
-/// memory moves them out before. O(tokens + num_experts); allocates only when shapes grow. Throws
+/// Throws std::invalid_argument unless every member of `gradient` that is there has the shape that
+/// the routing gives it.
+template <class S>
+void check_routing_gradient(const RoutingGradient<S>& gradient, const Routing<S>& routing,
+                            const char* where) {
+  const Index tokens = routing.num_tokens(), experts = routing.num_experts();
+  const auto matrix = [&](const Matrix<S>& m, const char* what) {
+    if (m.size() > 0) require_shape(m, tokens, experts, where, what);
+  };
+  matrix(gradient.d_router_logits, "d_router_logits");
+  matrix(gradient.d_router_probs, "d_router_probs");
+  matrix(gradient.d_noise_stddev, "d_noise_stddev");
+  const auto array = [&](const Buffer<S>& b, Index size, const char* what) {
+    require(b.empty() || b.size() == size, where, ": ", what, " has ", b.size(), " entries, expected ", size);
+  };
+  array(gradient.d_chosen_gate, routing.chosen.size(), "d_chosen_gate");
+  array(gradient.d_gate, routing.plan.num_assignments(), "d_gate");
+}
+
+/// Throws std::invalid_argument unless a routing that a caller hands to backward has choices and
+/// probabilities that fit its plan. O(tokens + choices + assignments).
+template <class S>
+void check_choices(const Routing<S>& routing, const char* where) {
+  const Choices<S>& chosen = routing.chosen;
+  const DispatchPlan<S>& plan = routing.plan;
+  const Index tokens = plan.num_tokens, experts = plan.num_experts();
+  require_shape(routing.router_probs, tokens, experts, where, "router_probs");
+  check_choices(chosen, tokens, experts, where);
+  require(plan.choice.size() == plan.num_assignments(), where, ": plan.choice has ", plan.choice.size(),
+          " entries, expected ", plan.num_assignments(), " assignments");
+  for (Index a = 0; a < plan.num_assignments(); ++a) {
+    const Index c = plan.choice[a];
+    require(c >= 0 && c < chosen.size(), where, ": assignment ", a, " stems from choice ", c, " of ",
+            chosen.size());
+    const Index t = plan.token[a];
+    require(t >= 0 && t < tokens, where, ": assignment ", a, " is of token ", t, " of ", tokens);
+    require(chosen.token_begin[t] <= c && c < chosen.token_begin[t + 1], where, ": assignment ", a,
+            " of token ", t, " stems from choice ", c, " of another token");
+  }
+}
+
+/// Makes `routing` an empty one for a batch: shapes set, tokens valid or masked, nothing chosen. Every router
+/// begins with this and says which parts it `fills`: these keep their memory, and what it holds until they
+/// are filled. All other parts are emptied. O(tokens + num_experts); allocates only when shapes grow. Throws
 /// std::invalid_argument for counts out of range and when `info` does not fit.
 template <class S>
 void begin_routing(Index tokens, Index num_experts, const BatchInfo& info, Routing<S>& routing,
-                   const char* where) {
+                   const char* where, const RoutingParts& fills = {}) {
   require(tokens >= 0, where, ": ", tokens, " tokens, expected at least 0");
   require(num_experts >= 1, where, ": ", num_experts, " experts, expected at least 1");
   check_batch_info(info, tokens, where);
-  routing.noise.clear();
-  routing.has_input_factor = false;
-  routing.levels.clear();
+  if (!fills.router_logits) routing.router_logits.resize(0, 0);
+  if (!fills.router_probs) routing.router_probs.resize(0, 0);
+  if (!fills.noise) routing.noise = {};
+  if (!fills.input_factor) routing.input_factor.resize(0, 0);
+  if (!fills.levels) routing.levels.clear();
   DispatchPlan<S>& plan = routing.plan;
   plan.num_tokens = tokens;
   plan.token_state.assign(tokens, TokenState::valid);
@@ -128,6 +173,23 @@ void begin_routing(Index tokens, Index num_experts, const BatchInfo& info, Routi
   routing.chosen.token_begin.assign(tokens + 1, 0);
   routing.chosen.expert.clear();
   routing.chosen.gate.clear();
+}
+
+/// Marks a valid token as poisoned unless its logits [num_experts] are fit to route by: none NaN or plus
+/// infinity, some finite. O(num_experts).
+template <class S>
+void check_logits(Index num_experts, const S* logits, TokenState& state) {
+  if (state != TokenState::valid) return;
+  bool any_finite = false;
+  for (Index e = 0; e < num_experts; ++e) {
+    const NumberKind kind = number_kind(logits[e]);
+    any_finite |= kind == NumberKind::finite;
+    if (kind == NumberKind::nan || (kind == NumberKind::infinite && !std::signbit(logits[e]))) {
+      state = TokenState::poisoned;
+      return;
+    }
+  }
+  if (!any_finite) state = TokenState::poisoned;
 }
 
 /// Marks valid tokens with a NaN or an infinity in their row of x [tokens, d_model] as poisoned.

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include <moe/core/buffer.hpp>
-#include <moe/core/check.hpp>
 #include <moe/core/types.hpp>
 
 // What passes between a router, the rest of a layer and the losses: data alone.
@@ -91,63 +90,41 @@ struct DispatchPlan {
   }
 };
 
-/// The noise that a router added to its logits in training. Where it added none, empty() is true and
-/// the matrices mean nothing.
+/// The noise that a router added to its logits in training.
 template <class S>
 struct RoutingNoise {
   Matrix<S> draws;         ///< standard normal [tokens, num_experts]
   Matrix<S> stddev;        ///< [tokens, num_experts]
   Matrix<S> noisy_logits;  ///< router_logits + draws * stddev [tokens, num_experts]
-  Index top_k = 0;         ///< how many experts a token chooses; 0: no noise was added
+  Index top_k = 0;         ///< how many experts a token chooses
 
-  bool empty() const { return top_k == 0; }
-  void clear() { top_k = 0; }
+  bool empty() const { return draws.size() == 0 && stddev.size() == 0 && noisy_logits.size() == 0; }
   template <class F>
   void for_each_array(const F& f) const {
     for (const Matrix<S>* m : {&draws, &stddev, &noisy_logits}) f(*m);
   }
 };
 
-/// Scratch memory of routers, kept so that a reused Routing allocates nothing. Holds no results, is
-/// not copied.
-template <class S>
-struct RoutingScratch {
-  Buffer<Index> order, load, seat, position;
-  Buffer<S> row;
-  Buffer<double> second_draws, sums;
-  IndexVector capacity;
-  Matrix<S> ranking, d_logits, d_noise, input, d_input;
-  BatchInfo info;  // what a router made of routers tells them
-
-  RoutingScratch() = default;
-  RoutingScratch(const RoutingScratch&) {}
-  RoutingScratch(RoutingScratch&&) = default;
-  RoutingScratch& operator=(const RoutingScratch&) { return *this; }
-  RoutingScratch& operator=(RoutingScratch&&) = default;
-  template <class F>
-  void for_each_array(const F& f) const {
-    f(row);
-    for (const Matrix<S>* m : {&ranking, &d_logits, &d_noise, &input, &d_input}) f(*m);
-  }
+/// The parts of a routing that not every router fills. See begin_routing.
+struct RoutingParts {
+  bool router_logits = false, router_probs = false, noise = false, input_factor = false, levels = false;
 };
 
-/// Everything that a router decided about a batch, and all that its backward pass needs.
+/// Everything that a router decided about a batch, and all that its backward pass needs. What a router does
+/// not make is empty: a matrix without elements, no levels. A loss that needs it refuses.
 template <class S>
 struct Routing {
-  Matrix<S> router_logits;        ///< before noise [tokens, num_experts]
-  Matrix<S> router_probs;         ///< scores of the logits that selection looked at, with a sum of 1 (a
-                                  ///< softmax, for most routers); rows of tokens that are not valid are
-                                  ///< zero [tokens, num_experts]
-  Choices<S> chosen;              ///< demand, before capacity
-  DispatchPlan<S> plan;           ///< after capacity
-  RoutingNoise<S> noise;          ///< in training, where the router is noisy
-  bool has_input_factor = false;  ///< whether the router jittered its input
-  Matrix<S> input_factor;         ///< what it multiplied x by; means nothing where it did not
+  Matrix<S> router_logits;  ///< before noise [tokens, num_experts]
+  Matrix<S> router_probs;   ///< scores of the logits that selection looked at, with a sum of 1 (a
+                            ///< softmax, for most routers); rows of tokens that are not valid are
+                            ///< zero [tokens, num_experts]
+  Choices<S> chosen;        ///< demand, before capacity
+  DispatchPlan<S> plan;     ///< after capacity
+  RoutingNoise<S> noise;    ///< in training, where the router is noisy
+  Matrix<S> input_factor;   ///< what the router multiplied x by, where it jitters [tokens, d_model]
   /// The routings that this one is made of, where a router is made of routers (HierarchicalRouter:
-  /// the parent's, then that of each child); empty otherwise.
+  /// the parent's, then that of each child).
   std::vector<Routing> levels{};
-
-  mutable RoutingScratch<S> scratch{};
 
   Index num_tokens() const { return plan.num_tokens; }
   Index num_experts() const { return plan.num_experts(); }
@@ -163,78 +140,6 @@ struct Routing {
     f(plan);
     f(noise);
     for (const Routing& level : levels) f(level);
-    f(scratch);
-  }
-};
-
-/// Gradient of a loss by what a routing shows. An empty member means zero. Made by the losses, added
-/// and scaled by the user, taken by the router's backward pass.
-template <class S>
-struct RoutingGradient {
-  Matrix<S> d_router_logits{};  ///< [tokens, num_experts]
-  Matrix<S> d_router_probs{};   ///< [tokens, num_experts]
-  Matrix<S> d_noise_stddev{};   ///< [tokens, num_experts]
-  Buffer<S> d_chosen_gate{};    ///< by Routing::chosen.gate [choices]
-  Buffer<S> d_gate{};           ///< by Routing::plan.gate [assignments]
-
-  /// Whether every member is absent: the gradient is zero.
-  bool empty() const {
-    return d_router_logits.size() == 0 && d_router_probs.size() == 0 && d_noise_stddev.size() == 0 &&
-           d_chosen_gate.empty() && d_gate.empty();
-  }
-
-  /// Throws std::invalid_argument, and changes nothing, where shapes differ.
-  RoutingGradient& operator+=(const RoutingGradient& other) {
-    check(d_router_logits, other.d_router_logits, "d_router_logits");
-    check(d_router_probs, other.d_router_probs, "d_router_probs");
-    check(d_noise_stddev, other.d_noise_stddev, "d_noise_stddev");
-    check(d_chosen_gate, other.d_chosen_gate, "d_chosen_gate");
-    check(d_gate, other.d_gate, "d_gate");
-    add(d_router_logits, other.d_router_logits);
-    add(d_router_probs, other.d_router_probs);
-    add(d_noise_stddev, other.d_noise_stddev);
-    add(d_chosen_gate, other.d_chosen_gate);
-    add(d_gate, other.d_gate);
-    return *this;
-  }
-  RoutingGradient& operator*=(S factor) {
-    d_router_logits *= factor;
-    d_router_probs *= factor;
-    d_noise_stddev *= factor;
-    for (S& d : d_chosen_gate) d *= factor;
-    for (S& d : d_gate) d *= factor;
-    return *this;
-  }
-  template <class F>
-  void for_each_array(const F& f) const {
-    for (const Matrix<S>* m : {&d_router_logits, &d_router_probs, &d_noise_stddev}) f(*m);
-    for (const Buffer<S>* b : {&d_chosen_gate, &d_gate}) f(*b);
-  }
-  friend RoutingGradient operator+(RoutingGradient a, const RoutingGradient& b) { return a += b; }
-  friend RoutingGradient operator*(S factor, RoutingGradient a) { return a *= factor; }
-  friend RoutingGradient operator*(RoutingGradient a, S factor) { return a *= factor; }
-
- private:
-  static void check(const Matrix<S>& to, const Matrix<S>& from, const char* what) {
-    if (to.size() > 0 && from.size() > 0)
-      require_shape(from, to.rows(), to.cols(), "RoutingGradient: sum", what);
-  }
-  static void check(const Buffer<S>& to, const Buffer<S>& from, const char* what) {
-    if (!to.empty() && !from.empty())
-      require(from.size() == to.size(), "RoutingGradient: sum: ", what, " has ", from.size(),
-              " entries, expected ", to.size());
-  }
-  static void add(Matrix<S>& to, const Matrix<S>& from) {
-    if (to.size() == 0)
-      to = from;
-    else if (from.size() > 0)
-      to += from;
-  }
-  static void add(Buffer<S>& to, const Buffer<S>& from) {
-    if (to.empty())
-      to = from;
-    else
-      for (Index i = 0; i < from.size(); ++i) to[i] += from[i];
   }
 };
 

@@ -11,6 +11,7 @@
 #include <moe/core/executor.hpp>
 #include <moe/core/types.hpp>
 #include <moe/math/linear.hpp>
+#include <moe/math/sigmoid.hpp>
 #include <moe/math/softmax.hpp>
 
 // From x to logits, from logits to scores, from scores to gates; with the backward of each.
@@ -42,28 +43,12 @@ struct GateRule {
 
 namespace detail {
 
-template <class S>
-S softplus(S z) {
-  return (std::max)(z, S(0)) + std::log1p(std::exp(-std::abs(z)));
-}
-
-template <class S>
-S sigmoid(S z) {
-  const S e = std::exp(-std::abs(z));
-  return (z < S(0) ? e : S(1)) / (S(1) + e);
-}
-
-// The derivative of sigmoid: s (1 - s) without the difference, which is 0 where s rounds to 1.
-template <class S>
-S sigmoid_slope(S z) {
-  const S e = std::exp(-std::abs(z));
-  return e / ((S(1) + e) * (S(1) + e));
-}
-
 // Below this logit 1 + exp(z) is 1, in double too.
 inline constexpr double kFarBelow = -40;
 
-// The score of one expert, for scores that look at its logit alone; 0 for an unavailable one.
+}  // namespace detail
+
+/// The score of one expert by its logit, for all but softmax; 0 for an unavailable one.
 template <class S>
 S score_of(Score score, S z) {
   if (is_unavailable(z)) return S(0);
@@ -71,11 +56,13 @@ S score_of(Score score, S z) {
     case Score::sigmoid:
       return sigmoid(z);
     case Score::sqrt_softplus:
-      return z < S(kFarBelow) ? std::exp(z / S(2)) : std::sqrt(softplus(z));
+      return z < S(detail::kFarBelow) ? std::exp(z / S(2)) : std::sqrt(softplus(z));
     default:
       return (std::max)(z, S(0));
   }
 }
+
+namespace detail {
 
 // The derivative of score_of, s being its value.
 template <class S>
@@ -173,13 +160,21 @@ S sum_of_others(const S* p) {
 
 }  // namespace detail
 
+/// What gates follow from, of one token: its logits, and what normalised_scores makes of them [num_experts].
+template <class S>
+struct TokenScores {
+  Index num_experts;
+  const S* logits;
+  const S* probs;
+};
+
 /// probs [n] = the scores of one token divided by their sum (+ 1e-20 where the score is not softmax, as
 /// Megatron-LM has it); 0 where the logit is minus infinity. In place is allowed. O(n).
 template <class S>
 void normalised_scores(Score score, Index n, const S* logits, S* probs) {
   if (score == Score::softmax) return softmax(n, logits, probs);
   S sum = 0;
-  for (Index e = 0; e < n; ++e) sum += probs[e] = detail::score_of(score, logits[e]);
+  for (Index e = 0; e < n; ++e) sum += probs[e] = score_of(score, logits[e]);
   const S divisor = detail::divisor_of(sum, detail::kProbsEpsilon, 0).value;
   for (Index e = 0; e < n; ++e) probs[e] /= divisor;
 }
@@ -190,28 +185,27 @@ void normalised_scores_backward(Score score, Index n, const S* logits, const S* 
                                 S* d_logits) {
   if (score == Score::softmax) return softmax_backward(n, probs, d_probs, d_logits);
   S sum = 0;
-  for (Index e = 0; e < n; ++e) sum += detail::score_of(score, logits[e]);
+  for (Index e = 0; e < n; ++e) sum += score_of(score, logits[e]);
   const detail::Divisor<S> divisor = detail::divisor_of(sum, detail::kProbsEpsilon, 0);
   detail::quotients_backward(n, probs, d_probs, 1, detail::kProbsEpsilon, divisor, [&](Index e, S d) {
-    const S s = detail::score_of(score, logits[e]);
+    const S s = score_of(score, logits[e]);
     d_logits[e] += d / divisor.value * detail::score_slope(score, logits[e], s);
   });
 }
 
-/// gates[i] of the experts[i], i < n, of one token. logits and probs (normalised_scores) are the
-/// token's rows [num_experts]. O(n).
+/// gates[i] of the experts[i], i < n, of one token. O(n).
 template <class S>
-void compute_gates(const GateRule& rule, const S* logits, const S* probs, Index n, const Index* experts,
+void compute_gates(const GateRule& rule, const TokenScores<S>& token, Index n, const Index* experts,
                    S* gates) {
   if (n == 0) return;
+  const S *const logits = token.logits, *const probs = token.probs;
   S divisor = 1;
   if (const S factor = detail::softmax_factor(rule, logits, n, experts); factor > S(0)) {
     for (Index i = 0; i < n; ++i) gates[i] = factor * logits[experts[i]];
     softmax(n, gates, gates);
   } else {
     for (Index i = 0; i < n; ++i)
-      gates[i] =
-          rule.score == Score::softmax ? probs[experts[i]] : detail::score_of(rule.score, logits[experts[i]]);
+      gates[i] = rule.score == Score::softmax ? probs[experts[i]] : score_of(rule.score, logits[experts[i]]);
     divisor = detail::gate_divisor<S>(rule, n, [&](Index i) { return gates[i]; }).value;
   }
   if (is_equal(divisor, S(1)) && is_equal(rule.scale, 1.0)) return;
@@ -223,11 +217,12 @@ void compute_gates(const GateRule& rule, const S* logits, const S* probs, Index 
 /// largest term of a sum, however far apart the logits are. O(n), and O(num_experts (1 + n / 64)) for a
 /// softmax that is not one of the chosen alone.
 template <class S>
-void compute_gates_backward(const GateRule& rule, const S* logits, const S* probs, Index num_experts, Index n,
-                            const Index* experts, const S* gates, const S* d_gates, S* d_logits) {
+void compute_gates_backward(const GateRule& rule, const TokenScores<S>& token, Index n, const Index* experts,
+                            const S* gates, const S* d_gates, S* d_logits) {
+  const S *const logits = token.logits, *const probs = token.probs;
+  const Index num_experts = token.num_experts;
   const auto score = [&](Index i) {
-    return rule.score == Score::softmax ? probs[experts[i]]
-                                        : detail::score_of(rule.score, logits[experts[i]]);
+    return rule.score == Score::softmax ? probs[experts[i]] : score_of(rule.score, logits[experts[i]]);
   };
   if (const S factor = detail::softmax_factor(rule, logits, n, experts); factor > S(0)) {
     detail::quotients_backward(n, gates, d_gates, rule.scale, 0, {S(1), true}, [&](Index i, S d) {
