@@ -557,8 +557,7 @@ TEST(PackedExpert, RoundsToBfloat16AsEigenDoes) {
   for (std::uint32_t high = 0; high < 0x10000; high += 7)
     for (const std::uint32_t low : {0u, 1u, 0x7FFFu, 0x8000u, 0x8001u, 0xFFFFu}) {
       const float value = std::bit_cast<float>((high << 16) | low);
-      std::uint16_t bits;
-      detail::pack_weight(value, &bits);
+      const auto bits = std::uint16_t(BF16::rounded(value));
       const float back = std::bit_cast<float>(std::uint32_t(bits) << 16);
       const float expected = float(Eigen::bfloat16(value));
       EXPECT_TRUE(back == expected || (std::isnan(back) && std::isnan(value))) << value;
@@ -617,10 +616,10 @@ TEST(PackedMoELayer, AFewTokensAfterManyNeedNoMoreRoom) {
     PackedWorkspace workspace;
     Matrix<float> y;
     fast.forward(draw(2000, 8, rng), y, workspace);
-    const Index tasks = workspace.tasks.capacity();
+    const Index tasks = workspace.packed.tasks.capacity();
     for (const Index tokens : {1, 3, 0}) {
       fast.forward(draw(tokens, 8, rng), y, workspace);
-      EXPECT_EQ(workspace.tasks.capacity(), tasks) << tokens << " tokens";
+      EXPECT_EQ(workspace.packed.tasks.capacity(), tasks) << tokens << " tokens";
     }
   };
   check(pack<F32>(layer));
