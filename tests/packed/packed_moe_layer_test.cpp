@@ -553,7 +553,47 @@ TEST(PackedMoELayer, ActivationsHoldAtTheirEnds) {
   }
 }
 
-TEST(PackedExpert, RoundsToBfloat16AsEigenDoes) {
+// What a layer writes beside its experts, and how often each number of the output was begun and ended.
+struct CountingOutput {
+  Matrix<float>& y;
+  Matrix<int>&begun, &ended;
+
+  void begin(const OutputBlock& b) const {
+    y.block(b.token_begin, b.column_begin, b.token_end - b.token_begin, b.column_end - b.column_begin)
+        .setZero();
+    count(b, begun);
+  }
+  void end(const OutputBlock& b) const { count(b, ended); }
+  static void count(const OutputBlock& b, Matrix<int>& times) {
+    times.block(b.token_begin, b.column_begin, b.token_end - b.token_begin, b.column_end - b.column_begin)
+        .array() += 1;
+  }
+};
+
+TEST(PackedExperts, BeginAndEndEveryNumberOfTheOutputOnce) {
+  Rng rng(17);
+  const Layer layer = make_layer(203, 57, 4, 2, false);
+  for (const Index tokens : {0, 1, 70, 1030}) {
+    const Matrix<float> x = draw(tokens, 203, rng);
+    for (const Index workers : {1, 3, 16}) {
+      const auto fast = pack<BF16>(layer);
+      const Routing<float> routing = fast.route(x);
+      PackedExperts<BF16> experts(fast.instruction_set(), false, 203);
+      for (const Gated& expert : layer.experts()) experts.add(expert);
+      EXPECT_EQ(experts.size(), 4);
+      EXPECT_EQ(experts.memory_bytes(), fast.memory_bytes());
+      Matrix<float> y = Matrix<float>::Constant(tokens, 203, 5);
+      Matrix<int> begun = Matrix<int>::Zero(tokens, 203), ended = begun;
+      PackedExpertsWorkspace workspace;
+      experts.forward({x.data(), x.cols(), routing.plan.token.data()}, routing.plan, y,
+                      CountingOutput{y, begun, ended}, workspace, Backwards{workers});
+      EXPECT_TRUE((begun.array() == 1).all() && (ended.array() == 1).all()) << tokens << ", " << workers;
+      EXPECT_TRUE(same_bits(y, fast.forward(x, routing))) << tokens << ", " << workers;
+    }
+  }
+}
+
+TEST(BF16, RoundsToBfloat16AsEigenDoes) {
   for (std::uint32_t high = 0; high < 0x10000; high += 7)
     for (const std::uint32_t low : {0u, 1u, 0x7FFFu, 0x8000u, 0x8001u, 0xFFFFu}) {
       const float value = std::bit_cast<float>((high << 16) | low);

@@ -144,18 +144,15 @@ class PackedMoELayer {
     check_input(x);
     check_apart(x, y, workspace);
     route_with(parts_.router, x, info, workspace.routing, executor);
-    check_plan(workspace.routing.plan, x.rows(), num_experts(), "PackedMoELayer::forward");
     run(x, workspace.routing.plan, y, workspace, executor);
   }
 
   /// Output under a routing of these tokens that was made before.
   template <std::same_as<Routing<float>> Made, Executor Ex = DefaultExecutor>
   Matrix<float> forward(const ConstMatrixRef<float>& x, const Made& routing, const Ex& executor = {}) const {
-    check_input(x);
-    check_plan(routing.plan, x.rows(), num_experts(), "PackedMoELayer::forward");
     Workspace workspace;
     Matrix<float> y;
-    run(x, routing.plan, y, workspace, executor);
+    forward(x, routing, y, workspace, executor);
     return y;
   }
 
@@ -167,7 +164,6 @@ class PackedMoELayer {
     check_input(x);
     check_apart(x, y, workspace);
     require_apart("PackedMoELayer::forward", "y", y, "routing", routing);
-    check_plan(routing.plan, x.rows(), num_experts(), "PackedMoELayer::forward");
     run(x, routing.plan, y, workspace, executor);
   }
 
@@ -222,10 +218,11 @@ class PackedMoELayer {
     require_apart("PackedMoELayer::forward", "the workspace", workspace, "x", x);
   }
 
-  // The plan was checked.
+  // Every forward pass comes here, and checks its plan here.
   template <class Ex>
   void run(const ConstMatrixRef<float>& x, const DispatchPlan<float>& routed, Matrix<float>& y,
            Workspace& workspace, const Ex& executor) const {
+    check_plan(routed, x.rows(), num_experts(), "PackedMoELayer::forward");
     const DispatchPlan<float>& plan =
         add_shared_experts(x, routed, num_shared_experts(), parts_.w_shared_gate, workspace.all_experts,
                            workspace.shared_gate, executor);
