@@ -553,6 +553,16 @@ TEST(PackedMoELayer, ActivationsHoldAtTheirEnds) {
   }
 }
 
+template <class F>
+std::string message_of(const F& f) {
+  try {
+    f();
+  } catch (const std::invalid_argument& e) {
+    return e.what();
+  }
+  return "nothing was thrown";
+}
+
 // What a layer writes beside its experts, and how often each number of the output was begun and ended.
 struct CountingOutput {
   Matrix<float>& y;
@@ -591,6 +601,15 @@ TEST(PackedExperts, BeginAndEndEveryNumberOfTheOutputOnce) {
       EXPECT_TRUE(same_bits(y, fast.forward(x, routing))) << tokens << ", " << workers;
     }
   }
+}
+
+TEST(PackedExperts, RefuseWhatDoesNotFit) {
+  EXPECT_EQ(message_of([] { PackedExperts<F32>(InstructionSet::portable, true, 8); }),
+            "PackedProduct: there is no product for portable kernels with activations in bfloat16");
+  PackedExperts<F32> experts(InstructionSet::portable, false, 8);
+  EXPECT_EQ(message_of([&] { experts.add(make_layer(9, 4, 1, 1).experts()[0]); }),
+            "PackedExperts::add: expert 0 has d_model = 9, expected 8");
+  EXPECT_EQ(experts.size(), 0);
 }
 
 TEST(BF16, RoundsToBfloat16AsEigenDoes) {
@@ -678,16 +697,6 @@ TEST(PackedMoELayer, MemoryIsThatOfThePanels) {
   const Layer layer = make_layer(64, 128, 4, 1, false);
   EXPECT_EQ(pack<F32>(layer).memory_bytes(), 4u * 3 * 64 * 128 * 4);
   EXPECT_EQ(pack<BF16>(layer).memory_bytes(), 4u * 3 * 64 * 128 * 2);
-}
-
-template <class F>
-std::string message_of(const F& f) {
-  try {
-    f();
-  } catch (const std::invalid_argument& e) {
-    return e.what();
-  }
-  return "nothing was thrown";
 }
 
 TEST(PackedMoELayer, RefusesWhatDoesNotFit) {

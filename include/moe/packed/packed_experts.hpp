@@ -6,6 +6,7 @@
 #include <vector>
 
 #include <moe/core/buffer.hpp>
+#include <moe/core/check.hpp>
 #include <moe/core/executor.hpp>
 #include <moe/core/types.hpp>
 #include <moe/packed/packed_expert.hpp>
@@ -44,13 +45,16 @@ class PackedExperts {
  public:
   using Workspace = PackedExpertsWorkspace;
 
-  /// None yet. The processor has the set; with `rounded`, also products of it with activations in bfloat16.
+  /// None yet, for the kernels of a set; `rounded`: with activations rounded to bfloat16. Throws
+  /// std::invalid_argument where this processor or the format has no such product.
   PackedExperts(InstructionSet set, bool rounded, Index d_model)
       : product_(set, rounded), d_model_(d_model) {}
 
-  /// Lays an expert of this width out. O(parameters).
+  /// Lays an expert out. O(parameters). Throws std::invalid_argument for another d_model.
   template <PackableExpert E>
   void add(const E& expert) {
+    require(expert.d_model() == d_model_, "PackedExperts::add: expert ", size(),
+            " has d_model = ", expert.d_model(), ", expected ", d_model_);
     experts_.emplace_back(expert, product_.kernels());
     widest_ = (std::max)(widest_, hidden_rows(experts_.back()).size());
     most_panels_ = (std::max)(most_panels_, experts_.back().up_panels());

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include <moe/core/buffer.hpp>
+#include <moe/core/check.hpp>
 #include <moe/core/types.hpp>
 #include <moe/kernels/kernels.hpp>
 #include <moe/kernels/select.hpp>
@@ -64,10 +65,13 @@ class PackedProduct {
  public:
   static constexpr Index kMostPanels = 8;  ///< that are multiplied at a time
 
-  /// The processor has the set; with `rounded`, also products of it with activations in bfloat16.
+  /// By the kernels of a set; `rounded`: with activations rounded to bfloat16. Throws std::invalid_argument
+  /// where this processor or the format has no such product.
   PackedProduct(InstructionSet set, bool rounded)
       : kernels_(kernels::find(set)), floats_(F::find_product(set)) {
     if constexpr (DotFormat<F>) dot_ = F::find_dot(set, rounded);
+    require(kernels_ && floats_ && (dot_ || !rounded), "PackedProduct: there is no product for ",
+            name_of(set), rounded ? " with activations in bfloat16" : "");
   }
 
   const kernels::Kernels& kernels() const { return *kernels_; }
