@@ -44,6 +44,7 @@
 #include <moe/experts/variant_expert.hpp>
 #include <moe/experts/zero_computation_experts.hpp>
 #include <moe/gradient_check.hpp>
+#include <moe/layers/apply_experts.hpp>
 #include <moe/layers/checked_plan.hpp>
 #include <moe/layers/dispatch.hpp>
 #include <moe/layers/expert_cache.hpp>

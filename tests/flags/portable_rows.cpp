@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: MIT
 // The portable kernels give a row the same bits whatever rows are beside it, also where the compiler may fuse
 // multiplications with additions. Prints what differs.
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <vector>
 
 #include <moe/kernels/select.hpp>
+#include <moe/packed/bf16.hpp>
+#include <moe/packed/float32.hpp>
 
 namespace {
 
@@ -43,11 +46,11 @@ int differences(const char* name, Index columns, const F& multiply) {
 int main() {
   constexpr auto kSet = moe::InstructionSet::portable;
   const moe::kernels::DenseKernels& dense = *moe::kernels::find_dense(kSet);
-  const moe::kernels::Kernels& packed = *moe::kernels::find(kSet);
+  const Index columns = moe::kernels::find(kSet)->columns;
   constexpr Index kIn = 77, kOut = 53, kBatch = 33, kStride = moe::kernels::kRowStride<float>;
   const std::vector<float> x = random(kBatch * kStride, 1), w = random(kIn * kOut, 2);
-  const std::vector<float> panel = random(kIn * packed.columns, 3);
-  const std::vector<std::uint16_t> half(std::size_t((kIn + 1) * packed.columns), 0x3E45);
+  const std::vector<float> panel = random(kIn * columns, 3);
+  const std::vector<std::uint16_t> half(std::size_t((kIn + 1) * columns), 0x3E45);
   int count = differences("linear", kOut, [&](Index rows, float* to) {
     dense.linear(rows, kIn, kOut, x.data(), kStride, w.data(), kIn, to, kOut, false);
   });
@@ -55,12 +58,13 @@ int main() {
     dense.linear_backward_input(rows, kIn, kOut, x.data(), kStride, w.data(), kIn, to, kIn, false);
   });
   const moe::kernels::Parts<float> from{x.data(), kStride, kIn};
-  count += differences("floats", packed.columns, [&](Index rows, float* to) {
-    packed.floats.multiply(rows, kIn, from, panel.data(), kIn * packed.columns, 1, to, false, panel.data());
-  });
-  count += differences("halves", packed.columns, [&](Index rows, float* to) {
-    packed.halves.multiply(rows, kIn, from, half.data(), (kIn + 1) * packed.columns, 1, to, false,
-                           half.data());
-  });
+  const auto multiply = [&]<moe::Format F>(F, const auto& weights) {
+    const auto* const bytes = reinterpret_cast<const std::byte*>(weights.data());
+    return [&from, columns, bytes](Index rows, float* to) {
+      F::find_product(kSet)->multiply(rows, kIn, from, bytes, F::bytes(kIn) * columns, 1, to, false, bytes);
+    };
+  };
+  count += differences("panels of floats", columns, multiply(moe::F32{}, panel));
+  count += differences("panels of bfloat16", columns, multiply(moe::BF16{}, half));
   return count;
 }

@@ -553,12 +553,70 @@ TEST(PackedMoELayer, ActivationsHoldAtTheirEnds) {
   }
 }
 
-TEST(PackedExpert, RoundsToBfloat16AsEigenDoes) {
+template <class F>
+std::string message_of(const F& f) {
+  try {
+    f();
+  } catch (const std::invalid_argument& e) {
+    return e.what();
+  }
+  return "nothing was thrown";
+}
+
+// What a layer writes beside its experts, and how often each number of the output was begun and ended.
+struct CountingOutput {
+  Matrix<float>& y;
+  Matrix<int>&begun, &ended;
+
+  void begin(const OutputBlock& b) const {
+    y.block(b.token_begin, b.column_begin, b.token_end - b.token_begin, b.column_end - b.column_begin)
+        .setZero();
+    count(b, begun);
+  }
+  void end(const OutputBlock& b) const { count(b, ended); }
+  static void count(const OutputBlock& b, Matrix<int>& times) {
+    times.block(b.token_begin, b.column_begin, b.token_end - b.token_begin, b.column_end - b.column_begin)
+        .array() += 1;
+  }
+};
+
+TEST(PackedExperts, BeginAndEndEveryNumberOfTheOutputOnce) {
+  Rng rng(17);
+  const Layer layer = make_layer(203, 57, 4, 2, false);
+  for (const Index tokens : {0, 1, 70, 1030}) {
+    const Matrix<float> x = draw(tokens, 203, rng);
+    for (const Index workers : {1, 3, 16}) {
+      const auto fast = pack<BF16>(layer);
+      const Routing<float> routing = fast.route(x);
+      PackedExperts<BF16> experts(fast.instruction_set(), false, 203);
+      for (const Gated& expert : layer.experts()) experts.add(expert);
+      EXPECT_EQ(experts.size(), 4);
+      EXPECT_EQ(experts.memory_bytes(), fast.memory_bytes());
+      Matrix<float> y = Matrix<float>::Constant(tokens, 203, 5);
+      Matrix<int> begun = Matrix<int>::Zero(tokens, 203), ended = begun;
+      PackedExpertsWorkspace workspace;
+      experts.forward({x.data(), x.cols(), routing.plan.token.data()}, routing.plan, y,
+                      CountingOutput{y, begun, ended}, workspace, Backwards{workers});
+      EXPECT_TRUE((begun.array() == 1).all() && (ended.array() == 1).all()) << tokens << ", " << workers;
+      EXPECT_TRUE(same_bits(y, fast.forward(x, routing))) << tokens << ", " << workers;
+    }
+  }
+}
+
+TEST(PackedExperts, RefuseWhatDoesNotFit) {
+  EXPECT_EQ(message_of([] { PackedExperts<F32>(InstructionSet::portable, true, 8); }),
+            "PackedProduct: there is no product for portable kernels with activations in bfloat16");
+  PackedExperts<F32> experts(InstructionSet::portable, false, 8);
+  EXPECT_EQ(message_of([&] { experts.add(make_layer(9, 4, 1, 1).experts()[0]); }),
+            "PackedExperts::add: expert 0 has d_model = 9, expected 8");
+  EXPECT_EQ(experts.size(), 0);
+}
+
+TEST(BF16, RoundsToBfloat16AsEigenDoes) {
   for (std::uint32_t high = 0; high < 0x10000; high += 7)
     for (const std::uint32_t low : {0u, 1u, 0x7FFFu, 0x8000u, 0x8001u, 0xFFFFu}) {
       const float value = std::bit_cast<float>((high << 16) | low);
-      std::uint16_t bits;
-      detail::pack_weight(value, &bits);
+      const auto bits = std::uint16_t(BF16::rounded(value));
       const float back = std::bit_cast<float>(std::uint32_t(bits) << 16);
       const float expected = float(Eigen::bfloat16(value));
       EXPECT_TRUE(back == expected || (std::isnan(back) && std::isnan(value))) << value;
@@ -617,10 +675,10 @@ TEST(PackedMoELayer, AFewTokensAfterManyNeedNoMoreRoom) {
     PackedWorkspace workspace;
     Matrix<float> y;
     fast.forward(draw(2000, 8, rng), y, workspace);
-    const Index tasks = workspace.tasks.capacity();
+    const Index tasks = workspace.packed.tasks.capacity();
     for (const Index tokens : {1, 3, 0}) {
       fast.forward(draw(tokens, 8, rng), y, workspace);
-      EXPECT_EQ(workspace.tasks.capacity(), tasks) << tokens << " tokens";
+      EXPECT_EQ(workspace.packed.tasks.capacity(), tasks) << tokens << " tokens";
     }
   };
   check(pack<F32>(layer));
@@ -639,16 +697,6 @@ TEST(PackedMoELayer, MemoryIsThatOfThePanels) {
   const Layer layer = make_layer(64, 128, 4, 1, false);
   EXPECT_EQ(pack<F32>(layer).memory_bytes(), 4u * 3 * 64 * 128 * 4);
   EXPECT_EQ(pack<BF16>(layer).memory_bytes(), 4u * 3 * 64 * 128 * 2);
-}
-
-template <class F>
-std::string message_of(const F& f) {
-  try {
-    f();
-  } catch (const std::invalid_argument& e) {
-    return e.what();
-  }
-  return "nothing was thrown";
 }
 
 TEST(PackedMoELayer, RefusesWhatDoesNotFit) {

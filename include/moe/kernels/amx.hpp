@@ -64,7 +64,7 @@ struct Fetch {
 // in use a product takes up to twice as long where the core is shared.
 template <int kParts>
 inline void multiply_tile(Index rows, Index steps, Index deep, const Parts<std::uint16_t>& x,
-                          const std::uint16_t* panel, float* c, bool add, Fetch& fetch) {
+                          const Bfloat16* panel, float* c, bool add, Fetch& fetch) {
   TileShapes shapes;
   shapes.set(0, rows, 64);
   shapes.set(1, rows, 64);
@@ -82,7 +82,7 @@ inline void multiply_tile(Index rows, Index steps, Index deep, const Parts<std::
       _tile_zero(1);
     }
     const std::uint16_t* row = x.data;
-    const std::uint16_t* weight = panel + 2 * j;
+    const Bfloat16* weight = panel + 2 * j;
     for (Index s = 0; s < steps; ++s, row += kTileDepth, weight += kTileDepth * kColumns) {
       _tile_loadd(3, weight, kStride);
       _tile_loadd(4, weight + 2 * kLanes, kStride);
@@ -101,8 +101,8 @@ inline void multiply_tile(Index rows, Index steps, Index deep, const Parts<std::
 }
 
 template <int kParts>
-inline void multiply_panel(Index rows, Index depth, const Parts<std::uint16_t>& x, const std::uint16_t* panel,
-                           float* c, bool add, const std::uint16_t* next) {
+inline void multiply_panel(Index rows, Index depth, const Parts<std::uint16_t>& x, const Bfloat16* panel,
+                           float* c, bool add, const std::byte* next) {
   const Index whole = depth / kTileDepth, rest = depth % kTileDepth;
   const Index products = (rows + kTileRows - 1) / kTileRows * (kColumns / kLanes) * kParts;
   const Index place_lines = (depth * kColumns * 2 + 255) / 256;
@@ -123,11 +123,12 @@ inline void multiply_panel(Index rows, Index depth, const Parts<std::uint16_t>& 
 }
 
 template <int kParts>
-inline void multiply(Index rows, Index depth, const Parts<std::uint16_t>& x, const std::uint16_t* panel,
-                     Index apart, Index panels, float* c, bool add, const std::uint16_t* next) {
+inline void multiply(Index rows, Index depth, const Parts<std::uint16_t>& x, const std::byte* panel,
+                     Index apart, Index panels, float* c, bool add, const std::byte* next) {
   __asm__ volatile("" ::: "memory");  // GCC does not know that tile loads read what was written before
   for (; panels > 0; --panels, panel += apart, c += rows * kColumns)
-    multiply_panel<kParts>(rows, depth, x, panel, c, add, panels > 1 ? panel + apart : next);
+    multiply_panel<kParts>(rows, depth, x, reinterpret_cast<const Bfloat16*>(panel), c, add,
+                           panels > 1 ? panel + apart : next);
   _tile_release();
 }
 

@@ -47,7 +47,7 @@ inline Vec power_of_two(Vec n) {
 struct Pair {
   __m256i bits;
 };
-inline Pair load_pair(const std::uint16_t* from) {
+inline Pair load_pair(const Bfloat16* from) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))};
 }
 inline Vec first_of(Pair pair) { return _mm256_castsi256_ps(_mm256_slli_epi32(pair.bits, 16)); }
@@ -70,12 +70,7 @@ inline Vec high_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0xEE); }
 
 #include <moe/kernels/dense.inc>
 
-inline constexpr Kernels kTable = {kColumns,
-                                   kStreams,
-                                   {kMaxRows, kDepth, 1, copy, multiply_panels<float, float>},
-                                   {kMaxRows, kDepth, 1, copy, multiply_panels<float, std::uint16_t>},
-                                   activate,
-                                   combine};
+inline constexpr Kernels kTable = {kColumns, kStreams, activate, combine};
 inline constexpr DenseKernels kDenseTable = {linear, linear_backward_input, linear_backward_weight};
 
 }  // namespace moe::kernels::avx2

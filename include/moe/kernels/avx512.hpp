@@ -54,7 +54,7 @@ inline Vec power_of_two(Vec n) {
 struct Pair {
   __m512i bits;
 };
-inline Pair load_pair(const std::uint16_t* from) {
+inline Pair load_pair(const Bfloat16* from) {
   return {_mm512_loadu_si512(reinterpret_cast<const __m512i*>(from))};
 }
 inline Vec first_of(Pair pair) { return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAll, pair.bits, 16)); }
@@ -80,12 +80,7 @@ inline Vec high_pairs(Vec a, Vec b) { return _mm512_maskz_shuffle_ps(kAll, a, b,
 
 #include <moe/kernels/dense.inc>
 
-inline constexpr Kernels kTable = {kColumns,
-                                   kStreams,
-                                   {kMaxRows, kDepth, 1, copy, multiply_panels<float, float>},
-                                   {kMaxRows, kDepth, 1, copy, multiply_panels<float, std::uint16_t>},
-                                   activate,
-                                   combine};
+inline constexpr Kernels kTable = {kColumns, kStreams, activate, combine};
 inline constexpr DenseKernels kDenseTable = {linear, linear_backward_input, linear_backward_weight};
 
 }  // namespace moe::kernels::avx512

@@ -25,8 +25,8 @@ using avx512::broadcast, avx512::first_of, avx512::fused, avx512::kHighRows, avx
 
 // Some steps of a tile: sum [R, V] += pairs of x's columns * pairs of the panel's rows.
 template <Index kStride, std::size_t kR, std::size_t kV, class Layout>
-inline __attribute__((always_inline)) void steps(Index count, const std::uint16_t* x,
-                                                 const std::uint16_t* panel, Layout, Vec (&sum)[kR][kV]) {
+inline __attribute__((always_inline)) void steps(Index count, const std::uint16_t* x, const Bfloat16* panel,
+                                                 Layout, Vec (&sum)[kR][kV]) {
   constexpr int R = int(kR), V = int(kV);
   for (; count > 0; count -= 2, x += 2, panel += 2 * kLanes * kVecs) {
     __m512i right[kV];
@@ -60,7 +60,7 @@ inline void round(Index count, const float* from, std::uint16_t* to, Index width
 }
 
 inline constexpr DotProduct kTable = {kMaxDotRows, kDotDepth, 1, round,
-                                      multiply_panels<std::uint16_t, std::uint16_t>};
+                                      multiply_panels<std::uint16_t, Bfloat16>};
 
 }  // namespace moe::kernels::avx512_bf16
 

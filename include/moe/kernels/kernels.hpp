@@ -9,11 +9,21 @@
 // What a set of kernels offers. Each instruction set fills one Kernels with the functions of its own
 // namespace; all of them are made from one text: product.inc, elementwise.inc and dense.inc.
 //
-// Weights lie in panels of `columns` columns, each contiguous: [streams, depth, columns / streams]. A product
-// reads the streams of a panel side by side: some processors fetch several faster than one. Weights of
-// bfloat16 lie in pairs along the depth: [streams, depth / 2, columns / streams, 2]; an odd depth ends with a
-// pair whose second half is zero.
+// Packed weights lie in micro-panels of `columns` columns, each contiguous: [streams, depth, columns /
+// streams]. A product reads the streams of a panel side by side: some processors fetch several faster than
+// one. How the numbers of a stream lie is up to their format: blocks of numbers of a column along the depth,
+// [streams, depth / block, columns / streams, block], the last one filled up with zeros.
 namespace moe::kernels {
+
+/// Numbers of weights other than float, by their bits. A format has a type of its own: by it a product
+/// chooses how a register of weights is loaded.
+enum class Bfloat16 : std::uint16_t {};  ///< the upper half of a float
+
+/// Numbers of a column that lie side by side in a panel.
+template <class Number>
+inline constexpr Index kBlockNumbers = 1;
+template <>
+inline constexpr Index kBlockNumbers<Bfloat16> = 2;
 
 /// The built-in activations as the kernels know them.
 enum class Unit : std::uint8_t { relu, gelu, gelu_tanh, silu, clamped_swiglu };
@@ -40,25 +50,25 @@ struct Parts {
 /// which they are one chain; or from zero, and then added to what stands in c.
 enum class Sums : std::uint8_t { begin, go_on, add };
 
-/// Products of rows and panels. Every element is one chain of fused multiply-adds along the depth, whatever
-/// the rows beside it; hence the same bits for any batch.
-template <class X, class Weight>
+/// Products of rows and panels of one format. Every element is one chain of fused multiply-adds along the
+/// depth, whatever the rows beside it; hence the same bits for any batch.
+template <class X>
 struct Product {
   Index rows, depth;  ///< that it takes at most: what it reads of them then stays in the second cache
   Index parts;        ///< numbers that stand for a float of an activation
   /// to [parts, width] = the parts of from [count] and, where there are several or they are not floats, zeros
   /// behind them; width is a multiple of 32.
   void (*split)(Index count, const float* from, X* to, Index width);
-  /// c [panels, rows, columns] = x * panels or, where `add`, added to c. Each stream begins `apart` numbers
+  /// c [panels, rows, columns] = x * panels or, where `add`, added to c. Each stream begins `apart` bytes
   /// after the one before it, also from one panel to the next. `next` is what will be read of a panel after
   /// this: it is fetched into the caches meanwhile, or any pointer at all.
-  void (*multiply)(Index rows, Index depth, const Parts<X>& x, const Weight* panel, Index apart, Index panels,
-                   float* c, bool add, const Weight* next);
+  void (*multiply)(Index rows, Index depth, const Parts<X>& x, const std::byte* panel, Index apart,
+                   Index panels, float* c, bool add, const std::byte* next);
 };
 
 /// Products of weights in bfloat16 by an instruction that multiplies pairs of bfloat16 and adds both products
 /// to a float. It takes numbers below the normal ones as zero. Of the parts one is rounded, three are exact.
-using DotProduct = Product<std::uint16_t, std::uint16_t>;
+using DotProduct = Product<std::uint16_t>;
 
 inline constexpr Index kMaxRows = 96, kDepth = 512;         // of products of floats
 inline constexpr Index kMaxDotRows = 96, kDotDepth = 2048;  // of dot products
@@ -68,12 +78,9 @@ inline constexpr Index kMaxDotRows = 96, kDotDepth = 2048;  // of dot products
 template <class X>
 inline constexpr Index kRowStride = sizeof(X) == sizeof(float) ? kDepth + 16 : kDotDepth + 32;
 
-/// The functions of one instruction set.
+/// The functions of one instruction set beside its products, of which each format has one: find_product.
 struct Kernels {
   Index columns, streams;  ///< of a panel
-  Product<float, float> floats;
-  Product<float, std::uint16_t>
-      halves;  ///< weights in bfloat16, which are widened: products are those of floats
   /// out [rows, columns or, gated, columns / 2] = the activation of c + bias; bias may be null.
   void (*activate)(const Activation& activation, Index rows, const float* c, const float* bias, float* out,
                    Index out_stride);

@@ -57,7 +57,7 @@ inline Vec power_of_two(Vec n) { return Vec((nearest_whole(n) + 127) << 23); }
 struct Pair {
   Whole bits;
 };
-inline Pair load_pair(const std::uint16_t* from) {
+inline Pair load_pair(const Bfloat16* from) {
   Pair pair;
   std::memcpy(&pair.bits, from, sizeof pair.bits);
   return pair;
@@ -79,12 +79,7 @@ inline Vec high_pairs(Vec a, Vec b) { return Vec{a[2], a[3], b[2], b[3]}; }
 
 #include <moe/kernels/dense.inc>
 
-inline constexpr Kernels kTable = {kColumns,
-                                   kStreams,
-                                   {kMaxRows, kDepth, 1, copy, multiply_panels<float, float>},
-                                   {kMaxRows, kDepth, 1, copy, multiply_panels<float, std::uint16_t>},
-                                   activate,
-                                   combine};
+inline constexpr Kernels kTable = {kColumns, kStreams, activate, combine};
 inline constexpr DenseKernels kDenseTable = {linear, linear_backward_input, linear_backward_weight};
 
 }  // namespace moe::kernels::portable

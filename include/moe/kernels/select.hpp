@@ -77,7 +77,18 @@ inline const Kernels* find(InstructionSet set) {
   return &portable::kTable;
 }
 
-/// The same for matrices as they lie.
+/// Its product of panels of a format's numbers with rows of floats.
+template <class Number>
+const Product<float>* find_product(InstructionSet set) {
+  if (!has(set)) return nullptr;
+#if defined(__x86_64__)
+  if (set == InstructionSet::avx2) return &avx2::kProduct<Number>;
+  if (set == InstructionSet::avx512 || set == InstructionSet::amx) return &avx512::kProduct<Number>;
+#endif
+  return &portable::kProduct<Number>;
+}
+
+/// The kernels for matrices as they lie.
 inline const DenseKernels* find_dense(InstructionSet set) {
   if (!has(set)) return nullptr;
 #if defined(__x86_64__)

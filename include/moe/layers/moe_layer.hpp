@@ -9,6 +9,7 @@
 #include <vector>
 
 #include <moe/experts/expert.hpp>
+#include <moe/layers/apply_experts.hpp>
 #include <moe/layers/dispatch.hpp>
 #include <moe/layers/grouped_experts.hpp>
 #include <moe/layers/layer_workspace.hpp>
@@ -289,9 +290,7 @@ class MoELayer {
     y.resize(x.rows(), d_model());
     const auto plan = CheckedPlan<S>::trusted(add_shared_experts(
         x, *routed, num_shared_, w_shared_gate, workspace.all_experts, workspace.shared_gate, executor));
-    dispatch(x, plan, workspace.x_rows, executor);
-    experts_.forward(workspace.x_rows, plan->expert_begin, workspace.y_rows, kept, executor);
-    combine(workspace.y_rows, plan, x, y, executor);
+    apply_experts(x, plan, experts_, y, workspace, kept, executor);
     if (b_output.size() > 0)
       add_bias(b_output, y, [&](Index t) { return plan->token_state[t] == TokenState::valid; });
   }

@@ -1,15 +1,9 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <algorithm>
-#include <bit>
 #include <cstddef>
-#include <cstdint>
-#include <cstring>
 #include <memory>
 #include <new>
-#include <type_traits>
-#include <utility>
 #include <variant>
 
 #include <moe/core/buffer.hpp>
@@ -19,19 +13,10 @@
 #include <moe/experts/variant_expert.hpp>
 #include <moe/kernels/kernels.hpp>
 #include <moe/math/activation.hpp>
+#include <moe/packed/format.hpp>
 
 // An expert's weights, laid out once in the order in which the kernels read them.
 namespace moe {
-
-/// Weights as they are.
-struct F32 {
-  using Weight = float;
-};
-/// Weights rounded to bfloat16, to nearest, ties to even; activations and sums are floats. On AMX numbers
-/// below the normal ones count as zero.
-struct BF16 {
-  using Weight = std::uint16_t;
-};
 
 namespace detail {
 
@@ -106,32 +91,6 @@ ExpertParts expert_parts(const VariantExpert<Kinds...>& e) requires(HasParts<Kin
   return std::visit([](const auto& kind) { return expert_parts(kind); }, e.get());
 }
 
-inline void pack_weight(float value, float* to) { *to = value; }
-inline void pack_weight(float value, std::uint16_t* to) {
-  const auto bits = std::bit_cast<std::uint32_t>(value);
-  if ((bits & 0x7FFFFFFF) > 0x7F800000)
-    *to = std::uint16_t((bits >> 16) | 0x40);  // a quiet NaN
-  else
-    *to = std::uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-
-// A stream of a panel from its columns; row[j] is the weight's row of column j, [depth], or null for zeros.
-inline void pack_stream(Index depth, Index columns, const float* const* row, float* panel) {
-  for (Index p = 0; p < depth; ++p)
-    for (Index j = 0; j < columns; ++j) panel[p * columns + j] = row[j] ? row[j][p] : 0.0f;
-}
-inline void pack_stream(Index depth, Index columns, const float* const* row, std::uint16_t* panel) {
-  for (Index p = 0; p < depth + depth % 2; ++p)
-    for (Index j = 0; j < columns; ++j)
-      pack_weight(row[j] && p < depth ? row[j][p] : 0.0f, panel + (p / 2 * columns + j) * 2 + p % 2);
-}
-
-// Numbers along a depth, as they are packed.
-template <class Weight>
-Index packed_depth(Index depth) {
-  return depth + (sizeof(Weight) == 2 ? depth % 2 : 0);
-}
-
 }  // namespace detail
 
 /// An expert that has a packed form: FeedForward or GatedFeedForward of floats with an activation of the
@@ -142,56 +101,33 @@ concept PackableExpert = requires(const E& expert) {
 };
 
 /// A feed-forward expert laid out for a set of kernels. A copy shares the weights, which never change.
-template <class Format>
+template <Format F>
 class PackedExpert {
  public:
-  using Weight = typename Format::Weight;
-
-  PackedExpert() = default;
-
   /// Lays the expert out. O(parameters).
   template <PackableExpert E>
   PackedExpert(const E& expert, const kernels::Kernels& kernels) {
     const detail::ExpertParts parts = detail::expert_parts(expert);
-    const Index columns = kernels.columns;
+    columns_ = kernels.columns;
     activation_ = parts.activation;
     d_model_ = parts.d_model;
     d_ff_ = parts.d_ff;
-    hidden_ = activation_.gated ? columns / 2 : columns;
+    hidden_ = activation_.gated ? columns_ / 2 : columns_;
     up_panels_ = (d_ff_ + hidden_ - 1) / hidden_;
-    down_panels_ = (d_model_ + columns - 1) / columns;
-    up_size_ = detail::packed_depth<Weight>(d_model_) * columns;
-    down_size_ = detail::packed_depth<Weight>(d_ff_) * columns;
-    columns_ = columns;
+    down_panels_ = (d_model_ + columns_ - 1) / columns_;
+    up_bytes_ = F::bytes(d_model_) * columns_;
+    down_bytes_ = F::bytes(d_ff_) * columns_;
     has_bias_ = parts.b_up != nullptr;
     allocate();
     Buffer<const float*> row;
-    row.resize(columns);
-    const auto pack = [&](Index depth, Weight* panel) {
-      const Index wide = columns / kernels.streams;
-      for (Index j = 0; j < columns; j += wide)
-        detail::pack_stream(depth, wide, row.data() + j, panel + j * detail::packed_depth<Weight>(depth));
-    };
+    row.resize(columns_);
     for (Index panel = 0; panel < up_panels_; ++panel) {
-      float* const bias = biases() + panel * columns;
-      for (Index j = 0; j < columns; ++j) {
-        const bool is_gate = activation_.gated && j < hidden_;
-        const Index out = panel * hidden_ + (j < hidden_ ? j : j - hidden_);
-        const float* const w = is_gate ? parts.gate : parts.up;
-        const float* const b = is_gate ? parts.b_gate : parts.b_up;
-        row[j] = out < d_ff_ ? w + out * d_model_ : nullptr;
-        if (has_bias_) bias[j] = out < d_ff_ ? b[out] : 0.0f;
-      }
-      pack(d_model_, weights() + panel * up_size_);
+      choose_up_rows(parts, panel, row);
+      encode(row, d_model_, kernels.streams, blob_.get() + panel * up_bytes_);
     }
     for (Index panel = 0; panel < down_panels_; ++panel) {
-      float* const bias = biases() + (up_panels_ + panel) * columns;
-      for (Index j = 0; j < columns; ++j) {
-        const Index out = panel * columns + j;
-        row[j] = out < d_model_ ? parts.down + out * d_ff_ : nullptr;
-        if (has_bias_) bias[j] = out < d_model_ ? parts.b_down[out] : 0.0f;
-      }
-      pack(d_ff_, weights() + up_panels_ * up_size_ + panel * down_size_);
+      choose_down_rows(parts, panel, row);
+      encode(row, d_ff_, kernels.streams, blob_.get() + up_panels_ * up_bytes_ + panel * down_bytes_);
     }
   }
 
@@ -202,38 +138,67 @@ class PackedExpert {
 
   /// Panels of the first product: gate and linear branch side by side, where gated.
   Index up_panels() const { return up_panels_; }
-  const Weight* up_panel(Index i) const { return weights() + i * up_size_; }
+  const std::byte* up_panel(Index i) const { return blob_.get() + i * up_bytes_; }
   const float* up_bias(Index i) const { return has_bias_ ? biases() + i * columns_ : nullptr; }
   /// Columns of hidden values that one of them gives.
   Index hidden_columns() const { return hidden_; }
 
   /// Panels of the second product.
   Index down_panels() const { return down_panels_; }
-  const Weight* down_panel(Index i) const { return weights() + up_panels_ * up_size_ + i * down_size_; }
+  const std::byte* down_panel(Index i) const {
+    return blob_.get() + up_panels_ * up_bytes_ + i * down_bytes_;
+  }
   const float* down_bias(Index i) const {
     return has_bias_ ? biases() + (up_panels_ + i) * columns_ : nullptr;
   }
 
  private:
-  static constexpr std::size_t kAlign = 64;
+  static constexpr Index kAlign = 64;
 
   void allocate() {
-    const std::size_t weights =
-        std::size_t(up_panels_ * up_size_ + down_panels_ * down_size_) * sizeof(Weight);
+    const Index weights = up_panels_ * up_bytes_ + down_panels_ * down_bytes_;
     bias_begin_ = (weights + kAlign - 1) / kAlign * kAlign;
-    bytes_ =
-        bias_begin_ + (has_bias_ ? std::size_t((up_panels_ + down_panels_) * columns_) * sizeof(float) : 0);
+    const Index biases = has_bias_ ? (up_panels_ + down_panels_) * columns_ : 0;
+    bytes_ = std::size_t(bias_begin_) + std::size_t(biases) * sizeof(float);
     auto* const bytes = static_cast<std::byte*>(::operator new(bytes_, std::align_val_t(kAlign)));
     blob_ = {bytes, [](std::byte* p) { ::operator delete(p, std::align_val_t(kAlign)); }};
   }
-  Weight* weights() const { return reinterpret_cast<Weight*>(blob_.get()); }
+
+  // row[j] = the weights of column j of a panel, or null where there are none; their biases are laid out.
+  void choose_up_rows(const detail::ExpertParts& parts, Index panel, Buffer<const float*>& row) {
+    float* const bias = biases() + panel * columns_;
+    for (Index j = 0; j < columns_; ++j) {
+      const bool is_gate = activation_.gated && j < hidden_;
+      const Index out = panel * hidden_ + (j < hidden_ ? j : j - hidden_);
+      const float* const w = is_gate ? parts.gate : parts.up;
+      const float* const b = is_gate ? parts.b_gate : parts.b_up;
+      row[j] = out < d_ff_ ? w + out * d_model_ : nullptr;
+      if (has_bias_) bias[j] = out < d_ff_ ? b[out] : 0.0f;
+    }
+  }
+  void choose_down_rows(const detail::ExpertParts& parts, Index panel, Buffer<const float*>& row) {
+    float* const bias = biases() + (up_panels_ + panel) * columns_;
+    for (Index j = 0; j < columns_; ++j) {
+      const Index out = panel * columns_ + j;
+      row[j] = out < d_model_ ? parts.down + out * d_ff_ : nullptr;
+      if (has_bias_) bias[j] = out < d_model_ ? parts.b_down[out] : 0.0f;
+    }
+  }
+
+  void encode(const Buffer<const float*>& row, Index depth, Index streams, std::byte* panel) const {
+    const Index wide = columns_ / streams;
+    for (Index j = 0; j < columns_; j += wide)
+      F::encode(row.data() + j, depth, wide, panel + j * F::bytes(depth));
+  }
+
   float* biases() const { return reinterpret_cast<float*>(blob_.get() + bias_begin_); }
 
   std::shared_ptr<std::byte> blob_;  // panels up, panels down, biases in the order of the panels
-  std::size_t bytes_ = 0, bias_begin_ = 0;
+  std::size_t bytes_ = 0;
+  Index bias_begin_ = 0;
   kernels::Activation activation_;
   Index d_model_ = 0, d_ff_ = 0, columns_ = 0, hidden_ = 0;
-  Index up_panels_ = 0, down_panels_ = 0, up_size_ = 0, down_size_ = 0;
+  Index up_panels_ = 0, down_panels_ = 0, up_bytes_ = 0, down_bytes_ = 0;
   bool has_bias_ = false;
 };
 

@@ -3,16 +3,20 @@
 
 #include <algorithm>
 #include <concepts>
-#include <cstdint>
 #include <limits>
 #include <optional>
+#include <span>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include <moe/kernels/select.hpp>
+#include <moe/layers/apply_experts.hpp>
 #include <moe/layers/moe_layer.hpp>
-#include <moe/packed/packed_expert.hpp>
+#include <moe/packed/bf16.hpp>
+#include <moe/packed/float32.hpp>
+#include <moe/packed/format.hpp>
+#include <moe/packed/packed_experts.hpp>
 
 // A layer for inference: the router and the plan of a MoELayer, with the experts' weights laid out for
 // kernels that are chosen for the processor while the program runs.
@@ -38,31 +42,48 @@ struct PackedParts {
 
 /// Buffers of a packed layer's forward. Reused, they allocate nothing.
 struct PackedWorkspace : LayerWorkspace<float> {
-  struct Task {
-    Index expert, begin, rows, panel_begin, panel_end, cost;
-  };
-  Buffer<Task> tasks;
-  Buffer<Index> touched;        ///< experts that have rows, ascending
-  Buffer<Index> hidden_begin;   ///< first value of the hidden rows of an expert that has any [num_experts]
-  Buffer<float> hidden;         ///< hidden rows, expert by expert
-  Buffer<float> products;       ///< what a worker multiplies now
-  Buffer<float> rows;           ///< the rows for that, side by side
-  Buffer<std::uint16_t> parts;  ///< the same, where they are in bfloat16
+  PackedExpertsWorkspace packed;
 
   template <class F>
   void for_each_array(const F& f) const {
     LayerWorkspace<float>::for_each_array(f);
-    for (const Buffer<float>* b : {&hidden, &products, &rows}) f(*b);
+    f(packed);
   }
 };
 
-/// The inference form of a MoELayer<E, R>: same router, same plan, same semantics; weights in `Format`
-/// (F32 or BF16). Made by pack(). Experts without a packed form run as they are. The output of a token
-/// does not depend, by a bit, on the executor or, where nothing is dropped, on the tokens beside it.
+/// What stands in a block of the output beside what experts add: before them x where a token is passed
+/// through, NaN where it is poisoned, else zero; after them, of a valid token, also the bias.
+struct PackedOutput {
+  const ConstMatrixRef<float>& x;
+  const DispatchPlan<float>& plan;
+  const Vector<float>& bias;  ///< empty for none
+  Matrix<float>& y;
+
+  void begin(const OutputBlock& block) const {
+    const Index column = block.column_begin, columns = block.column_end - column;
+    for (Index t = block.token_begin; t < block.token_end; ++t)
+      std::fill_n(
+          &y(t, column), columns,
+          plan.token_state[t] == TokenState::poisoned ? std::numeric_limits<float>::quiet_NaN() : 0.0f);
+    const Index* const last = plan.passed_through.end();
+    for (const Index* t = std::lower_bound(plan.passed_through.begin(), last, block.token_begin);
+         t != last && *t < block.token_end; ++t)
+      std::copy_n(&x.coeffRef(*t, column), columns, &y(*t, column));
+  }
+  void end(const OutputBlock& block) const {
+    for (Index t = block.token_begin; bias.size() > 0 && t < block.token_end; ++t)
+      if (plan.token_state[t] == TokenState::valid)
+        for (Index j = block.column_begin; j < block.column_end; ++j) y(t, j) += bias[j];
+  }
+};
+
+/// The inference form of a MoELayer<E, R>: same router, same plan, same semantics; weights in a format
+/// (F32, BF16 or another). Made by pack(). Experts without a packed form run as they are. The output of a
+/// token does not depend, by a bit, on the executor or, where nothing is dropped, on the tokens beside it.
 /// Beside the layer it was made from it differs in rounding alone. Every call takes
 /// O(tokens * num_experts * d_model + assignments * d_model * d_ff) operations and throws
 /// std::invalid_argument, before anything is written, where shapes do not fit.
-template <class Format, Expert E, Router R>
+template <Format F, Expert E, Router R>
 class PackedMoELayer {
  public:
   using Scalar = float;
@@ -74,19 +95,7 @@ class PackedMoELayer {
   /// options ask for, or where shapes do not fit.
   template <class Source>
   PackedMoELayer(PackedParts<R> parts, Source&& expert, const PackOptions& options = {})
-      : set_(options.instruction_set.value_or(best_set())),
-        kernels_(kernels::find(set_)),
-        parts_(std::move(parts)) {
-    require(kernels_ != nullptr, "pack: this processor does not have ", name_of(set_),
-            ", the best that it has is ", name_of(best_instruction_set()));
-    if (options.bf16_dot_product) {
-      require(kHalf && PackableExpert<E>,
-              "pack: bf16_dot_product = true, but the weights are not packed as BF16, expected false");
-      require(kernels::find_dot(set_, true) != nullptr,
-              "pack: bf16_dot_product = true, but this processor has none for ", name_of(set_),
-              ", expected false");
-    }
-    if constexpr (kHalf) dot_ = kernels::find_dot(set_, options.bf16_dot_product);
+      : set_(choose_set(options)), parts_(std::move(parts)), experts_(no_experts(options)) {
     require(parts_.num_shared_experts >= 0, "pack: num_shared_experts = ", parts_.num_shared_experts,
             ", expected at least 0");
     if (parts_.w_shared_gate.size() > 0)
@@ -96,7 +105,6 @@ class PackedMoELayer {
     require(parts_.b_output.size() == 0 || parts_.b_output.size() == d_model(), "pack: b_output has ",
             parts_.b_output.size(), " entries, expected d_model = ", d_model());
     const Index count = num_experts() + num_shared_experts();
-    if constexpr (PackableExpert<E>) experts_.reserve(std::size_t(count));
     for (Index e = 0; e < count; ++e) add(e, expert(e));
   }
 
@@ -107,11 +115,7 @@ class PackedMoELayer {
   InstructionSet instruction_set() const { return set_; }
 
   /// What the packed experts take.
-  std::size_t memory_bytes() const requires PackableExpert<E> {
-    std::size_t bytes = 0;
-    for (const PackedExpert<Format>& expert : experts_) bytes += expert.memory_bytes();
-    return bytes;
-  }
+  std::size_t memory_bytes() const requires PackableExpert<E> { return experts_.memory_bytes(); }
 
   /// The routing of x [tokens, d_model] for inference, by the router.
   template <Executor Ex = DefaultExecutor>
@@ -142,18 +146,15 @@ class PackedMoELayer {
     check_input(x);
     check_apart(x, y, workspace);
     route_with(parts_.router, x, info, workspace.routing, workspace.router, executor);
-    check_plan(workspace.routing.plan, x.rows(), num_experts(), "PackedMoELayer::forward");
     run(x, workspace.routing.plan, y, workspace, executor);
   }
 
   /// Output under a routing of these tokens that was made before.
   template <std::same_as<Routing<float>> Made, Executor Ex = DefaultExecutor>
   Matrix<float> forward(const ConstMatrixRef<float>& x, const Made& routing, const Ex& executor = {}) const {
-    check_input(x);
-    check_plan(routing.plan, x.rows(), num_experts(), "PackedMoELayer::forward");
     Workspace workspace;
     Matrix<float> y;
-    run(x, routing.plan, y, workspace, executor);
+    forward(x, routing, y, workspace, executor);
     return y;
   }
 
@@ -165,33 +166,46 @@ class PackedMoELayer {
     check_input(x);
     check_apart(x, y, workspace);
     require_apart("PackedMoELayer::forward", "y", y, "routing", routing);
-    check_plan(routing.plan, x.rows(), num_experts(), "PackedMoELayer::forward");
     run(x, routing.plan, y, workspace, executor);
   }
 
  private:
-  static constexpr bool kHalf = std::is_same_v<Format, BF16>;
-  static constexpr Index kMostPanels = 8;  // that a task takes
-  static constexpr Index kFewRows = 3;     // for which, with streams, all of the depth is brought at once
-  using Weight = typename Format::Weight;
-  using Experts = std::conditional_t<PackableExpert<E>, std::vector<PackedExpert<Format>>, GroupedExperts<E>>;
+  static constexpr bool kPackable = PackableExpert<E>;
+  using Experts = std::conditional_t<kPackable, PackedExperts<F>, GroupedExperts<E>>;  // routed, then shared
 
-  // AMX is asked for only where it is used: leave to use its tiles changes what signal stacks Linux accepts.
-  static InstructionSet best_set() {
-    const bool amx = kHalf && PackableExpert<E> && is_available(InstructionSet::amx);
-    return amx ? InstructionSet::amx : best_instruction_set();
+  static InstructionSet choose_set(const PackOptions& options) {
+    // AMX is asked for only where it is used: leave to use its tiles changes what signal stacks Linux
+    // accepts.
+    const bool ask_amx = DotFormat<F> && kPackable && !options.instruction_set;
+    const InstructionSet set = ask_amx && is_available(InstructionSet::amx)
+                                   ? InstructionSet::amx
+                                   : options.instruction_set.value_or(best_instruction_set());
+    require(is_available(set), "pack: this processor does not have ", name_of(set),
+            ", the best that it has is ", name_of(best_instruction_set()));
+    if (!options.bf16_dot_product) return set;
+    bool found = false;
+    if constexpr (DotFormat<F>) found = F::find_dot(set, true) != nullptr;
+    require(DotFormat<F> && kPackable,
+            "pack: bf16_dot_product = true, but the weights are not packed as BF16, expected false");
+    require(found, "pack: bf16_dot_product = true, but this processor has none for ", name_of(set),
+            ", expected false");
+    return set;
+  }
+
+  Experts no_experts(const PackOptions& options) const {
+    if constexpr (kPackable)
+      return Experts(set_, options.bf16_dot_product, d_model());
+    else
+      return {};
   }
 
   void add(Index e, const E& expert) {
     require(expert.d_model() == d_model(), "pack: expert ", e, " has d_model = ", expert.d_model(),
             ", but the router has ", d_model());
-    if constexpr (PackableExpert<E>) {
-      experts_.emplace_back(expert, *kernels_);
-      widest_ = (std::max)(widest_, hidden_rows(experts_.back()).size());
-      most_panels_ = (std::max)(most_panels_, experts_.back().up_panels());
-    } else {
-      experts_.insert(experts_.size(), expert);
-    }
+    if constexpr (kPackable)
+      experts_.add(expert);
+    else
+      experts_.insert(e, expert);
   }
 
   void check_input(const ConstMatrixRef<float>& x) const {
@@ -206,296 +220,40 @@ class PackedMoELayer {
     require_apart("PackedMoELayer::forward", "the workspace", workspace, "x", x);
   }
 
+  // Every forward pass comes here, and checks its plan here.
   template <class Ex>
   void run(const ConstMatrixRef<float>& x, const DispatchPlan<float>& routed, Matrix<float>& y,
            Workspace& workspace, const Ex& executor) const {
+    const CheckedPlan<float> checked(routed, x.rows(), num_experts(), "PackedMoELayer::forward");
     const DispatchPlan<float>& plan =
-        add_shared_experts(x, routed, num_shared_experts(), parts_.w_shared_gate, workspace.all_experts,
+        add_shared_experts(x, *checked, num_shared_experts(), parts_.w_shared_gate, workspace.all_experts,
                            workspace.shared_gate, executor);
     y.resize(x.rows(), d_model());
-    if constexpr (PackableExpert<E>) {
-      if (plan.gate_side == GateSide::input) dispatch(x, plan, workspace.x_rows, executor);
-      list_tasks(plan, executor.concurrency(), workspace);
-      first_products(plan.gate_side == GateSide::input ? Rows{workspace.x_rows.row(0), d_model(), nullptr}
-                                                       : Rows{x.data(), x.outerStride(), plan.token.data()},
-                     plan, workspace, executor);
-      second_products(x, plan, y, workspace, executor);
-    } else {
-      dispatch(x, plan, workspace.x_rows, executor);
-      experts_.forward(workspace.x_rows, plan.expert_begin, workspace.y_rows, workspace.expert_workspace,
-                       executor);
-      moe::combine(workspace.y_rows, plan, x, y, executor);
-      for (Index t = 0; parts_.b_output.size() > 0 && t < y.rows(); ++t)
-        if (plan.token_state[t] == TokenState::valid) y.row(t) += parts_.b_output.transpose();
-    }
-  }
-
-  // Rows of activations: row i begins at data + stride * (index ? index[i] : i).
-  struct Rows {
-    const float* data;
-    Index stride;
-    const Index* index;
-
-    const float* row(Index i) const { return data + stride * (index ? index[i] : i); }
-    Rows from(Index i) const { return index ? Rows{data, stride, index + i} : Rows{row(i), stride, nullptr}; }
-  };
-
-  // Calls f with the product that this layer multiplies by and the buffer for its rows.
-  template <class F>
-  void with_product(Workspace& w, const F& f) const {
-    if constexpr (kHalf)
-      dot_ ? f(*dot_, w.parts) : f(kernels_->halves, w.rows);
-    else
-      f(kernels_->floats, w.rows);
-  }
-
-  // Rows that a product takes at most, and those that a task does. A token is with an expert once, as a rule.
-  Index product_rows() const { return dot_ ? dot_->rows : kernels_->floats.rows; }
-  Index most_rows(const DispatchPlan<float>& plan) const {
-    return std::clamp<Index>(plan.num_tokens, 1, product_rows());
-  }
-
-  // Lists the tasks of the first product (expert, block of its rows, some of its panels), the dearest first,
-  // and makes room for all that they need.
-  void list_tasks(const DispatchPlan<float>& plan, Index concurrency, Workspace& w) const {
-    const Index most = most_rows(plan);
-    const auto blocks_of = [&](Index e) { return (plan.rows_of(e) + most - 1) / most; };
-    Index units = 0, hidden = 0;
-    w.hidden_begin.resize(plan.num_experts());
-    w.touched.reserve(plan.num_experts());
-    w.touched.clear();
-    for (Index e = 0; e < plan.num_experts(); ++e) {
-      if (plan.rows_of(e) == 0) continue;
-      const PackedExpert<Format>& expert = experts_[std::size_t(e)];
-      w.touched.push_back(e);
-      units += blocks_of(e) * expert.up_panels();
-      w.hidden_begin[e] = hidden;
-      hidden += plan.rows_of(e) * hidden_rows(expert).size();
-    }
-    w.hidden.reserve(plan.token.capacity() * widest_);
-    w.hidden.resize(hidden);
-    w.products.resize(concurrency * products_size(most));
-    with_product(w, [&](const auto& product, auto& buffer) {
-      const Index blocks = (d_model() + product.depth - 1) / product.depth;  // of few rows all are kept
-      buffer.resize(concurrency * (std::max)(most, kFewRows * blocks) *
-                    row_stride(product, (std::max)(d_model(), widest_)));
-    });
-    w.tasks.reserve((plan.num_experts() + plan.token.capacity() / product_rows()) * most_panels_);
-    const Index group = panels_of_task(units, 16 * concurrency);
-    w.tasks.clear();
-    for (const Index e : w.touched) {
-      const PackedExpert<Format>& expert = experts_[std::size_t(e)];
-      const Index blocks = blocks_of(e);
-      for (Index panel = 0; panel < expert.up_panels(); panel += group)
-        for (Index block = 0; block < blocks; ++block) {
-          const Index begin = block * plan.rows_of(e) / blocks;
-          const Index rows = (block + 1) * plan.rows_of(e) / blocks - begin;
-          const Index end = (std::min)(expert.up_panels(), panel + group);
-          w.tasks.push_back({e, begin, rows, panel, end, (end - panel) * std::max<Index>(rows, 8)});
-        }
-    }
-    // Blocks of the same panels one after the other. With few tokens they are mostly in order.
-    const auto before = [](const auto& a, const auto& b) {
-      if (a.cost != b.cost) return a.cost > b.cost;
-      if (a.expert != b.expert) return a.expert < b.expert;
-      if (a.panel_begin != b.panel_begin) return a.panel_begin < b.panel_begin;
-      return a.begin < b.begin;
-    };
-    if (!std::is_sorted(w.tasks.begin(), w.tasks.end(), before))
-      std::sort(w.tasks.begin(), w.tasks.end(), before);
-  }
-
-  // How an expert's hidden rows lie. Dot products, which bring them into bfloat16, take them whole.
-  kernels::RowBlocks hidden_rows(const PackedExpert<Format>& expert) const {
-    const Index columns = expert.up_panels() * expert.hidden_columns();
-    if (dot_) return {columns, columns, columns};
-    return {columns, kernels::block_depth(expert.d_ff(), kernels::kDepth), kernels::kRowStride<float>};
-  }
-  float* hidden_at(Index e, Index row, Index column, const DispatchPlan<float>& plan, Workspace& w) const {
-    const kernels::RowBlocks rows = hidden_rows(experts_[std::size_t(e)]);
-    return w.hidden.data() + w.hidden_begin[e] + rows.at(plan.rows_of(e), row, column);
-  }
-  // Floats of a worker's products.
-  Index products_size(Index rows) const { return kMostPanels * rows * kernels_->columns; }
-  // From one row of a product to the next.
-  template <class X>
-  static Index row_stride(const kernels::Product<X, Weight>& product, Index depth) {
-    if (product.parts == 1) return kernels::kRowStride<X>;
-    constexpr Index kLine = 64 / sizeof(X);
-    const Index lines = product.parts * part_width((std::min)(depth, product.depth)) / kLine;
-    return kLine * (lines + 1 - lines % 2);
-  }
-  static Index part_width(Index depth) { return (depth + 31) / 32 * 32; }
-
-  // Multiplies rows by panels that lie one behind the other, `at_once` of them at a time, and calls use(nth,
-  // c) with every product c [rows, columns]. bring(product, p, deep, own, first) gives columns [p, p + deep)
-  // of the rows as Parts, for which it may use `own`; `first` says that it has not yet. `next` is the panel
-  // that this worker will read after these.
-  template <class Bring, class Use>
-  void multiply(Index rows, Index depth, const Bring& bring, const Weight* panel, Index panels, Index at_once,
-                const Weight* next, Index worker, Index concurrency, Workspace& w, const Use& use) const {
-    const Index columns = kernels_->columns, wide = columns / kernels_->streams;
-    const Index packed_depth = detail::packed_depth<Weight>(depth);
-    float* const products = w.products.data() + worker * (w.products.size() / concurrency);
-    with_product(w, [&]<class X>(const kernels::Product<X, Weight>& product, Buffer<X>& buffer) {
-      X* const own = buffer.data() + worker * (buffer.size() / concurrency);
-      const Index block = kernels::block_depth(depth, product.depth);
-      for (Index i = 0; i < panels; i += at_once) {
-        const Index count = (std::min)(at_once, panels - i);
-        const Weight* const first = panel + i * packed_depth * columns;
-        for (Index p = 0; p < depth; p += block) {
-          const Index deep = (std::min)(block, depth - p), after = p + deep;
-          product.multiply(rows, deep, bring(product, p, deep, own, i == 0), first + p * wide,
-                           packed_depth * wide, count, products, p > 0,
-                           after < depth        ? first + after * wide
-                           : i + count < panels ? first + count * packed_depth * columns
-                                                : next);
-        }
-        for (Index j = 0; j < count; ++j) use(i + j, products + j * rows * columns);
+    const PackedOutput output{x, plan, parts_.b_output, y};
+    if constexpr (kPackable) {
+      ActivationRows rows{x.data(), x.outerStride(), plan.token.data()};
+      if (plan.gate_side == GateSide::input) {
+        dispatch(x, CheckedPlan<float>::trusted(plan), workspace.x_rows, executor);
+        rows = {workspace.x_rows.row(0), d_model()};
       }
-    });
-  }
-  // Panels of a task, for that many tasks or some fewer: even where there are enough and one row may take
-  // two.
-  Index panels_of_task(Index panels, Index tasks) const {
-    const Index share = panels / tasks;
-    return std::clamp<Index>(kernels_->streams > 1 ? share + share % 2 : share, 1, kMostPanels);
-  }
-  // Panels that are taken together: all, where their rows must be brought; else as many as a product takes.
-  Index panels_at_once(Index rows, bool there) const {
-    return !there ? kMostPanels : rows == 1 && kernels_->streams > 1 ? 2 : 1;
-  }
-  // Columns [p, p + deep) of rows, brought side by side: row(i) is where row i begins.
-  template <class X, class Row>
-  static kernels::Parts<X> split(const kernels::Product<X, Weight>& product, Index rows, Index p, Index deep,
-                                 const Row& row, X* to) {
-    const kernels::Parts<X> parts{to, row_stride(product, deep), part_width(deep)};
-    for (Index i = 0; i < rows; ++i) product.split(deep, row(i) + p, to + i * parts.stride, parts.width);
-    return parts;
-  }
-
-  // hidden = activation(x * up + bias); x holds a row for every assignment.
-  template <class Ex>
-  void first_products(const Rows& x, const DispatchPlan<float>& plan, Workspace& w,
-                      const Ex& executor) const {
-    const Index workers = executor.concurrency();
-    executor.for_each(w.tasks.size(), [&](Index i, Index worker) {
-      const auto& task = w.tasks[i];
-      const PackedExpert<Format>& expert = experts_[std::size_t(task.expert)];
-      const Rows from = x.from(plan.expert_begin[task.expert] + task.begin);
-      // Workers take tasks in turn, so the one after next is probably this worker's.
-      const auto& after = w.tasks[(std::min)(i + workers, w.tasks.size() - 1)];
-      const bool few = kernels_->streams > 1 && task.rows <= kFewRows;
-      multiply(
-          task.rows, d_model(),
-          [&]<class X>(const kernels::Product<X, Weight>& product, Index p, Index deep, X* own, bool first) {
-            // Few rows are brought once, all blocks of them.
-            const Index block = few ? p / kernels::block_depth(d_model(), product.depth) : 0;
-            return split(
-                product, first || !few ? task.rows : 0, p, deep, [&](Index row) { return from.row(row); },
-                own + block * task.rows * row_stride(product, deep));
-          },
-          expert.up_panel(task.panel_begin), task.panel_end - task.panel_begin,
-          panels_at_once(task.rows, few), experts_[std::size_t(after.expert)].up_panel(after.panel_begin),
-          worker, workers, w,
-          [&](Index nth, const float* c) {
-            const Index panel = task.panel_begin + nth;
-            kernels_->activate(expert.activation(), task.rows, c, expert.up_bias(panel),
-                               hidden_at(task.expert, task.begin, panel * expert.hidden_columns(), plan, w),
-                               hidden_rows(expert).stride);
-          });
-    });
-  }
-
-  // y = the sum over experts, ascending, of gate * (hidden * down + bias). A task owns some columns of
-  // the output for some tokens, so it adds without asking anybody.
-  template <class Ex>
-  void second_products(const ConstMatrixRef<float>& x, const DispatchPlan<float>& plan, Matrix<float>& y,
-                       Workspace& w, const Ex& executor) const {
-    const Index workers = executor.concurrency(), most = most_rows(plan);
-    const Index columns = kernels_->columns, panels = (d_model() + columns - 1) / columns;
-    // Every task brings all of its rows into bfloat16, so there are not many where there are many rows.
-    const Index wanted = (dot_ && plan.num_tokens > kernels::kMaxDotRows ? 2 : 8) * workers;
-    const Index group = panels_of_task(panels, wanted);
-    const Index groups = (panels + group - 1) / group;
-    const Index blocks = std::clamp<Index>(plan.num_tokens / 256, 1, std::max<Index>(1, wanted / groups));
-    const Index block = (plan.num_tokens + blocks - 1) / blocks;
-    executor.for_each(plan.num_tokens > 0 ? groups * blocks : 0, [&](Index task, Index worker) {
-      const Index token_begin = task / groups * block;
-      const Index token_end = (std::min)(plan.num_tokens, token_begin + block);
-      const Index panel_begin = task % groups * group;
-      const Index panel_end = (std::min)(panels, panel_begin + group);
-      begin_output(x, plan, token_begin, token_end, panel_begin * columns,
-                   (std::min)(d_model(), panel_end * columns), y);
-      const Index* const token = plan.token.data();
-      for (Index i = 0; i < w.touched.size(); ++i) {
-        const Index e = w.touched[i];
-        const Index expert_begin = plan.expert_begin[e], expert_end = plan.expert_begin[e + 1];
-        const Index begin = std::lower_bound(token + expert_begin, token + expert_end, token_begin) - token;
-        const Index end = std::lower_bound(token + begin, token + expert_end, token_end) - token;
-        const PackedExpert<Format>& expert = experts_[std::size_t(e)];
-        const Index after = w.touched[i + 1 < w.touched.size() ? i + 1 : 0];
-        for (Index a = begin; a < end; a += most) {
-          const Index rows = (std::min)(most, end - a);
-          const PackedExpert<Format>& then = a + most < end ? expert : experts_[std::size_t(after)];
-          multiply(
-              rows, expert.d_ff(),
-              [&]<class X>(const kernels::Product<X, Weight>& product, Index p, Index deep, X* own, bool) {
-                const auto hidden = [&](Index row, Index column) {
-                  return hidden_at(e, a - expert_begin + row, column, plan, w);
-                };
-                if constexpr (std::is_same_v<X, float>)
-                  return kernels::Parts<X>{hidden(0, p), kernels::kRowStride<X>, deep};
-                else
-                  return split(
-                      product, rows, p, deep, [&](Index row) { return hidden(row, 0); }, own);
-              },
-              expert.down_panel(panel_begin), panel_end - panel_begin, panels_at_once(rows, !dot_),
-              then.down_panel(panel_begin), worker, workers, w,
-              [&](Index nth, const float* c) {
-                const Index panel = panel_begin + nth;
-                kernels_->combine(rows, (std::min)(columns, d_model() - panel * columns), c,
-                                  expert.down_bias(panel), token + a,
-                                  plan.gate_side == GateSide::output ? plan.gate.data() + a : nullptr,
-                                  y.data() + panel * columns, y.outerStride());
-              });
-        }
-      }
-      for (Index t = token_begin; parts_.b_output.size() > 0 && t < token_end; ++t)
-        if (plan.token_state[t] == TokenState::valid)
-          for (Index j = panel_begin * columns; j < (std::min)(d_model(), panel_end * columns); ++j)
-            y(t, j) += parts_.b_output[j];
-    });
-  }
-
-  // What stands in y before experts are added: x where a token is passed through, NaN where it is
-  // poisoned, else zero.
-  static void begin_output(const ConstMatrixRef<float>& x, const DispatchPlan<float>& plan, Index token_begin,
-                           Index token_end, Index column_begin, Index column_end, Matrix<float>& y) {
-    const Index columns = column_end - column_begin;
-    for (Index t = token_begin; t < token_end; ++t)
-      std::fill_n(
-          &y(t, column_begin), columns,
-          plan.token_state[t] == TokenState::poisoned ? std::numeric_limits<float>::quiet_NaN() : 0.0f);
-    const Index* const last = plan.passed_through.end();
-    for (const Index* t = std::lower_bound(plan.passed_through.begin(), last, token_begin);
-         t != last && *t < token_end; ++t)
-      std::copy_n(&x.coeffRef(*t, column_begin), columns, &y(*t, column_begin));
+      experts_.forward(rows, plan, y, output, workspace.packed, executor);
+    } else {  // experts without a packed form, as they are
+      apply_experts(x, CheckedPlan<float>::trusted(plan), experts_, y, workspace, workspace.expert_workspace,
+                    executor);
+      output.end({0, y.rows(), 0, y.cols()});
+    }
   }
 
   InstructionSet set_;
-  const kernels::Kernels* kernels_;
-  const kernels::DotProduct* dot_ = nullptr;  // multiplies, where it is there, in place of kernels_
   PackedParts<R> parts_;
-  Experts experts_;                     // routed, then shared
-  Index widest_ = 0, most_panels_ = 0;  // of the largest expert: a hidden row, up_panels
+  Experts experts_;
 };
 
 /// The inference form of a layer. O(parameters). Throws std::invalid_argument where the processor does
 /// not have the instruction set that the options name.
 /// Example: auto fast = moe::pack<moe::BF16>(layer); y = fast.forward(x);
-template <class Format, Expert E, Router R>
-PackedMoELayer<Format, E, R> pack(const MoELayer<E, R>& layer, const PackOptions& options = {}) {
+template <Format F, Expert E, Router R>
+PackedMoELayer<F, E, R> pack(const MoELayer<E, R>& layer, const PackOptions& options = {}) {
   const auto expert = [&](Index e) -> const E& {
     const Index routed = layer.num_experts();
     return e < routed ? layer.experts()[std::size_t(e)] : layer.shared_experts()[std::size_t(e - routed)];
@@ -506,10 +264,10 @@ PackedMoELayer<Format, E, R> pack(const MoELayer<E, R>& layer, const PackOptions
 /// The same from experts that are made one at a time: expert(0), ..., routed and then shared. At any
 /// time there is one of them beside the packed ones.
 /// Example: pack<BF16>(PackedParts{router}, [&](Index e) { return read_expert(file, e); })
-template <class Format, Router R, std::invocable<Index> Source>
+template <Format F, Router R, std::invocable<Index> Source>
 auto pack(PackedParts<R> parts, Source&& expert, const PackOptions& options = {}) {
   using E = std::remove_cvref_t<std::invoke_result_t<Source, Index>>;
-  return PackedMoELayer<Format, E, R>(std::move(parts), std::forward<Source>(expert), options);
+  return PackedMoELayer<F, E, R>(std::move(parts), std::forward<Source>(expert), options);
 }
 
 }  // namespace moe

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+
+#include <moe/packed/format.hpp>
+
+namespace moe {
+
+/// Weights rounded to bfloat16, to nearest, ties to even; activations and sums are floats. Two numbers of a
+/// column lie side by side. On AMX numbers below the normal ones count as zero.
+struct BF16 {
+  static constexpr Index kBlock = kernels::kBlockNumbers<kernels::Bfloat16>;
+
+  static constexpr Index bytes(Index depth) {
+    return (depth + depth % kBlock) * Index(sizeof(kernels::Bfloat16));
+  }
+
+  static kernels::Bfloat16 rounded(float value) {
+    const auto bits = std::bit_cast<std::uint32_t>(value);
+    const bool is_nan = (bits & 0x7FFFFFFF) > 0x7F800000;  // stays one, and a quiet one
+    return kernels::Bfloat16(is_nan ? (bits >> 16) | 0x40 : (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+  }
+
+  static void encode(const float* const* rows, Index depth, Index columns, std::byte* to) {
+    auto* const numbers = reinterpret_cast<kernels::Bfloat16*>(to);
+    for (Index p = 0; p < depth + depth % kBlock; ++p)
+      for (Index j = 0; j < columns; ++j)
+        numbers[(p / kBlock * columns + j) * kBlock + p % kBlock] =
+            rounded(rows[j] && p < depth ? rows[j][p] : 0.0f);
+  }
+
+  static const kernels::Product<float>* find_product(InstructionSet set) {
+    return kernels::find_product<kernels::Bfloat16>(set);
+  }
+  static const kernels::DotProduct* find_dot(InstructionSet set, bool rounded) {
+    return kernels::find_dot(set, rounded);
+  }
+};
+static_assert(DotFormat<BF16>);
+
+}  // namespace moe

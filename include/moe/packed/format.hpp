@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <concepts>
+#include <cstddef>
+
+#include <moe/core/types.hpp>
+#include <moe/kernels/kernels.hpp>
+#include <moe/kernels/select.hpp>
+
+// How the weights of a packed expert are stored. A format is one header beside this one: it says how numbers
+// become bytes, and which product of each instruction set multiplies by them.
+namespace moe {
+
+/// A format of packed weights. Weights lie in panels of some columns, whose streams are encoded one by one:
+/// `columns` columns of `depth` numbers each, the depth in blocks of `kBlock` numbers, which may share a
+/// scale.
+///   F::kBlock                               a divisor of 64: products cut the depth at multiples of that
+///   F::bytes(depth)                         bytes of a column, its last block filled up
+///   F::encode(rows, depth, columns, to)     writes a stream of bytes(depth) * columns bytes, in which the
+///   bytes
+///                                           of a block of the depth lie before those of the next; rows[j] is
+///                                           column j, [depth], or null for zeros
+///   F::find_product(set)                    the product of such panels with rows of floats, by
+///   kernels::Product's
+///                                           rules; null where this processor does not have the set
+template <class F>
+concept Format = requires(const float* const* rows, Index n, std::byte* to, InstructionSet set) {
+  { F::kBlock } -> std::convertible_to<Index>;
+  { F::bytes(n) } -> std::same_as<Index>;
+  F::encode(rows, n, n, to);
+  { F::find_product(set) } -> std::same_as<const kernels::Product<float>*>;
+}
+&&64 % F::kBlock == 0;
+
+/// A format that some instruction sets also multiply by bfloat16 activations:
+///   F::find_dot(set, rounded)               with activations rounded to bfloat16 or exact; null for none
+template <class F>
+concept DotFormat = Format<F> && requires(InstructionSet set, bool rounded) {
+  { F::find_dot(set, rounded) } -> std::same_as<const kernels::DotProduct*>;
+};
+
+}  // namespace moe

@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <vector>
+
+#include <moe/core/buffer.hpp>
+#include <moe/core/check.hpp>
+#include <moe/core/executor.hpp>
+#include <moe/core/types.hpp>
+#include <moe/packed/packed_expert.hpp>
+#include <moe/packed/packed_product.hpp>
+#include <moe/routing/routing.hpp>
+
+// The packed experts of a layer as one thing.
+namespace moe {
+
+/// Buffers of packed experts. Reused, they allocate nothing.
+struct PackedExpertsWorkspace {
+  struct Task {
+    Index expert, begin, rows, panel_begin, panel_end, cost;
+  };
+  Buffer<Task> tasks;
+  Buffer<Index> touched;       ///< experts that have rows, ascending
+  Buffer<Index> hidden_begin;  ///< first value of the hidden rows of an expert that has any [num_experts]
+  Buffer<float> hidden;        ///< hidden rows, expert by expert
+  PackedProductWorkspace product;
+
+  template <class F>
+  void for_each_array(const F& f) const {
+    f(hidden);
+    f(product);
+  }
+};
+
+/// What a task owns of the output.
+struct OutputBlock {
+  Index token_begin, token_end, column_begin, column_end;
+};
+
+/// The experts of a layer, weights in a format. Knows which rows are whose, not who decided it.
+template <Format F>
+class PackedExperts {
+ public:
+  using Workspace = PackedExpertsWorkspace;
+
+  /// None yet, for the kernels of a set; `rounded`: with activations rounded to bfloat16. Throws
+  /// std::invalid_argument where this processor or the format has no such product.
+  PackedExperts(InstructionSet set, bool rounded, Index d_model)
+      : product_(set, rounded), d_model_(d_model) {}
+
+  /// Lays an expert out. O(parameters). Throws std::invalid_argument for another d_model.
+  template <PackableExpert E>
+  void add(const E& expert) {
+    require(expert.d_model() == d_model_, "PackedExperts::add: expert ", size(),
+            " has d_model = ", expert.d_model(), ", expected ", d_model_);
+    experts_.emplace_back(expert, product_.kernels());
+    widest_ = (std::max)(widest_, hidden_rows(experts_.back()).size());
+    most_panels_ = (std::max)(most_panels_, experts_.back().up_panels());
+  }
+
+  Index size() const { return Index(experts_.size()); }
+  std::size_t memory_bytes() const {
+    std::size_t bytes = 0;
+    for (const PackedExpert<F>& expert : experts_) bytes += expert.memory_bytes();
+    return bytes;
+  }
+
+  /// Adds to y [tokens, d_model] the sum over experts, ascending, of gate * expert(row of x); x has a row for
+  /// every assignment of the plan, and the gates are 1 where they scale inputs. The plan can be followed.
+  /// Tasks own blocks of y: output.begin(block) writes what stands there before, output.end(block) may change
+  /// what stands there after. O(tokens * d_model + assignments * d_model * d_ff).
+  template <class Output, Executor Ex>
+  void forward(const ActivationRows& x, const DispatchPlan<float>& plan, Matrix<float>& y,
+               const Output& output, Workspace& w, const Ex& executor) const {
+    make_room(plan, executor.concurrency(), w);
+    list_tasks(plan, executor.concurrency(), w);
+    first_products(x, plan, w, executor);
+    second_products(plan, y, output, w, executor);
+  }
+
+ private:
+  const PackedExpert<F>& expert(Index e) const { return experts_[std::size_t(e)]; }
+
+  // Rows that a task takes at most. A token is with an expert once, as a rule.
+  Index most_rows(const DispatchPlan<float>& plan) const {
+    return std::clamp<Index>(plan.num_tokens, 1, product_.most_rows());
+  }
+
+  // How an expert's hidden rows lie, and where they are, from the expert's row `row` on.
+  kernels::RowBlocks hidden_rows(const PackedExpert<F>& expert) const {
+    return product_.row_blocks(expert.d_ff(), expert.up_panels() * expert.hidden_columns());
+  }
+  ActivationRows hidden(Index e, Index row, const DispatchPlan<float>& plan, const Workspace& w) const {
+    const Index stride = hidden_rows(expert(e)).stride;
+    return {w.hidden.data() + w.hidden_begin[e] + row * stride, stride, nullptr,
+            product_.splits_rows() ? 0 : plan.rows_of(e) * stride};
+  }
+
+  void make_room(const DispatchPlan<float>& plan, Index workers, Workspace& w) const {
+    Index hidden = 0;
+    w.hidden_begin.resize(plan.num_experts());
+    w.touched.reserve(plan.num_experts());
+    w.touched.clear();
+    for (Index e = 0; e < plan.num_experts(); ++e) {
+      if (plan.rows_of(e) == 0) continue;
+      w.touched.push_back(e);
+      w.hidden_begin[e] = hidden;
+      hidden += plan.rows_of(e) * hidden_rows(expert(e)).size();
+    }
+    w.hidden.reserve(plan.token.capacity() * widest_);
+    w.hidden.resize(hidden);
+    w.tasks.reserve((plan.num_experts() + plan.token.capacity() / product_.most_rows()) * most_panels_);
+    product_.resize(w.product, most_rows(plan), d_model_, (std::max)(d_model_, widest_), workers);
+  }
+
+  // Lists the tasks of the first product (expert, block of its rows, some of its panels), the dearest first.
+  void list_tasks(const DispatchPlan<float>& plan, Index workers, Workspace& w) const {
+    const Index most = most_rows(plan);
+    const auto blocks_of = [&](Index e) { return (plan.rows_of(e) + most - 1) / most; };
+    Index units = 0;
+    for (const Index e : w.touched) units += blocks_of(e) * expert(e).up_panels();
+    const Index group = product_.panels_of_task(units, 16 * workers);
+    w.tasks.clear();
+    for (const Index e : w.touched) {
+      const Index blocks = blocks_of(e), panels = expert(e).up_panels();
+      for (Index panel = 0; panel < panels; panel += group)
+        for (Index block = 0; block < blocks; ++block) {
+          const Index begin = block * plan.rows_of(e) / blocks;
+          const Index rows = (block + 1) * plan.rows_of(e) / blocks - begin;
+          const Index end = (std::min)(panels, panel + group);
+          w.tasks.push_back({e, begin, rows, panel, end, (end - panel) * std::max<Index>(rows, 8)});
+        }
+    }
+    // Blocks of the same panels one after the other. With few tokens they are mostly in order.
+    const auto before = [](const auto& a, const auto& b) {
+      if (a.cost != b.cost) return a.cost > b.cost;
+      if (a.expert != b.expert) return a.expert < b.expert;
+      if (a.panel_begin != b.panel_begin) return a.panel_begin < b.panel_begin;
+      return a.begin < b.begin;
+    };
+    if (!std::is_sorted(w.tasks.begin(), w.tasks.end(), before))
+      std::sort(w.tasks.begin(), w.tasks.end(), before);
+  }
+
+  // hidden = activation(x * up + bias).
+  template <class Ex>
+  void first_products(const ActivationRows& x, const DispatchPlan<float>& plan, Workspace& w,
+                      const Ex& executor) const {
+    const Index workers = executor.concurrency();
+    executor.for_each(w.tasks.size(), [&](Index i, Index worker) {
+      const auto& task = w.tasks[i];
+      const PackedExpert<F>& expert = this->expert(task.expert);
+      const kernels::RowBlocks blocks = hidden_rows(expert);
+      float* const hidden = w.hidden.data() + w.hidden_begin[task.expert];
+      // Workers take tasks in turn, so the one after next is probably this worker's.
+      const auto& after = w.tasks[(std::min)(i + workers, w.tasks.size() - 1)];
+      const PackedPanels panels{expert.up_panel(task.panel_begin), task.panel_end - task.panel_begin,
+                                d_model_, this->expert(after.expert).up_panel(after.panel_begin)};
+      product_.multiply(task.rows, x.from(plan.expert_begin[task.expert] + task.begin), panels, worker,
+                        w.product, [&](Index nth, const float* c) {
+                          const Index panel = task.panel_begin + nth;
+                          float* const to = hidden + blocks.at(plan.rows_of(task.expert), task.begin,
+                                                               panel * expert.hidden_columns());
+                          product_.kernels().activate(expert.activation(), task.rows, c,
+                                                      expert.up_bias(panel), to, blocks.stride);
+                        });
+    });
+  }
+
+  // y += hidden * down + bias, times gates. A task owns some columns of the output for some tokens, so it
+  // adds without asking anybody.
+  template <class Output, class Ex>
+  void second_products(const DispatchPlan<float>& plan, Matrix<float>& y, const Output& output, Workspace& w,
+                       const Ex& executor) const {
+    const Index workers = executor.concurrency(), columns = product_.kernels().columns;
+    const Index panels = (d_model_ + columns - 1) / columns;
+    // Every task brings all of its rows into bfloat16, so there are not many where there are many rows.
+    const Index wanted = (product_.splits_rows() && plan.num_tokens > kernels::kMaxDotRows ? 2 : 8) * workers;
+    const Index group = product_.panels_of_task(panels, wanted);
+    const Index groups = (panels + group - 1) / group;
+    const Index blocks = std::clamp<Index>(plan.num_tokens / 256, 1, std::max<Index>(1, wanted / groups));
+    const Index tokens = (plan.num_tokens + blocks - 1) / blocks;
+    executor.for_each(plan.num_tokens > 0 ? groups * blocks : 0, [&](Index task, Index worker) {
+      const Index token_begin = task / groups * tokens, column_begin = task % groups * group * columns;
+      const OutputBlock block{token_begin, (std::min)(plan.num_tokens, token_begin + tokens), column_begin,
+                              (std::min)(d_model_, column_begin + group * columns)};
+      output.begin(block);
+      for (Index i = 0; i < w.touched.size(); ++i)
+        add_expert(w.touched[i], w.touched[i + 1 < w.touched.size() ? i + 1 : 0], plan, block, y, worker, w);
+      output.end(block);
+    });
+  }
+
+  // Adds what an expert gives to a block of the output. `next` is the expert after it.
+  void add_expert(Index e, Index next, const DispatchPlan<float>& plan, const OutputBlock& block,
+                  Matrix<float>& y, Index worker, Workspace& w) const {
+    const kernels::Kernels& kernels = product_.kernels();
+    const Index columns = kernels.columns, most = most_rows(plan), first_panel = block.column_begin / columns;
+    const Index panels = (block.column_end - block.column_begin + columns - 1) / columns;
+    const Index* const token = plan.token.data();
+    const Index expert_begin = plan.expert_begin[e], expert_end = plan.expert_begin[e + 1];
+    const Index begin = std::lower_bound(token + expert_begin, token + expert_end, block.token_begin) - token;
+    const Index end = std::lower_bound(token + begin, token + expert_end, block.token_end) - token;
+    for (Index a = begin; a < end; a += most) {
+      const Index rows = (std::min)(most, end - a);
+      const float* const gate = plan.gate_side == GateSide::output ? plan.gate.data() + a : nullptr;
+      product_.multiply(rows, hidden(e, a - expert_begin, plan, w),
+                        {expert(e).down_panel(first_panel), panels, expert(e).d_ff(),
+                         expert(a + most < end ? e : next).down_panel(first_panel)},
+                        worker, w.product, [&](Index nth, const float* c) {
+                          const Index panel = first_panel + nth, column = panel * columns;
+                          kernels.combine(rows, (std::min)(columns, d_model_ - column), c,
+                                          expert(e).down_bias(panel), token + a, gate, y.data() + column,
+                                          y.outerStride());
+                        });
+    }
+  }
+
+  PackedProduct<F> product_;
+  std::vector<PackedExpert<F>> experts_;
+  Index d_model_;
+  Index widest_ = 0, most_panels_ = 0;  // of the largest expert: a hidden row, up_panels
+};
+
+}  // namespace moe
