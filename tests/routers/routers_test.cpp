@@ -9,6 +9,7 @@
 
 #include <gtest/gtest.h>
 
+#include <moe/balance/loss.hpp>
 #include <moe/routers/expert_choice_router.hpp>
 #include <moe/routers/hash_router.hpp>
 #include <moe/routers/noisy_top_k_router.hpp>
@@ -302,6 +303,81 @@ TEST(TopKRouter, AReusedRoutingIsLikeANewOne) {
   EXPECT_EQ(reused.chosen, fresh.chosen);
   EXPECT_EQ(reused.router_probs, fresh.router_probs);
   EXPECT_EQ(reused.input_factor.size(), 0);
+}
+
+// A router of one's own that says nothing of what it fills beside its choices.
+struct FirstExpert {
+  using Scalar = double;
+  Index d_model() const { return 4; }
+  Index num_experts() const { return 4; }
+  void route(const moe::ConstMatrixRef<double>& x, const BatchInfo& info, Routing<double>& routing) const {
+    moe::begin_routing(x.rows(), num_experts(), info, routing, "FirstExpert::route");
+    for (Index t = 0; t < x.rows(); ++t) {
+      routing.chosen.expert.push_back(0);
+      routing.chosen.gate.push_back(1);
+      routing.chosen.token_begin[t + 1] = t + 1;
+    }
+    moe::dispatch_all(routing.chosen, routing.plan);
+  }
+};
+
+// What a router does not fill is empty, whoever filled the routing before.
+TEST(AReusedRouting, HoldsNothingOfAnotherRouter) {
+  const auto everything = identity_router<TopK>({.top_k = 2, .noise_stddev = 0.5, .jitter = 0.25});
+  Routing<double> routing;
+  Rng rng(7);
+  const auto fill = [&] {
+    everything.route(known_logits(), rng, {}, routing);
+    routing.levels.resize(2);
+    EXPECT_EQ(routing.router_logits.size(), 16);
+    EXPECT_EQ(routing.router_probs.size(), 16);
+    EXPECT_EQ(routing.input_factor.size(), 16);
+    EXPECT_FALSE(routing.noise.empty());
+  };
+  const auto expect_no_noise = [&] {
+    EXPECT_TRUE(routing.noise.empty());
+    EXPECT_EQ(routing.noise.top_k, 0);
+    EXPECT_EQ(routing.input_factor.size(), 0);
+    EXPECT_TRUE(routing.levels.empty());
+  };
+  fill();
+  everything.route(known_logits(), {}, routing);
+  expect_no_noise();
+  EXPECT_EQ(routing.router_logits, known_logits());
+
+  fill();
+  const moe::HashRouter<double> hash({.d_model = 4, .num_experts = 4, .table = IndexVector::Zero(1)});
+  BatchInfo info;
+  info.token_ids = IndexVector::Zero(4);
+  hash.route(known_logits(), info, routing);
+  expect_no_noise();
+  EXPECT_EQ(routing.router_logits.size(), 0);
+  EXPECT_EQ(routing.router_probs.size(), 16);
+  EXPECT_THROW(moe::router_z_loss(routing), std::invalid_argument);
+  EXPECT_THROW(moe::importance_loss(routing, moe::Importance::probs), std::invalid_argument);
+  EXPECT_NEAR(moe::load_balancing_loss(routing).value, 4, 1e-15);
+
+  fill();
+  FirstExpert().route(known_logits(), {}, routing);
+  expect_no_noise();
+  EXPECT_EQ(routing.router_logits.size(), 0);
+  EXPECT_EQ(routing.router_probs.size(), 0);
+  EXPECT_THROW(moe::load_balancing_loss(routing), std::invalid_argument);
+}
+
+// What the parts that a router says it fills hold is its own business until then.
+TEST(AReusedRouting, KeepsTheMemoryOfWhatIsToBeFilled) {
+  const auto router = identity_router<TopK>({.top_k = 2, .noise_stddev = 0.5, .jitter = 0.25});
+  Routing<double> routing;
+  moe::RouterWorkspace<double> workspace;
+  Rng rng(7);
+  router.route(known_logits(), rng, {}, routing, workspace);
+  const std::vector<const double*> before{routing.router_logits.data(), routing.router_probs.data(),
+                                          routing.input_factor.data(), routing.noise.draws.data()};
+  router.route(known_logits(), rng, {}, routing, workspace);
+  const std::vector<const double*> after{routing.router_logits.data(), routing.router_probs.data(),
+                                         routing.input_factor.data(), routing.noise.draws.data()};
+  EXPECT_EQ(before, after);
 }
 
 TEST(TopKRouter, WeightsHaveVarianceOneOverTheWidth) {

@@ -146,6 +146,67 @@ void expect_same_with_all_experts(const TopKRouter<float>& router, const std::st
   expect_same_with(router, what);
 }
 
+// Backward of one routing on several threads at once, each with a workspace of its own.
+template <class Router>
+void expect_shared_routing(Router router, const std::string& what) {
+  Rng rng(6);
+  Router::visit([&](const ParameterInfo&, auto& p) { fill_normal(p, 0.5, rng); }, router);
+  Matrix<float> x(90, router.d_model());
+  fill_normal(x, 1.0, rng);
+  Routing<float> routing;
+  RouterWorkspace<float> workspace;
+  router.route(x, rng, {}, routing, workspace, Sequential{});
+  RoutingGradient<float> gradient = load_balancing_loss(routing).gradient;
+  gradient.d_gate.assign(routing.plan.num_assignments(), 0.5f);
+  const auto backward = [&](RouterWorkspace<float>& own) {
+    std::string bytes;
+    Router grad = zeros_like(router);
+    Matrix<float> d_x = Matrix<float>::Zero(x.rows(), x.cols());
+    router.backward(x, routing, gradient, d_x, grad, own, Sequential{});
+    append(bytes, d_x.data(), d_x.size());
+    Router::visit([&](const ParameterInfo&, const auto& g) { append(bytes, g.data(), g.size()); }, grad);
+    return bytes;
+  };
+  const std::string expected = backward(workspace);
+  std::vector<std::string> results(3);
+  std::vector<std::thread> threads;
+  for (std::string& result : results)
+    threads.emplace_back([&] {
+      RouterWorkspace<float> own;
+      for (int again = 0; again < 3; ++again) result = backward(own);
+    });
+  for (std::thread& thread : threads) thread.join();
+  for (const std::string& result : results) EXPECT_TRUE(result == expected) << what;
+}
+
+TEST(Threads, BackwardOfOneRoutingOnSeveralAtOnce) {
+  Rng rng(1);
+  const TopKRouter<float> top_k({.d_model = 16,
+                                 .num_experts = 6,
+                                 .top_k = 3,
+                                 .second_threshold = 0.1,
+                                 .renormalise = true,
+                                 .jitter = 0.1,
+                                 .training_capacity = 0.8},
+                                rng);
+  expect_shared_routing(top_k, "a threshold and jitter");
+  expect_shared_routing(TopKRouter<float>({.d_model = 16,
+                                           .num_experts = 6,
+                                           .top_k = 2,
+                                           .renormalise = true,
+                                           .noise_stddev = 0.2,
+                                           .training_capacity = 0.8,
+                                           .overflow = Overflow::next_best},
+                                          rng),
+                        "next best");
+  expect_shared_routing(NoisyTopKRouter<float>({.d_model = 16, .num_experts = 6, .top_k = 2}, rng), "noisy");
+  expect_shared_routing(SinkhornRouter<float>({.d_model = 16, .num_experts = 6, .top_k = 2}, rng),
+                        "sinkhorn");
+  expect_shared_routing(SparseMixerRouter<float>({.d_model = 16, .num_experts = 6}, rng), "sparse mixer");
+  const TopKRouter<float> level({.d_model = 16, .num_experts = 3, .top_k = 2, .jitter = 0.1}, rng);
+  expect_shared_routing(HierarchicalRouter(level, {level, level, level}), "hierarchical");
+}
+
 TEST(Threads, TopKIsTheSameForEveryExecutor) {
   Rng rng(1);
   int i = 0;

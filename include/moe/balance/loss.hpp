@@ -29,7 +29,7 @@ void require_filled(const Matrix<S>& part, const Routing<S>& routing, const char
   const Index tokens = routing.num_tokens(), experts = routing.num_experts();
   require(part.rows() == tokens && part.cols() == experts, where, ": ", what, " has shape [", part.rows(),
           ", ", part.cols(), "], expected [", tokens, ", ", experts, "]",
-          part.size() > 0 ? "" : ": the router did not fill it");
+          part.size() > 0 ? "" : ": the router did not fill them");
 }
 
 /// Squared coefficient of variation, population variance / (mean^2 + 1e-10), and, in `x`, its
