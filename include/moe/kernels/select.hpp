@@ -1,126 +1,43 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
-#include <moe/core/check.hpp>
-#include <moe/kernels/amx.hpp>
-#include <moe/kernels/avx2.hpp>
-#include <moe/kernels/avx512.hpp>
-#include <moe/kernels/avx512_bf16.hpp>
+#include <moe/core/compiled.hpp>
+#include <moe/kernels/instruction_set.hpp>
 #include <moe/kernels/kernels.hpp>
-#include <moe/kernels/portable.hpp>
 
-// The choice of a set of kernels, made while the program runs.
-namespace moe {
-
-/// Sets of kernels that the library has. `portable` runs anywhere; avx512 means its parts F, BW, DQ, VL; amx
-/// multiplies weights in bfloat16 by the tiles of AMX, and is avx512 for everything else.
-enum class InstructionSet { portable, avx2, avx512, amx };
-
-inline const char* name_of(InstructionSet set) {
-  switch (set) {
-    case InstructionSet::avx2:
-      return "AVX2 and FMA";
-    case InstructionSet::avx512:
-      return "AVX-512";
-    case InstructionSet::amx:
-      return "AMX";
-    default:
-      return "portable kernels";
-  }
-}
-
-namespace kernels {
-
-// AMX, with the leave of the system, which is asked for once.
-inline bool may_use_amx() {
-#if defined(__x86_64__) && defined(__linux__)
-  static const bool may = [] {
-    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-    constexpr int kRequestPermission = 0x1023, kTileData = 18;
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxBf16) || !(d & kAmxTile)) return false;
-    return __builtin_cpu_supports("avx512bf16") &&
-           ::syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  }();
-  return may;
-#else
-  return false;
+#ifndef MOE_COMPILED
+#include <moe/kernels/tables.hpp>
 #endif
-}
 
-/// Whether this processor has an instruction set.
-inline bool has(InstructionSet set) {
-#if defined(__x86_64__)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (set == InstructionSet::avx2) return has_avx2;
-  if (set == InstructionSet::avx512)
-    return has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (set == InstructionSet::amx) return has(InstructionSet::avx512) && may_use_amx();
-#endif
-  return set == InstructionSet::portable;
-}
+// The choice of a set of kernels, made while the program runs. With MOE_COMPILED they are those of the
+// library moe::compiled, and this compiles none.
+namespace moe::kernels {
 
 /// The kernels for an instruction set; null where this processor does not have it.
-inline const Kernels* find(InstructionSet set) {
-  if (!has(set)) return nullptr;
-#if defined(__x86_64__)
-  if (set == InstructionSet::avx2) return &avx2::kTable;
-  if (set == InstructionSet::avx512 || set == InstructionSet::amx) return &avx512::kTable;
-#endif
-  return &portable::kTable;
-}
+const Kernels* find(InstructionSet set);
 
-/// Its product of panels of a format's numbers with rows of floats.
+/// Its product of panels of a format's numbers, float or Bfloat16, with rows of floats.
 template <class Number>
-const Product<float>* find_product(InstructionSet set) {
-  if (!has(set)) return nullptr;
-#if defined(__x86_64__)
-  if (set == InstructionSet::avx2) return &avx2::kProduct<Number>;
-  if (set == InstructionSet::avx512 || set == InstructionSet::amx) return &avx512::kProduct<Number>;
-#endif
-  return &portable::kProduct<Number>;
-}
+const Product<float>* find_product(InstructionSet set);
 
 /// The kernels for matrices as they lie.
-inline const DenseKernels* find_dense(InstructionSet set) {
-  if (!has(set)) return nullptr;
-#if defined(__x86_64__)
-  if (set == InstructionSet::avx2) return &avx2::kDenseTable;
-  if (set == InstructionSet::avx512 || set == InstructionSet::amx) return &avx512::kDenseTable;
-#endif
-  return &portable::kDenseTable;
-}
+const DenseKernels* find_dense(InstructionSet set);
 
 /// Products of bfloat16 for the panels of an instruction set, with activations rounded or exact; null where
 /// there are none.
-inline const DotProduct* find_dot([[maybe_unused]] InstructionSet set, [[maybe_unused]] bool rounded) {
-#if defined(__x86_64__)
-  if (!has(set)) return nullptr;
-  if (set == InstructionSet::amx) return rounded ? &amx::kTable : &amx::kExactTable;
-  if (set == InstructionSet::avx512 && rounded && __builtin_cpu_supports("avx512bf16"))
-    return &avx512_bf16::kTable;
+const DotProduct* find_dot(InstructionSet set, bool rounded);
+
+#ifdef MOE_COMPILED
+extern template const Product<float>* find_product<float>(InstructionSet set);
+extern template const Product<float>* find_product<Bfloat16>(InstructionSet set);
+#else
+inline const Kernels* find(InstructionSet set) { return tables::find(set); }
+template <class Number>
+const Product<float>* find_product(InstructionSet set) {
+  return tables::find_product<Number>(set);
+}
+inline const DenseKernels* find_dense(InstructionSet set) { return tables::find_dense(set); }
+inline const DotProduct* find_dot(InstructionSet set, bool rounded) { return tables::find_dot(set, rounded); }
 #endif
-  return nullptr;
-}
 
-}  // namespace kernels
-
-/// Whether this processor has an instruction set that the library has kernels for. The question for AMX asks
-/// Linux for leave to use it, once; from then on the process cannot install signal stacks too small for it.
-inline bool is_available(InstructionSet set) { return kernels::has(set); }
-
-/// The best instruction set of this processor for products of floats.
-inline InstructionSet best_instruction_set() {
-  for (const InstructionSet set : {InstructionSet::avx512, InstructionSet::avx2})
-    if (is_available(set)) return set;
-  return InstructionSet::portable;
-}
-
-}  // namespace moe
+}  // namespace moe::kernels

@@ -356,3 +356,7 @@ class MoELayer {
 };
 
 }  // namespace moe
+
+#if defined(MOE_COMPILED) && MOE_COMPILED == EIGEN_MAX_ALIGN_BYTES
+#include <moe/layers/compiled.inc>
+#endif

@@ -271,3 +271,7 @@ auto pack(PackedParts<R> parts, Source&& expert, const PackOptions& options = {}
 }
 
 }  // namespace moe
+
+#if defined(MOE_COMPILED) && MOE_COMPILED == EIGEN_MAX_ALIGN_BYTES
+#include <moe/packed/compiled.inc>
+#endif
