@@ -47,4 +47,9 @@ using ConstMatrixRef = Eigen::Ref<const Matrix<S>>;
 template <class S>
 using MatrixRef = Eigen::Ref<Matrix<S>>;
 
+/// Whether the elements of a row lie side by side: of a row-major matrix, a block of one, a vector.
+template <class M>
+inline constexpr bool kRowsAreContiguous =
+    (M::IsRowMajor || M::ColsAtCompileTime == 1) && M::InnerStrideAtCompileTime == 1;
+
 }  // namespace moe

@@ -10,9 +10,7 @@
 
 // Products of scalars other than float: register tiles of Eigen's packets, compiled for the flags of the
 // program.
-namespace moe {
-
-namespace detail {
+namespace moe::kernels::packet {
 
 template <class S>
 using Packet = typename Eigen::internal::packet_traits<S>::type;
@@ -165,6 +163,4 @@ void multiply(Index rows, Index cols, Index depth, const S* a, Index a_row, Inde
   }
 }
 
-}  // namespace detail
-
-}  // namespace moe
+}  // namespace moe::kernels::packet

@@ -22,7 +22,7 @@ namespace moe {
 /// What the functions here take as a matrix of tokens: the elements of a row lie side by side. A
 /// column-major matrix does not compile: bind it to a ConstMatrixRef first, which copies.
 template <class M>
-concept TokenMatrix = detail::kRowsAreContiguous<std::remove_cvref_t<M>>;
+concept TokenMatrix = kRowsAreContiguous<std::remove_cvref_t<M>>;
 
 namespace detail {
 

@@ -202,9 +202,10 @@ class MoELayer {
       route_backward_with(router_, cache.x, cache.routing, cache.routing_gradient, d_x, grad.router_,
                           cache.router, executor);
     }
-    if (w_shared_gate.size() > 0)
-      shared_gate_backward(cache.x, *plan, cache.shared_gate, cache.d_gate, w_shared_gate,
-                           cache.d_shared_gate, grad.w_shared_gate, d_x, executor);
+    if (w_shared_gate.size() > 0) {
+      shared_gate_backward(*plan, cache.shared_gate, cache.d_gate, cache.d_shared_gate);
+      router_linear_backward(cache.x, w_shared_gate, cache.d_shared_gate, grad.w_shared_gate, d_x, executor);
+    }
     if (b_output.size() > 0)
       bias_backward(d_y, grad.b_output, [&](Index t) { return cache.routing.is_valid(t); });
   }

@@ -72,19 +72,17 @@ void check_shared_plan(const DispatchPlan<S>& routed, const DispatchPlan<S>& all
           " assignments is not the one of its forward pass, which had ", begin_of_all[routed.num_experts()]);
 }
 
-/// Backward of the gates of shared experts: adds to d_w_shared_gate [num_shared, d_model] and to d_x. `plan`
-/// is what add_shared_experts made, `gate` the logits, d_gate the gradient by the plan's gates; d_logits is
-/// scratch. O(tokens * num_shared * d_model).
-template <class S, Executor Ex>
-void shared_gate_backward(const Matrix<S>& x, const DispatchPlan<S>& plan, const Matrix<S>& gate,
-                          const Buffer<S>& d_gate, const Matrix<S>& w_shared_gate, Matrix<S>& d_logits,
-                          Matrix<S>& d_w_shared_gate, Matrix<S>& d_x, const Ex& executor) {
-  const Index num_shared = w_shared_gate.rows(), routed = plan.num_experts() - num_shared;
-  d_logits.setZero(x.rows(), num_shared);
+/// d_logits [tokens, num_shared] = the gradient by the logits of the shared experts' gates. `plan` is what
+/// add_shared_experts made, `gate` the logits, d_gate [assignments] the gradient by the plan's gates.
+/// O(tokens * num_shared).
+template <class S>
+void shared_gate_backward(const DispatchPlan<S>& plan, const Matrix<S>& gate, const Buffer<S>& d_gate,
+                          Matrix<S>& d_logits) {
+  const Index num_shared = gate.cols(), routed = plan.num_experts() - num_shared;
+  d_logits.setZero(plan.num_tokens, num_shared);
   for (Index s = 0; s < num_shared; ++s)
     for (Index a = plan.expert_begin[routed + s]; a < plan.expert_begin[routed + s + 1]; ++a)
       d_logits(plan.token[a], s) = d_gate[a] * sigmoid_slope(gate(plan.token[a], s));
-  router_linear_backward(x, w_shared_gate, d_logits, d_w_shared_gate, d_x, executor);
 }
 
 }  // namespace moe

@@ -23,10 +23,6 @@ namespace moe {
 
 namespace detail {
 
-template <class M>
-inline constexpr bool kRowsAreContiguous =
-    (M::IsRowMajor || M::ColsAtCompileTime == 1) && M::InnerStrideAtCompileTime == 1;
-
 // From the begin of a row to the next. A vector taken as a matrix of one column is column-major.
 template <class M>
 Index row_stride(const M& m) {
@@ -50,21 +46,21 @@ enum class Write { replace, add };
 template <class X, class W, class Y>
 void linear(const X& x, const W& w, Y&& y, Write write = Write::replace) {
   using Out = std::remove_cvref_t<Y>;
-  static_assert(detail::kRowsAreContiguous<X> && detail::kRowsAreContiguous<W> &&
-                detail::kRowsAreContiguous<Out>);
+  static_assert(kRowsAreContiguous<X> && kRowsAreContiguous<W> && kRowsAreContiguous<Out>);
   require_shape(w, y.cols(), x.cols(), "linear", "w");
   require_shape(y, x.rows(), w.rows(), "linear", "y");
   require_apart("linear", "y", y, "x", x, "w", w);
   const bool add = write == Write::add;
-  if constexpr (detail::kHasKernels<typename X::Scalar>) {
+  if constexpr (kernels::packet::kHasKernels<typename X::Scalar>) {
     if (y.size() == 0) return;
     if (x.cols() == 0) return detail::contract_nothing(y, add);
-    detail::float_kernels().linear(x.rows(), x.cols(), w.rows(), x.data(), detail::row_stride(x), w.data(),
-                                   detail::row_stride(w), y.data(), detail::row_stride(y), add);
+    kernels::packet::float_kernels().linear(x.rows(), x.cols(), w.rows(), x.data(), detail::row_stride(x),
+                                            w.data(), detail::row_stride(w), y.data(), detail::row_stride(y),
+                                            add);
   } else {
-    detail::multiply<detail::Right::transposed>(x.rows(), w.rows(), x.cols(), x.data(), detail::row_stride(x),
-                                                Index(1), w.data(), detail::row_stride(w), y.data(),
-                                                detail::row_stride(y), add);
+    kernels::packet::multiply<kernels::packet::Right::transposed>(
+        x.rows(), w.rows(), x.cols(), x.data(), detail::row_stride(x), Index(1), w.data(),
+        detail::row_stride(w), y.data(), detail::row_stride(y), add);
   }
 }
 
@@ -72,22 +68,21 @@ void linear(const X& x, const W& w, Y&& y, Write write = Write::replace) {
 template <class Dy, class W, class Dx>
 void linear_backward_input(const Dy& d_y, const W& w, Dx&& d_x, Write write = Write::replace) {
   using Out = std::remove_cvref_t<Dx>;
-  static_assert(detail::kRowsAreContiguous<Dy> && detail::kRowsAreContiguous<W> &&
-                detail::kRowsAreContiguous<Out>);
+  static_assert(kRowsAreContiguous<Dy> && kRowsAreContiguous<W> && kRowsAreContiguous<Out>);
   require_shape(w, d_y.cols(), d_x.cols(), "linear_backward_input", "w");
   require_shape(d_x, d_y.rows(), w.cols(), "linear_backward_input", "d_x");
   require_apart("linear_backward_input", "d_x", d_x, "d_y", d_y, "w", w);
   const bool add = write == Write::add;
-  if constexpr (detail::kHasKernels<typename Dy::Scalar>) {
+  if constexpr (kernels::packet::kHasKernels<typename Dy::Scalar>) {
     if (d_x.size() == 0) return;
     if (d_y.cols() == 0) return detail::contract_nothing(d_x, add);
-    detail::float_kernels().linear_backward_input(d_y.rows(), w.cols(), w.rows(), d_y.data(),
-                                                  detail::row_stride(d_y), w.data(), detail::row_stride(w),
-                                                  d_x.data(), detail::row_stride(d_x), add);
+    kernels::packet::float_kernels().linear_backward_input(
+        d_y.rows(), w.cols(), w.rows(), d_y.data(), detail::row_stride(d_y), w.data(), detail::row_stride(w),
+        d_x.data(), detail::row_stride(d_x), add);
   } else {
-    detail::multiply<detail::Right::normal>(d_y.rows(), w.cols(), d_y.cols(), d_y.data(),
-                                            detail::row_stride(d_y), Index(1), w.data(),
-                                            detail::row_stride(w), d_x.data(), detail::row_stride(d_x), add);
+    kernels::packet::multiply<kernels::packet::Right::normal>(
+        d_y.rows(), w.cols(), d_y.cols(), d_y.data(), detail::row_stride(d_y), Index(1), w.data(),
+        detail::row_stride(w), d_x.data(), detail::row_stride(d_x), add);
   }
 }
 
@@ -95,20 +90,19 @@ void linear_backward_input(const Dy& d_y, const W& w, Dx&& d_x, Write write = Wr
 template <class Dy, class X, class Dw>
 void linear_backward_weight(const Dy& d_y, const X& x, Dw&& d_w) {
   using Out = std::remove_cvref_t<Dw>;
-  static_assert(detail::kRowsAreContiguous<Dy> && detail::kRowsAreContiguous<X> &&
-                detail::kRowsAreContiguous<Out>);
+  static_assert(kRowsAreContiguous<Dy> && kRowsAreContiguous<X> && kRowsAreContiguous<Out>);
   require_shape(x, d_y.rows(), d_w.cols(), "linear_backward_weight", "x");
   require_shape(d_w, d_y.cols(), x.cols(), "linear_backward_weight", "d_w");
   require_apart("linear_backward_weight", "d_w", d_w, "d_y", d_y, "x", x);
-  if constexpr (detail::kHasKernels<typename Dy::Scalar>) {
+  if constexpr (kernels::packet::kHasKernels<typename Dy::Scalar>) {
     if (d_w.size() == 0 || x.rows() == 0) return;
-    detail::float_kernels().linear_backward_weight(x.rows(), x.cols(), d_w.rows(), d_y.data(),
-                                                   detail::row_stride(d_y), x.data(), detail::row_stride(x),
-                                                   d_w.data(), detail::row_stride(d_w));
+    kernels::packet::float_kernels().linear_backward_weight(
+        x.rows(), x.cols(), d_w.rows(), d_y.data(), detail::row_stride(d_y), x.data(), detail::row_stride(x),
+        d_w.data(), detail::row_stride(d_w));
   } else {
-    detail::multiply<detail::Right::normal>(d_y.cols(), x.cols(), d_y.rows(), d_y.data(), Index(1),
-                                            detail::row_stride(d_y), x.data(), detail::row_stride(x),
-                                            d_w.data(), detail::row_stride(d_w), true);
+    kernels::packet::multiply<kernels::packet::Right::normal>(
+        d_y.cols(), x.cols(), d_y.rows(), d_y.data(), Index(1), detail::row_stride(d_y), x.data(),
+        detail::row_stride(x), d_w.data(), detail::row_stride(d_w), true);
   }
 }
 
@@ -116,8 +110,8 @@ void linear_backward_weight(const Dy& d_y, const X& x, Dw&& d_w) {
 template <class S>
 S dot(Index n, const S* a, const S* b) {
   namespace in = Eigen::internal;
-  using P = detail::Packet<S>;
-  constexpr int kSize = detail::kPacketSize<S>;
+  using P = kernels::packet::Packet<S>;
+  constexpr int kSize = kernels::packet::kPacketSize<S>;
   P sum[4] = {in::pset1<P>(S(0)), in::pset1<P>(S(0)), in::pset1<P>(S(0)), in::pset1<P>(S(0))};
   Index i = 0;
   for (; i + 4 * kSize <= n; i += 4 * kSize)
@@ -134,8 +128,8 @@ S dot(Index n, const S* a, const S* b) {
 template <class S>
 void add_scaled(Index n, S scale, const S* x, S* y) {
   namespace in = Eigen::internal;
-  using P = detail::Packet<S>;
-  constexpr int kSize = detail::kPacketSize<S>;
+  using P = kernels::packet::Packet<S>;
+  constexpr int kSize = kernels::packet::kPacketSize<S>;
   const P factor = in::pset1<P>(scale);
   Index i = 0;
   for (; i + kSize <= n; i += kSize)
@@ -146,7 +140,7 @@ void add_scaled(Index n, S scale, const S* x, S* y) {
 /// Adds the vector b [cols] to the rows i of y [rows, cols] for which keep(i).
 template <class B, class Y, class Keep>
 void add_bias(const B& b, Y&& y, const Keep& keep) {
-  static_assert(detail::kRowsAreContiguous<B> && detail::kRowsAreContiguous<std::remove_cvref_t<Y>>);
+  static_assert(kRowsAreContiguous<B> && kRowsAreContiguous<std::remove_cvref_t<Y>>);
   using S = typename std::remove_cvref_t<Y>::Scalar;
   require(b.size() == y.cols(), "add_bias: b has ", b.size(), " entries, expected ", y.cols());
   require_apart("add_bias", "y", y, "b", b);
@@ -163,7 +157,7 @@ void add_bias(const B& b, Y&& y) {
 /// first row to the last and rounded once.
 template <class Dy, class B, class Keep>
 void bias_backward(const Dy& d_y, B&& d_b, const Keep& keep) {
-  static_assert(detail::kRowsAreContiguous<Dy> && detail::kRowsAreContiguous<std::remove_cvref_t<B>>);
+  static_assert(kRowsAreContiguous<Dy> && kRowsAreContiguous<std::remove_cvref_t<B>>);
   using S = typename Dy::Scalar;
   require(d_b.size() == d_y.cols(), "bias_backward: d_b has ", d_b.size(), " entries, expected ", d_y.cols());
   require_apart("bias_backward", "d_b", d_b, "d_y", d_y);

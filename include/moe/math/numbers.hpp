@@ -12,21 +12,22 @@ namespace moe {
 
 enum class NumberKind { finite, infinite, nan };
 
-namespace detail {
-
-// Types whose bit patterns are known here.
+/// Whether the bit pattern of S is known: numbers are told apart by it, which -ffast-math leaves alone.
 template <class S>
 inline constexpr bool kHasBits = std::is_same_v<S, float> || std::is_same_v<S, double>;
 
-// Signed integers compare as numbers of the same sign do.
+/// The bits of a number. Signed integers compare as numbers of the same sign do.
 template <class S>
 using Bits = std::conditional_t<sizeof(S) == 4, std::int32_t, std::int64_t>;
-template <class S>
-inline constexpr Bits<S> kInfinityBits = std::bit_cast<Bits<S>>(std::numeric_limits<S>::infinity());
 template <class S>
 Bits<S> bits_of(S value) {
   return std::bit_cast<Bits<S>>(value);
 }
+
+namespace detail {
+
+template <class S>
+inline constexpr Bits<S> kInfinityBits = std::bit_cast<Bits<S>>(std::numeric_limits<S>::infinity());
 // Of the same number without its sign.
 template <class S>
 Bits<S> magnitude_bits(S value) {
@@ -38,7 +39,7 @@ Bits<S> magnitude_bits(S value) {
 /// Kind of `value`; O(1). Types without a known bit pattern use the <cmath> functions.
 template <class S>
 NumberKind number_kind(S value) {
-  if constexpr (detail::kHasBits<S>) {
+  if constexpr (kHasBits<S>) {
     const auto magnitude = detail::magnitude_bits(value);
     if (magnitude < detail::kInfinityBits<S>) return NumberKind::finite;
     return magnitude == detail::kInfinityBits<S> ? NumberKind::infinite : NumberKind::nan;
@@ -58,16 +59,13 @@ bool is_unavailable(S value) {
 template <class S>
 using Sum = std::common_type_t<S, double>;
 
-namespace detail {
-
+/// Whether a number is NaN, under -ffast-math too, as far as number_kind.
 template <class S>
 bool is_nan(S value) {
   if constexpr (kHasBits<S>)
-    return magnitude_bits(value) > kInfinityBits<S>;
+    return detail::magnitude_bits(value) > detail::kInfinityBits<S>;
   else
     return std::isnan(value);
 }
-
-}  // namespace detail
 
 }  // namespace moe

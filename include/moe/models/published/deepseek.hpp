@@ -5,9 +5,8 @@
 
 namespace moe {
 
-namespace detail {
-
-inline constexpr LayerTensors deepseek_tensors(bool selection_bias) {
+/// The names of DeepSeek's tensors, which other models have taken over.
+constexpr LayerTensors deepseek_tensors(bool selection_bias) {
   LayerTensors tensors = {
       .prefix = "model.layers.{layer}.mlp.",
       .w_router = {"model.layers.{layer}.mlp.gate.weight"},
@@ -20,8 +19,6 @@ inline constexpr LayerTensors deepseek_tensors(bool selection_bias) {
   if (selection_bias) tensors.selection_bias = {"model.layers.{layer}.mlp.gate.e_score_correction_bias"};
   return tensors;
 }
-
-}  // namespace detail
 
 /// DeepSeekMoE 16B (Dai et al. 2024): fine-grained experts; its two shared experts of width 1408 are
 /// stored, and computed, as one of twice that.
@@ -39,7 +36,7 @@ inline constexpr Model<SwiGLU> deepseek_moe_16b = {
                .attention = attention_parameters(2048, 16, 16, 128),
                .dense_d_ff = 10944},
     .published = {16.4e9, 2.8e9},
-    .tensors = detail::deepseek_tensors(false)};
+    .tensors = deepseek_tensors(false)};
 
 /// DeepSeek-V2 (DeepSeek-AI 2024): the three best of eight groups by their best expert; gates are
 /// probabilities times 16, not renormalised. In training its authors
@@ -63,7 +60,7 @@ inline constexpr Model<SwiGLU> deepseek_v2 = {
                .attention = latent_attention_parameters(5120, 128, 1536, 512, 128, 64, 128),
                .dense_d_ff = 12288},
     .published = {236e9, 21e9},
-    .tensors = detail::deepseek_tensors(false)};
+    .tensors = deepseek_tensors(false)};
 
 /// DeepSeek-V3 (DeepSeek-AI 2024): sigmoid scores, a bias for selection alone, the four best of eight
 /// groups by their two best experts; gates are renormalised and multiplied by 2.5.
@@ -90,6 +87,6 @@ inline constexpr Model<SwiGLU> deepseek_v3 = {
                .attention = latent_attention_parameters(7168, 128, 1536, 512, 128, 64, 128),
                .dense_d_ff = 18432},
     .published = {671e9, 37e9},
-    .tensors = detail::deepseek_tensors(true)};
+    .tensors = deepseek_tensors(true)};
 
 }  // namespace moe
