@@ -46,7 +46,10 @@
 #include <moe/layers/moe_layer.hpp>
 #include <moe/layers/run_experts.hpp>
 #include <moe/layers/shared_experts.hpp>
+#include <moe/layers/soft_logits.hpp>
 #include <moe/layers/soft_moe_layer.hpp>
+#include <moe/layers/soft_router.hpp>
+#include <moe/layers/soft_routing.hpp>
 #include <moe/math/activation.hpp>
 #include <moe/math/init.hpp>
 #include <moe/math/linear.hpp>
