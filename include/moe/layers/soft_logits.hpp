@@ -12,8 +12,9 @@
 #include <moe/math/linear.hpp>
 #include <moe/math/numbers.hpp>
 
-// The logits of a SoftRouter, z = tokens() slots()^T [tokens, slots]. There are two kinds: each makes its
-// operands of x and w_slots and knows the way of gradients back.
+// The logits of a SoftRouter (Puigcerver et al. 2023), z = tokens() slots()^T [tokens, slots]. There are two
+// kinds: each makes these operands, of d_model columns, from x and w_slots, and knows the way of gradients
+// back. What is said of a function of the first is true of that of the second.
 namespace moe {
 
 namespace detail {
@@ -48,7 +49,7 @@ void make_unit_backward(Index n, const S* x, const S* unit, const S* d_unit, S s
 
 }  // namespace detail
 
-/// Dot products of rows as they are.
+/// Dot products of rows as they are (section 2.1).
 template <class S>
 struct DotLogits {
   using Routing = SoftRouting<S>;
@@ -60,24 +61,25 @@ struct DotLogits {
   const Matrix<S>& slots(const Routing&) const { return w_slots; }
   /// Throws std::invalid_argument unless the routing holds operands of this kind.
   void check(const Routing&, const char*) const {}
+  /// Makes slots(), and room for tokens(). O(slots * d_model).
   template <Executor Ex>
   void make_slots(Routing&, const Ex&) const {}
-  /// After this token's row of routing.x.
+  /// Makes a row of tokens() from that of routing.x. O(d_model).
   void make_token(Index, Routing&) const {}
 
-  /// Where the gradient by slots() is to be added up.
+  /// Where the gradient by slots() is to be added up [slots, d_model].
   Matrix<S>& begin_backward(Gradient&, Matrix<S>& d_w_slots) const { return d_w_slots; }
-  /// Adds to d_x what comes from the logits of the tokens [begin, begin + count).
+  /// Adds to d_x what comes from the logits of the tokens [begin, begin + count). O(count * slots * d_model).
   void tokens_backward(Index begin, Index count, const Routing&, Gradient& g, Matrix<S>& d_x) const {
     linear_backward_input(g.d_logits.middleRows(begin, count), w_slots, d_x.middleRows(begin, count),
                           Write::add);
   }
-  /// The rest of the way from the gradient by slots().
+  /// The rest of the way, from the gradient by slots() to those of the parameters. O(slots * d_model).
   template <Executor Ex>
   void slots_backward(const Routing&, Gradient&, Matrix<S>&, Vector<S>&, const Ex&) const {}
 };
 
-/// Cosines times the scale: products of rows divided by their lengths.
+/// Cosines times the scale: products of rows divided by their lengths (section 2.3).
 template <class S>
 struct CosineLogits {
   using Routing = SoftRouting<S>;

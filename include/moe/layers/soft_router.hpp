@@ -339,16 +339,15 @@ class SoftRouter {
       routing.expert_begin[e] = e * routing.live.size() * slots_per_expert();
   }
 
-  // Calls f(row of a matrix [groups, experts, slots_per_expert], row of one [experts, live groups,
-  // slots_per_expert]) for the slots of live groups.
+  // Calls f(slot, row) for the first slot of every expert in every live group: its place in a matrix
+  // [groups, experts, slots_per_expert] and in one [experts, live groups, slots_per_expert].
   template <class Ex, class F>
-  void for_each_row(const Routing& routing, const Ex& executor, const F& f) const {
-    const Index each = slots_per_expert(), live = routing.live.size();
-    for_each_block(live * num_slots(), executor, [&](Index begin, Index end, Index) {
-      for (Index row = begin; row < end; ++row) {
-        const Index e = row / (live * each), g = routing.live[row / each % live], p = row % each;
-        f(g * num_slots() + e * each + p, row);
-      }
+  void for_each_place(const Routing& routing, const Ex& executor, const F& f) const {
+    const Index each = slots_per_expert(), live = routing.live.size(), places = live * num_experts();
+    const Index step = std::max<Index>(1, kSlotBlock / each);
+    executor.for_each(blocks(places, step), [&](Index task, Index) {
+      for (Index i = task * step; i < (std::min)(places, (task + 1) * step); ++i)
+        f(routing.live[i % live] * num_slots() + i / live * each, i * each);
     });
   }
 
@@ -356,16 +355,18 @@ class SoftRouter {
   void to_rows(const Routing& routing, const RowBuffer<S>& slots, RowBuffer<S>& rows,
                const Ex& executor) const {
     rows.resize(routing.live.size() * num_slots(), d_model(), routing.num_groups() * num_slots());
-    for_each_row(routing, executor,
-                 [&](Index slot, Index row) { std::copy_n(slots.row(slot), d_model(), rows.row(row)); });
+    for_each_place(routing, executor, [&](Index slot, Index row) {
+      std::copy_n(slots.row(slot), slots_per_expert() * d_model(), rows.row(row));
+    });
   }
 
   // Slots of other groups stay as they are: zero.
   template <class Ex>
   void from_rows(const Routing& routing, const RowBuffer<S>& rows, RowBuffer<S>& slots,
                  const Ex& executor) const {
-    for_each_row(routing, executor,
-                 [&](Index slot, Index row) { std::copy_n(rows.row(row), d_model(), slots.row(slot)); });
+    for_each_place(routing, executor, [&](Index slot, Index row) {
+      std::copy_n(rows.row(row), slots_per_expert() * d_model(), slots.row(slot));
+    });
   }
 
   // ---- Backward of the shares.
