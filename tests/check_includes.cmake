@@ -1,6 +1,6 @@
 # cmake -D INCLUDE_DIR=<dir> -P check_includes.cmake
 #
-# Includes go one way. Every folder of INCLUDE_DIR/moe is a room: its headers may include headers of their own
+# Includes go one way, and what is in a header's detail namespace is used by that header alone. Every folder of INCLUDE_DIR/moe is a room: its headers may include headers of their own
 # room and of rooms below it, never of one above, and there is no cycle. The umbrellas together reach every
 # header.
 
@@ -54,6 +54,22 @@ foreach(header IN LISTS headers)
         list(APPEND errors "moe/${header}.hpp includes moe/${included}.hpp of a room above it")
       endif()
       list(APPEND includes_${header} ${included})
+    endif()
+  endforeach()
+endforeach()
+
+# detail::name is declared in the header that says it: there it stands without detail:: once at least.
+foreach(header IN LISTS headers)
+  file(READ ${INCLUDE_DIR}/moe/${header}.hpp text)
+  string(REPLACE ";" "," text "${text}")
+  string(REPLACE "nlohmann::detail::" "" text "${text}")
+  string(REGEX MATCHALL "detail::[A-Za-z_0-9]+" names "${text}")
+  list(REMOVE_DUPLICATES names)
+  string(REGEX REPLACE "detail::[A-Za-z_0-9]+" "" rest "${text}")
+  foreach(name IN LISTS names)
+    string(REPLACE "detail::" "" name ${name})
+    if(NOT rest MATCHES "[^A-Za-z_0-9]${name}[^A-Za-z_0-9]")
+      list(APPEND errors "moe/${header}.hpp uses detail::${name} of another header")
     endif()
   endforeach()
 endforeach()
