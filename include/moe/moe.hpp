@@ -40,6 +40,7 @@
 #include <moe/experts/expert.hpp>
 #include <moe/experts/feed_forward.hpp>
 #include <moe/experts/gated_feed_forward.hpp>
+#include <moe/experts/linear.hpp>
 #include <moe/experts/three_way_feed_forward.hpp>
 #include <moe/experts/variant_expert.hpp>
 #include <moe/experts/zero_computation_experts.hpp>

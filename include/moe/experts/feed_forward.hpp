@@ -7,9 +7,9 @@
 #include <moe/core/check.hpp>
 #include <moe/core/storage.hpp>
 #include <moe/experts/expert.hpp>
+#include <moe/experts/linear.hpp>
 #include <moe/math/activation.hpp>
 #include <moe/math/init.hpp>
-#include <moe/math/linear.hpp>
 
 namespace moe {
 
@@ -32,7 +32,7 @@ class FeedForward {
   /// All parameters are zero, to be filled from elsewhere. Throws unless both widths are positive.
   explicit FeedForward(const Options& options) requires std::same_as<Storage, Owned>
       : activation_(options.activation) {
-    check_widths(options);
+    check_widths(options.d_model, options.d_ff, "FeedForward");
     w_up.setZero(options.d_ff, options.d_model);
     w_down.setZero(options.d_model, options.d_ff);
     set_biases(options);
@@ -46,7 +46,7 @@ class FeedForward {
   /// the shapes are those of the options.
   FeedForward(const Options& options, Weight up, Weight down)
       : w_up(std::move(up)), w_down(std::move(down)), activation_(options.activation) {
-    check_widths(options);
+    check_widths(options.d_model, options.d_ff, "FeedForward");
     require_shape(w_up, options.d_ff, options.d_model, "FeedForward", "w_up");
     require_shape(w_down, options.d_model, options.d_ff, "FeedForward", "w_down");
     set_biases(options);
@@ -71,11 +71,9 @@ class FeedForward {
     if (x.rows() == 0) return;
     auto before = cache.leftCols(d_ff());   // [rows, d_ff]
     auto hidden = cache.rightCols(d_ff());  // [rows, d_ff]
-    linear(x, w_up, before);
-    if (has_bias()) add_bias(b_up, before);
+    Linear(w_up, b_up).forward(x, before);
     activate_rows(before, hidden);
-    linear(hidden, w_down, y);
-    if (has_bias()) add_bias(b_down, y);
+    Linear(w_down, b_down).forward(hidden, y);
   }
 
   /// d_x [rows, d_model] from d_y; adds to the parameters of `grad`.
@@ -86,22 +84,19 @@ class FeedForward {
     const auto before = cache.leftCols(d_ff());
     auto hidden = cache.rightCols(d_ff());  // overwritten by its own gradient, recomputed first
     activate_rows(before, hidden);
-    linear_backward_weight(d_y, hidden, grad.w_down);
-    linear_backward_input(d_y, w_down, hidden);
+    const Linear up(w_up, b_up), down(w_down, b_down);
+    down.backward_parameters(hidden, d_y, Linear(grad.w_down, grad.b_down));
+    down.backward_input(d_y, hidden);
     for (Index i = 0; i < x.rows(); ++i)
       activate_backward(activation_, d_ff(), &before.coeffRef(i, 0), &hidden.coeffRef(i, 0));
-    linear_backward_weight(hidden, x, grad.w_up);
-    linear_backward_input(hidden, w_up, d_x);
-    if (has_bias()) {
-      bias_backward(d_y, grad.b_down);
-      bias_backward(hidden, grad.b_up);
-    }
+    up.backward_parameters(x, hidden, Linear(grad.w_up, grad.b_up));
+    up.backward_input(hidden, d_x);
   }
 
   template <class F, class... Self>
   static void visit(F&& f, Self&... self) {
-    visit_array(f, {"w_up"}, self.w_up...);
-    visit_array(f, {"w_down"}, self.w_down...);
+    visit_weight("w_up", f, self.w_up...);
+    visit_weight("w_down", f, self.w_down...);
     if ((self.has_bias() || ...)) {
       visit_array(f, {"b_up"}, self.b_up...);
       visit_array(f, {"b_down"}, self.b_down...);
@@ -114,10 +109,6 @@ class FeedForward {
   Vector<S> b_down;  ///< [d_model], empty without bias
 
  private:
-  static void check_widths(const Options& options) {
-    require(options.d_model > 0, "FeedForward: d_model = ", options.d_model, ", expected at least 1");
-    require(options.d_ff > 0, "FeedForward: d_ff = ", options.d_ff, ", expected at least 1");
-  }
   void set_biases(const Options& options) {
     if (!options.bias) return;
     b_up.setZero(options.d_ff);

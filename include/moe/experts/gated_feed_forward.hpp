@@ -7,9 +7,9 @@
 #include <moe/core/check.hpp>
 #include <moe/core/storage.hpp>
 #include <moe/experts/expert.hpp>
+#include <moe/experts/linear.hpp>
 #include <moe/math/activation.hpp>
 #include <moe/math/init.hpp>
-#include <moe/math/linear.hpp>
 
 namespace moe {
 
@@ -33,7 +33,7 @@ class GatedFeedForward {
   /// All parameters are zero, to be filled from elsewhere. Throws unless both widths are positive.
   explicit GatedFeedForward(const Options& options) requires std::same_as<Storage, Owned>
       : glu_(options.glu) {
-    check_widths(options);
+    check_widths(options.d_model, options.d_ff, "GatedFeedForward");
     w_gate.setZero(options.d_ff, options.d_model);
     w_up.setZero(options.d_ff, options.d_model);
     w_down.setZero(options.d_model, options.d_ff);
@@ -50,7 +50,7 @@ class GatedFeedForward {
   /// Throws unless the shapes are those of the options.
   GatedFeedForward(const Options& options, Weight gate, Weight up, Weight down)
       : w_gate(std::move(gate)), w_up(std::move(up)), w_down(std::move(down)), glu_(options.glu) {
-    check_widths(options);
+    check_widths(options.d_model, options.d_ff, "GatedFeedForward");
     require_shape(w_gate, options.d_ff, options.d_model, "GatedFeedForward", "w_gate");
     require_shape(w_up, options.d_ff, options.d_model, "GatedFeedForward", "w_up");
     require_shape(w_down, options.d_model, options.d_ff, "GatedFeedForward", "w_down");
@@ -77,15 +77,10 @@ class GatedFeedForward {
     auto gate = cache.leftCols(d_ff());                  // [rows, d_ff]
     auto up = cache.middleCols(d_ff(), d_ff());          // [rows, d_ff]
     auto hidden = cache.middleCols(2 * d_ff(), d_ff());  // [rows, d_ff]
-    linear(x, w_gate, gate);
-    linear(x, w_up, up);
-    if (has_bias()) {
-      add_bias(b_gate, gate);
-      add_bias(b_up, up);
-    }
+    Linear(w_gate, b_gate).forward(x, gate);
+    Linear(w_up, b_up).forward(x, up);
     activate_rows(gate, up, hidden);
-    linear(hidden, w_down, y);
-    if (has_bias()) add_bias(b_down, y);
+    Linear(w_down, b_down).forward(hidden, y);
   }
 
   /// d_x [rows, d_model] from d_y; adds to the parameters of `grad`.
@@ -98,28 +93,25 @@ class GatedFeedForward {
     auto hidden = cache.middleCols(2 * d_ff(), d_ff());  // then the gradient by gate
     auto d_up = cache.rightCols(d_ff());
     activate_rows(gate, up, hidden);
-    linear_backward_weight(d_y, hidden, grad.w_down);
-    linear_backward_input(d_y, w_down, hidden);
+    const Linear down(w_down, b_down);
+    down.backward_parameters(hidden, d_y, Linear(grad.w_down, grad.b_down));
+    down.backward_input(d_y, hidden);
     for (Index i = 0; i < x.rows(); ++i)
       activate_gated_backward(glu_, d_ff(), &gate.coeffRef(i, 0), &up.coeffRef(i, 0), &hidden.coeffRef(i, 0),
                               &hidden.coeffRef(i, 0), &d_up.coeffRef(i, 0));
     const auto& d_gate = hidden;
-    linear_backward_weight(d_gate, x, grad.w_gate);
-    linear_backward_weight(d_up, x, grad.w_up);
-    linear_backward_input(d_gate, w_gate, d_x);
-    linear_backward_input(d_up, w_up, d_x, Write::add);
-    if (has_bias()) {
-      bias_backward(d_y, grad.b_down);
-      bias_backward(d_gate, grad.b_gate);
-      bias_backward(d_up, grad.b_up);
-    }
+    const Linear by_gate(w_gate, b_gate), by_up(w_up, b_up);
+    by_gate.backward_parameters(x, d_gate, Linear(grad.w_gate, grad.b_gate));
+    by_up.backward_parameters(x, d_up, Linear(grad.w_up, grad.b_up));
+    by_gate.backward_input(d_gate, d_x);
+    by_up.backward_input(d_up, d_x, Write::add);
   }
 
   template <class F, class... Self>
   static void visit(F&& f, Self&... self) {
-    visit_array(f, {"w_gate"}, self.w_gate...);
-    visit_array(f, {"w_up"}, self.w_up...);
-    visit_array(f, {"w_down"}, self.w_down...);
+    visit_weight("w_gate", f, self.w_gate...);
+    visit_weight("w_up", f, self.w_up...);
+    visit_weight("w_down", f, self.w_down...);
     if ((self.has_bias() || ...)) {
       visit_array(f, {"b_gate"}, self.b_gate...);
       visit_array(f, {"b_up"}, self.b_up...);
@@ -135,10 +127,6 @@ class GatedFeedForward {
   Vector<S> b_down;  ///< [d_model], empty without bias
 
  private:
-  static void check_widths(const Options& options) {
-    require(options.d_model > 0, "GatedFeedForward: d_model = ", options.d_model, ", expected at least 1");
-    require(options.d_ff > 0, "GatedFeedForward: d_ff = ", options.d_ff, ", expected at least 1");
-  }
   void set_biases(const Options& options) {
     if (!options.bias) return;
     b_gate.setZero(options.d_ff);

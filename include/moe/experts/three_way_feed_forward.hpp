@@ -7,9 +7,9 @@
 #include <moe/core/check.hpp>
 #include <moe/core/storage.hpp>
 #include <moe/experts/expert.hpp>
+#include <moe/experts/linear.hpp>
 #include <moe/math/activation.hpp>
 #include <moe/math/init.hpp>
-#include <moe/math/linear.hpp>
 
 namespace moe {
 
@@ -33,7 +33,7 @@ class ThreeWayFeedForward {
 
   /// All parameters are zero, to be filled from elsewhere. Throws unless both widths are positive.
   explicit ThreeWayFeedForward(const Options& options) requires std::same_as<Storage, Owned> {
-    check_widths(options);
+    check_widths(options.d_model, options.d_ff, "ThreeWayFeedForward");
     w_gate.setZero(2 * options.d_ff, options.d_model);
     w_up.setZero(options.d_ff, options.d_model);
     w_down.setZero(options.d_model, options.d_ff);
@@ -49,7 +49,7 @@ class ThreeWayFeedForward {
   /// Throws unless the shapes are those of the options.
   ThreeWayFeedForward(const Options& options, Weight gate, Weight up, Weight down)
       : w_gate(std::move(gate)), w_up(std::move(up)), w_down(std::move(down)) {
-    check_widths(options);
+    check_widths(options.d_model, options.d_ff, "ThreeWayFeedForward");
     require_shape(w_gate, 2 * options.d_ff, options.d_model, "ThreeWayFeedForward", "w_gate");
     require_shape(w_up, options.d_ff, options.d_model, "ThreeWayFeedForward", "w_up");
     require_shape(w_down, options.d_model, options.d_ff, "ThreeWayFeedForward", "w_down");
@@ -111,9 +111,9 @@ class ThreeWayFeedForward {
 
   template <class F, class... Self>
   static void visit(F&& f, Self&... self) {
-    visit_array(f, {"w_gate"}, self.w_gate...);
-    visit_array(f, {"w_up"}, self.w_up...);
-    visit_array(f, {"w_down"}, self.w_down...);
+    visit_weight("w_gate", f, self.w_gate...);
+    visit_weight("w_up", f, self.w_up...);
+    visit_weight("w_down", f, self.w_down...);
   }
 
   Weight w_gate;  ///< [2 * d_ff, d_model]: the rows of a1, then those of a2
@@ -121,11 +121,6 @@ class ThreeWayFeedForward {
   Weight w_down;  ///< [d_model, d_ff]
 
  private:
-  static void check_widths(const Options& options) {
-    require(options.d_model > 0, "ThreeWayFeedForward: d_model = ", options.d_model, ", expected at least 1");
-    require(options.d_ff > 0, "ThreeWayFeedForward: d_ff = ", options.d_ff, ", expected at least 1");
-  }
-
   // unit = a1 * silu(a2), from the cache.
   template <class To>
   void activate_rows(const MatrixRef<S>& cache, To&& unit) const {
