@@ -2,10 +2,12 @@
 # What using moe costs a translation unit: median seconds of the compiler's own time (user and system) over
 # some runs, and how many times what a unit costs that includes <Eigen/Core> and multiplies two matrices. A
 # table in Markdown; the header-only form and moe::compiled.
-#   scripts/compile-time.sh [runs]      5 runs where the number is not given
+#   scripts/compile-time.sh [runs [compiler...]]      5 runs, g++ and clang++-14, where not given
 set -euo pipefail
 
 runs=${1-5}
+compilers=("${@:2}")
+[ ${#compilers[@]} -gt 0 ] || compilers=(g++ clang++-14)
 root=$(cd "$(dirname "$0")/.." && pwd)
 eigen=$(pkg-config --cflags eigen3 2>/dev/null || echo -I/usr/include/eigen3)
 work=$(mktemp -d)
@@ -46,21 +48,24 @@ auto load(const moe::Checkpoint& checkpoint) {
 }
 END
 
-# seconds <command>...: of the processor, for one run
+# seconds <command>...: of the processor, for one run; a failure ends the script
 seconds() {
   local TIMEFORMAT='%U %S'
-  { time "$@" 2>"$work/errors"; } 2>&1 | awk '{ printf "%.2f\n", $1 + $2 }'
+  if ! { time "$@" 2>"$work/errors"; } 2>"$work/time"; then
+    cat "$work/errors" >&2
+    exit 1
+  fi
+  awk '{ printf "%.2f\n", $1 + $2 }' "$work/time"
 }
 
-# median <command>...: of some runs; a failure ends the script
+# median <command>...: of some runs
 median() {
-  "$@"
-  for ((i = 0; i < runs; ++i)); do seconds "$@"; done | sort -n | sed -n "$(((runs + 1) / 2))p"
+  for ((i = 0; i < runs; ++i)); do seconds "$@" || exit 1; done | sort -n | sed -n "$(((runs + 1) / 2))p"
 }
 
 echo "| | -O0 | multiple | -O2 | multiple |"
 echo "|---|---|---|---|---|"
-for compiler in g++ clang++-14; do
+for compiler in "${compilers[@]}"; do
   command -v "$compiler" >/dev/null || continue
   declare -A base=()
   while IFS='|' read -r unit flags what; do
