@@ -10,6 +10,7 @@
 #include <vector>
 
 #include <moe/kernels/select.hpp>
+#include <moe/kernels/tables.hpp>
 
 #ifdef _OPENMP
 #include <omp.h>

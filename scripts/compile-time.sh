@@ -1,66 +1,94 @@
 #!/usr/bin/env bash
-# What including moe costs a translation unit: median seconds of the compiler's own time (user and
-# system) over some runs, as a table in Markdown.
-#   scripts/compile-time.sh [runs]      5 runs where the number is not given
+# What using moe costs a translation unit: median seconds of the compiler's own time (user and system) over
+# some runs, and how many times what a unit costs that includes <Eigen/Core> and multiplies two matrices. A
+# table in Markdown; the header-only form and moe::compiled.
+#   scripts/compile-time.sh [runs [compiler...]]      5 runs, g++ and clang++-14, where not given
 set -euo pipefail
 
 runs=${1-5}
+compilers=("${@:2}")
+[ ${#compilers[@]} -gt 0 ] || compilers=(g++ clang++-14)
 root=$(cd "$(dirname "$0")/.." && pwd)
 eigen=$(pkg-config --cflags eigen3 2>/dev/null || echo -I/usr/include/eigen3)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-cat >"$work/eigen.cpp" <<'END'
+cat >"$work/product.cpp" <<'END'
 #include <Eigen/Core>
-int main() {}
+Eigen::MatrixXf product(const Eigen::MatrixXf& a, const Eigen::MatrixXf& b) { return a * b; }
 END
 cat >"$work/include.cpp" <<'END'
 #include <moe/moe.hpp>
-int main() {}
 END
-cat >"$work/layer.cpp" <<'END'
+cat >"$work/forward.cpp" <<'END'
 #include <moe/moe.hpp>
-using Expert = moe::GatedFeedForward<float>;
-moe::Matrix<float> run(const moe::MoELayer<Expert, moe::TopKRouter<float>>& layer,
-                       const moe::Matrix<float>& x) {
-  return layer.forward(x);
+using Layer = moe::MoELayer<moe::GatedFeedForward<float>, moe::TopKRouter<float>>;
+moe::Matrix<float> run(const Layer& layer, const moe::Matrix<float>& x) { return layer.forward(x); }
+END
+cat >"$work/train.cpp" <<'END'
+#include <moe/moe.hpp>
+using Layer = moe::MoELayer<moe::GatedFeedForward<float>, moe::TopKRouter<float>>;
+moe::Matrix<float> step(const Layer& layer, const moe::Matrix<float>& x, const moe::Matrix<float>& target,
+                        moe::Rng& rng, Layer::Cache& cache, Layer& grad) {
+  const moe::Matrix<float> y = layer.forward(x, rng, cache);
+  return layer.backward(y - target, cache, grad, moe::load_balancing_loss(cache.routing).gradient);
 }
 END
 cat >"$work/packed.cpp" <<'END'
-#include <moe/moe.hpp>
-#include <moe/packed/packed_moe_layer.hpp>
-using Expert = moe::GatedFeedForward<float>;
-moe::Matrix<float> run(const moe::MoELayer<Expert, moe::TopKRouter<float>>& layer,
-                       const moe::Matrix<float>& x) {
+#include <moe/packed.hpp>
+using Layer = moe::MoELayer<moe::GatedFeedForward<float>, moe::TopKRouter<float>>;
+moe::Matrix<float> run(const Layer& layer, const moe::Matrix<float>& x) {
   return moe::pack<moe::BF16>(layer).forward(x);
 }
 END
+cat >"$work/load.cpp" <<'END'
+#include <moe/io.hpp>
+auto load(const moe::Checkpoint& checkpoint) {
+  return moe::load_layer<float>(moe::mixtral_8x7b, checkpoint, 0);
+}
+END
 
-# seconds <command>...: of the processor, for one run
+# seconds <command>...: of the processor, for one run; a failure ends the script
 seconds() {
   local TIMEFORMAT='%U %S'
-  { time "$@" 2>"$work/errors"; } 2>&1 | awk '{ printf "%.2f\n", $1 + $2 }'
+  if ! { time "$@" 2>"$work/errors"; } 2>"$work/time"; then
+    cat "$work/errors" >&2
+    exit 1
+  fi
+  awk '{ printf "%.2f\n", $1 + $2 }' "$work/time"
 }
 
-echo "| | -O0 | -O2 |"
-echo "|---|---|---|"
-for compiler in g++ clang++-14; do
+# median <command>...: of some runs
+median() {
+  for ((i = 0; i < runs; ++i)); do seconds "$@" || exit 1; done | sort -n | sed -n "$(((runs + 1) / 2))p"
+}
+
+echo "| | -O0 | multiple | -O2 | multiple |"
+echo "|---|---|---|---|---|"
+for compiler in "${compilers[@]}"; do
   command -v "$compiler" >/dev/null || continue
-  while IFS='|' read -r unit what; do
+  declare -A base=()
+  while IFS='|' read -r unit flags what; do
     row="| $compiler, $what |"
     for level in -O0 -O2; do
       # shellcheck disable=SC2086  # flags are several words
-      compile=("$compiler" -std=c++20 $level -I"$root/include" $eigen -c "$work/$unit.cpp" -o "$work/unit.o")
-      "${compile[@]}"  # a failure ends the script
-      median=$(for ((i = 0; i < runs; ++i)); do seconds "${compile[@]}"; done |
-        sort -n | sed -n "$(((runs + 1) / 2))p")
-      row+=" $median |"
+      time=$(median "$compiler" -std=c++20 $level $flags -I"$root/include" $eigen -c "$work/$unit.cpp" \
+        -o "$work/unit.o")
+      base[$level]=${base[$level]-$time}
+      row+=" $time | $(awk -v t="$time" -v base="${base[$level]}" 'BEGIN { printf "%.1f", t / base }') |"
     done
     echo "$row"
   done <<'END'
-eigen|`<Eigen/Core>` alone
-include|`<moe/moe.hpp>`
-layer|with a layer's forward
-packed|with a packed layer's forward
+product||a product of two matrices of Eigen
+include||`<moe/moe.hpp>`
+forward||a layer's forward
+train||a training step
+packed||a packed layer's forward
+load||a layer of a checkpoint, loaded
+include|-DMOE_COMPILED=16|compiled form, `<moe/moe.hpp>`
+forward|-DMOE_COMPILED=16|compiled form, a layer's forward
+train|-DMOE_COMPILED=16|compiled form, a training step
+packed|-DMOE_COMPILED=16|compiled form, a packed layer's forward
+load|-DMOE_COMPILED=16|compiled form, a layer of a checkpoint, loaded
 END
 done

@@ -6,7 +6,7 @@ cmake_minimum_required(VERSION 3.23)
 cmake_path(ABSOLUTE_PATH SOURCE_DIR)
 
 set(files "")
-foreach(directory IN ITEMS include tests bench examples)
+foreach(directory IN ITEMS include src tests bench examples)
   foreach(ending IN ITEMS hpp cpp inc)
     file(GLOB_RECURSE found ${SOURCE_DIR}/${directory}/*.${ending})
     list(APPEND files ${found})

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <ostream>
 #include <sstream>
 #include <stdexcept>
@@ -12,12 +13,41 @@
 // How the library refuses bad input: std::invalid_argument with every number that matters.
 namespace moe {
 
+namespace detail {
+
+// Something that can be written to a stream, during a call. What writes a message is compiled once a type,
+// not once a message.
+class MessagePart {
+ public:
+  template <class T>
+  MessagePart(const T& value) : value_(&value), write_(&write<T>) {}
+  template <std::size_t N>
+  MessagePart(const char (&text)[N]) : value_(text), write_(&write_text) {}
+  void write_to(std::ostream& out) const { write_(out, value_); }
+
+ private:
+  template <class T>
+  static void write(std::ostream& out, const void* value) {
+    out << *static_cast<const T*>(value);
+  }
+  static void write_text(std::ostream& out, const void* text) { out << static_cast<const char*>(text); }
+
+  const void* value_;
+  void (*write_)(std::ostream&, const void*);
+};
+
+[[noreturn, gnu::cold, gnu::noinline]] inline void fail_with(std::initializer_list<MessagePart> parts) {
+  std::ostringstream message;
+  for (const MessagePart& part : parts) part.write_to(message);
+  throw std::invalid_argument(message.str());
+}
+
+}  // namespace detail
+
 /// Throws std::invalid_argument whose message is all arguments written one after the other.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
+  detail::fail_with({parts...});
 }
 
 /// Throws unless `ok`. The message is built only then.

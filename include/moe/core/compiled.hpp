@@ -11,10 +11,9 @@ namespace moe {
 // All units of a program have one form. In each form this name is a variable of another kind, which is what
 // the linker says of a program that mixes them.
 #ifdef MOE_COMPILED
-[[gnu::used,
-  gnu::visibility("hidden")]] inline constinit thread_local char this_program_mixes_moe_and_moe_compiled = 0;
+[[gnu::used, gnu::visibility("hidden")]] inline thread_local char this_program_mixes_moe_and_moe_compiled = 0;
 #else
-[[gnu::used, gnu::visibility("hidden")]] inline constinit char this_program_mixes_moe_and_moe_compiled = 0;
+[[gnu::used, gnu::visibility("hidden")]] inline char this_program_mixes_moe_and_moe_compiled = 0;
 #endif
 
 namespace compiled {
