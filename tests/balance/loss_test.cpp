@@ -9,8 +9,10 @@
 
 #include <gtest/gtest.h>
 
+#include <moe/balance/group_balance_loss.hpp>
 #include <moe/balance/load_loss.hpp>
 #include <moe/balance/loss.hpp>
+#include <moe/balance/relu_balance_loss.hpp>
 #include <moe/math/init.hpp>
 #include <moe/routers/top_k_router.hpp>
 #include <moe/routing/token_choice.hpp>

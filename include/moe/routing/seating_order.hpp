@@ -63,8 +63,8 @@ void order_choices(const Choices<S>& chosen, const Matrix<S>* probs, Priority pr
   if (priority == Priority::assignment_gate) {
     for (Index c = first[begin]; c < first[end]; ++c) order.push_back(c);
     // Choices are in token order, so the lower choice is the lower token.
-    std::sort(order.begin(), order.end(), [&](Index a, Index b) {
-      return is_equal(chosen.gate[a], chosen.gate[b]) ? a < b : chosen.gate[a] > chosen.gate[b];
+    std::sort(order.begin(), order.end(), [gate = chosen.gate.data()](Index a, Index b) {
+      return is_equal(gate[a], gate[b]) ? a < b : gate[a] > gate[b];
     });
     return;
   }
