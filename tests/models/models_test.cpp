@@ -57,9 +57,8 @@ std::string options_of(const auto& model) {
   using Options = std::decay_t<decltype(model.router)>;
   const Options defaults{};
   std::vector<std::string> of_defaults;
-  moe::io::visit_options(defaults, [&](const char*, const auto& value) {
-    of_defaults.push_back(moe::io::option_text(value));
-  });
+  moe::io::visit_options(
+      defaults, [&](const char*, const auto& value) { of_defaults.push_back(moe::io::option_text(value)); });
   std::size_t i = 0;
   const auto add = [&](const char* name, const std::string& value) {
     text << (text.tellp() > 0 ? " " : "") << name << (value.empty() ? "" : "=") << value;
