@@ -52,8 +52,9 @@ void expect_pruned(Router router, const std::vector<Index>& gone, const Router& 
   expected.route(x, info, b);
   EXPECT_TRUE(same_routing(a, b)) << "inference";
   Rng one(6), other(6);
-  route_with(router, x, one, info, a, Sequential{});
-  route_with(expected, x, other, info, b, Sequential{});
+  RouterWorkspace<double> workspace;
+  route_with(router, x, one, info, a, workspace, Sequential{});
+  route_with(expected, x, other, info, b, workspace, Sequential{});
   EXPECT_TRUE(same_routing(a, b)) << "training";
   Router grad = zeros_like(router), expected_grad = zeros_like(expected);
   RoutingGradient<double> gradient;
