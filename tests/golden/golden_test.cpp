@@ -96,7 +96,7 @@ double expect_equal_gradients(const Golden& golden, const Layer& layer, const La
         if (all_zero(from_file)) {
           EXPECT_TRUE(all_zero(seen)) << info.name;
         } else {
-          expect_close(seen, from_file, info.name);
+          expect_close(seen, from_file, info.name.str());
         }
       },
       grad, expected);
@@ -454,7 +454,7 @@ TEST(GoldenOfAuthors, Llama4) {
         if (all_zero(from_file))
           EXPECT_TRUE(all_zero(seen)) << info.name;
         else
-          expect_close(seen, from_file, info.name);
+          expect_close(seen, from_file, info.name.str());
       },
       grad, cut_grad, expected);
   EXPECT_TRUE(all_zero(expected.router().w_router));
