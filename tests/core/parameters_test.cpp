@@ -2,6 +2,7 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -203,6 +204,20 @@ TEST(Parameters, AVariantExpertShowsThoseOfItsKind) {
   EXPECT_EQ(names_of(gated), (std::vector<std::string>{"w_gate", "w_up", "w_down"}));
   EXPECT_EQ(moe::num_parameters(plain), 12);
   EXPECT_EQ(moe::num_parameters(gated), 18);
+}
+
+TEST(Name, IsWrittenOutFromItsParts) {
+  const moe::Name experts("experts", 3), weight("w_up"), empty("");
+  EXPECT_EQ(experts.str(), "experts.3");
+  const moe::Name of_expert(experts, weight), layer("layer"), of_layer(layer, of_expert);
+  EXPECT_EQ(of_expert.str(), "experts.3.w_up");
+  EXPECT_EQ(of_layer.str(), "layer.experts.3.w_up");
+  EXPECT_EQ(moe::Name(of_layer, weight).str(), "layer.experts.3.w_up.w_up");
+  EXPECT_EQ(moe::Name(empty, weight).str(), "w_up");
+  EXPECT_EQ(moe::Name(experts, empty).str(), "experts.3");
+  EXPECT_EQ(std::string(of_expert), "experts.3.w_up");
+  EXPECT_TRUE(of_expert == "experts.3.w_up");
+  static_assert(!std::is_constructible_v<moe::Name, moe::Name, const moe::Name&>);  // would be gone
 }
 
 }  // namespace

@@ -595,7 +595,8 @@ TEST(PackedExperts, BeginAndEndEveryNumberOfTheOutputOnce) {
       Matrix<float> y = Matrix<float>::Constant(tokens, 203, 5);
       Matrix<int> begun = Matrix<int>::Zero(tokens, 203), ended = begun;
       PackedExpertsWorkspace workspace;
-      experts.forward({x.data(), x.cols(), routing.plan.token.data()}, routing.plan, y,
+      const CheckedPlan<float> plan(routing.plan, x.rows(), routing.num_experts(), "test");
+      experts.forward({x.data(), x.cols(), routing.plan.token.data()}, plan, y,
                       CountingOutput{y, begun, ended}, workspace, Backwards{workers});
       EXPECT_TRUE((begun.array() == 1).all() && (ended.array() == 1).all()) << tokens << ", " << workers;
       EXPECT_TRUE(same_bits(y, fast.forward(x, routing))) << tokens << ", " << workers;

@@ -4,8 +4,9 @@
 // The two forms of the library. moe::moe is header-only: a unit compiles all that it uses. moe::compiled is
 // the same headers and a static library; it defines MOE_COMPILED, under which the kernels and the functions
 // of compiled.inc are declared in the headers and defined in the library. The value of MOE_COMPILED is the
-// alignment that Eigen had there, in bytes: a unit for which it differs (-mavx) shares the kernels alone.
-// MOE_COMPILED_OPENMP says that the library has those functions for the executor OpenMP too.
+// alignment that Eigen had there, in bytes: a unit for which it differs (-mavx) shares the kernels alone, and
+// so does one with _GLIBCXX_DEBUG, whose containers are others. MOE_COMPILED_OPENMP says that the library has
+// those functions for the executor OpenMP too.
 namespace moe {
 
 // All units of a program have one form. In each form this name is a variable of another kind, which is what

@@ -27,16 +27,17 @@ class Name {
  public:
   constexpr Name(const char* part) : part_(part) {}
   constexpr Name(std::string_view part) : part_(part) {}
+  constexpr Name(const std::string& part) : part_(part) {}
   /// One of several parts of this name: {"experts", 3} is "experts.3".
   constexpr Name(std::string_view part, Index number) : part_(part), number_(number) {}
-  /// `part` followed by the name of what it consists of, which may be empty.
-  constexpr Name(const Name& part, const Name& rest)
-      : part_(part.part_), number_(part.number_), rest_(&rest) {}
+  /// The name of a part of what `whole` names. Either may be empty.
+  constexpr Name(const Name& whole, const Name& part) : whole_(&whole), rest_(&part) {}
+  Name(const Name&&, const Name&) = delete;
+  Name(const Name&, const Name&&) = delete;
 
   std::string str() const {
-    std::string text(part_);
-    if (number_ >= 0) text += (text.empty() ? "" : ".") + std::to_string(number_);
-    const std::string rest = rest_ ? rest_->str() : "";
+    std::string text(whole_ ? whole_->str() : std::string(part_));
+    const std::string rest = rest_ ? rest_->str() : number_ >= 0 ? std::to_string(number_) : "";
     if (!text.empty() && !rest.empty()) text += '.';
     return text += rest;
   }
@@ -45,9 +46,9 @@ class Name {
   friend bool operator==(const Name& name, std::string_view text) { return name.str() == text; }
 
  private:
-  std::string_view part_;
-  Index number_ = -1;           // of the part, where there are several
-  const Name* rest_ = nullptr;  // what follows
+  std::string_view part_{};
+  Index number_ = -1;                              // of the part, where there are several
+  const Name *whole_ = nullptr, *rest_ = nullptr;  // in place of these
 };
 
 struct ParameterInfo {

@@ -21,6 +21,7 @@ class CheckedPlan {
       : plan_(&plan) {
     check_plan(plan, tokens, num_experts, where);
   }
+  CheckedPlan(DispatchPlan<S>&&, Index, Index, const char*) = delete;  // would be gone
   /// What a router made. Throws std::invalid_argument, too, where it chose but did not seat.
   static CheckedPlan of_router(const Routing<S>& routing, Index tokens, Index num_experts,
                                const char* where) {
@@ -37,6 +38,8 @@ class CheckedPlan {
   }
   /// For who has made the plan of a checked one.
   static CheckedPlan trusted(const DispatchPlan<S>& plan) { return CheckedPlan(plan); }
+  static CheckedPlan trusted(DispatchPlan<S>&&) = delete;
+  static CheckedPlan of_router(Routing<S>&&, Index, Index, const char*) = delete;
 
   const DispatchPlan<S>& operator*() const { return *plan_; }
   const DispatchPlan<S>* operator->() const { return plan_; }

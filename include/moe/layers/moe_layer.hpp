@@ -358,6 +358,6 @@ class MoELayer {
 
 }  // namespace moe
 
-#if defined(MOE_COMPILED) && MOE_COMPILED == EIGEN_MAX_ALIGN_BYTES
+#if defined(MOE_COMPILED) && MOE_COMPILED == EIGEN_MAX_ALIGN_BYTES && !defined(_GLIBCXX_DEBUG)
 #include <moe/layers/compiled.inc>
 #endif

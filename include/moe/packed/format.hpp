@@ -15,15 +15,14 @@ namespace moe {
 /// A format of packed weights. Weights lie in panels of some columns, whose streams are encoded one by one:
 /// `columns` columns of `depth` numbers each, the depth in blocks of `kBlock` numbers, which may share a
 /// scale.
-///   F::kBlock                               a divisor of 64: products cut the depth at multiples of that
-///   F::bytes(depth)                         bytes of a column, its last block filled up
-///   F::encode(rows, depth, columns, to)     writes a stream of bytes(depth) * columns bytes, in which the
-///   bytes
-///                                           of a block of the depth lie before those of the next; rows[j] is
-///                                           column j, [depth], or null for zeros
-///   F::find_product(set)                    the product of such panels with rows of floats, by
-///   kernels::Product's
-///                                           rules; null where this processor does not have the set
+///   F::kBlock            a divisor of 64: products cut the depth at multiples of that
+///   F::bytes(depth)      bytes of a column, its last block filled up
+///   F::encode(rows, depth, columns, to)
+///                        writes a stream of bytes(depth) * columns bytes, in which the bytes of a block of
+///                        the depth lie before those of the next; rows[j] is column j, [depth], or null for
+///                        zeros
+///   F::find_product(set) the product of such panels with rows of floats, by kernels::Product's rules; null
+///                        where this processor does not have the set
 template <class F>
 concept Format = requires(const float* const* rows, Index n, std::byte* to, InstructionSet set) {
   { F::kBlock } -> std::convertible_to<Index>;

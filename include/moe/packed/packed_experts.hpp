@@ -9,6 +9,7 @@
 #include <moe/core/check.hpp>
 #include <moe/core/executor.hpp>
 #include <moe/core/types.hpp>
+#include <moe/layers/checked_plan.hpp>
 #include <moe/packed/packed_expert.hpp>
 #include <moe/packed/packed_product.hpp>
 #include <moe/routing/routing.hpp>
@@ -68,12 +69,16 @@ class PackedExperts {
   }
 
   /// Adds to y [tokens, d_model] the sum over experts, ascending, of gate * expert(row of x); x has a row for
-  /// every assignment of the plan, and the gates are 1 where they scale inputs. The plan can be followed.
+  /// every assignment of the plan, and the gates are 1 where they scale inputs.
   /// Tasks own blocks of y: output.begin(block) writes what stands there before, output.end(block) may change
   /// what stands there after. O(tokens * d_model + assignments * d_model * d_ff).
   template <class Output, Executor Ex>
-  void forward(const ActivationRows& x, const DispatchPlan<float>& plan, Matrix<float>& y,
+  void forward(const ActivationRows& x, const CheckedPlan<float>& checked, Matrix<float>& y,
                const Output& output, Workspace& w, const Ex& executor) const {
+    const DispatchPlan<float>& plan = *checked;
+    require(plan.num_experts() == size(), "PackedExperts::forward: the plan is over ", plan.num_experts(),
+            " experts, expected ", size());
+    require_shape(y, plan.num_tokens, d_model_, "PackedExperts::forward", "y");
     make_room(plan, executor.concurrency(), w);
     list_tasks(plan, executor.concurrency(), w);
     first_products(x, plan, w, executor);

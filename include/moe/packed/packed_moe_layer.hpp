@@ -236,7 +236,7 @@ class PackedMoELayer {
         dispatch(x, CheckedPlan<float>::trusted(plan), workspace.x_rows, executor);
         rows = {workspace.x_rows.row(0), d_model()};
       }
-      experts_.forward(rows, plan, y, output, workspace.packed, executor);
+      experts_.forward(rows, CheckedPlan<float>::trusted(plan), y, output, workspace.packed, executor);
     } else {  // experts without a packed form, as they are
       apply_experts(x, CheckedPlan<float>::trusted(plan), experts_, y, workspace, workspace.expert_workspace,
                     executor);
@@ -272,6 +272,6 @@ auto pack(PackedParts<R> parts, Source&& expert, const PackOptions& options = {}
 
 }  // namespace moe
 
-#if defined(MOE_COMPILED) && MOE_COMPILED == EIGEN_MAX_ALIGN_BYTES
+#if defined(MOE_COMPILED) && MOE_COMPILED == EIGEN_MAX_ALIGN_BYTES && !defined(_GLIBCXX_DEBUG)
 #include <moe/packed/compiled.inc>
 #endif

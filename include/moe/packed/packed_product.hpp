@@ -47,6 +47,7 @@ struct PackedProductWorkspace {
   Buffer<float> rows;           ///< the rows for that, side by side
   Buffer<std::uint16_t> parts;  ///< the same, where they are in bfloat16
   Index workers = 1;
+  Index kept_depth = 0;  ///< of rows of which all blocks may be kept
 
   template <class T>
   T* part(Buffer<T>& buffer, Index worker) const {
@@ -96,6 +97,7 @@ class PackedProduct {
   /// others one of a product of at most `depth`.
   void resize(PackedProductWorkspace& w, Index rows, Index kept_depth, Index depth, Index workers) const {
     w.workers = workers;
+    w.kept_depth = kept_depth;
     w.products.resize(workers * kMostPanels * rows * kernels_->columns);
     with_product(w, [&](const auto& product, auto& buffer) {
       const Index blocks = (kept_depth + product.depth - 1) / product.depth;
@@ -110,7 +112,7 @@ class PackedProduct {
                 PackedProductWorkspace& w, const Use& use) const {
     const Index columns = kernels_->columns, depth = panels.depth, panel_bytes = F::bytes(depth) * columns;
     const Index wide = columns / kernels_->streams, stream_bytes = F::bytes(depth) * wide;
-    const bool kept = x.block == 0 && kernels_->streams > 1 && rows <= kFewRows;
+    const bool kept = x.block == 0 && kernels_->streams > 1 && rows <= kFewRows && depth <= w.kept_depth;
     const Index at_once = panels_at_once(rows, kept || x.block > 0);
     float* const c = w.part(w.products, worker);
     with_product(w, [&]<class X>(const kernels::Product<X>& product, Buffer<X>& buffer) {
@@ -122,7 +124,7 @@ class PackedProduct {
         const std::byte* const next = i + count < panels.count ? first + count * panel_bytes : panels.next;
         for (Index p = 0; p < depth; p += block) {
           const Index deep = (std::min)(block, depth - p), after = p + deep;
-          X* const to = own + (kept ? p / block * rows * row_stride(product, deep) : 0);
+          X* const to = own + (kept ? p / block * rows * row_stride(product, block) : 0);
           product.multiply(rows, deep, bring(product, kept && i > 0 ? 0 : rows, x, p, deep, p / block, to),
                            first + F::bytes(p) * wide, stream_bytes, count, c, p > 0,
                            after < depth ? first + F::bytes(after) * wide : next);

@@ -94,9 +94,11 @@ void route_with(const R& router, const ConstMatrixRef<typename R::Scalar>& x, Rn
   const auto route = [&](auto&... rest) -> decltype(router.route(x, rng, info, routing, rest...)) {
     return router.route(x, rng, info, routing, rest...);
   };
-  if constexpr (
-      requires { router.route(x, rng, info, routing); } ||
-      requires { router.route(x, rng, info, routing, executor); })
+  constexpr bool kTrains = requires { router.route(x, rng, info, routing); }
+  || requires { router.route(x, rng, info, routing, executor); }
+  || requires { router.route(x, rng, info, routing, workspace); }
+  || requires { router.route(x, rng, info, routing, workspace, executor); };
+  if constexpr (kTrains)
     detail::call_with_most(route, workspace, executor);
   else
     route_with(router, x, info, routing, workspace, executor);
