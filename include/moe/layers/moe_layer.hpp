@@ -128,7 +128,8 @@ class MoELayer {
     return y;
   }
 
-  /// Allocates nothing when y and the cache were last used with a batch of this shape.
+  /// Allocates nothing when y and the cache were last used with a batch of this shape, and without an Rng,
+  /// too: the memory of a router's noise goes where there is none.
   template <Executor Ex = DefaultExecutor>
   void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Cache& cache, const BatchInfo& info = {},
                const Ex& executor = {}) const {
@@ -145,7 +146,7 @@ class MoELayer {
     return y;
   }
 
-  /// Allocates nothing when y and the cache were last used with a batch of this shape.
+  /// Allocates nothing when y and the cache were last used with a batch of this shape, and with an Rng, too.
   template <Executor Ex = DefaultExecutor>
   void forward(const ConstMatrixRef<S>& x, Rng& rng, Matrix<S>& y, Cache& cache, const BatchInfo& info = {},
                const Ex& executor = {}) const {

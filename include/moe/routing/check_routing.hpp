@@ -145,8 +145,8 @@ void check_choices(const Routing<S>& routing, const char* where) {
 
 /// Makes `routing` an empty one for a batch: shapes set, tokens valid or masked, nothing chosen. Every router
 /// begins with this and says which parts it `fills`: these keep their memory, and what it holds until they
-/// are filled. All other parts are emptied. O(tokens + num_experts); allocates only when shapes grow. Throws
-/// std::invalid_argument for counts out of range and when `info` does not fit.
+/// are filled. All other parts are emptied, and their memory goes. O(tokens + num_experts); allocates only
+/// when shapes grow. Throws std::invalid_argument for counts out of range and when `info` does not fit.
 template <class S>
 void begin_routing(Index tokens, Index num_experts, const BatchInfo& info, Routing<S>& routing,
                    const char* where, const RoutingParts& fills = {}) {
