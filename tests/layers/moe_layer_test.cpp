@@ -635,6 +635,28 @@ struct Fixed {
 };
 static_assert(moe::TrainableRouter<Fixed>);
 
+// A router of the user whose form for training takes a workspace, as the library's do.
+struct TrainedInAWorkspace : Fixed {
+  using Fixed::route;
+  void route(const moe::ConstMatrixRef<double>& x, Rng&, const moe::BatchInfo& info, Routing<double>& routing,
+             moe::RouterWorkspace<double>&) const {
+    route(x, info, routing);
+    for (double& gate : routing.plan.gate) gate = 2;
+  }
+};
+
+TEST(MoELayer, AFormForTrainingThatTakesAWorkspaceIsCalled) {
+  Rng rng(44);
+  const moe::MoELayer<Gated, TrainedInAWorkspace> layer(
+      moe::make_experts<Gated>(2, {.d_model = kModel, .d_ff = 4}, rng), TrainedInAWorkspace{});
+  const Matrix<double> x = random_matrix(5, kModel, 45);
+  decltype(layer)::Cache cache;
+  layer.forward(x, cache);
+  for (const double gate : cache.routing.plan.gate) EXPECT_LT(gate, 1);
+  layer.forward(x, rng, cache);
+  for (const double gate : cache.routing.plan.gate) EXPECT_EQ(gate, 2);
+}
+
 TEST(MoELayer, TrainsWithARouterOfTheUserAndGatesOnEitherSide) {
   using OwnLayer = moe::MoELayer<Gated, Fixed>;
   for (const auto side : {moe::GateSide::output, moe::GateSide::input}) {

@@ -611,6 +611,23 @@ TEST(PackedExperts, RefuseWhatDoesNotFit) {
   EXPECT_EQ(message_of([&] { experts.add(make_layer(9, 4, 1, 1).experts()[0]); }),
             "PackedExperts::add: expert 0 has d_model = 9, expected 8");
   EXPECT_EQ(experts.size(), 0);
+  // A plan over more experts, and an output of another shape.
+  const auto layer = make_layer(8, 4, 2, 1);
+  const Matrix<float> x = Matrix<float>::Ones(3, 8);
+  const Routing<float> routing = layer.route(x);
+  const CheckedPlan<float> plan(routing.plan, 3, 2, "test");
+  PackedExpertsWorkspace workspace;
+  const auto run = [&](Index rows) {
+    Matrix<float> y = Matrix<float>::Zero(rows, 8);
+    const PackedOutput output{x, routing.plan, Vector<float>(), y};
+    experts.forward({x.data(), x.cols(), routing.plan.token.data()}, plan, y, output, workspace,
+                    Sequential{});
+  };
+  experts.add(layer.experts()[0]);
+  EXPECT_EQ(message_of([&] { run(3); }), "PackedExperts::forward: the plan is over 2 experts, expected 1");
+  experts.add(layer.experts()[1]);
+  EXPECT_EQ(message_of([&] { run(2); }), "PackedExperts::forward: y has shape [2, 8], expected [3, 8]");
+  EXPECT_NO_THROW(run(3));
 }
 
 TEST(BF16, RoundsToBfloat16AsEigenDoes) {
