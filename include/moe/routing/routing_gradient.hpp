@@ -4,6 +4,7 @@
 #include <moe/core/buffer.hpp>
 #include <moe/core/check.hpp>
 #include <moe/core/types.hpp>
+#include <moe/routing/routing.hpp>
 
 // What losses say of a routing, as a value that can be added and scaled.
 namespace moe {
