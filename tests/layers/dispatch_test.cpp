@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <span>
+#include <stdexcept>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -357,6 +358,23 @@ TEST(GroupedExperts, BackwardIsThatOfEveryExpertAlone) {
     EXPECT_TRUE((grad.w_down.array() == grads[e].w_down.array()).all());
   }
   EXPECT_TRUE((grads[1].w_up.array() == 0).all());
+}
+
+TEST(GroupedExperts, ComeAndGoByNumber) {
+  std::atomic<int> calls{0};
+  moe::GroupedExperts<Scale> experts(std::vector<Scale>{{10, &calls}, {30, &calls}});
+  experts.insert(1, {20, &calls});
+  experts.insert(3, {40, &calls});
+  EXPECT_THROW(experts.insert(5, {50, &calls}), std::invalid_argument);
+  EXPECT_THROW(experts.insert(-1, {50, &calls}), std::invalid_argument);
+  ASSERT_EQ(experts.size(), 4);
+  for (const Index e : {0, 1, 2, 3}) EXPECT_EQ(experts[e].factor, 10.0 * double(e + 1));
+  EXPECT_THROW(experts.keep(std::vector<Index>{0, 4}), std::invalid_argument);
+  EXPECT_EQ(experts.size(), 4);
+  experts.keep(std::vector<Index>{3, 1});
+  ASSERT_EQ(experts.size(), 2);
+  EXPECT_EQ(experts[0].factor, 40);
+  EXPECT_EQ(experts[1].factor, 20);
 }
 
 // ---- What compiles.

@@ -54,15 +54,19 @@ class GroupedExperts {
   std::span<E> all() { return experts_; }
   std::span<const E> all() const { return experts_; }
 
-  /// Puts an expert before the one at `at`, or behind the last. Throws, and changes nothing, for another
-  /// width.
+  /// Puts an expert before the one at `at`, or behind the last. O(experts). Throws std::invalid_argument, and
+  /// changes nothing, for another place or width.
   void insert(Index at, E expert) {
+    require(at >= 0 && at <= size(), "GroupedExperts::insert: place ", at, " among ", size(), " experts");
     require(empty() || expert.d_model() == width(), "GroupedExperts::insert: the expert at ", at,
             " has d_model = ", expert.d_model(), ", expected ", width());
     experts_.insert(experts_.begin() + at, std::move(expert));
   }
-  /// Keeps the experts of these numbers, in this order; each at most once.
+  /// Keeps the experts of these numbers, in this order, each named once at most. O(experts). Throws
+  /// std::invalid_argument, and changes nothing, for the number of none.
   void keep(std::span<const Index> numbers) {
+    for (const Index e : numbers)
+      require(e >= 0 && e < size(), "GroupedExperts::keep: expert ", e, " of ", size());
     std::vector<E> kept;
     kept.reserve(numbers.size());
     for (const Index e : numbers) kept.push_back(std::move_if_noexcept((*this)[e]));

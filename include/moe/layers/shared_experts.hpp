@@ -67,6 +67,8 @@ const DispatchPlan<S>& add_shared_experts(const ConstMatrixRef<S>& x, const Disp
 template <class S>
 void check_shared_plan(const DispatchPlan<S>& routed, const DispatchPlan<S>& all, const char* where) {
   const Buffer<Index>&begin = routed.expert_begin, &begin_of_all = all.expert_begin;
+  require(all.num_experts() >= routed.num_experts(), where, ": the cache's plan is over ", all.num_experts(),
+          " experts, expected at least the routed ", routed.num_experts());
   require(all.num_tokens == routed.num_tokens && std::equal(begin.begin(), begin.end(), begin_of_all.begin()),
           where, ": the cache's routing of ", routed.num_assignments(),
           " assignments is not the one of its forward pass, which had ", begin_of_all[routed.num_experts()]);
