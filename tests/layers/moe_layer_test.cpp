@@ -635,6 +635,28 @@ struct Fixed {
 };
 static_assert(moe::TrainableRouter<Fixed>);
 
+// The gates that the output used have a gradient from the output and one from a loss on them: both count.
+TEST(MoELayer, AddsTheGradientOfALossOnThePlansGatesToThatOfTheOutput) {
+  Rng rng(46);
+  const moe::MoELayer<Gated, moe::TopKRouter<double>> layer{
+      moe::make_experts<Gated>(3, {.d_model = kModel, .d_ff = 4}, rng),
+      moe::TopKRouter<double>({.d_model = kModel, .num_experts = 3, .top_k = 2}, rng)};
+  const Matrix<double> x = random_matrix(5, kModel, 47), d_y = random_matrix(5, kModel, 48);
+  decltype(layer)::Cache cache;
+  layer.forward(x, cache);
+  moe::RoutingGradient<double> by_loss;
+  by_loss.d_gate.assign(cache.routing.plan.num_assignments(), 0.0);
+  for (double& d : by_loss.d_gate) d = rng.uniform();
+  auto both = moe::zeros_like(layer), by_output = both, by_gates = both;
+  const Matrix<double> d_x = layer.backward(d_y, cache, both, by_loss);
+  const Matrix<double> sum = layer.backward(d_y, cache, by_output) +
+                             layer.backward(Matrix<double>::Zero(5, kModel), cache, by_gates, by_loss);
+  EXPECT_GT(by_gates.router().w_router.norm(), 1e-3);
+  EXPECT_TRUE(d_x.isApprox(sum, 1e-12));
+  EXPECT_TRUE(
+      both.router().w_router.isApprox(by_output.router().w_router + by_gates.router().w_router, 1e-12));
+}
+
 // A router of the user whose form for training takes a workspace, as the library's do.
 struct TrainedInAWorkspace : Fixed {
   using Fixed::route;
