@@ -2,15 +2,12 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <charconv>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <filesystem>
 #include <functional>
 #include <initializer_list>
-#include <limits>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -20,11 +17,9 @@
 #include <string>
 #include <string_view>
 #include <system_error>
-#include <tuple>
 #include <utility>
 #include <vector>
 
-#include <moe/core/types.hpp>
 #include <moe/io/dtype.hpp>
 #include <moe/io/file.hpp>
 #include <moe/io/json_events.hpp>
