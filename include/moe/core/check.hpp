@@ -3,42 +3,35 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <initializer_list>
 #include <ostream>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 
 // How the library refuses bad input: std::invalid_argument with every number that matters.
 namespace moe {
 
 namespace detail {
 
-// Something that can be written to a stream, during a call. What writes a message is compiled once a type,
-// not once a message.
-class MessagePart {
- public:
-  template <class T>
-  MessagePart(const T& value) : value_(&value), write_(&write<T>) {}
-  template <std::size_t N>
-  MessagePart(const char (&text)[N]) : value_(text), write_(&write_text) {}
-  void write_to(std::ostream& out) const { write_(out, value_); }
+// How an argument of a message is written. What writes is compiled once a type, and what throws once at all:
+// a check leaves little code where it stands.
+using WritePart = void (*)(std::ostream& out, const void* value);
 
- private:
-  template <class T>
-  static void write(std::ostream& out, const void* value) {
-    out << *static_cast<const T*>(value);
-  }
-  static void write_text(std::ostream& out, const void* text) { out << static_cast<const char*>(text); }
+template <class T>
+void write_part(std::ostream& out, const void* value) {
+  out << *static_cast<const T*>(value);
+}
+inline void write_text(std::ostream& out, const void* text) { out << static_cast<const char*>(text); }
 
-  const void* value_;
-  void (*write_)(std::ostream&, const void*);
-};
+template <class T>
+inline constexpr WritePart kWritePart = &write_part<T>;
+template <std::size_t N>
+inline constexpr WritePart kWritePart<char[N]> = &write_text;
 
-[[noreturn, gnu::cold, gnu::noinline]] inline void fail_with(std::initializer_list<MessagePart> parts) {
+[[noreturn, gnu::cold, gnu::noinline]] inline void fail_with(std::size_t count, const WritePart* write,
+                                                             const void* const* values) {
   std::ostringstream message;
-  for (const MessagePart& part : parts) part.write_to(message);
+  for (std::size_t i = 0; i < count; ++i) write[i](message, values[i]);
   throw std::invalid_argument(message.str());
 }
 
@@ -47,7 +40,9 @@ class MessagePart {
 /// Throws std::invalid_argument whose message is all arguments written one after the other.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
-  detail::fail_with({parts...});
+  static constexpr detail::WritePart kWrite[] = {detail::kWritePart<Parts>...};
+  const void* const values[] = {static_cast<const void*>(&parts)...};
+  detail::fail_with(sizeof...(Parts), kWrite, values);
 }
 
 /// Throws unless `ok`. The message is built only then.
@@ -57,12 +52,30 @@ void require(bool ok, const Parts&... parts) {
     fail(parts...);
 }
 
+namespace detail {
+
+template <class What>
+[[noreturn, gnu::cold, gnu::noinline]] void fail_shape(const char* where, const What& what,
+                                                       std::ptrdiff_t has_rows, std::ptrdiff_t has_cols,
+                                                       std::ptrdiff_t rows, std::ptrdiff_t cols) {
+  fail(where, ": ", what, " has shape [", has_rows, ", ", has_cols, "], expected [", rows, ", ", cols, "]");
+}
+
+// A text without its length, which would make a type of its own of each.
+inline const char* as_part(const char* text) { return text; }
+template <class T>
+const T& as_part(const T& value) {
+  return value;
+}
+
+}  // namespace detail
+
 /// Throws unless a matrix has the expected shape: "where: what has shape [3, 5], expected [4, 5]".
 template <class M, class What>
-void require_shape(const M& m, std::ptrdiff_t rows, std::ptrdiff_t cols, std::string_view where,
+void require_shape(const M& m, std::ptrdiff_t rows, std::ptrdiff_t cols, const char* where,
                    const What& what) {
-  require(m.rows() == rows && m.cols() == cols, where, ": ", what, " has shape [", m.rows(), ", ", m.cols(),
-          "], expected [", rows, ", ", cols, "]");
+  if (m.rows() != rows || m.cols() != cols) [[unlikely]]
+    detail::fail_shape(where, detail::as_part(what), m.rows(), m.cols(), rows, cols);
 }
 
 namespace detail {
@@ -113,13 +126,63 @@ inline bool overlap(const Extent& a, const Extent& b) {
   return !a.empty() && !b.empty() && runs_meet(a, b);
 }
 
-// Calls f(extent) for an array, or for every one of which a thing consists.
-template <class A, class F>
-void for_each_extent(const A& a, const F& f) {
-  if constexpr (requires { a.for_each_array(f); })
-    a.for_each_array([&](const auto& part) { for_each_extent(part, f); });
-  else
-    f(extent_of(a));
+// Calls f(extent) for every array that a thing consists of.
+class EachExtent {
+ public:
+  template <class F>
+  explicit EachExtent(F& f)
+      : f_(&f), call_([](void* to, const Extent& extent) { (*static_cast<F*>(to))(extent); }) {}
+
+  template <class A>
+  void operator()(const A& a) const {
+    if constexpr (requires { a.for_each_array(*this); })
+      a.for_each_array(*this);
+    else
+      call_(f_, extent_of(a));
+  }
+
+ private:
+  void* f_;
+  void (*call_)(void* to, const Extent& extent);
+};
+
+// One array, or a thing that consists of some, without its type: what compares them is compiled once.
+class Arrays {
+ public:
+  template <class A>
+  explicit Arrays(const A& a)
+      : thing_(&a),
+        walk_([](const void* thing, const EachExtent& each) { each(*static_cast<const A*>(thing)); }) {}
+
+  template <class F>
+  void for_each(F&& f) const {
+    walk_(thing_, EachExtent(f));
+  }
+
+ private:
+  const void* thing_;
+  void (*walk_)(const void* thing, const EachExtent& each);
+};
+
+// Of b's arrays some at a time are compared with all of a's.
+[[gnu::noinline]] inline void require_apart(const char* where, const char* what_a, Arrays a,
+                                            const char* what_b, Arrays b) {
+  constexpr int kMost = 16;
+  Extent some[kMost];
+  int count = 0;
+  const auto compare = [&] {
+    a.for_each([&](const Extent& of_a) {
+      for (int i = 0; i < count; ++i)
+        require(!overlap(of_a, some[i]), where, ": ", what_a, " and ", what_b, " overlap: ", of_a, " and ",
+                some[i], ", expected memory of their own");
+    });
+    count = 0;
+  };
+  b.for_each([&](const Extent& of_b) {
+    some[count++] = of_b;
+    if (count == kMost) compare();
+  });
+  if (count > 0) compare();
 }
 
 }  // namespace detail
@@ -129,14 +192,9 @@ void for_each_extent(const A& a, const F& f) {
 /// vectors, Buffers, or what consists of such and lists them by for_each_array: a workspace, a cache, a
 /// routing.
 template <class A, class B, class... Rest>
-void require_apart(std::string_view where, std::string_view what_a, const A& a, std::string_view what_b,
-                   const B& b, const Rest&... rest) {
-  detail::for_each_extent(b, [&](const detail::Extent& of_b) {
-    detail::for_each_extent(a, [&](const detail::Extent& of_a) {
-      require(!detail::overlap(of_a, of_b), where, ": ", what_a, " and ", what_b, " overlap: ", of_a, " and ",
-              of_b, ", expected memory of their own");
-    });
-  });
+void require_apart(const char* where, const char* what_a, const A& a, const char* what_b, const B& b,
+                   const Rest&... rest) {
+  detail::require_apart(where, what_a, detail::Arrays(a), what_b, detail::Arrays(b));
   if constexpr (sizeof...(Rest) > 0) require_apart(where, what_a, a, rest...);
 }
 

@@ -30,20 +30,43 @@ concept Executor = requires(const E& executor, Index n, void (*f)(Index, Index))
   { executor.concurrency() } -> std::convertible_to<Index>;
 };
 
+namespace detail {
+
+// A function of a task and a worker, during a call, without its type: what runs tasks is compiled once.
+class Task {
+ public:
+  template <class F>
+  explicit Task(F& f)
+      : f_(const_cast<void*>(static_cast<const void*>(&f))),
+        call_([](void* to, Index task, Index worker) { (*static_cast<F*>(to))(task, worker); }) {}
+
+  void operator()(Index task, Index worker) const { call_(f_, task, worker); }
+
+ private:
+  void* f_;
+  void (*call_)(void* to, Index task, Index worker);
+};
+
+[[gnu::noinline]] inline void run_in_order(Index n, const Task& f) {
+  std::exception_ptr first;
+  for (Index i = 0; i < n; ++i) {
+    try {
+      f(i, 0);
+    } catch (...) {
+      if (!first) first = std::current_exception();
+    }
+  }
+  if (first) std::rethrow_exception(first);
+}
+
+}  // namespace detail
+
 /// Runs every task on the calling thread, in order.
 struct Sequential {
   Index concurrency() const { return 1; }
   template <class F>
   void for_each(Index n, F&& f) const {
-    std::exception_ptr first;
-    for (Index i = 0; i < n; ++i) {
-      try {
-        f(i, Index(0));
-      } catch (...) {
-        if (!first) first = std::current_exception();
-      }
-    }
-    if (first) std::rethrow_exception(first);
+    detail::run_in_order(n, detail::Task(f));
   }
 };
 
@@ -57,8 +80,7 @@ class FirstException {
     try {
       f();
     } catch (...) {
-      const std::lock_guard lock(mutex_);
-      if (!exception_) exception_ = std::current_exception();
+      keep();
     }
   }
   void rethrow() const {
@@ -66,6 +88,11 @@ class FirstException {
   }
 
  private:
+  [[gnu::noinline]] void keep() noexcept {
+    const std::lock_guard lock(mutex_);
+    if (!exception_) exception_ = std::current_exception();
+  }
+
   std::mutex mutex_;
   std::exception_ptr exception_;
 };
@@ -87,6 +114,11 @@ struct OpenMP {
   void for_each(Index n, F&& f) const {
     const int threads = int(std::min<Index>(n, concurrency()));
     if (threads <= 1 || omp_in_parallel()) return Sequential{}.for_each(n, f);
+    run_on_team(n, threads, detail::Task(f));
+  }
+
+ private:
+  [[gnu::noinline]] static void run_on_team(Index n, int threads, const detail::Task& f) {
     detail::FirstException first;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (Index i = 0; i < n; ++i) first.run([&] { f(i, Index(omp_get_thread_num())); });
