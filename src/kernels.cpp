@@ -15,6 +15,9 @@ template const Product<float>* find_product<float>(InstructionSet set);
 template const Product<float>* find_product<Bfloat16>(InstructionSet set);
 
 const DenseKernels* find_dense(InstructionSet set) { return tables::find_dense(set); }
+const DenseBackwardKernels* find_dense_backward(InstructionSet set) {
+  return tables::find_dense_backward(set);
+}
 const DotProduct* find_dot(InstructionSet set, bool rounded) { return tables::find_dot(set, rounded); }
 
 }  // namespace moe::kernels

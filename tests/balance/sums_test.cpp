@@ -110,8 +110,8 @@ TEST(Sums, OfAWeightGradientOverAMillionRowsKeepTheirBound) {
        {moe::InstructionSet::portable, moe::InstructionSet::avx2, moe::InstructionSet::avx512}) {
     if (!moe::is_available(set)) continue;
     Matrix<float> d_w = Matrix<float>::Zero(2, 3);
-    moe::kernels::find_dense(set)->linear_backward_weight(rows, 3, 2, d_y.data(), 2, x.data(), 3, d_w.data(),
-                                                          3);
+    moe::kernels::find_dense_backward(set)->linear_backward_weight(rows, 3, 2, d_y.data(), 2, x.data(), 3,
+                                                                   d_w.data(), 3);
     const double bound = (256 + double(rows) / 256) * 0x1p-24;
     for (Index i = 0; i < 2; ++i)
       for (Index j = 0; j < 3; ++j)

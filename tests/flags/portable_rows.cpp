@@ -46,6 +46,7 @@ int differences(const char* name, Index columns, const F& multiply) {
 int main() {
   constexpr auto kSet = moe::InstructionSet::portable;
   const moe::kernels::DenseKernels& dense = *moe::kernels::find_dense(kSet);
+  const moe::kernels::DenseBackwardKernels& backward = *moe::kernels::find_dense_backward(kSet);
   const Index columns = moe::kernels::find(kSet)->columns;
   constexpr Index kIn = 77, kOut = 53, kBatch = 33, kStride = moe::kernels::kRowStride<float>;
   const std::vector<float> x = random(kBatch * kStride, 1), w = random(kIn * kOut, 2);
@@ -55,7 +56,7 @@ int main() {
     dense.linear(rows, kIn, kOut, x.data(), kStride, w.data(), kIn, to, kOut, false);
   });
   count += differences("linear_backward_input", kIn, [&](Index rows, float* to) {
-    dense.linear_backward_input(rows, kIn, kOut, x.data(), kStride, w.data(), kIn, to, kIn, false);
+    backward.linear_backward_input(rows, kIn, kOut, x.data(), kStride, w.data(), kIn, to, kIn, false);
   });
   const moe::kernels::Parts<float> from{x.data(), kStride, kIn};
   const auto multiply = [&]<moe::Format F>(F, const auto& weights) {

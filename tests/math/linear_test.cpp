@@ -322,15 +322,16 @@ struct Products {
 Products multiply_with(InstructionSet set, const Matrix<float>& x, const Matrix<float>& w,
                        const Matrix<float>& d_y, const Products& before, bool add) {
   const moe::kernels::DenseKernels& table = *moe::kernels::find_dense(set);
+  const moe::kernels::DenseBackwardKernels& backward = *moe::kernels::find_dense_backward(set);
   const Index rows = x.rows(), in = x.cols(), out = w.rows();
   Strided<float> x_at(x), w_at(w), d_y_at(d_y), y_at(before.y), d_x_at(before.d_x), d_w_at(before.d_w);
   auto x_view = x_at.view(), w_view = w_at.view(), d_y_view = d_y_at.view(), y_view = y_at.view(),
        d_x_view = d_x_at.view(), d_w_view = d_w_at.view();
   table.linear(rows, in, out, x_view.data(), in + 5, w_view.data(), in + 5, y_view.data(), out + 5, add);
-  table.linear_backward_input(rows, in, out, d_y_view.data(), out + 5, w_view.data(), in + 5, d_x_view.data(),
-                              in + 5, add);
-  table.linear_backward_weight(rows, in, out, d_y_view.data(), out + 5, x_view.data(), in + 5,
-                               d_w_view.data(), in + 5);
+  backward.linear_backward_input(rows, in, out, d_y_view.data(), out + 5, w_view.data(), in + 5,
+                                 d_x_view.data(), in + 5, add);
+  backward.linear_backward_weight(rows, in, out, d_y_view.data(), out + 5, x_view.data(), in + 5,
+                                  d_w_view.data(), in + 5);
   for (auto* at : {&y_at, &d_x_at, &d_w_at}) EXPECT_TRUE(at->margins_are_untouched());
   return {y_view, d_x_view, d_w_view};
 }

@@ -20,7 +20,8 @@ namespace moe::kernels::avx2 {
 using Vec = __m256;
 
 inline constexpr int kLanes = 8, kVecs = 4, kStreams = 4;
-inline constexpr int kNarrowRows = 3, kNarrowPairRows = 2, kHighRows = 6, kHighVecs = 2, kDirectRows = 8;
+inline constexpr int kNarrowRows = 3, kNarrowPairRows = 2, kHighRows = 6, kHighVecs = 2;
+inline constexpr bool kDirect = true;
 
 inline Vec load(const float* from) { return _mm256_loadu_ps(from); }
 inline void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
@@ -71,7 +72,8 @@ inline Vec high_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0xEE); }
 #include <moe/kernels/dense.inc>
 
 inline constexpr Kernels kTable = {kColumns, kStreams, activate, combine};
-inline constexpr DenseKernels kDenseTable = {linear, linear_backward_input, linear_backward_weight};
+inline constexpr DenseKernels kDenseTable = {linear};
+inline constexpr DenseBackwardKernels kDenseBackwardTable = {linear_backward_input, linear_backward_weight};
 
 }  // namespace moe::kernels::avx2
 

@@ -21,7 +21,8 @@ namespace moe::kernels::avx512 {
 using Vec = __m512;
 
 inline constexpr int kLanes = 16, kVecs = 4, kStreams = 1;
-inline constexpr int kNarrowRows = 6, kNarrowPairRows = 6, kHighRows = 6, kHighVecs = 4, kDirectRows = 8;
+inline constexpr int kNarrowRows = 6, kNarrowPairRows = 6, kHighRows = 6, kHighVecs = 4;
+inline constexpr bool kDirect = true;
 
 // Forms with a mask, all of it set: GCC 12 warns of its own headers' unmasked ones.
 inline constexpr __mmask16 kAll = 0xFFFF;
@@ -81,7 +82,8 @@ inline Vec high_pairs(Vec a, Vec b) { return _mm512_maskz_shuffle_ps(kAll, a, b,
 #include <moe/kernels/dense.inc>
 
 inline constexpr Kernels kTable = {kColumns, kStreams, activate, combine};
-inline constexpr DenseKernels kDenseTable = {linear, linear_backward_input, linear_backward_weight};
+inline constexpr DenseKernels kDenseTable = {linear};
+inline constexpr DenseBackwardKernels kDenseBackwardTable = {linear_backward_input, linear_backward_weight};
 
 }  // namespace moe::kernels::avx512
 

@@ -92,12 +92,14 @@ struct Kernels {
 
 /// Products of matrices as they lie, rows `..._stride` apart, for layers that are not packed: weights are
 /// packed on the way. `in` is contracted by linear, `out` by linear_backward_input, `rows` by
-/// linear_backward_weight; none is 0. In a table of their own, so that who packs no layer compiles nothing
-/// else.
+/// linear_backward_weight; none is 0. In tables of their own, forward and backward, so that a program
+/// compiles what it calls.
 struct DenseKernels {
   /// y [rows, out] = x [rows, in] * w^T, w [out, in]; or, where `add`, added to y.
   void (*linear)(Index rows, Index in, Index out, const float* x, Index x_stride, const float* w,
                  Index w_stride, float* y, Index y_stride, bool add);
+};
+struct DenseBackwardKernels {
   /// d_x [rows, in] = d_y [rows, out] * w; or, where `add`, added to d_x.
   void (*linear_backward_input)(Index rows, Index in, Index out, const float* d_y, Index d_y_stride,
                                 const float* w, Index w_stride, float* d_x, Index d_x_stride, bool add);

@@ -115,6 +115,10 @@ inline const kernels::DenseKernels& float_kernels() {
   static const kernels::DenseKernels& table = *kernels::find_dense(best_instruction_set());
   return table;
 }
+inline const kernels::DenseBackwardKernels& float_backward_kernels() {
+  static const kernels::DenseBackwardKernels& table = *kernels::find_dense_backward(best_instruction_set());
+  return table;
+}
 
 template <class S>
 inline constexpr bool kHasKernels = std::is_same_v<S, float>;

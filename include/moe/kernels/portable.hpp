@@ -20,7 +20,12 @@ using Vec = float __attribute__((vector_size(16)));
 using Whole = std::int32_t __attribute__((vector_size(16)));
 
 inline constexpr int kLanes = 4, kVecs = 4, kStreams = 1;
-inline constexpr int kNarrowRows = 2, kNarrowPairRows = 2, kHighRows = 4, kHighVecs = 2, kDirectRows = 8;
+inline constexpr int kNarrowRows = 2, kNarrowPairRows = 2, kHighRows = 4, kHighVecs = 2;
+#if defined(__x86_64__)
+inline constexpr bool kDirect = false;  // of processors without AVX2: half of what there is to compile
+#else
+inline constexpr bool kDirect = true;
+#endif
 
 inline Vec load(const float* from) {
   Vec v;
@@ -80,6 +85,7 @@ inline Vec high_pairs(Vec a, Vec b) { return Vec{a[2], a[3], b[2], b[3]}; }
 #include <moe/kernels/dense.inc>
 
 inline constexpr Kernels kTable = {kColumns, kStreams, activate, combine};
-inline constexpr DenseKernels kDenseTable = {linear, linear_backward_input, linear_backward_weight};
+inline constexpr DenseKernels kDenseTable = {linear};
+inline constexpr DenseBackwardKernels kDenseBackwardTable = {linear_backward_input, linear_backward_weight};
 
 }  // namespace moe::kernels::portable

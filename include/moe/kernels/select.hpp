@@ -22,6 +22,7 @@ const Product<float>* find_product(InstructionSet set);
 
 /// The kernels for matrices as they lie.
 const DenseKernels* find_dense(InstructionSet set);
+const DenseBackwardKernels* find_dense_backward(InstructionSet set);
 
 /// Products of bfloat16 for the panels of an instruction set, with activations rounded or exact; null where
 /// there are none.
@@ -37,6 +38,9 @@ const Product<float>* find_product(InstructionSet set) {
   return tables::find_product<Number>(set);
 }
 inline const DenseKernels* find_dense(InstructionSet set) { return tables::find_dense(set); }
+inline const DenseBackwardKernels* find_dense_backward(InstructionSet set) {
+  return tables::find_dense_backward(set);
+}
 inline const DotProduct* find_dot(InstructionSet set, bool rounded) { return tables::find_dot(set, rounded); }
 #endif
 

@@ -41,6 +41,15 @@ inline const DenseKernels* find_dense(InstructionSet set) {
   return &portable::kDenseTable;
 }
 
+inline const DenseBackwardKernels* find_dense_backward(InstructionSet set) {
+  if (!has(set)) return nullptr;
+#if defined(__x86_64__)
+  if (set == InstructionSet::avx2) return &avx2::kDenseBackwardTable;
+  if (set == InstructionSet::avx512 || set == InstructionSet::amx) return &avx512::kDenseBackwardTable;
+#endif
+  return &portable::kDenseBackwardTable;
+}
+
 inline const DotProduct* find_dot([[maybe_unused]] InstructionSet set, [[maybe_unused]] bool rounded) {
 #if defined(__x86_64__)
   if (!has(set)) return nullptr;

@@ -76,7 +76,7 @@ void linear_backward_input(const Dy& d_y, const W& w, Dx&& d_x, Write write = Wr
   if constexpr (kernels::packet::kHasKernels<typename Dy::Scalar>) {
     if (d_x.size() == 0) return;
     if (d_y.cols() == 0) return detail::contract_nothing(d_x, add);
-    kernels::packet::float_kernels().linear_backward_input(
+    kernels::packet::float_backward_kernels().linear_backward_input(
         d_y.rows(), w.cols(), w.rows(), d_y.data(), detail::row_stride(d_y), w.data(), detail::row_stride(w),
         d_x.data(), detail::row_stride(d_x), add);
   } else {
@@ -96,7 +96,7 @@ void linear_backward_weight(const Dy& d_y, const X& x, Dw&& d_w) {
   require_apart("linear_backward_weight", "d_w", d_w, "d_y", d_y, "x", x);
   if constexpr (kernels::packet::kHasKernels<typename Dy::Scalar>) {
     if (d_w.size() == 0 || x.rows() == 0) return;
-    kernels::packet::float_kernels().linear_backward_weight(
+    kernels::packet::float_backward_kernels().linear_backward_weight(
         x.rows(), x.cols(), d_w.rows(), d_y.data(), detail::row_stride(d_y), x.data(), detail::row_stride(x),
         d_w.data(), detail::row_stride(d_w));
   } else {
