@@ -65,12 +65,12 @@ class Buffer {
   Index capacity() const { return Index(storage_.size()); }
 
   /// Makes room for n elements without changing size().
-  void reserve(Index n) {
+  [[gnu::noinline]] void reserve(Index n) {
     if (n > capacity()) storage_.resize(std::size_t(n));
   }
   /// Sets the size; elements that the memory held before are kept. Allocates only beyond capacity().
   /// Throws std::invalid_argument when n is negative.
-  void resize(Index n) {
+  [[gnu::noinline]] void resize(Index n) {
     require(n >= 0, "Buffer::resize: n = ", n, ", expected at least 0");
     reserve(n);
     size_ = n;
