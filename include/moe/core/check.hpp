@@ -126,22 +126,33 @@ inline bool overlap(const Extent& a, const Extent& b) {
   return !a.empty() && !b.empty() && runs_meet(a, b);
 }
 
-// Calls f(extent) for every array that a thing consists of.
+// The bytes from the first to the last of an array, or all of them.
+struct Span {
+  std::uintptr_t begin = 0, end = UINTPTR_MAX;
+
+  bool far_from(const Span& other) const { return end <= other.begin || other.end <= begin; }
+};
+
+// Calls f(extent) for every array of a thing that is not far from some bytes.
 class EachExtent {
  public:
   template <class F>
-  explicit EachExtent(F& f)
-      : f_(&f), call_([](void* to, const Extent& extent) { (*static_cast<F*>(to))(extent); }) {}
+  EachExtent(const Span& near, F& f)
+      : near_(near), f_(&f), call_([](void* to, const Extent& extent) { (*static_cast<F*>(to))(extent); }) {}
 
   template <class A>
   void operator()(const A& a) const {
-    if constexpr (requires { a.for_each_array(*this); })
+    if constexpr (requires { a.for_each_array(*this); }) {
       a.for_each_array(*this);
-    else
-      call_(f_, extent_of(a));
+    } else {
+      const Extent extent = extent_of(a);
+      if (!near_.far_from({extent.begin, extent.end()})) [[unlikely]]
+        call_(f_, extent);
+    }
   }
 
  private:
+  Span near_;
   void* f_;
   void (*call_)(void* to, const Extent& extent);
 };
@@ -152,33 +163,41 @@ class Arrays {
   template <class A>
   explicit Arrays(const A& a)
       : thing_(&a),
-        walk_([](const void* thing, const EachExtent& each) { each(*static_cast<const A*>(thing)); }) {}
+        walk_([](const void* thing, const EachExtent& each) { each(*static_cast<const A*>(thing)); }) {
+    constexpr bool kSeveral = requires(const EachExtent& each) { a.for_each_array(each); };
+    if constexpr (!kSeveral) {
+      const Extent extent = extent_of(a);
+      span_ = {extent.begin, extent.end()};
+    }
+  }
 
+  const Span& span() const { return span_; }
   template <class F>
-  void for_each(F&& f) const {
-    walk_(thing_, EachExtent(f));
+  void for_each(const Span& near, F&& f) const {
+    walk_(thing_, EachExtent(near, f));
   }
 
  private:
   const void* thing_;
   void (*walk_)(const void* thing, const EachExtent& each);
+  Span span_;  // of one array; of several all bytes
 };
 
 // Of b's arrays some at a time are compared with all of a's.
-[[gnu::noinline]] inline void require_apart(const char* where, const char* what_a, Arrays a,
-                                            const char* what_b, Arrays b) {
+[[gnu::noinline]] inline void require_apart(const char* where, const char* what_a, const Arrays& a,
+                                            const char* what_b, const Arrays& b) {
   constexpr int kMost = 16;
   Extent some[kMost];
   int count = 0;
   const auto compare = [&] {
-    a.for_each([&](const Extent& of_a) {
+    a.for_each(b.span(), [&](const Extent& of_a) {
       for (int i = 0; i < count; ++i)
         require(!overlap(of_a, some[i]), where, ": ", what_a, " and ", what_b, " overlap: ", of_a, " and ",
                 some[i], ", expected memory of their own");
     });
     count = 0;
   };
-  b.for_each([&](const Extent& of_b) {
+  b.for_each(a.span(), [&](const Extent& of_b) {
     some[count++] = of_b;
     if (count == kMost) compare();
   });
@@ -194,7 +213,9 @@ class Arrays {
 template <class A, class B, class... Rest>
 void require_apart(const char* where, const char* what_a, const A& a, const char* what_b, const B& b,
                    const Rest&... rest) {
-  detail::require_apart(where, what_a, detail::Arrays(a), what_b, detail::Arrays(b));
+  const detail::Arrays of_a(a), of_b(b);
+  if (!of_a.span().far_from(of_b.span())) [[unlikely]]
+    detail::require_apart(where, what_a, of_a, what_b, of_b);
   if constexpr (sizeof...(Rest) > 0) require_apart(where, what_a, a, rest...);
 }
 
