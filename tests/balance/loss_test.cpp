@@ -19,6 +19,7 @@
 
 #include "compare.hpp"
 
+namespace loss_test {
 namespace {
 
 using moe::BatchInfo;
@@ -730,3 +731,4 @@ TEST(ZLoss, OfAKnownToken) {
 }
 
 }  // namespace
+}  // namespace loss_test

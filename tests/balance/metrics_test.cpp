@@ -9,6 +9,7 @@
 #include <moe/routers/expert_choice_router.hpp>
 #include <moe/routers/top_k_router.hpp>
 
+namespace metrics_test {
 namespace {
 
 using moe::Index;
@@ -139,3 +140,4 @@ TEST(Trace, RefusesATokenThatIsNotThere) {
 }
 
 }  // namespace
+}  // namespace metrics_test

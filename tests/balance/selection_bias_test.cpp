@@ -8,6 +8,7 @@
 
 #include <moe/moe.hpp>
 
+namespace selection_bias_test {
 namespace {
 
 using moe::Index;
@@ -144,3 +145,4 @@ TEST(SelectionBias, ComesAndGoesWithExperts) {
 }
 
 }  // namespace
+}  // namespace selection_bias_test

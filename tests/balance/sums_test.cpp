@@ -10,6 +10,7 @@
 
 #include <moe/moe.hpp>
 
+namespace sums_test {
 namespace {
 
 using moe::Index;
@@ -229,3 +230,4 @@ TEST(Sums, OfSoftMoEOverManyTokensKeepTheirDigits) {
 }
 
 }  // namespace
+}  // namespace sums_test

@@ -9,6 +9,7 @@
 
 #include <moe/core/buffer.hpp>
 
+namespace buffer_test {
 namespace {
 
 using moe::Buffer;
@@ -198,3 +199,4 @@ TEST(RowBuffer, IsAValueAndMovingLeavesAnEmptyOne) {
 }
 
 }  // namespace
+}  // namespace buffer_test

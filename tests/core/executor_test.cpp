@@ -18,6 +18,7 @@
 
 #include <moe/core/executor.hpp>
 
+namespace executor_test {
 namespace {
 
 using moe::Index;
@@ -297,3 +298,4 @@ TEST(OpenMP, RunsInlineInsideAParallelRegionOfTheCaller) {
 #endif
 
 }  // namespace
+}  // namespace executor_test

@@ -16,6 +16,7 @@
 #include <moe/routers/noisy_top_k_router.hpp>
 #include <moe/routers/top_k_router.hpp>
 
+namespace parameters_test {
 namespace {
 
 using moe::Index;
@@ -221,3 +222,4 @@ TEST(Name, IsWrittenOutFromItsParts) {
 }
 
 }  // namespace
+}  // namespace parameters_test

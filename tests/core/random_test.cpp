@@ -9,6 +9,7 @@
 
 #include <moe/core/random.hpp>
 
+namespace random_test {
 namespace {
 
 using moe::Index;
@@ -135,3 +136,4 @@ TEST(Rng, IndexStaysInBoundsAndReachesEveryOne) {
 }
 
 }  // namespace
+}  // namespace random_test

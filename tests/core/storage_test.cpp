@@ -11,6 +11,7 @@
 
 #include <moe/moe.hpp>
 
+namespace storage_test {
 namespace {
 
 using moe::GatedFeedForward;
@@ -218,3 +219,4 @@ TEST(Expert, RefusesWeightsOfOtherShapes) {
 }
 
 }  // namespace
+}  // namespace storage_test

@@ -15,6 +15,7 @@
 #include <moe/layers/grouped_experts.hpp>
 #include <moe/math/init.hpp>
 
+namespace dispatch_test {
 namespace {
 
 using moe::Buffer;
@@ -414,3 +415,4 @@ static_assert(!kGoesBackToX<ColumnMajor, RowMajor, RowMajor> &&
               !kGoesBackToX<RowMajor, RowMajor, ColumnMajor>);
 
 }  // namespace
+}  // namespace dispatch_test

@@ -11,7 +11,7 @@
 #include <moe/moe.hpp>
 #include <moe/packed.hpp>
 
-namespace moe {
+namespace moe::moe_layer_misuse_test {
 namespace {
 
 using Layer = MoELayer<FeedForward<double>, TopKRouter<double>>;
@@ -234,4 +234,4 @@ TEST(MoELayerMisuse, TokensThatNobodyServesAreCounted) {
 }
 
 }  // namespace
-}  // namespace moe
+}  // namespace moe::moe_layer_misuse_test

@@ -18,6 +18,7 @@
 #include <moe/routers/noisy_top_k_router.hpp>
 #include <moe/routers/top_k_router.hpp>
 
+namespace moe_layer_test {
 namespace {
 
 using moe::BatchInfo;
@@ -747,3 +748,4 @@ TEST(MoELayer, RefusesPartsThatDoNotFit) {
 }
 
 }  // namespace
+}  // namespace moe_layer_test

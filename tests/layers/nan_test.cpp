@@ -14,7 +14,7 @@
 #include <moe/moe.hpp>
 #include <moe/packed.hpp>
 
-namespace moe {
+namespace moe::nan_test {
 namespace {
 
 template <class S>
@@ -134,4 +134,4 @@ TEST(PackedNaN, OfAnExpertsWeightShowsInThePlainAndInThePackedLayer) {
 }
 
 }  // namespace
-}  // namespace moe
+}  // namespace moe::nan_test

@@ -15,7 +15,7 @@
 
 #include "mixed_experts.hpp"
 
-namespace moe {
+namespace moe::poison_test {
 namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -325,4 +325,4 @@ TEST(Poison, MinusInfinityForAllExpertsIsPoisonButForSomeIsNot) {
 }
 
 }  // namespace
-}  // namespace moe
+}  // namespace moe::poison_test

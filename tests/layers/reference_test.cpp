@@ -19,6 +19,7 @@
 #include "sanitized.hpp"
 
 // Layers and routings of random configurations against tests/reference_moe.hpp.
+namespace reference_test {
 namespace {
 
 using moe::Index;
@@ -481,8 +482,6 @@ class RandomLayers : public testing::Test {};
 using Scalars = testing::Types<float, double>;
 TYPED_TEST_SUITE(RandomLayers, Scalars);
 
-}  // namespace
-
 TYPED_TEST(RandomLayers, OfATopKRouterEqualTheReference) {
   const Count count = check_configurations<TypeParam, moe::TopKRouter<TypeParam>>(1000);
   EXPECT_GT(count.moved, 0);
@@ -505,8 +504,6 @@ TYPED_TEST(RandomLayers, OfAnExpertChoiceRouterEqualTheReference) {
 }
 
 // ---- Cases by hand, for the reference and for the library.
-
-namespace {
 
 using moe::Dropped;
 
@@ -553,8 +550,6 @@ struct OneSeatEach : testing::Test {
     return buffer;
   }
 };
-
-}  // namespace
 
 TEST_F(OneSeatEach, GoesToTheFirstTokenInTokenOrder) {
   expect(Overflow::drop, Priority::token_order, {0, -1, -1}, {{1, 0, 0}, {2, 0, 0}}, {});
@@ -621,3 +616,6 @@ TEST(ReferenceMoE, AddsUpALayerByHand) {
   routing.plan.gate_side = moe::GateSide::output;
   expect_same_output(layer.forward(x, routing, moe::Sequential{}), by_hand);
 }
+
+}  // namespace
+}  // namespace reference_test

@@ -13,7 +13,7 @@
 
 #include "laws.hpp"
 
-namespace moe {
+namespace moe::remove_experts_test {
 namespace {
 
 using laws::same_bits;
@@ -292,4 +292,4 @@ TEST(RemoveExperts, AnExceptionOnTheWayLeavesTheLayerAsItWas) {
 }
 
 }  // namespace
-}  // namespace moe
+}  // namespace moe::remove_experts_test

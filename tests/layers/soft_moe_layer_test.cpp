@@ -23,6 +23,7 @@
 #include "compare.hpp"
 #include "laws.hpp"
 
+namespace soft_moe_layer_test {
 namespace {
 
 using laws::normal_matrix;
@@ -919,3 +920,4 @@ TEST(SoftMoELayer, RefusesWhatDoesNotFit) {
 }
 
 }  // namespace
+}  // namespace soft_moe_layer_test

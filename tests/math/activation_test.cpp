@@ -11,6 +11,7 @@
 #include <moe/core/random.hpp>
 #include <moe/math/activation.hpp>
 
+namespace activation_test {
 namespace {
 
 using moe::Index;
@@ -367,3 +368,4 @@ TEST(Activation, AnyUnaryOneMakesAGatedUnit) {
 }
 
 }  // namespace
+}  // namespace activation_test

@@ -5,6 +5,7 @@
 
 #include <moe/math/init.hpp>
 
+namespace init_test {
 namespace {
 
 using moe::Index;
@@ -86,3 +87,4 @@ TEST(Init, EmptyWeightsAreFine) {
 }
 
 }  // namespace
+}  // namespace init_test

@@ -10,6 +10,7 @@
 #include <moe/math/init.hpp>
 #include <moe/math/linear.hpp>
 
+namespace linear_test {
 namespace {
 
 using moe::Index;
@@ -428,3 +429,4 @@ TEST(FloatProducts, ANotANumberStaysInItsRow) {
 }
 
 }  // namespace
+}  // namespace linear_test

@@ -10,6 +10,7 @@
 #include <moe/core/random.hpp>
 #include <moe/math/softmax.hpp>
 
+namespace softmax_test {
 namespace {
 
 using moe::Index;
@@ -222,3 +223,4 @@ TEST(NumberKind, ReadsEveryPayloadOfNan) {
 }
 
 }  // namespace
+}  // namespace softmax_test

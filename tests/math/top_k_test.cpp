@@ -11,6 +11,7 @@
 #include <moe/core/random.hpp>
 #include <moe/math/top_k.hpp>
 
+namespace top_k_test {
 namespace {
 
 using moe::Index;
@@ -119,3 +120,4 @@ TEST(SelectedBefore, IsAStrictTotalOrder) {
 }
 
 }  // namespace
+}  // namespace top_k_test

@@ -12,7 +12,7 @@
 
 #include "fp16_format.hpp"
 
-namespace moe {
+namespace moe::format_test {
 namespace {
 
 using test::Fp16;
@@ -141,4 +141,4 @@ TEST(Fp16, APackedLayerTakesTheBestSetForFloatsAndHasNoDotProduct) {
 }
 
 }  // namespace
-}  // namespace moe
+}  // namespace moe::format_test

@@ -16,7 +16,7 @@
 #include "reference_moe.hpp"
 #include "sanitized.hpp"
 
-namespace moe {
+namespace moe::packed_moe_layer_test {
 namespace {
 
 using Any = VariantExpert<FeedForward<float, ReLU>, FeedForward<float, GELU>, FeedForward<float, GELUTanh>,
@@ -765,4 +765,4 @@ TEST(PackedMoELayer, RefusesWhatDoesNotFit) {
 }
 
 }  // namespace
-}  // namespace moe
+}  // namespace moe::packed_moe_layer_test

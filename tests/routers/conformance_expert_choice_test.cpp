@@ -22,7 +22,7 @@ struct ExpertChoice {
   }
 };
 
-[[maybe_unused]] const bool checked =
+[[maybe_unused]] const bool conformance_expert_choice_checked =
     check_routers<ExpertChoice<float>, ExpertChoice<double>>("ExpertChoice");
 
 }  // namespace

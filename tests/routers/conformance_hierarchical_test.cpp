@@ -53,7 +53,7 @@ struct AllOfOneGroup {
   static Router make(const Wish& wish, Rng& rng) { return make_tree<S>(wish, false, rng); }
 };
 
-[[maybe_unused]] const bool checked =
+[[maybe_unused]] const bool conformance_hierarchical_checked =
     check_routers<OneOfEachGroup<float>, OneOfEachGroup<double>,  //
                   AllOfOneGroup<float>, AllOfOneGroup<double>>("Hierarchical");
 

@@ -17,7 +17,8 @@ struct NoisyTopK {
   }
 };
 
-[[maybe_unused]] const bool checked = check_routers<NoisyTopK<float>, NoisyTopK<double>>("NoisyTopK");
+[[maybe_unused]] const bool conformance_noisy_top_k_checked =
+    check_routers<NoisyTopK<float>, NoisyTopK<double>>("NoisyTopK");
 
 }  // namespace
 

@@ -24,7 +24,8 @@ struct Sinkhorn {
   }
 };
 
-[[maybe_unused]] const bool checked = check_routers<Sinkhorn<float>, Sinkhorn<double>>("Sinkhorn");
+[[maybe_unused]] const bool conformance_sinkhorn_checked =
+    check_routers<Sinkhorn<float>, Sinkhorn<double>>("Sinkhorn");
 
 }  // namespace
 

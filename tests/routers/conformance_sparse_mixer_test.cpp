@@ -39,7 +39,8 @@ struct SparseMixer {
   }
 };
 
-[[maybe_unused]] const bool checked = check_routers<SparseMixer<float>, SparseMixer<double>>("SparseMixer");
+[[maybe_unused]] const bool conformance_sparse_mixer_checked =
+    check_routers<SparseMixer<float>, SparseMixer<double>>("SparseMixer");
 
 // That the laws see shares, and not ones only.
 TEST(SparseMixerLaws, GatesAreAsTheTraitSaysAndOftenShares) {

@@ -162,16 +162,17 @@ struct RandomSecond {
   }
 };
 
-[[maybe_unused]] const bool checked = check_routers<PlainTopK<float>, PlainTopK<double>,                //
-                                                    RenormalisedTopK<float>, RenormalisedTopK<double>,  //
-                                                    SigmoidTopK<float>, SigmoidTopK<double>,            //
-                                                    GatesOfInputs<float>, GatesOfInputs<double>,        //
-                                                    BiasedTopK<float>, BiasedTopK<double>,              //
-                                                    GroupedTopK<float>, GroupedTopK<double>,            //
-                                                    TopP<float>, TopP<double>,                          //
-                                                    ReLUTopK<float>, ReLUTopK<double>,                  //
-                                                    Thresholded<float>, Thresholded<double>,            //
-                                                    RandomSecond<float>, RandomSecond<double>>("TopK");
+[[maybe_unused]] const bool conformance_top_k_checked =
+    check_routers<PlainTopK<float>, PlainTopK<double>,                //
+                  RenormalisedTopK<float>, RenormalisedTopK<double>,  //
+                  SigmoidTopK<float>, SigmoidTopK<double>,            //
+                  GatesOfInputs<float>, GatesOfInputs<double>,        //
+                  BiasedTopK<float>, BiasedTopK<double>,              //
+                  GroupedTopK<float>, GroupedTopK<double>,            //
+                  TopP<float>, TopP<double>,                          //
+                  ReLUTopK<float>, ReLUTopK<double>,                  //
+                  Thresholded<float>, Thresholded<double>,            //
+                  RandomSecond<float>, RandomSecond<double>>("TopK");
 
 }  // namespace
 

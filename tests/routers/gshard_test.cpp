@@ -13,6 +13,7 @@
 // The routers of GShard, GLaM and ST-MoE against their authors' algorithm (Lepikhin et al. 2021, algorithm
 // 1), written down as mesh (_top_2_gating) and lingvo (Top2GatingOnLogits) have it: with masks and cumulative
 // sums, group by group.
+namespace gshard_test {
 namespace {
 
 using moe::Index;
@@ -137,3 +138,4 @@ TEST(GShard, RoutesSTMoEAsItsAuthors) {
 }
 
 }  // namespace
+}  // namespace gshard_test

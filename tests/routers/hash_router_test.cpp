@@ -16,6 +16,7 @@
 #include "compare.hpp"
 #include "laws.hpp"
 
+namespace hash_router_test {
 namespace {
 
 using moe::BatchInfo;
@@ -536,3 +537,4 @@ TEST(HashTables, BalancedOnesSpreadOccurrences) {
 }
 
 }  // namespace
+}  // namespace hash_router_test

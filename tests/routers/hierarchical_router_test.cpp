@@ -19,6 +19,7 @@
 #include "laws.hpp"
 #include "reference_moe.hpp"
 
+namespace hierarchical_router_test {
 namespace {
 
 using laws::normal_matrix;
@@ -919,3 +920,4 @@ TEST(HierarchicalRouterErrors, GateSides) {
 }
 
 }  // namespace
+}  // namespace hierarchical_router_test

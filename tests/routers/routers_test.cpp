@@ -16,6 +16,7 @@
 #include <moe/routers/sinkhorn_router.hpp>
 #include <moe/routers/top_k_router.hpp>
 
+namespace routers_test {
 namespace {
 
 using moe::BatchInfo;
@@ -947,3 +948,4 @@ TEST(TopKRouter, TopPTakesTheFewestExpertsOfThatMass) {
 }
 
 }  // namespace
+}  // namespace routers_test

@@ -7,6 +7,7 @@
 
 #include "gradients/layers.hpp"
 
+namespace sinkhorn_router_test {
 namespace {
 
 using moe::Index;
@@ -155,3 +156,4 @@ TEST(SinkhornRouter, OneFarTokenLeavesTheOthersBalanced) {
 }
 
 }  // namespace
+}  // namespace sinkhorn_router_test

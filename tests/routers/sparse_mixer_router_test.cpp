@@ -12,6 +12,7 @@
 #include "gradients/layers.hpp"
 #include "laws.hpp"
 
+namespace sparse_mixer_router_test {
 namespace {
 
 using moe::Index;
@@ -268,3 +269,4 @@ TEST(SparseMixerRouter, BadOptionsAreRefused) {
 }
 
 }  // namespace
+}  // namespace sparse_mixer_router_test

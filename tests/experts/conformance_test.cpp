@@ -5,7 +5,7 @@
 
 #include "expert_laws.hpp"
 
-// The routers have files of their own, conformance_*_test.cpp, for the compiler's sake.
+// The routers have files of their own, routers/conformance_*_test.cpp.
 namespace laws {
 namespace {
 
