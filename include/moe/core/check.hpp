@@ -137,8 +137,10 @@ struct Span {
 class EachExtent {
  public:
   template <class F>
-  EachExtent(const Span& near, F& f)
-      : near_(near), f_(&f), call_([](void* to, const Extent& extent) { (*static_cast<F*>(to))(extent); }) {}
+  EachExtent(const Span& bytes, F& f)
+      : bytes_(bytes),
+        f_(&f),
+        call_([](void* to, const Extent& extent) { (*static_cast<F*>(to))(extent); }) {}
 
   template <class A>
   void operator()(const A& a) const {
@@ -146,13 +148,13 @@ class EachExtent {
       a.for_each_array(*this);
     } else {
       const Extent extent = extent_of(a);
-      if (!near_.far_from({extent.begin, extent.end()})) [[unlikely]]
+      if (!bytes_.far_from({extent.begin, extent.end()})) [[unlikely]]
         call_(f_, extent);
     }
   }
 
  private:
-  Span near_;
+  Span bytes_;
   void* f_;
   void (*call_)(void* to, const Extent& extent);
 };
@@ -173,8 +175,8 @@ class Arrays {
 
   const Span& span() const { return span_; }
   template <class F>
-  void for_each(const Span& near, F&& f) const {
-    walk_(thing_, EachExtent(near, f));
+  void for_each(const Span& bytes, F&& f) const {
+    walk_(thing_, EachExtent(bytes, f));
   }
 
  private:
