@@ -52,6 +52,39 @@ bool share_an_element(const A& a, const B& b) {
   return false;
 }
 
+// More arrays than are compared at a time.
+struct ManyArrays {
+  Matrix<float> first, columns;
+  template <class F>
+  void for_each_array(const F& f) const {
+    f(first);
+    for (Index j = 0; j < columns.cols(); ++j) f(columns.col(j));
+  }
+};
+
+// The first array of one thing lies in the other.
+struct View {
+  Matrix<float> own;
+  Eigen::Map<const Matrix<float>> seen;
+  template <class F>
+  void for_each_array(const F& f) const {
+    f(own);
+    f(seen);
+  }
+};
+
+TEST(Overlap, OfThingsOfManyArraysIsSeenWhicheverArrayItIs) {
+  const ManyArrays many{draws<float>(2, 2), draws<float>(2, 40)};
+  const Matrix<float> other = draws<float>(2, 2);
+  EXPECT_NO_THROW(require_apart("here", "a", View{other, {other.data(), 2, 2}}, "b", many));
+  EXPECT_THROW(require_apart("here", "a", View{other, {many.first.data(), 2, 2}}, "b", many),
+               std::invalid_argument);
+  for (Index j = 0; j < many.columns.cols(); ++j)
+    EXPECT_THROW(require_apart("here", "a", View{other, {many.columns.data() + j, 1, 1}}, "b", many),
+                 std::invalid_argument)
+        << j;
+}
+
 TEST(Overlap, OfAnyTwoBlocksOfAMatrixIsExact) {
   const Matrix<float> m = draws<float>(4, 5);
   Index apart = 0, overlapping = 0;
