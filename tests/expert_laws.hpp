@@ -65,12 +65,13 @@ template <class Kind>
 void ForwardEqualsTheReference() {
   Rng rng(31);
   using S = typename Kind::Scalar;
+  using reference::expert_output;  // or that of an expert here
   for (const auto [d_model, d_ff] : kExpertShapes) {
     const auto expert = Kind::make(d_model, d_ff, rng);
     const Matrix<S> x = normal_matrix<S>(13, d_model, rng);
     Matrix<S> expected(13, d_model);
     for (Index i = 0; i < 13; ++i) {
-      const Vector<S> row = reference::expert_output(expert, reference::row_of(x, i));
+      const Vector<S> row = expert_output(expert, reference::row_of(x, i));
       for (Index j = 0; j < d_model; ++j) expected(i, j) = row[j];
     }
     EXPECT_TRUE(equal_to_rounding(Kind::forward(expert, x), expected));

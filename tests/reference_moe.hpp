@@ -8,6 +8,8 @@
 #include <variant>
 #include <vector>
 
+#include <moe/experts/three_way_feed_forward.hpp>
+#include <moe/experts/zero_computation_experts.hpp>
 #include <moe/moe.hpp>
 
 // A Mixture-of-Experts layer to believe in: scalar loops, one idea a function, a search through
@@ -97,6 +99,36 @@ Vector<S> expert_output(const moe::GatedFeedForward<S, Unit>& expert, const Vect
   Vector<S> hidden(gate.size());
   for (Index i = 0; i < hidden.size(); ++i) hidden[i] = activate_gated(expert.glu(), gate[i], up[i]);
   return linear(hidden, expert.w_down, expert.b_down);
+}
+
+template <class S>
+Vector<S> expert_output(const moe::ThreeWayFeedForward<S>& expert, const Vector<S>& x) {
+  const Vector<S> a = linear(x, expert.w_gate), up = linear(x, expert.w_up);
+  Vector<S> hidden(up.size());
+  for (Index i = 0; i < up.size(); ++i)
+    hidden[i] = a[i] * (a[up.size() + i] * sigmoid(a[up.size() + i])) * up[i];
+  return linear(hidden, expert.w_down);
+}
+
+template <class S>
+Vector<S> expert_output(const moe::ZeroExpert<S>&, const Vector<S>& x) {
+  return Vector<S>::Zero(x.size());
+}
+
+template <class S>
+Vector<S> expert_output(const moe::CopyExpert<S>&, const Vector<S>& x) {
+  return x;
+}
+
+template <class S>
+Vector<S> expert_output(const moe::ConstantExpert<S>& expert, const Vector<S>& x) {
+  S z[2] = {0, 0};
+  for (int k = 0; k < 2; ++k)
+    for (Index j = 0; j < x.size(); ++j) z[k] += expert.w_c(k, j) * x[j];
+  const S copy = S(1) / (S(1) + std::exp(z[1] - z[0])), constant = S(1) - copy;
+  Vector<S> y(x.size());
+  for (Index j = 0; j < x.size(); ++j) y[j] = copy * x[j] + constant * expert.v[j];
+  return y;
 }
 
 template <class S, class... Kinds>

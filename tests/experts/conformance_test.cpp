@@ -35,7 +35,7 @@ struct VariantOf {
   }
 };
 
-[[maybe_unused]] const bool checked =
+[[maybe_unused]] const bool all_checked =
     check_experts<FeedForwardOf<float, moe::ReLU, false>, FeedForwardOf<double, moe::ReLU, false>,
                   FeedForwardOf<float, moe::GELU, true>, FeedForwardOf<double, moe::GELU, true>,
                   GatedOf<float, moe::SwiGLU, false>, GatedOf<double, moe::SwiGLU, false>,

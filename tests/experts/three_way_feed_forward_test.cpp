@@ -8,22 +8,6 @@
 #include <moe/experts/three_way_feed_forward.hpp>
 #include <moe/moe.hpp>
 
-#include "reference_moe.hpp"
-
-// Here, because the laws only find what stands before them.
-namespace reference {
-
-template <class S>
-Vector<S> expert_output(const moe::ThreeWayFeedForward<S>& expert, const Vector<S>& x) {
-  const Vector<S> a = linear(x, expert.w_gate), up = linear(x, expert.w_up);
-  Vector<S> hidden(up.size());
-  for (Index i = 0; i < up.size(); ++i)
-    hidden[i] = a[i] * (a[up.size() + i] * sigmoid(a[up.size() + i])) * up[i];
-  return linear(hidden, expert.w_down);
-}
-
-}  // namespace reference
-
 #include "expert_laws.hpp"
 
 namespace laws {
@@ -37,12 +21,14 @@ struct ThreeWayOf {
   }
 };
 
-[[maybe_unused]] const bool checked = check_experts<ThreeWayOf<float>, ThreeWayOf<double>>("ThreeWay");
+[[maybe_unused]] const bool three_way_checked =
+    check_experts<ThreeWayOf<float>, ThreeWayOf<double>>("ThreeWay");
 
 }  // namespace
 
 }  // namespace laws
 
+namespace three_way_feed_forward_test {
 namespace {
 
 using moe::Index;
@@ -171,3 +157,5 @@ TEST(ThreeWayFeedForward, RefusesWhatDoesNotFit) {
   EXPECT_THROW(expert.backward(x, x, cache, y, taller), std::invalid_argument);
   EXPECT_EQ(grad.w_gate.norm() + grad.w_up.norm() + grad.w_down.norm(), 0);
 }
+
+}  // namespace three_way_feed_forward_test

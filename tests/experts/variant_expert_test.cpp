@@ -12,6 +12,7 @@
 #include <moe/layers/moe_layer.hpp>
 #include <moe/routers/top_k_router.hpp>
 
+namespace variant_expert_test {
 namespace {
 
 using moe::Index;
@@ -153,3 +154,5 @@ TEST(VariantExpert, ALayerRefusesAGradientWithKindsInAnotherOrder) {
 }
 
 }  // namespace
+
+}  // namespace variant_expert_test

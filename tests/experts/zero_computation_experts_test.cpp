@@ -14,6 +14,9 @@
 #include <moe/experts/zero_computation_experts.hpp>
 #include <moe/moe.hpp>
 
+#include "expert_laws.hpp"
+#include "reference_moe.hpp"
+
 namespace laws {
 
 // An expert with two vectors added to its output, under the names that the laws look for: the
@@ -51,41 +54,12 @@ struct Beside {
   }
 };
 
-}  // namespace laws
-
-// Before the reference and the laws, which only find what stands before them.
-namespace reference {
-
-template <class S>
-moe::Vector<S> expert_output(const moe::ZeroExpert<S>&, const moe::Vector<S>& x) {
-  return moe::Vector<S>::Zero(x.size());
-}
-
-template <class S>
-moe::Vector<S> expert_output(const moe::CopyExpert<S>&, const moe::Vector<S>& x) {
-  return x;
-}
-
-template <class S>
-moe::Vector<S> expert_output(const moe::ConstantExpert<S>& expert, const moe::Vector<S>& x) {
-  S z[2] = {0, 0};
-  for (int k = 0; k < 2; ++k)
-    for (moe::Index j = 0; j < x.size(); ++j) z[k] += expert.w_c(k, j) * x[j];
-  const S copy = S(1) / (S(1) + std::exp(z[1] - z[0])), constant = S(1) - copy;
-  moe::Vector<S> y(x.size());
-  for (moe::Index j = 0; j < x.size(); ++j) y[j] = copy * x[j] + constant * expert.v[j];
-  return y;
-}
-
 template <class Inner, class S>
-moe::Vector<S> expert_output(const laws::Beside<Inner>& expert, const moe::Vector<S>& x) {
-  return expert_output(expert.inner, x) + expert.w_up + expert.w_down;
+moe::Vector<S> expert_output(const Beside<Inner>& expert, const moe::Vector<S>& x) {
+  return reference::expert_output(expert.inner, x) + expert.w_up + expert.w_down;
 }
 
-}  // namespace reference
-
-#include "expert_laws.hpp"
-#include "reference_moe.hpp"
+}  // namespace laws
 
 namespace {
 
@@ -137,7 +111,7 @@ struct AnyKindOf {
   }
 };
 
-[[maybe_unused]] const bool checked =
+[[maybe_unused]] const bool null_experts_checked =
     check_experts<BesideOf<moe::ZeroExpert<float>>, BesideOf<moe::ZeroExpert<double>>,
                   BesideOf<moe::CopyExpert<float>>, BesideOf<moe::CopyExpert<double>>,
                   BesideOf<moe::ConstantExpert<float>>, BesideOf<moe::ConstantExpert<double>>,

@@ -31,7 +31,7 @@ using moe::Priority;
 using moe::Routing;
 using moe::Score;
 
-constexpr Index kModel = 16, kExperts = 8;
+constexpr Index kDModel = 16, kNumExperts = 8;
 
 // Values beside those of one file. Prints the largest relative error in the end.
 struct Comparison {
@@ -168,7 +168,7 @@ struct Comparison {
 // A router of the file's size with the file's weights.
 template <class R>
 R make_router(const Comparison& file, typename R::Options options) {
-  options.d_model = kModel;
+  options.d_model = kDModel;
   options.num_experts = file.golden.file.at("w_router").shape.at(0);
   R router(options);
   R::visit([&](const moe::ParameterInfo& info, auto& array) { array = file.matrix(std::string(info.name)); },
@@ -219,7 +219,7 @@ Routing<float> route_under_draws(const moe::TopKRouter<float>& router, const Com
   moe::RouterWorkspace<float> workspace;
   Routing<float> routing;
   router.route(x, {}, routing);  // for the logits
-  moe::begin_routing(x.rows(), kExperts, {}, routing, "test", {.router_logits = true});
+  moe::begin_routing(x.rows(), kNumExperts, {}, routing, "test", {.router_logits = true});
   moe::route_by_logits({.gate = {.renormalise = options.renormalise, .epsilon = options.renormalise_epsilon},
                         .top_k = options.top_k,
                         .second_threshold = options.random_second_threshold,
@@ -237,7 +237,7 @@ Routing<float> route_under_draws(const moe::TopKRouter<float>& router, const Com
 template <class M>
 auto make_layer_of(const M& model, const Comparison& file) {
   const Index experts = file.golden.file.at("w_router").shape.at(0);
-  auto layer = moe::make_empty_layer<float>(model.scaled_to(kModel, file.golden.number("d_ff"), experts));
+  auto layer = moe::make_empty_layer<float>(model.scaled_to(kDModel, file.golden.number("d_ff"), experts));
   using R = std::decay_t<decltype(layer.router())>;
   R::visit([&](const moe::ParameterInfo& info, auto& array) { array = file.matrix(std::string(info.name)); },
            layer.router());
@@ -275,7 +275,7 @@ void expect_equal_to_flaxformer(const std::string& name, const moe::TopKOptions&
   router.route(x, info, routing);
   file.expect_equal_plan(routing);
   file.expect_equal_loss("balance_loss", moe::sequence_balance_loss(routing, info),
-                         moe::balance_factor(moe::BalanceConvention::tokens, kExperts, options.top_k));
+                         moe::balance_factor(moe::BalanceConvention::tokens, kNumExperts, options.top_k));
   file.expect_equal_loss("z_loss", moe::router_z_loss(routing));
   file.expect_equal_gradients(router, routing);
 }
@@ -359,7 +359,7 @@ void expect_equal_to_vmoe(const std::string& name, Priority priority) {
   Comparison file(name);
   const auto [model, layer] = load_model(moe::vmoe_l16, file.golden);
   using Layer = std::remove_const_t<decltype(layer)>;
-  EXPECT_EQ(model.router.noise_stddev, 1.0 / kExperts);
+  EXPECT_EQ(model.router.noise_stddev, 1.0 / kNumExperts);
   const auto routing = route_under_noise(
       layer.router(), {.top_k = 2, .capacity_factor = 1.0, .priority = priority}, file);  // 4 seats
   file.expect_equal_plan(routing);
@@ -524,7 +524,7 @@ TEST(Authors, MeshThresholdOfSecondExpert) {
 
 // The seats that their layer gave are those of the models' rules: 4 of 30 and of 26 tokens.
 void expect_equal_capacity(const Comparison& file, const moe::TopKOptions& options, Index tokens) {
-  EXPECT_EQ(moe::expert_capacity(tokens, kExperts, options.top_k, *options.training_capacity,
+  EXPECT_EQ(moe::expert_capacity(tokens, kNumExperts, options.top_k, *options.training_capacity,
                                  options.capacity_rule),
             file.golden.matrix<std::int64_t>("capacity")(0, 0));
 }
@@ -540,7 +540,7 @@ TEST(Authors, MeshSwitchLayer) {
   const BatchInfo info = groups_of(file.golden.number("groups"), x.rows());
   Routing<float> routing;
   layer.router().route(x.cwiseProduct(jitter), info, routing);  // for the logits
-  moe::begin_routing(x.rows(), kExperts, info, routing, "test", {.router_logits = true});
+  moe::begin_routing(x.rows(), kNumExperts, info, routing, "test", {.router_logits = true});
   routing.input_factor = jitter;
   moe::RouterWorkspace<float> workspace;
   moe::route_by_logits({.top_k = options.top_k,
@@ -631,7 +631,7 @@ TEST(Authors, MegatronSinkhornTop2) { expect_equal_to_sinkhorn("megatron_sinkhor
 
 TEST(Authors, ReMoE) {
   Comparison file("remoe");
-  const auto router = make_router<moe::TopKRouter<float>>(file, {.top_k = kExperts, .score = Score::relu});
+  const auto router = make_router<moe::TopKRouter<float>>(file, {.top_k = kNumExperts, .score = Score::relu});
   Routing<float> routing;
   router.route(file.matrix("x"), {}, routing);
   file.expect_equal_plan(routing);
@@ -645,9 +645,10 @@ TEST(Authors, DynamicMoE) {
   Comparison file("dynamic_moe");
   using Expert = moe::GatedFeedForward<float>;
   using Layer = moe::MoELayer<Expert, moe::TopKRouter<float>>;
-  const Layer layer(file.experts<Expert>(kExperts, {.d_model = kModel, .d_ff = file.golden.number("d_ff")}),
-                    make_router<moe::TopKRouter<float>>(
-                        file, {.top_k = kExperts, .top_p = file.golden.config.at("top_p").get<double>()}));
+  const Layer layer(
+      file.experts<Expert>(kNumExperts, {.d_model = kDModel, .d_ff = file.golden.number("d_ff")}),
+      make_router<moe::TopKRouter<float>>(
+          file, {.top_k = kNumExperts, .top_p = file.golden.config.at("top_p").get<double>()}));
   Layer::Cache cache;
   file.expect_close(layer.forward(file.matrix("x"), cache), file.matrix("y"), "y");
   file.expect_equal_plan(cache.routing);
@@ -665,8 +666,9 @@ TEST(Authors, HashLayer) {
     return file.golden.matrix<std::int64_t>(tensor).cast<Index>();
   };
   const Layer layer(
-      file.experts<Expert>(kExperts, {.d_model = kModel, .d_ff = file.golden.number("d_ff"), .bias = true}),
-      moe::HashRouter<float>({.d_model = kModel, .num_experts = kExperts, .table = indices("table")}));
+      file.experts<Expert>(kNumExperts,
+                           {.d_model = kDModel, .d_ff = file.golden.number("d_ff"), .bias = true}),
+      moe::HashRouter<float>({.d_model = kDModel, .num_experts = kNumExperts, .table = indices("table")}));
   BatchInfo info;
   info.token_ids = indices("token_ids");
   Layer::Cache cache;
@@ -678,9 +680,10 @@ TEST(Authors, HashLayer) {
 
 void expect_equal_to_tutel(const std::string& name, Priority priority) {
   Comparison file(name);
-  EXPECT_EQ(moe::expert_capacity(16, kExperts, 2, 1.0), file.golden.matrix<std::int64_t>("capacity")(0, 0));
+  EXPECT_EQ(moe::expert_capacity(16, kNumExperts, 2, 1.0),
+            file.golden.matrix<std::int64_t>("capacity")(0, 0));
   const auto router = make_router<moe::TopKRouter<float>>(
-      file, {.top_k = 2, .renormalise = true, .noise_stddev = 1.0 / kExperts});
+      file, {.top_k = 2, .renormalise = true, .noise_stddev = 1.0 / kNumExperts});
   const auto routing = route_under_noise(
       router, {.gate = {.renormalise = true}, .top_k = 2, .capacity_factor = 1.0, .priority = priority},
       file);

@@ -11,13 +11,11 @@
 namespace {
 
 using namespace gradients;
-using Router = moe::ExpertChoiceRouter<double>;
+using ExpertChoice = moe::ExpertChoiceRouter<double>;
 
 template <class Expert>
 class GradientsOfExpertChoiceLayers : public testing::Test {};
 TYPED_TEST_SUITE(GradientsOfExpertChoiceLayers, ExpertTypes);
-
-}  // namespace
 
 TYPED_TEST(GradientsOfExpertChoiceLayers, AreExact) {
   Tally tally;
@@ -25,7 +23,7 @@ TYPED_TEST(GradientsOfExpertChoiceLayers, AreExact) {
   for (const double capacity : {0.5, 2.0, 4.0}) {  // of 4: every expert takes every token
     for (const Overflow overflow : {Overflow::drop, Overflow::pass_through}) {
       SCOPED_TRACE("capacity " + std::to_string(capacity));
-      Router router(
+      ExpertChoice router(
           {.d_model = kDModel, .num_experts = kNumExperts, .capacity = capacity, .overflow = overflow}, rng);
       randomise(router, rng);
       check_all_layers<TypeParam>(router, rng, tally);
@@ -37,3 +35,5 @@ TYPED_TEST(GradientsOfExpertChoiceLayers, AreExact) {
     EXPECT_GT(tally.passed_through, 0);
   }
 }
+
+}  // namespace

@@ -1,10 +1,10 @@
-# cmake -D "PROGRAMS=<program>;..." -P compare.cmake
+# cmake -D "PROGRAMS=<program>;..." -D WHAT=<argument> -P compare.cmake
 #
 # Every program must print the same, and under one name every line of it must be the same: those are of
 # different instruction sets.
 
 foreach(program IN LISTS PROGRAMS)
-  execute_process(COMMAND ${program} OUTPUT_VARIABLE output COMMAND_ERROR_IS_FATAL ANY)
+  execute_process(COMMAND ${program} ${WHAT} OUTPUT_VARIABLE output COMMAND_ERROR_IS_FATAL ANY)
   if(NOT DEFINED first_program)
     set(first_program ${program})
     set(first "${output}")
