@@ -560,7 +560,7 @@ TEST(Errors, OfChoices) {
   expect_bad_choices("load_loss", [](Routing& r) { moe::load_loss(r); });
   expect_bad_choices("selection_backward", [](Routing& r) {
     moe::TokenChoiceWorkspace<double> workspace;
-    Matrix<double> d_logits;
+    moe::ReusedMatrix<double> d_logits;
     moe::selection_backward({}, r, Gradient{}, workspace, d_logits);
   });
   const Layer layer = make_layer();
@@ -906,7 +906,7 @@ TEST(Errors, OfARoutingGradient) {
   expect_bad_gradient([](const Gradient& g) { moe::check_routing_gradient(g, good_routing(), "check"); });
   expect_bad_gradient([](const Gradient& g) {
     moe::TokenChoiceWorkspace<double> workspace;
-    Matrix<double> d_logits;
+    moe::ReusedMatrix<double> d_logits;
     moe::selection_backward({}, good_routing(), g, workspace, d_logits);
   });
   expect_bad_gradient([](const Gradient& g) {  // sums of two batches
@@ -1319,7 +1319,7 @@ TEST(Errors, OfRouters) {
       {"a ranking of another shape",
        [] {
          Routing r = good_routing();
-         const Matrix<double> ranking = ones(5, 2);
+         const moe::ReusedMatrix<double> ranking = ones(5, 2);
          moe::begin_routing(5, 3, {}, r, "test");
          r.router_logits = ones(5, 3);
          moe::RouterWorkspace<double> workspace;

@@ -35,8 +35,8 @@ void randomise(Thing& thing, Rng& rng) {
   Thing::visit([&](const moe::ParameterInfo&, auto& p) { moe::fill_normal(p, 0.5, rng); }, thing);
 }
 
-template <class S>
-std::vector<S> values_of(const Matrix<S>& m) {
+template <class M>
+std::vector<typename M::Scalar> values_of(const M& m) {
   return {m.data(), m.data() + m.size()};
 }
 
@@ -45,12 +45,13 @@ template <class S>
 bool same_bits(const S* a, const S* b, Index n) {
   return n == 0 || std::memcmp(a, b, sizeof(S) * std::size_t(n)) == 0;
 }
-template <class S>
-testing::AssertionResult same_bits(const Matrix<S>& a, const Matrix<S>& b) {
+template <class A, class B>
+testing::AssertionResult same_bits(const A& of_a, const B& of_b) {
+  const moe::ConstMatrixRef<typename A::Scalar> a(of_a), b(of_b);
   if (a.rows() != b.rows() || a.cols() != b.cols())
     return testing::AssertionFailure() << a.rows() << " rows and " << b.rows();
   for (Index i = 0; i < a.rows(); ++i)
-    if (!same_bits(&a(i, 0), &b(i, 0), a.cols()))
+    if (!same_bits(a.row(i).data(), b.row(i).data(), a.cols()))
       return testing::AssertionFailure() << "row " << i << ":\n" << a.row(i) << "\n" << b.row(i);
   return testing::AssertionSuccess();
 }
@@ -58,12 +59,12 @@ testing::AssertionResult same_bits(const Matrix<S>& a, const Matrix<S>& b) {
 template <class S>
 constexpr double kRounding = sizeof(S) == 4 ? 1e-5 : 1e-13;
 
-template <class S>
-testing::AssertionResult equal_to_rounding(const Matrix<S>& a, const Matrix<S>& b) {
+template <class A, class B>
+testing::AssertionResult equal_to_rounding(const A& a, const B& b) {
   if (a.rows() != b.rows() || a.cols() != b.cols())
     return testing::AssertionFailure() << a.rows() << " rows and " << b.rows();
   const double error = relative_error(a, b);
-  if (error <= kRounding<S>) return testing::AssertionSuccess();
+  if (error <= kRounding<typename A::Scalar>) return testing::AssertionSuccess();
   return testing::AssertionFailure() << "differ by " << error << " of the largest entry";
 }
 

@@ -240,7 +240,7 @@ Matrix<S> logits(const Matrix<S>& x, const Matrix<S>& w, const Vector<S>& b = {}
 // x w_router^T + draws * (log(1 + exp(x w_noise^T)) + epsilon).
 template <class S>
 Matrix<S> noisy_logits(const Matrix<S>& x, const Matrix<S>& w_router, const Matrix<S>& w_noise,
-                       double epsilon, const Matrix<S>& draws) {
+                       double epsilon, const moe::ConstMatrixRef<S>& draws) {
   Matrix<S> z = logits(x, w_router);
   const Matrix<S> a = logits(x, w_noise);
   for (Index t = 0; t < z.rows(); ++t)

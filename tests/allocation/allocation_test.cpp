@@ -91,6 +91,43 @@ void expect_no_allocation(Layer layer, Index tokens, const E& executor) {
   }
 }
 
+// After a batch of `most` tokens, batches of any number up to that allocate nothing: no tokens at all, one,
+// inference and training in turn, into views of larger matrices.
+template <class Layer, class E>
+void expect_no_allocation_of_smaller_batches(const Layer& layer, Index most, int batches, const E& executor) {
+  Rng rng(8);
+  const Index d_model = layer.d_model();
+  typename Layer::Workspace workspace;
+  typename Layer::Cache cache;
+  Layer grad = zeros_like(layer);
+  Matrix<float> x(most, d_model), y(most, d_model), d_x(most, d_model);
+  Index sum = 0;
+  for (int batch = 0; batch < batches; ++batch) {
+    const Index n = batch == 0 ? most : rng.index(most + 1);
+    sum += n;
+    fill_normal(x, 1.0, rng);
+    BatchInfo info;
+    if (batch % 3 == 0) info.mask = Mask::Constant(n, true);
+    info.token_ids = IndexVector::Zero(n);
+    for (Index& id : info.token_ids) id = rng.index(100);
+    const long before = allocations;
+    layer.forward(x.topRows(n), y.topRows(n), workspace, info, executor);
+    const long inference = allocations;
+    layer.forward(x.topRows(n), y.topRows(n), cache, info, executor);
+    const long differentiable = allocations;
+    layer.forward(x.topRows(n), rng, y.topRows(n), cache, info, executor);
+    const long training = allocations;
+    layer.backward(y.topRows(n), cache, grad, {}, d_x.topRows(n), executor);
+    const long backward = allocations;
+    if (batch == 0) continue;
+    ASSERT_EQ(inference - before, 0) << "inference, batch " << batch << " of " << n;
+    ASSERT_EQ(differentiable - inference, 0) << "differentiable forward, batch " << batch << " of " << n;
+    ASSERT_EQ(training - differentiable, 0) << "training forward, batch " << batch << " of " << n;
+    ASSERT_EQ(backward - training, 0) << "backward, batch " << batch << " of " << n;
+  }
+  EXPECT_GT(sum, batches);
+}
+
 // A router whose gates scale inputs has no gated shared experts beside it.
 template <class Router>
 void expect_no_allocation_with(const Router& router, bool gated_shared = true) {
@@ -103,8 +140,10 @@ void expect_no_allocation_with(const Router& router, bool gated_shared = true) {
                         {make_experts<GatedFeedForward<float>>(1, gated, rng), gated_shared}, true);
   expect_no_allocation(simple, 90, Sequential{});
   expect_no_allocation(shared, 90, Sequential{});
+  if (d_model <= 64) expect_no_allocation_of_smaller_batches(shared, 12, 1000, Sequential{});
 #ifdef _OPENMP
   expect_no_allocation(shared, 90, OpenMP{.num_threads = 2});
+  if (d_model <= 64) expect_no_allocation_of_smaller_batches(shared, 40, 100, OpenMP{.num_threads = 2});
 #endif
 }
 
@@ -166,6 +205,20 @@ TEST_P(Allocation, NoneOnceWarmWhenPacked) {
     };
     expect_none(f32, Sequential{});
     expect_none(bf16, Sequential{});
+    const auto expect_none_of_smaller = [&](const auto& packed) {
+      PackedWorkspace own;
+      for (int batch = 0; batch < 1000; ++batch) {
+        const Index n = batch == 0 ? 12 : rng.index(13);
+        const long before = allocations;
+        packed.forward(x.topRows(n), y.topRows(n), own, {}, Sequential{});
+        packed.forward(x.topRows(n), own.routing, y.topRows(n), own, Sequential{});
+        if (batch > 0) {
+          ASSERT_EQ(allocations - before, 0) << "batch " << batch << " of " << n;
+        }
+      }
+    };
+    expect_none_of_smaller(f32);
+    expect_none_of_smaller(bf16);
 #ifdef _OPENMP
     expect_none(f32, OpenMP{.num_threads = 2});
 #endif
@@ -346,6 +399,33 @@ void expect_no_soft_allocation(const SoftMoEOptions& options, Index tokens, Inde
     EXPECT_EQ(inference - before, 0) << "inference, step " << step;
     EXPECT_EQ(training - inference, 0) << "differentiable forward, step " << step;
     EXPECT_EQ(backward - training, 0) << "backward, step " << step;
+  }
+}
+
+TEST_P(Allocation, NoneOnceWarmInSoftMoEWithSmallerBatches) {
+  Rng rng(9);
+  using Layer = SoftMoELayer<GatedFeedForward<float>>;
+  const Index d_model = GetParam(), most = 12;
+  for (const bool normalise : {true, false}) {
+    const Layer layer(make_experts<GatedFeedForward<float>>(4, {.d_model = d_model, .d_ff = 48}, rng),
+                      {.d_model = d_model, .num_experts = 4, .slots_per_expert = 2, .normalise = normalise},
+                      rng);
+    Layer::Workspace workspace;
+    Layer::Cache cache;
+    Layer grad = zeros_like(layer);
+    Matrix<float> x(most, d_model), y(most, d_model), d_x(most, d_model);
+    fill_normal(x, 1.0, rng);
+    for (int batch = 0; batch < 1000; ++batch) {
+      const Index n = batch == 0 ? most : rng.index(most + 1);
+      const long before = allocations;
+      layer.forward(x.topRows(n), y.topRows(n), workspace, {}, Sequential{});
+      const long inference = allocations;
+      layer.forward(x.topRows(n), y.topRows(n), cache, {}, Sequential{});
+      layer.backward(y.topRows(n), cache, grad, d_x.topRows(n), Sequential{});
+      if (batch == 0) continue;
+      ASSERT_EQ(inference - before, 0) << "inference, batch " << batch << " of " << n;
+      ASSERT_EQ(allocations - inference, 0) << "forward and backward, batch " << batch << " of " << n;
+    }
   }
 }
 

@@ -87,7 +87,7 @@ BatchInfo masked(std::vector<bool> valid) {
 using LossFunction = std::function<Loss<double>(const Routing<double>&)>;
 
 // d compared with the difference quotient of `value` when any finite entry of `at` moves.
-void expect_gradient(const Matrix<double>& d, Matrix<double>& at, const std::function<double()>& value,
+void expect_gradient(const Matrix<double>& d, moe::MatrixRef<double> at, const std::function<double()>& value,
                      double tolerance = 1e-8) {
   ASSERT_EQ(d.rows(), at.rows());
   ASSERT_EQ(d.cols(), at.cols());

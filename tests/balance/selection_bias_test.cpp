@@ -126,7 +126,8 @@ TEST(SelectionBias, ARankingThatIsNotANumberPoisonsItsToken) {
   moe::Routing<double> routing;
   moe::begin_routing(Index(3), Index(2), {}, routing, "test");
   routing.router_logits = Matrix<double>{{1, 2}, {1, 2}, {1, 2}};
-  Matrix<double> ranking{{2, 1}, {std::numeric_limits<double>::quiet_NaN(), 1}, {1, 2}};
+  const moe::ReusedMatrix<double> ranking =
+      Matrix<double>{{2, 1}, {std::numeric_limits<double>::quiet_NaN(), 1}, {1, 2}};
   moe::RouterWorkspace<double> workspace;
   moe::route_by_logits(moe::SeatingRule{}, {.ranking = &ranking}, {}, routing, workspace, moe::Sequential{});
   EXPECT_EQ(routing.plan.token_state[1], moe::TokenState::poisoned);

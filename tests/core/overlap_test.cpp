@@ -26,7 +26,8 @@ Matrix<S> draws(Index rows, Index cols) {
 
 // Throws with both names, and leaves `memory` as it was.
 template <class S>
-void expect_refused(const std::function<void()>& call, const Matrix<S>& memory, const std::string& what) {
+void expect_refused(const std::function<void()>& call, const ConstMatrixRef<S>& memory,
+                    const std::string& what) {
   const Matrix<S> before = memory;
   const S* const data = memory.data();
   try {
@@ -216,7 +217,7 @@ TEST(Overlap, OfInputAndOutputIsRefusedByPackedLayers) {
   });
   Matrix<float> x = draws<float>(6, kModel), y;
   packed.forward(x, y, workspace);
-  Matrix<float>& logits = workspace.routing.router_logits;
+  ReusedMatrix<float>& logits = workspace.routing.router_logits;
   expect_refused<float>([&] { packed.forward(x, logits, workspace); }, logits, "y in the workspace");
   expect_refused<float>([&] { packed.forward(logits, y, workspace); }, logits, "x in the workspace");
   Routing<float> routing = packed.route(x);
@@ -247,7 +248,7 @@ TEST(Overlap, OfInputAndOutputIsRefusedBySoftLayers) {
     Matrix<double> y;
     layer.forward(x, y, cache);
     layer.backward(x, cache, grad, y);
-    for (Matrix<double>* in :
+    for (ReusedMatrix<double>* in :
          {&cache.routing.x, &cache.routing.logits, &cache.routing.dispatch, &cache.routing.combine,
           &cache.gradient.d_y, &cache.gradient.d_combine, &cache.gradient.d_logits}) {
       expect_refused<double>([&] { layer.forward(*in, y, cache); }, *in, "x in the cache");
@@ -271,14 +272,14 @@ TEST(Overlap, OfTheCacheAndAnotherArgumentIsRefused) {
   cache.routing.input_factor = x;
   layer.backward(y, cache, grad, {}, d_x);
   Routing<double>& routing = cache.routing;
-  const std::vector<Matrix<double>*> arrays{&cache.x,
-                                            &routing.router_logits,
-                                            &routing.router_probs,
-                                            &routing.noise.draws,
-                                            &routing.input_factor,
-                                            &cache.router.d_logits,
-                                            &cache.router.input};
-  for (Matrix<double>* in : arrays) {
+  const std::vector<ReusedMatrix<double>*> arrays{&cache.x,
+                                                  &routing.router_logits,
+                                                  &routing.router_probs,
+                                                  &routing.noise.draws,
+                                                  &routing.input_factor,
+                                                  &cache.router.d_logits,
+                                                  &cache.router.input};
+  for (ReusedMatrix<double>* in : arrays) {
     ASSERT_EQ(in->size(), 6 * kModel);
     expect_refused<double>([&] { layer.forward(*in, y, cache); }, *in, "x");
     expect_refused<double>([&] { layer.forward(x, *in, cache); }, *in, "y");
@@ -378,8 +379,8 @@ TYPED_TEST(OverlapOf, RoutersIsRefused) {
   router.route(x, {}, routing, workspace);
   routing.noise = {x, x, routing.router_probs, 2};
   workspace.d_noise = workspace.token_choice.ranking = workspace.sinkhorn.plan = x;
-  for (Matrix<double>* in : {&routing.router_probs, &routing.noise.stddev, &workspace.d_noise,
-                             &workspace.token_choice.ranking, &workspace.sinkhorn.plan}) {
+  for (ReusedMatrix<double>* in : {&routing.router_probs, &routing.noise.stddev, &workspace.d_noise,
+                                   &workspace.token_choice.ranking, &workspace.sinkhorn.plan}) {
     ASSERT_EQ(in->size(), 6 * kModel);
     expect_refused<double>([&] { router.route(*in, {}, routing, workspace); }, *in, "x in the routing");
     if constexpr (requires { router.route(x, rng, BatchInfo{}, routing); })
@@ -441,9 +442,9 @@ TEST(Overlap, OfDrawsAndTheRoutingIsRefused) {
   const auto router = make_router<SparseMixerRouter<double>>();
   Routing<double> routing;
   RouterWorkspace<double> workspace;
-  Matrix<double>& in_workspace = workspace.sparse_mixer.draws;
+  ReusedMatrix<double>& in_workspace = workspace.sparse_mixer.draws;
   routing.router_logits = in_workspace = Matrix<double>::Constant(6, 2 * (kExperts + 1), 0.5);
-  for (Matrix<double>* in : {&routing.router_logits, &in_workspace})
+  for (ReusedMatrix<double>* in : {&routing.router_logits, &in_workspace})
     expect_refused<double>(
         [&] { router.route_with_draws(draws<double>(6, kModel), *in, {}, routing, workspace); }, *in,
         "draws");

@@ -198,8 +198,8 @@ Logits<S> logits_of(const moe::NoisyTopKRouter<S>& router, const Matrix<S>& x,
                     const moe::Routing<S>& routing) {
   const Matrix<S> z = reference::logits(x, router.w_router);
   if (routing.noise.empty()) return {z, z};
-  return {z, reference::noisy_logits(x, router.w_router, router.w_noise, router.options().noise_epsilon,
-                                     routing.noise.draws)};
+  return {z, reference::noisy_logits<S>(x, router.w_router, router.w_noise, router.options().noise_epsilon,
+                                        routing.noise.draws)};
 }
 
 template <class S>

@@ -134,8 +134,8 @@ void expect_same_step(const Step<S>& a, const Step<S>& b, const std::string& wha
 }
 
 // Largest difference, relative to the larger of 1 and the largest entry expected.
-template <class S>
-double error(const Matrix<S>& got, const Matrix<double>& expected) {
+template <class M>
+double error(const M& got, const Matrix<double>& expected) {
   return relative_error(got, expected, 1);
 }
 

@@ -44,7 +44,7 @@ TEST(SinkhornRouter, ThePlanHasEvenRowsAndColumns) {
   Rng rng(2);
   Matrix<double> z(40, 5);
   moe::SinkhornWorkspace<double> workspace{.plan = Matrix<double>(40, 5)};
-  Matrix<double>& plan = workspace.plan;
+  moe::ReusedMatrix<double>& plan = workspace.plan;
   moe::fill_normal(z, 3.0, rng);
   moe::Buffer<moe::TokenState> state;
   state.assign(40, moe::TokenState::valid);

@@ -201,7 +201,8 @@ using Token = std::vector<std::pair<Index, double>>;  // its choices: expert and
 struct Seating {
   moe::Routing<double> routing;
   moe::CapacityWorkspace<double> workspace;
-  Matrix<double> scores, probs;
+  Matrix<double> scores;
+  moe::ReusedMatrix<double> probs;
   BatchInfo info;
 
   Seating(Index experts, const std::vector<Token>& tokens, BatchInfo batch = {}) : info(std::move(batch)) {

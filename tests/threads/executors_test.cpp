@@ -78,7 +78,8 @@ std::string everything(const SoftMoELayer<Expert>& layer, const Matrix<float>& x
   layer.forward(x, y, workspace, info, executor);
   layer.forward(x, y_train, cache, info, executor);
   layer.backward(x, cache, grad, d_x, executor);
-  for (const Matrix<float>* m : {&y, &y_train, &d_x, &cache.routing.dispatch, &cache.routing.combine})
+  for (const Matrix<float>* m : {&y, &y_train, &d_x}) append(bytes, m->data(), m->size());
+  for (const ReusedMatrix<float>* m : {&cache.routing.dispatch, &cache.routing.combine})
     append(bytes, m->data(), m->size());
   Layer::visit([&](const ParameterInfo&, const auto& g) { append(bytes, g.data(), g.size()); }, grad);
   return bytes;

@@ -4,6 +4,7 @@
 #include <moe/balance/loss.hpp>
 #include <moe/balance/metrics.hpp>
 #include <moe/core/check.hpp>
+#include <moe/core/reused.hpp>
 #include <moe/math/numbers.hpp>
 #include <moe/math/top_k.hpp>
 #include <moe/routing/check_routing.hpp>
@@ -17,7 +18,7 @@ namespace moe {
 /// lower expert. O(tokens * num_experts * top_k). Throws std::invalid_argument for a top_k out of range.
 template <class S>
 Choices<S> most_probable_choices(const Routing<S>& routing, Index top_k) {
-  const Matrix<S>& p = routing.router_probs;
+  const ReusedMatrix<S>& p = routing.router_probs;
   const Index tokens = routing.num_tokens(), experts = routing.num_experts();
   check_plan_arrays(routing.plan, "most_probable_choices");
   require_filled(p, routing, "most_probable_choices", "router_probs");
@@ -47,7 +48,7 @@ Choices<S> most_probable_choices(const Routing<S>& routing, Index top_k) {
 /// num_experts). Throws when `info` or `demand` does not fit the routing.
 template <class S>
 Loss<S> sequence_balance_loss(const Routing<S>& routing, const BatchInfo& info, const Choices<S>& demand) {
-  const Matrix<S>& p = routing.router_probs;
+  const ReusedMatrix<S>& p = routing.router_probs;
   const Index tokens = routing.num_tokens(), experts = routing.num_experts();
   check_plan_arrays(routing.plan, "sequence_balance_loss");
   check_batch_info(info, tokens, "sequence_balance_loss");

@@ -9,6 +9,7 @@
 
 #include <moe/balance/loss.hpp>
 #include <moe/core/check.hpp>
+#include <moe/core/reused.hpp>
 #include <moe/math/top_k.hpp>
 #include <moe/routing/check_routing.hpp>
 #include <moe/routing/routing.hpp>
@@ -68,8 +69,8 @@ class EstimatedLoad {
     const Index tokens = routing_.num_tokens(), experts = routing_.num_experts();
     const RoutingNoise<S>& noise = routing_.noise;
     RoutingGradient<S> gradient;
-    Matrix<S>& d_logits = gradient.d_router_logits;
-    Matrix<S>& d_stddev = gradient.d_noise_stddev;
+    ReusedMatrix<S>& d_logits = gradient.d_router_logits;
+    ReusedMatrix<S>& d_stddev = gradient.d_noise_stddev;
     d_logits.setZero(tokens, experts);
     if (!noise.empty()) d_stddev.setZero(tokens, experts);
     for (Index t = 0; t < tokens; ++t) {

@@ -3,6 +3,7 @@
 
 #include <moe/balance/metrics.hpp>
 #include <moe/core/check.hpp>
+#include <moe/core/reused.hpp>
 #include <moe/core/types.hpp>
 #include <moe/math/numbers.hpp>
 #include <moe/math/softmax.hpp>
@@ -25,7 +26,8 @@ struct Loss {
 
 /// Throws std::invalid_argument unless router_logits or router_probs are there: not every router fills them.
 template <class S>
-void require_filled(const Matrix<S>& part, const Routing<S>& routing, const char* where, const char* what) {
+void require_filled(const ReusedMatrix<S>& part, const Routing<S>& routing, const char* where,
+                    const char* what) {
   const Index tokens = routing.num_tokens(), experts = routing.num_experts();
   require(part.rows() == tokens && part.cols() == experts, where, ": ", what, " has shape [", part.rows(),
           ", ", part.cols(), "], expected [", tokens, ", ", experts, "]",
@@ -54,7 +56,7 @@ T squared_variation(Vector<T>& x) {
 /// gradient are written to d_probs. O(tokens * num_experts).
 template <class S>
 Sum<S> linear_loss(const Routing<S>& routing, Index begin, Index end, const Vector<Sum<S>>& slope,
-                   Matrix<S>& d_probs) {
+                   ReusedMatrix<S>& d_probs) {
   Vector<Sum<S>> sum = Vector<Sum<S>>::Zero(slope.size());  // of every expert's probabilities
   for (Index t = begin; t < end; ++t) {
     if (!routing.is_valid(t)) continue;
@@ -75,7 +77,7 @@ Sum<S> linear_loss(const Routing<S>& routing, Index begin, Index end, const Vect
 /// O(tokens * num_experts). Throws when the sizes do not fit, and for negative counts.
 template <class S>
 Loss<S> load_balancing_loss(const Routing<S>& routing, const IndexVector& demand, Index num_tokens) {
-  const Matrix<S>& p = routing.router_probs;
+  const ReusedMatrix<S>& p = routing.router_probs;
   const Index tokens = routing.num_tokens(), experts = routing.num_experts();
   check_plan_arrays(routing.plan, "load_balancing_loss");
   require_filled(p, routing, "load_balancing_loss", "router_probs");
@@ -163,7 +165,7 @@ Loss<S> importance_loss(const Routing<S>& routing, Importance recipe = Importanc
   }
   loss.value = S(squared_variation(importance));
   const Vector<S> d_importance = importance.template cast<S>();
-  Matrix<S>& d = loss.gradient.d_router_logits;
+  ReusedMatrix<S>& d = loss.gradient.d_router_logits;
   d.setZero(tokens, experts);
   for (Index t = 0; t < tokens; ++t)
     if (routing.is_valid(t)) softmax_backward(experts, &p(t, 0), d_importance.data(), &d(t, 0));
@@ -178,7 +180,7 @@ Loss<S> router_z_loss(const Routing<S>& routing) {
   check_plan_arrays(routing.plan, "router_z_loss");
   require_filled(routing.router_logits, routing, "router_z_loss", "router_logits");
   Loss<S> loss;
-  Matrix<S>& d = loss.gradient.d_router_logits;
+  ReusedMatrix<S>& d = loss.gradient.d_router_logits;
   d.setZero(tokens, experts);
   const Index valid = routing.plan.num_valid_tokens();
   Sum<S> sum = 0;

@@ -15,9 +15,7 @@
 // Storage that is reused from call to call.
 namespace moe {
 
-namespace detail {
-
-// Memory that begins with a cache line, whatever flags Eigen's alignment follows.
+/// Memory that begins with a cache line, whatever flags Eigen's alignment follows.
 template <class T>
 struct LineAllocator {
   using value_type = T;
@@ -30,8 +28,6 @@ struct LineAllocator {
   void deallocate(T* p, std::size_t) { ::operator delete(p, kAlign); }
   friend bool operator==(const LineAllocator&, const LineAllocator&) { return true; }
 };
-
-}  // namespace detail
 
 /// A contiguous array whose memory only grows: resizing within capacity() never allocates, and keeps
 /// what the memory held. New elements of a larger capacity are value-initialised. A copy holds the
@@ -106,7 +102,7 @@ class Buffer {
   }
 
  private:
-  std::vector<T, detail::LineAllocator<T>> storage_;
+  std::vector<T, LineAllocator<T>> storage_;
   Index size_ = 0;
 };
 

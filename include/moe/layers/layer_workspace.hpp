@@ -2,6 +2,7 @@
 #pragma once
 
 #include <moe/core/buffer.hpp>
+#include <moe/core/reused.hpp>
 #include <moe/core/types.hpp>
 #include <moe/layers/grouped_experts.hpp>
 #include <moe/routing/router_workspace.hpp>
@@ -17,7 +18,7 @@ struct LayerWorkspace {
   Routing<S> routing;           ///< what the router decided
   RouterWorkspace<S> router;    ///< what it works in
   DispatchPlan<S> all_experts;  ///< its plan with the shared experts after the routed ones
-  Matrix<S> shared_gate;        ///< logits of the shared experts' gates [tokens, shared experts]
+  ReusedMatrix<S> shared_gate;  ///< logits of the shared experts' gates [tokens, shared experts]
   RowBuffer<S> x_rows, y_rows;  ///< [assignments, d_model]
   ExpertWorkspace<S> expert_workspace;
 
@@ -36,17 +37,17 @@ struct LayerWorkspace {
 /// be destroyed after forward.
 template <class S>
 struct LayerCache : LayerWorkspace<S> {
-  Matrix<S> x;  ///< input, with zeros in rows of tokens that are not valid [tokens, d_model]
+  ReusedMatrix<S> x;  ///< input, with zeros in rows of tokens that are not valid [tokens, d_model]
   ExpertCache<S> experts;
   RowBuffer<S> d_rows, d_x_rows;  ///< [assignments, d_model]
   RoutingGradient<S> routing_gradient;
-  Buffer<S> d_gate;         ///< [assignments]
-  Matrix<S> d_shared_gate;  ///< [tokens, shared experts]
+  Buffer<S> d_gate;               ///< [assignments]
+  ReusedMatrix<S> d_shared_gate;  ///< [tokens, shared experts]
 
   template <class F>
   void for_each_array(const F& f) const {
     LayerWorkspace<S>::for_each_array(f);
-    for (const Matrix<S>* m : {&x, &d_shared_gate}) f(*m);
+    for (const ReusedMatrix<S>* m : {&x, &d_shared_gate}) f(*m);
     f(experts);
     for (const RowBuffer<S>* rows : {&d_rows, &d_x_rows}) f(*rows);
     f(routing_gradient);

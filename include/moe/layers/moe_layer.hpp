@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include <moe/core/output.hpp>
 #include <moe/experts/expert.hpp>
 #include <moe/layers/apply_experts.hpp>
 #include <moe/layers/dispatch.hpp>
@@ -97,12 +98,13 @@ class MoELayer {
     return y;
   }
 
-  /// Allocates nothing when y and the workspace were last used with a batch of this shape. x, y and the
-  /// workspace lie apart, here and in all that follows: no argument that is written overlaps another.
+  /// y is a Matrix<S>, which is resized, or a view of the right shape: see Output. But for that nothing is
+  /// allocated once the workspace has had a batch of as many tokens. x, y and the workspace lie apart. So it
+  /// is in all that follows: no argument that is written overlaps another.
   template <Executor Ex = DefaultExecutor>
-  void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Workspace& workspace, const BatchInfo& info = {},
-               const Ex& executor = {}) const {
-    check_apart(x, y, workspace, "the workspace");
+  void forward(const ConstMatrixRef<S>& x, const Output<S>& y, Workspace& workspace,
+               const BatchInfo& info = {}, const Ex& executor = {}) const {
+    check_written(x, y, workspace, "the workspace");
     const CheckedPlan<S> routed = checked_route(x, info, workspace.routing, workspace.router, executor);
     run(x, routed, y, workspace, workspace.expert_workspace, executor);
   }
@@ -128,12 +130,10 @@ class MoELayer {
     return y;
   }
 
-  /// Allocates nothing when y and the cache were last used with a batch of this shape, and without an Rng,
-  /// too: the memory of a router's noise goes where there is none.
   template <Executor Ex = DefaultExecutor>
-  void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Cache& cache, const BatchInfo& info = {},
+  void forward(const ConstMatrixRef<S>& x, const Output<S>& y, Cache& cache, const BatchInfo& info = {},
                const Ex& executor = {}) const {
-    check_apart(x, y, cache, "the cache");
+    check_written(x, y, cache, "the cache");
     forward_routed(x, checked_route(x, info, cache.routing, cache.router, executor), y, cache, executor);
   }
 
@@ -146,12 +146,11 @@ class MoELayer {
     return y;
   }
 
-  /// Allocates nothing when y and the cache were last used with a batch of this shape, and with an Rng, too.
   template <Executor Ex = DefaultExecutor>
-  void forward(const ConstMatrixRef<S>& x, Rng& rng, Matrix<S>& y, Cache& cache, const BatchInfo& info = {},
-               const Ex& executor = {}) const {
+  void forward(const ConstMatrixRef<S>& x, Rng& rng, const Output<S>& y, Cache& cache,
+               const BatchInfo& info = {}, const Ex& executor = {}) const {
     check_input(x);
-    check_apart(x, y, cache, "the cache");
+    check_written(x, y, cache, "the cache");
     route_with(router_, x, rng, info, cache.routing, cache.router, executor);
     const auto routed = CheckedPlan<S>::of_router(cache.routing, x.rows(), num_experts(), "MoELayer::route");
     forward_routed(x, routed, y, cache, executor);
@@ -166,7 +165,7 @@ class MoELayer {
     check_plan(routing.plan, x.rows(), num_experts(), "MoELayer::forward");
     if (routing.chosen.token_begin.size() > 0) check_choices(routing, "MoELayer::forward");
     Matrix<S> y(x.rows(), d_model());
-    check_apart(x, y, cache, "the cache");
+    check_written(x, y, cache, "the cache");
     if (&routing != &cache.routing) {
       require_apart("MoELayer::forward", "the cache", cache, "routing", routing);
       cache.routing = routing;
@@ -188,12 +187,12 @@ class MoELayer {
     return d_x;
   }
 
-  /// Allocates nothing when d_x and the cache were last used with a batch of this shape.
   template <Executor Ex = DefaultExecutor>
   void backward(const ConstMatrixRef<S>& d_y, Cache& cache, MoELayer& grad,
-                const RoutingGradient<S>& routing_gradient, Matrix<S>& d_x, const Ex& executor = {}) const {
-    const CheckedPlan<S> plan = check_backward(d_y, cache, grad, routing_gradient, d_x);
-    d_x.resize(d_y.rows(), d_model());
+                const RoutingGradient<S>& routing_gradient, const Output<S>& output,
+                const Ex& executor = {}) const {
+    const CheckedPlan<S> plan = check_backward(d_y, cache, grad, routing_gradient, output);
+    MatrixRef<S> d_x = output.of_shape(d_y.rows(), d_model(), "MoELayer::backward", "d_x");
     combine_backward(d_y, cache.y_rows, plan, cache.d_rows, cache.d_gate, executor);
     experts_.backward(cache.x_rows, plan->expert_begin, cache.d_rows, cache.experts, cache.d_x_rows,
                       grad.experts_, executor);
@@ -259,10 +258,12 @@ class MoELayer {
   Vector<S> b_output;       ///< [d_model], empty without output bias
 
  private:
-  // Throws unless what a forward pass writes, y and its buffers, lies apart from the rest.
+  // Throws unless y can have its shape, and what a forward pass writes, y and its buffers, lies apart from
+  // the rest.
   template <class Buffers>
-  static void check_apart(const ConstMatrixRef<S>& x, const Matrix<S>& y, const Buffers& buffers,
-                          const char* what) {
+  void check_written(const ConstMatrixRef<S>& x, const Output<S>& y, const Buffers& buffers,
+                     const char* what) const {
+    y.check(x.rows(), d_model(), "MoELayer::forward", "y");
     require_apart("MoELayer::forward", "y", y, "x", x, what, buffers);
     require_apart("MoELayer::forward", what, buffers, "x", x);
   }
@@ -287,9 +288,9 @@ class MoELayer {
   // The way of the data, once for all overloads. `kept` is where experts keep what they need: of the
   // workspace or, for a backward pass, of the cache.
   template <class Kept, class Ex>
-  void run(const ConstMatrixRef<S>& x, const CheckedPlan<S>& routed, Matrix<S>& y, Workspace& workspace,
-           Kept& kept, const Ex& executor) const {
-    y.resize(x.rows(), d_model());
+  void run(const ConstMatrixRef<S>& x, const CheckedPlan<S>& routed, const Output<S>& output,
+           Workspace& workspace, Kept& kept, const Ex& executor) const {
+    MatrixRef<S> y = output.of_shape(x.rows(), d_model(), "MoELayer::forward", "y");
     const auto plan = CheckedPlan<S>::trusted(add_shared_experts(
         x, *routed, num_shared_, w_shared_gate, workspace.all_experts, workspace.shared_gate, executor));
     apply_experts(x, plan, experts_, y, workspace, kept, executor);
@@ -298,8 +299,8 @@ class MoELayer {
   }
 
   template <class Ex>
-  void forward_routed(const ConstMatrixRef<S>& x, const CheckedPlan<S>& routed, Matrix<S>& y, Cache& cache,
-                      const Ex& executor) const {
+  void forward_routed(const ConstMatrixRef<S>& x, const CheckedPlan<S>& routed, const Output<S>& y,
+                      Cache& cache, const Ex& executor) const {
     static_assert(TrainableExpert<E>, "a differentiable forward pass needs a TrainableExpert");
     cache.x = x;
     for (Index t = 0; t < x.rows(); ++t)
@@ -309,7 +310,7 @@ class MoELayer {
 
   // The plan that the forward pass followed.
   CheckedPlan<S> check_backward(const ConstMatrixRef<S>& d_y, const Cache& cache, const MoELayer& grad,
-                                const RoutingGradient<S>& routing_gradient, const Matrix<S>& d_x) const {
+                                const RoutingGradient<S>& routing_gradient, const Output<S>& d_x) const {
     constexpr const char* kWhere = "MoELayer::backward";
     require(cache.x.cols() == d_model() && cache.routing.num_experts() == num_experts() &&
                 (num_shared_ == 0 || cache.all_experts.num_experts() == experts_.size()),
@@ -319,6 +320,7 @@ class MoELayer {
     require(cache.x.rows() == cache.routing.num_tokens(), kWhere, ": the cache holds ", cache.x.rows(),
             " tokens, but its routing is of ", cache.routing.num_tokens());
     require_shape(d_y, cache.x.rows(), d_model(), kWhere, "d_y");
+    d_x.check(d_y.rows(), d_model(), kWhere, "d_x");
     require(&grad != this, kWhere, ": grad is the layer of ", num_experts(),
             " experts itself, expected another one");
     require(

@@ -5,6 +5,7 @@
 
 #include <moe/core/check.hpp>
 #include <moe/core/executor.hpp>
+#include <moe/core/reused.hpp>
 #include <moe/core/types.hpp>
 #include <moe/math/sigmoid.hpp>
 #include <moe/routing/router.hpp>
@@ -28,7 +29,7 @@ inline void check_shared_gates(Index gated, GateSide side, const char* where) {
 template <class S, Executor Ex>
 const DispatchPlan<S>& add_shared_experts(const ConstMatrixRef<S>& x, const DispatchPlan<S>& routed,
                                           Index num_shared, const Matrix<S>& w_shared_gate,
-                                          DispatchPlan<S>& plan, Matrix<S>& gate, const Ex& executor) {
+                                          DispatchPlan<S>& plan, ReusedMatrix<S>& gate, const Ex& executor) {
   if (num_shared == 0) return routed;
   check_shared_gates(w_shared_gate.rows(), routed.gate_side, "add_shared_experts");
   require(&plan != &routed, "add_shared_experts: plan is the routed plan of ", routed.num_experts(),
@@ -78,8 +79,8 @@ void check_shared_plan(const DispatchPlan<S>& routed, const DispatchPlan<S>& all
 /// add_shared_experts made, `gate` the logits, d_gate [assignments] the gradient by the plan's gates.
 /// O(tokens * num_shared).
 template <class S>
-void shared_gate_backward(const DispatchPlan<S>& plan, const Matrix<S>& gate, const Buffer<S>& d_gate,
-                          Matrix<S>& d_logits) {
+void shared_gate_backward(const DispatchPlan<S>& plan, const ReusedMatrix<S>& gate, const Buffer<S>& d_gate,
+                          ReusedMatrix<S>& d_logits) {
   const Index num_shared = gate.cols(), routed = plan.num_experts() - num_shared;
   d_logits.setZero(plan.num_tokens, num_shared);
   for (Index s = 0; s < num_shared; ++s)

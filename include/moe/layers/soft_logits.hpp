@@ -7,6 +7,7 @@
 #include <moe/core/buffer.hpp>
 #include <moe/core/check.hpp>
 #include <moe/core/executor.hpp>
+#include <moe/core/reused.hpp>
 #include <moe/core/types.hpp>
 #include <moe/layers/soft_routing.hpp>
 #include <moe/math/linear.hpp>
@@ -57,7 +58,7 @@ struct DotLogits {
 
   const Matrix<S>& w_slots;  ///< [slots, d_model]
 
-  const Matrix<S>& tokens(const Routing& routing) const { return routing.x; }
+  const ReusedMatrix<S>& tokens(const Routing& routing) const { return routing.x; }
   const Matrix<S>& slots(const Routing&) const { return w_slots; }
   /// Throws std::invalid_argument unless the routing holds operands of this kind.
   void check(const Routing&, const char*) const {}
@@ -68,9 +69,9 @@ struct DotLogits {
   void make_token(Index, Routing&) const {}
 
   /// Where the gradient by slots() is to be added up [slots, d_model].
-  Matrix<S>& begin_backward(Gradient&, Matrix<S>& d_w_slots) const { return d_w_slots; }
+  MatrixRef<S> begin_backward(Gradient&, Matrix<S>& d_w_slots) const { return d_w_slots; }
   /// Adds to d_x what comes from the logits of the tokens [begin, begin + count). O(count * slots * d_model).
-  void tokens_backward(Index begin, Index count, const Routing&, Gradient& g, Matrix<S>& d_x) const {
+  void tokens_backward(Index begin, Index count, const Routing&, Gradient& g, MatrixRef<S>& d_x) const {
     linear_backward_input(g.d_logits.middleRows(begin, count), w_slots, d_x.middleRows(begin, count),
                           Write::add);
   }
@@ -88,8 +89,8 @@ struct CosineLogits {
   const Matrix<S>& w_slots;  ///< [slots, d_model]
   const Vector<S>& scale;    ///< [1]
 
-  const Matrix<S>& tokens(const Routing& routing) const { return routing.x_unit; }
-  const Matrix<S>& slots(const Routing& routing) const { return routing.w_scaled; }
+  const ReusedMatrix<S>& tokens(const Routing& routing) const { return routing.x_unit; }
+  const ReusedMatrix<S>& slots(const Routing& routing) const { return routing.w_scaled; }
   void check(const Routing& routing, const char* where) const {
     require_shape(routing.x_unit, routing.num_tokens(), w_slots.cols(), where, "the cache's x_unit");
     require_shape(routing.w_unit, w_slots.rows(), w_slots.cols(), where, "the cache's w_unit");
@@ -112,11 +113,12 @@ struct CosineLogits {
     detail::make_unit(w_slots.cols(), &routing.x(t, 0), &routing.x_unit(t, 0));
   }
 
-  Matrix<S>& begin_backward(Gradient& g, Matrix<S>&) const {
+  MatrixRef<S> begin_backward(Gradient& g, Matrix<S>&) const {
     g.d_x_unit.resize(g.d_logits.rows(), w_slots.cols());
     return g.d_w_scaled.setZero(w_slots.rows(), w_slots.cols());
   }
-  void tokens_backward(Index begin, Index count, const Routing& routing, Gradient& g, Matrix<S>& d_x) const {
+  void tokens_backward(Index begin, Index count, const Routing& routing, Gradient& g,
+                       MatrixRef<S>& d_x) const {
     linear_backward_input(g.d_logits.middleRows(begin, count), routing.w_scaled,
                           g.d_x_unit.middleRows(begin, count));
     for (Index t = begin; t < begin + count; ++t)

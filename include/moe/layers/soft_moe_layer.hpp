@@ -9,6 +9,7 @@
 #include <moe/core/buffer.hpp>
 #include <moe/core/check.hpp>
 #include <moe/core/executor.hpp>
+#include <moe/core/output.hpp>
 #include <moe/core/parameters.hpp>
 #include <moe/core/types.hpp>
 #include <moe/experts/expert.hpp>
@@ -112,12 +113,13 @@ class SoftMoELayer {
     return y;
   }
 
-  /// Allocates nothing when y and the workspace were last used with a batch of this shape, groups
-  /// included. workspace.routing shows logits, dispatch and combine. x, y and the workspace lie apart, here
-  /// and in all that follows: no argument that is written overlaps another.
+  /// y is a Matrix<S>, which is resized, or a view of the right shape: see Output. But for that nothing is
+  /// allocated once the workspace has had a batch of as many tokens and groups. x, y and the workspace lie
+  /// apart. So it is in all that follows: no argument that is written overlaps another. workspace.routing
+  /// shows logits, dispatch and combine.
   template <Executor Ex = DefaultExecutor>
-  void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Workspace& workspace, const BatchInfo& info = {},
-               const Ex& executor = {}) const {
+  void forward(const ConstMatrixRef<S>& x, const Output<S>& y, Workspace& workspace,
+               const BatchInfo& info = {}, const Ex& executor = {}) const {
     check_forward(x, y, workspace, "the workspace", info);
     router_.mix(x, info, workspace.routing, workspace.x_rows, executor);
     experts_.forward(workspace.x_rows, workspace.routing.expert_begin, workspace.y_rows,
@@ -135,10 +137,8 @@ class SoftMoELayer {
     return y;
   }
 
-  /// Allocates nothing when y and the cache were last used with a batch of this shape, groups
-  /// included.
   template <Executor Ex = DefaultExecutor>
-  void forward(const ConstMatrixRef<S>& x, Matrix<S>& y, Cache& cache, const BatchInfo& info = {},
+  void forward(const ConstMatrixRef<S>& x, const Output<S>& y, Cache& cache, const BatchInfo& info = {},
                const Ex& executor = {}) const {
     static_assert(TrainableExpert<E>, "a differentiable forward pass needs a TrainableExpert");
     check_forward(x, y, cache, "the cache", info);
@@ -159,13 +159,12 @@ class SoftMoELayer {
     return d_x;
   }
 
-  /// Allocates nothing when d_x and the cache were last used with a batch of this shape.
   template <Executor Ex = DefaultExecutor>
-  void backward(const ConstMatrixRef<S>& d_y, Cache& cache, SoftMoELayer& grad, Matrix<S>& d_x,
+  void backward(const ConstMatrixRef<S>& d_y, Cache& cache, SoftMoELayer& grad, const Output<S>& d_x,
                 const Ex& executor = {}) const {
     check_backward(d_y, cache, grad, d_x);
     if (cache.routing.live.empty()) {  // no valid token
-      d_x.setZero(d_y.rows(), d_model());
+      d_x.of_shape(d_y.rows(), d_model(), "SoftMoELayer::backward", "d_x").setZero();
       return;
     }
     router_.unmix_backward(d_y, cache.routing, cache.gradient, cache.d_y_rows, executor);
@@ -186,19 +185,21 @@ class SoftMoELayer {
 
  private:
   template <class Buffers>
-  void check_forward(const ConstMatrixRef<S>& x, const Matrix<S>& y, const Buffers& buffers, const char* what,
+  void check_forward(const ConstMatrixRef<S>& x, const Output<S>& y, const Buffers& buffers, const char* what,
                      const BatchInfo& info) const {
     constexpr const char* kWhere = "SoftMoELayer::forward";
     router_.check_forward(x, info, kWhere);
+    y.check(x.rows(), d_model(), kWhere, "y");
     require_apart(kWhere, "y", y, "x", x, what, buffers);
     require_apart(kWhere, what, buffers, "x", x);
   }
 
   void check_backward(const ConstMatrixRef<S>& d_y, const Cache& cache, const SoftMoELayer& grad,
-                      const Matrix<S>& d_x) const {
+                      const Output<S>& d_x) const {
     constexpr const char* kWhere = "SoftMoELayer::backward";
     router_.check_backward(cache.routing, kWhere);
     require_shape(d_y, cache.routing.num_tokens(), d_model(), kWhere, "d_y");
+    d_x.check(d_y.rows(), d_model(), kWhere, "d_x");
     require(&grad != this, kWhere, ": grad is the layer of ", num_experts(),
             " experts itself, expected another one");
     require(grad.d_model() == d_model() && grad.num_experts() == num_experts(), kWhere,

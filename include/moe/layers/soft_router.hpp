@@ -9,7 +9,9 @@
 #include <moe/core/buffer.hpp>
 #include <moe/core/check.hpp>
 #include <moe/core/executor.hpp>
+#include <moe/core/output.hpp>
 #include <moe/core/parameters.hpp>
+#include <moe/core/reused.hpp>
 #include <moe/core/types.hpp>
 #include <moe/layers/soft_logits.hpp>
 #include <moe/layers/soft_routing.hpp>
@@ -103,8 +105,9 @@ class SoftRouter {
   /// y [tokens, d_model] from the experts' outputs in place of the rows that mix made: what every token mixes
   /// of the slots of its group; zero for a masked token, NaN for a poisoned one.
   template <Executor Ex = DefaultExecutor>
-  void unmix(const RowBuffer<S>& rows, Routing& routing, Matrix<S>& y, const Ex& executor = {}) const {
-    y.resize(routing.num_tokens(), d_model());
+  void unmix(const RowBuffer<S>& rows, Routing& routing, const Output<S>& output,
+             const Ex& executor = {}) const {
+    MatrixRef<S> y = output.of_shape(routing.num_tokens(), d_model(), "SoftRouter::unmix", "y");
     from_rows(routing, rows, routing.slots, executor);
     for_each_token_block(routing, routing.slots, executor, [&](Index begin, Index count, const auto& slots) {
       linear_backward_input(routing.combine.middleRows(begin, count), slots, y.middleRows(begin, count));
@@ -158,8 +161,8 @@ class SoftRouter {
   /// by the experts' inputs, in their rows; adds to the parameters of `grad`.
   template <Executor Ex = DefaultExecutor>
   void mix_backward(const RowBuffer<S>& rows, const Routing& routing, Gradient& g, SoftRouter& grad,
-                    Matrix<S>& d_x, const Ex& executor = {}) const {
-    d_x.resize(routing.num_tokens(), d_model());
+                    const Output<S>& output, const Ex& executor = {}) const {
+    MatrixRef<S> d_x = output.of_shape(routing.num_tokens(), d_model(), "SoftRouter::mix_backward", "d_x");
     from_rows(routing, rows, g.d_slots, executor);
     g.d_logits.resize(d_x.rows(), num_slots());
     for_each_token_block(routing, g.d_slots, executor, [&](Index begin, Index count, const auto& slots) {
@@ -246,7 +249,7 @@ class SoftRouter {
         routing.token_blocks.push_back({g, t, (std::min)(t + kTokenBlock, end)});
     }
     routing.x.resize(tokens, d_model());
-    for (Matrix<S>* m : {&routing.logits, &routing.dispatch, &routing.combine})
+    for (ReusedMatrix<S>* m : {&routing.logits, &routing.dispatch, &routing.combine})
       m->resize(tokens, num_slots());
   }
 
@@ -271,7 +274,8 @@ class SoftRouter {
         if (routing.is_valid(t)) {
           softmax(num_slots(), &routing.logits(t, 0), &routing.combine(t, 0));
         } else {
-          for (Matrix<S>* m : {&routing.logits, &routing.dispatch, &routing.combine}) m->row(t).setZero();
+          for (ReusedMatrix<S>* m : {&routing.logits, &routing.dispatch, &routing.combine})
+            m->row(t).setZero();
         }
       }
     });
@@ -310,8 +314,8 @@ class SoftRouter {
   // slots [groups * slots, d_model] = for every group the transpose of its rows of `shares`
   // [tokens, slots] times its rows of x [tokens, d_model].
   template <class Ex>
-  void sum_tokens(const Routing& routing, const Matrix<S>& shares, const Matrix<S>& x, RowBuffer<S>& slots,
-                  const Ex& executor) const {
+  void sum_tokens(const Routing& routing, const ReusedMatrix<S>& shares, const ReusedMatrix<S>& x,
+                  RowBuffer<S>& slots, const Ex& executor) const {
     slots.resize(routing.num_groups() * num_slots(), d_model());
     for_each_tile(
         routing.num_groups(), d_model(), executor, [&](Index g, Index s, Index high, Index j, Index wide) {
@@ -373,7 +377,8 @@ class SoftRouter {
 
   // d_shares, on entry the gradient by dispatch, becomes what that makes of the logits.
   template <class Ex>
-  void softmax_over_tokens_backward(const Routing& routing, Matrix<S>& d_shares, const Ex& executor) const {
+  void softmax_over_tokens_backward(const Routing& routing, ReusedMatrix<S>& d_shares,
+                                    const Ex& executor) const {
     for_each_tile(routing.num_groups(), 1, executor, [&](Index g, Index s, Index count, Index, Index) {
       const Index first = routing.group_begin[g], last = routing.group_begin[g + 1];
       std::array<S, kSlotBlock> origin;  // as in softmax_backward
@@ -393,8 +398,8 @@ class SoftRouter {
   // From the logits to x, w_slots and the scale.
   template <class Kind, class Ex>
   void logits_backward(const Kind& kind, const Routing& routing, Gradient& g, SoftRouter& grad,
-                       Matrix<S>& d_x, const Ex& executor) const {
-    Matrix<S>& d_slots = kind.begin_backward(g, grad.w_slots);
+                       MatrixRef<S>& d_x, const Ex& executor) const {
+    MatrixRef<S> d_slots = kind.begin_backward(g, grad.w_slots);
     for_each_block(d_x.rows(), executor, [&](Index begin, Index end, Index) {
       kind.tokens_backward(begin, end - begin, routing, g, d_x);
       for (Index t = begin; t < end; ++t)

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include <moe/core/buffer.hpp>
+#include <moe/core/reused.hpp>
 #include <moe/core/types.hpp>
 #include <moe/routing/routing.hpp>
 
@@ -31,17 +32,17 @@ struct GroupTokens {
 template <class S>
 struct SoftRouting {
   Buffer<TokenState> token_state;  ///< [tokens]
-  Matrix<S> logits;                ///< [tokens, slots]; slot e * slots_per_expert + p is expert e's
-  Matrix<S> dispatch;          ///< share of a token in a slot of its group: columns of a group add up to 1
+  ReusedMatrix<S> logits;          ///< [tokens, slots]; slot e * slots_per_expert + p is expert e's
+  ReusedMatrix<S> dispatch;    ///< share of a token in a slot of its group: columns of a group add up to 1
                                ///< [tokens, slots]
-  Matrix<S> combine;           ///< share of a slot in a token's output: rows add up to 1 [tokens, slots]
+  ReusedMatrix<S> combine;     ///< share of a slot in a token's output: rows add up to 1 [tokens, slots]
   Buffer<Index> expert_begin;  ///< first of an expert's rows among those of all [num_experts + 1]
 
-  Matrix<S> x;                 ///< input [tokens, d_model]
-  Matrix<S> x_unit;            ///< where normalised [tokens, d_model]
-  Matrix<S> w_unit, w_scaled;  ///< where normalised [slots, d_model]
-  Buffer<Index> group_begin;   ///< [groups + 1]
-  Buffer<Index> live;          ///< groups that have a valid token
+  ReusedMatrix<S> x;                 ///< input [tokens, d_model]
+  ReusedMatrix<S> x_unit;            ///< where normalised [tokens, d_model]
+  ReusedMatrix<S> w_unit, w_scaled;  ///< where normalised [slots, d_model]
+  Buffer<Index> group_begin;         ///< [groups + 1]
+  Buffer<Index> live;                ///< groups that have a valid token
   Buffer<GroupTokens> token_blocks;
   RowBuffer<S> slots;  ///< inputs, later outputs, of the slots of every group [groups * slots, d_model]
 
@@ -51,7 +52,7 @@ struct SoftRouting {
   bool is_valid(Index token) const { return token_state[token] == TokenState::valid; }
   template <class F>
   void for_each_array(const F& f) const {
-    for (const Matrix<S>* m : {&logits, &dispatch, &combine, &x, &x_unit, &w_unit, &w_scaled}) f(*m);
+    for (const ReusedMatrix<S>* m : {&logits, &dispatch, &combine, &x, &x_unit, &w_unit, &w_scaled}) f(*m);
     f(slots);
   }
 };
@@ -59,17 +60,17 @@ struct SoftRouting {
 /// Buffers of a SoftRouter's backward pass. Reused, they allocate nothing.
 template <class S>
 struct SoftRoutingGradient {
-  Matrix<S> d_y;         ///< with zeros in rows of tokens that are not valid [tokens, d_model]
-  Matrix<S> d_combine;   ///< [tokens, slots]
-  Matrix<S> d_logits;    ///< by dispatch, then by the logits [tokens, slots]
-  Matrix<S> d_x_unit;    ///< where normalised [tokens, d_model]
-  Matrix<S> d_w_scaled;  ///< where normalised [slots, d_model]
-  Buffer<S> d_scale;     ///< where normalised, by slot [slots]
-  RowBuffer<S> d_slots;  ///< by outputs, later by inputs, of slots [groups * slots, d_model]
+  ReusedMatrix<S> d_y;         ///< with zeros in rows of tokens that are not valid [tokens, d_model]
+  ReusedMatrix<S> d_combine;   ///< [tokens, slots]
+  ReusedMatrix<S> d_logits;    ///< by dispatch, then by the logits [tokens, slots]
+  ReusedMatrix<S> d_x_unit;    ///< where normalised [tokens, d_model]
+  ReusedMatrix<S> d_w_scaled;  ///< where normalised [slots, d_model]
+  Buffer<S> d_scale;           ///< where normalised, by slot [slots]
+  RowBuffer<S> d_slots;        ///< by outputs, later by inputs, of slots [groups * slots, d_model]
 
   template <class F>
   void for_each_array(const F& f) const {
-    for (const Matrix<S>* m : {&d_y, &d_combine, &d_logits, &d_x_unit, &d_w_scaled}) f(*m);
+    for (const ReusedMatrix<S>* m : {&d_y, &d_combine, &d_logits, &d_x_unit, &d_w_scaled}) f(*m);
     f(d_scale);
     f(d_slots);
   }

@@ -186,8 +186,8 @@ void bias_backward(const Dy& d_y, B&& d_b) {
 
 /// A router's linear layer: logits [tokens, experts] = x w^T, in blocks of tokens; where there is but one,
 /// in blocks of experts, so that one token uses every worker. O(tokens * experts * d_model).
-template <class S, class X, Executor E>
-void router_linear(const X& x, const Matrix<S>& w, Matrix<S>& logits, const E& executor) {
+template <class S, class X, class Z, Executor E>
+void router_linear(const X& x, const Matrix<S>& w, Z&& logits, const E& executor) {
   require_shape(w, w.rows(), x.cols(), "router_linear", "w");
   require_shape(logits, x.rows(), w.rows(), "router_linear", "logits");
   const Index tokens = x.rows(), experts = w.rows();
@@ -210,9 +210,9 @@ void router_linear(const X& x, const Matrix<S>& w, Matrix<S>& logits, const E& e
 
 /// Backward of a router's linear layer logits = x w^T: d_w [experts, d_model] += d_logits^T x and
 /// d_x [tokens, d_model] += d_logits w, in blocks of fixed size. O(tokens * experts * d_model).
-template <class S, class X, class Dx, Executor E>
-void router_linear_backward(const X& x, const Matrix<S>& w, const Matrix<S>& d_logits, Matrix<S>& d_w,
-                            Dx&& d_x, const E& executor) {
+template <class S, class X, class Dz, class Dx, Executor E>
+void router_linear_backward(const X& x, const Matrix<S>& w, const Dz& d_logits, Matrix<S>& d_w, Dx&& d_x,
+                            const E& executor) {
   require_shape(d_logits, x.rows(), w.rows(), "router_linear_backward", "d_logits");
   require_shape(d_w, w.rows(), x.cols(), "router_linear_backward", "d_w");
   require_shape(d_x, x.rows(), w.cols(), "router_linear_backward", "d_x");

@@ -46,11 +46,11 @@ void softmax(Index n, const S* logits, S* probs) {
 }
 
 /// Softmax of every row of a matrix [rows, n]. For example softmax(router_logits).
-template <class S>
-Matrix<S> softmax(const Matrix<S>& logits) {
-  const Index n = logits.cols();
-  Matrix<S> probs(logits.rows(), n);
-  for (Index i = 0; i < logits.rows(); ++i) softmax(n, logits.data() + i * n, probs.data() + i * n);
+template <class M>
+Matrix<typename M::Scalar> softmax(const Eigen::MatrixBase<M>& logits) {
+  Matrix<typename M::Scalar> probs = logits;
+  const Index n = probs.cols();
+  for (Index i = 0; i < probs.rows(); ++i) softmax(n, probs.data() + i * n, probs.data() + i * n);
   return probs;
 }
 

@@ -72,9 +72,9 @@ class PackedExperts {
   /// every assignment of the plan, and the gates are 1 where they scale inputs.
   /// Tasks own blocks of y: output.begin(block) writes what stands there before, output.end(block) may change
   /// what stands there after. O(tokens * d_model + assignments * d_model * d_ff).
-  template <class Output, Executor Ex>
-  void forward(const ActivationRows& x, const CheckedPlan<float>& checked, Matrix<float>& y,
-               const Output& output, Workspace& w, const Ex& executor) const {
+  template <class Beside, Executor Ex>
+  void forward(const ActivationRows& x, const CheckedPlan<float>& checked, MatrixRef<float> y,
+               const Beside& beside, Workspace& w, const Ex& executor) const {
     const DispatchPlan<float>& plan = *checked;
     require(plan.num_experts() == size(), "PackedExperts::forward: the plan is over ", plan.num_experts(),
             " experts, expected ", size());
@@ -82,7 +82,7 @@ class PackedExperts {
     make_room(plan, executor.concurrency(), w);
     list_tasks(plan, executor.concurrency(), w);
     first_products(x, plan, w, executor);
-    second_products(plan, y, output, w, executor);
+    second_products(plan, y, beside, w, executor);
   }
 
  private:
@@ -176,9 +176,9 @@ class PackedExperts {
 
   // y += hidden * down + bias, times gates. A task owns some columns of the output for some tokens, so it
   // adds without asking anybody.
-  template <class Output, class Ex>
-  void second_products(const DispatchPlan<float>& plan, Matrix<float>& y, const Output& output, Workspace& w,
-                       const Ex& executor) const {
+  template <class Beside, class Ex>
+  void second_products(const DispatchPlan<float>& plan, MatrixRef<float>& y, const Beside& beside,
+                       Workspace& w, const Ex& executor) const {
     const Index workers = executor.concurrency(), columns = product_.kernels().columns;
     const Index panels = (d_model_ + columns - 1) / columns;
     // Every task brings all of its rows into bfloat16, so there are not many where there are many rows.
@@ -191,16 +191,16 @@ class PackedExperts {
       const Index token_begin = task / groups * tokens, column_begin = task % groups * group * columns;
       const OutputBlock block{token_begin, (std::min)(plan.num_tokens, token_begin + tokens), column_begin,
                               (std::min)(d_model_, column_begin + group * columns)};
-      output.begin(block);
+      beside.begin(block);
       for (Index i = 0; i < w.touched.size(); ++i)
         add_expert(w.touched[i], w.touched[i + 1 < w.touched.size() ? i + 1 : 0], plan, block, y, worker, w);
-      output.end(block);
+      beside.end(block);
     });
   }
 
   // Adds what an expert gives to a block of the output. `next` is the expert after it.
   void add_expert(Index e, Index next, const DispatchPlan<float>& plan, const OutputBlock& block,
-                  Matrix<float>& y, Index worker, Workspace& w) const {
+                  MatrixRef<float>& y, Index worker, Workspace& w) const {
     const kernels::Kernels& kernels = product_.kernels();
     const Index columns = kernels.columns, most = most_rows(plan), first_panel = block.column_begin / columns;
     const Index panels = (block.column_end - block.column_begin + columns - 1) / columns;

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include <moe/core/output.hpp>
 #include <moe/kernels/select.hpp>
 #include <moe/layers/apply_experts.hpp>
 #include <moe/layers/moe_layer.hpp>
@@ -57,23 +58,25 @@ struct PackedOutput {
   const ConstMatrixRef<float>& x;
   const DispatchPlan<float>& plan;
   const Vector<float>& bias;  ///< empty for none
-  Matrix<float>& y;
+  MatrixRef<float> y;
 
   void begin(const OutputBlock& block) const {
     const Index column = block.column_begin, columns = block.column_end - column;
+    MatrixRef<float> to = y;
     for (Index t = block.token_begin; t < block.token_end; ++t)
       std::fill_n(
-          &y(t, column), columns,
+          &to(t, column), columns,
           plan.token_state[t] == TokenState::poisoned ? std::numeric_limits<float>::quiet_NaN() : 0.0f);
     const Index* const last = plan.passed_through.end();
     for (const Index* t = std::lower_bound(plan.passed_through.begin(), last, block.token_begin);
          t != last && *t < block.token_end; ++t)
-      std::copy_n(&x.coeffRef(*t, column), columns, &y(*t, column));
+      std::copy_n(&x.coeffRef(*t, column), columns, &to(*t, column));
   }
   void end(const OutputBlock& block) const {
+    MatrixRef<float> to = y;
     for (Index t = block.token_begin; bias.size() > 0 && t < block.token_end; ++t)
       if (plan.token_state[t] == TokenState::valid)
-        for (Index j = block.column_begin; j < block.column_end; ++j) y(t, j) += bias[j];
+        for (Index j = block.column_begin; j < block.column_end; ++j) to(t, j) += bias[j];
   }
 };
 
@@ -138,12 +141,14 @@ class PackedMoELayer {
     return y;
   }
 
-  /// The same. Allocates nothing when y and the workspace were last used with a batch of this shape. x, y
-  /// and the workspace lie apart.
+  /// The same. y is a Matrix<float>, which is resized, or a view of the right shape: see Output. But for that
+  /// nothing is allocated once the workspace has had a batch of as many tokens. x, y and the workspace lie
+  /// apart.
   template <Executor Ex = DefaultExecutor>
-  void forward(const ConstMatrixRef<float>& x, Matrix<float>& y, Workspace& workspace,
+  void forward(const ConstMatrixRef<float>& x, const Output<float>& y, Workspace& workspace,
                const BatchInfo& info = {}, const Ex& executor = {}) const {
     check_input(x);
+    y.check(x.rows(), d_model(), "PackedMoELayer::forward", "y");
     check_apart(x, y, workspace);
     route_with(parts_.router, x, info, workspace.routing, workspace.router, executor);
     run(x, workspace.routing.plan, y, workspace, executor);
@@ -158,12 +163,12 @@ class PackedMoELayer {
     return y;
   }
 
-  /// The same. Allocates nothing when y and the workspace were last used with a batch of this shape. The
-  /// routing may be workspace.routing; y lies apart from all others.
+  /// The same. The routing may be workspace.routing; y lies apart from all others.
   template <std::same_as<Routing<float>> Made, Executor Ex = DefaultExecutor>
-  void forward(const ConstMatrixRef<float>& x, const Made& routing, Matrix<float>& y, Workspace& workspace,
-               const Ex& executor = {}) const {
+  void forward(const ConstMatrixRef<float>& x, const Made& routing, const Output<float>& y,
+               Workspace& workspace, const Ex& executor = {}) const {
     check_input(x);
+    y.check(x.rows(), d_model(), "PackedMoELayer::forward", "y");
     check_apart(x, y, workspace);
     require_apart("PackedMoELayer::forward", "y", y, "routing", routing);
     run(x, routing.plan, y, workspace, executor);
@@ -214,7 +219,7 @@ class PackedMoELayer {
   }
 
   // Throws unless what a forward pass writes, y and the workspace, lies apart from the rest.
-  static void check_apart(const ConstMatrixRef<float>& x, const Matrix<float>& y,
+  static void check_apart(const ConstMatrixRef<float>& x, const Output<float>& y,
                           const Workspace& workspace) {
     require_apart("PackedMoELayer::forward", "y", y, "x", x, "the workspace", workspace);
     require_apart("PackedMoELayer::forward", "the workspace", workspace, "x", x);
@@ -222,13 +227,13 @@ class PackedMoELayer {
 
   // Every forward pass comes here, and checks its plan here.
   template <class Ex>
-  void run(const ConstMatrixRef<float>& x, const DispatchPlan<float>& routed, Matrix<float>& y,
+  void run(const ConstMatrixRef<float>& x, const DispatchPlan<float>& routed, const Output<float>& result,
            Workspace& workspace, const Ex& executor) const {
     const CheckedPlan<float> checked(routed, x.rows(), num_experts(), "PackedMoELayer::forward");
     const DispatchPlan<float>& plan =
         add_shared_experts(x, *checked, num_shared_experts(), parts_.w_shared_gate, workspace.all_experts,
                            workspace.shared_gate, executor);
-    y.resize(x.rows(), d_model());
+    MatrixRef<float> y = result.of_shape(x.rows(), d_model(), "PackedMoELayer::forward", "y");
     const PackedOutput output{x, plan, parts_.b_output, y};
     if constexpr (kPackable) {
       ActivationRows rows{x.data(), x.outerStride(), plan.token.data()};

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include <moe/core/reused.hpp>
 #include <moe/math/init.hpp>
 #include <moe/math/linear.hpp>
 #include <moe/math/softmax.hpp>
@@ -68,7 +69,7 @@ class ExpertChoiceRouter {
     begin_route(*this, x, info, routing, workspace, "ExpertChoiceRouter::route",
                 {.router_logits = true, .router_probs = true});
     const Index tokens = x.rows(), experts = num_experts();
-    Matrix<S>&z = routing.router_logits, &p = routing.router_probs;
+    ReusedMatrix<S>&z = routing.router_logits, &p = routing.router_probs;
     z.resize(tokens, experts);
     p.resize(tokens, experts);
     router_linear(x, w_router, z, executor);
@@ -94,7 +95,7 @@ class ExpertChoiceRouter {
                 const E& executor = {}) const {
     check_backward(x, routing, grad);
     check_router_operands(x, routing, gradient, d_x, grad, workspace, "ExpertChoiceRouter::backward");
-    Matrix<S>& d_logits = workspace.d_logits;
+    ReusedMatrix<S>& d_logits = workspace.d_logits;
     selection_backward(SeatingRule{}, routing, gradient, workspace.token_choice, d_logits);
     add_valid_rows(routing, gradient.d_router_logits, d_logits);
     router_linear_backward(x, w_router, d_logits, grad.w_router, d_x, executor);
@@ -149,10 +150,10 @@ class ExpertChoiceRouter {
   template <class E>
   void choose_tokens(const BatchInfo& info, Routing<S>& routing, RouterWorkspace<S>& workspace,
                      const E& executor) const {
-    const Matrix<S>&z = routing.router_logits, &p = routing.router_probs;
+    const ReusedMatrix<S>&z = routing.router_logits, &p = routing.router_probs;
     DispatchPlan<S>& plan = routing.plan;
     const Index tokens = plan.num_tokens, experts = num_experts(), groups = info.num_groups();
-    IndexVector& capacity = workspace.capacity;
+    Reused<IndexVector>& capacity = workspace.capacity;
     count_valid_tokens(plan, info, capacity);
     Index most = 0, room = 0;  // seats of one expert: used at most now, and by any mask
     for (Index g = 0; g < groups; ++g) {

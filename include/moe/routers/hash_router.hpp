@@ -6,6 +6,7 @@
 #include <utility>
 
 #include <moe/core/random.hpp>
+#include <moe/core/reused.hpp>
 #include <moe/routing/capacity.hpp>
 #include <moe/routing/check_router.hpp>
 #include <moe/routing/router_workspace.hpp>
@@ -111,7 +112,7 @@ class HashRouter {
       chosen.token_begin[t + 1] = chosen.size();
     }
     if (!options_.capacity) return dispatch_all(chosen, plan);
-    IndexVector& capacity = workspace.capacity;
+    Reused<IndexVector>& capacity = workspace.capacity;
     count_valid_tokens(plan, info, capacity);
     for (Index& seats : capacity)
       seats = expert_capacity(seats, num_experts(), 1, *options_.capacity, options_.capacity_rule);

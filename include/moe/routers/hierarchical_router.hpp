@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include <moe/core/reused.hpp>
 #include <moe/routing/capacity.hpp>
 #include <moe/routing/check_router.hpp>
 #include <moe/routing/router.hpp>
@@ -114,7 +115,7 @@ class HierarchicalRouter {
     check_backward(x, routing, grad);
     check_router_operands(x, routing, gradient, d_x, grad, workspace, kWhere);
     check_routing_gradient(gradient, routing, kWhere);
-    for (const Matrix<S>* d : {&gradient.d_router_logits, &gradient.d_noise_stddev})
+    for (const ReusedMatrix<S>* d : {&gradient.d_router_logits, &gradient.d_noise_stddev})
       require(std::all_of(d->data(), d->data() + d->size(), [](S v) { return is_equal(v, S(0)); }), kWhere,
               ": a gradient by logits or noise of [", d->rows(), ", ", d->cols(),
               "] leaves that is not zero, expected none: see backward_levels");
@@ -434,7 +435,8 @@ class HierarchicalRouter {
   }
 
   // d [tokens, experts of the level] = the gradient by its probabilities.
-  void probs_backward(const Routing<S>& routing, Index level, const Matrix<S>& d_leaf, Matrix<S>& d) const {
+  void probs_backward(const Routing<S>& routing, Index level, const ReusedMatrix<S>& d_leaf,
+                      ReusedMatrix<S>& d) const {
     const Index b = leaves();
     d.setZero(routing.num_tokens(), level == 0 ? num_children() : b);
     for (Index t = 0; t < routing.num_tokens(); ++t) {
@@ -481,7 +483,7 @@ class HierarchicalRouter {
     if (gradient.empty() || level.plan.num_valid_tokens() == 0) return;
     if (number == 0)
       return route_backward_with(parent_, x, level, gradient, d_x, grad.parent_, of_level, executor);
-    Matrix<S>& seen = workspace.input;  // zeros for the tokens that the child did not see
+    ReusedMatrix<S>& seen = workspace.input;  // zeros for the tokens that the child did not see
     seen = x;
     for (Index t = 0; t < x.rows(); ++t)
       if (!level.is_valid(t)) seen.row(t).setZero();

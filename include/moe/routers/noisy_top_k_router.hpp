@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include <moe/core/reused.hpp>
 #include <moe/math/init.hpp>
 #include <moe/math/linear.hpp>
 #include <moe/math/sigmoid.hpp>
@@ -111,11 +112,11 @@ class NoisyTopKRouter {
     check_backward(x, routing, grad);
     check_router_operands(x, routing, gradient, d_x, grad, workspace, "NoisyTopKRouter::backward");
     const RoutingNoise<S>& noise = routing.noise;
-    Matrix<S>& d_logits = workspace.d_logits;
+    ReusedMatrix<S>& d_logits = workspace.d_logits;
     selection_backward(rule({}), routing, gradient, workspace.token_choice, d_logits);
     if (!noise.empty()) {
       // softplus'(a) = 1 - exp(-softplus(a)), and softplus(a) = stddev - noise_epsilon.
-      Matrix<S>& d_noise = workspace.d_noise;
+      ReusedMatrix<S>& d_noise = workspace.d_noise;
       d_noise.setZero(x.rows(), num_experts());
       for (Index t = 0; t < x.rows(); ++t) {
         if (!routing.is_valid(t)) continue;
@@ -200,7 +201,7 @@ class NoisyTopKRouter {
   }
 
   template <class E>
-  void logits(const ConstMatrixRef<S>& x, const Matrix<S>& w, Matrix<S>& z, const E& executor) const {
+  void logits(const ConstMatrixRef<S>& x, const Matrix<S>& w, ReusedMatrix<S>& z, const E& executor) const {
     z.resize(x.rows(), w.rows());
     router_linear(x, w, z, executor);
   }

@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include <moe/core/reused.hpp>
 #include <moe/math/init.hpp>
 #include <moe/math/linear.hpp>
 #include <moe/routing/check_router.hpp>
@@ -38,8 +39,9 @@ namespace detail {
 // workspace.plan [tokens, experts] = d0_t * exp(z_te) * d1_e for the valid tokens [begin, end), whose rows
 // sum to 1 / tokens and whose columns to 1 / experts, about; minus infinity where an expert is unavailable.
 template <class S>
-void balance_by_sinkhorn(const Matrix<S>& z, const Buffer<TokenState>& state, Index begin, Index end,
-                         const SinkhornOptions& options, SinkhornWorkspace<S>& workspace) {
+void balance_by_sinkhorn(const std::type_identity_t<ConstMatrixRef<S>>& z, const Buffer<TokenState>& state,
+                         Index begin, Index end, const SinkhornOptions& options,
+                         SinkhornWorkspace<S>& workspace) {
   auto& [plan, factors, sums] = workspace;
   const Index experts = z.cols();
   constexpr S kEpsilon = S(1e-8);
@@ -49,7 +51,7 @@ void balance_by_sinkhorn(const Matrix<S>& z, const Buffer<TokenState>& state, In
     ++tokens;
     // d0_t absorbs the factor of a row, so that the plan is the same, but for kEpsilon. Every row has a 1
     // then, however far its logits are from those of other tokens.
-    const S largest = max_finite(experts, &z(t, 0));
+    const S largest = max_finite(experts, &z.coeffRef(t, 0));
     for (Index e = 0; e < experts; ++e)
       plan(t, e) = is_unavailable(z(t, e)) ? S(0) : std::exp(z(t, e) - largest);
   }
@@ -131,7 +133,7 @@ class SinkhornRouter {
   void route(const ConstMatrixRef<S>& x, Rng&, const BatchInfo& info, Routing<S>& routing,
              RouterWorkspace<S>& workspace, const E& executor = {}) const {
     begin(x, info, routing, workspace, executor);
-    const Matrix<S>& z = routing.router_logits;
+    const auto& z = routing.router_logits;
     Buffer<TokenState>& state = routing.plan.token_state;
     for (Index t = 0; t < x.rows(); ++t) check_logits(num_experts(), &z(t, 0), state[t]);
     workspace.sinkhorn.plan.resize(x.rows(), num_experts());
@@ -150,7 +152,7 @@ class SinkhornRouter {
                 const E& executor = {}) const {
     check_backward(x, routing, grad);
     check_router_operands(x, routing, gradient, d_x, grad, workspace, "SinkhornRouter::backward");
-    Matrix<S>& d_logits = workspace.d_logits;
+    ReusedMatrix<S>& d_logits = workspace.d_logits;
     selection_backward(rule({}), routing, gradient, workspace.token_choice, d_logits);
     add_valid_rows(routing, gradient.d_router_logits, d_logits);
     router_linear_backward(x, w_router, d_logits, grad.w_router, d_x, executor);

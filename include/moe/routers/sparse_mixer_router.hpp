@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include <moe/core/reused.hpp>
 #include <moe/math/init.hpp>
 #include <moe/math/linear.hpp>
 #include <moe/math/softmax.hpp>
@@ -75,7 +76,7 @@ class SparseMixerRouter {
   void route(const ConstMatrixRef<S>& x, Rng& rng, const BatchInfo& info, Routing<S>& routing,
              RouterWorkspace<S>& workspace, const E& executor = {}) const {
     begin(x, info, routing, workspace, executor);
-    Matrix<S>& draws = workspace.sparse_mixer.draws;
+    ReusedMatrix<S>& draws = workspace.sparse_mixer.draws;
     draws.resize(x.rows(), 2 * (num_experts() + 1));
     fill_uniform(draws, 0, 1, rng);
     pick_drawn(draws, routing, workspace.sparse_mixer, executor);
@@ -84,7 +85,7 @@ class SparseMixerRouter {
   /// Routing for training under given uniform draws from [0, 1) [tokens, 2 * (num_experts + 1)]: for the
   /// first pick one for every expert and one for the gate's factor, then the same for the second.
   template <Executor E = DefaultExecutor>
-  void route_with_draws(const ConstMatrixRef<S>& x, const Matrix<S>& draws, const BatchInfo& info,
+  void route_with_draws(const ConstMatrixRef<S>& x, const ConstMatrixRef<S>& draws, const BatchInfo& info,
                         Routing<S>& routing, RouterWorkspace<S>& workspace, const E& executor = {}) const {
     require_shape(draws, x.rows(), 2 * (num_experts() + 1), "SparseMixerRouter::route_with_draws", "draws");
     require_apart("SparseMixerRouter::route_with_draws", "routing", routing, "draws", draws);
@@ -102,7 +103,7 @@ class SparseMixerRouter {
     check_backward(x, routing, grad);
     check_router_operands(x, routing, gradient, d_x, grad, workspace, "SparseMixerRouter::backward");
     check_routing_gradient(gradient, routing, "SparseMixerRouter::backward");
-    Matrix<S>& d_logits = workspace.d_logits;
+    ReusedMatrix<S>& d_logits = workspace.d_logits;
     d_logits.setZero(x.rows(), num_experts());
     Buffer<S>& d_gate = workspace.sparse_mixer.d_gate;
     const Index choices = routing.chosen.size();
@@ -155,7 +156,7 @@ class SparseMixerRouter {
     backward(x, routing, gradient, d_x, grad, workspace, executor);
   }
   template <Executor E = DefaultExecutor>
-  void route_with_draws(const ConstMatrixRef<S>& x, const Matrix<S>& draws, const BatchInfo& info,
+  void route_with_draws(const ConstMatrixRef<S>& x, const ConstMatrixRef<S>& draws, const BatchInfo& info,
                         Routing<S>& routing, const E& executor = {}) const {
     RouterWorkspace<S> workspace;
     route_with_draws(x, draws, info, routing, workspace, executor);
@@ -231,10 +232,10 @@ class SparseMixerRouter {
 
   // Draws the picks of training.
   template <class E>
-  void pick_drawn(const Matrix<S>& draws, Routing<S>& routing, SparseMixerWorkspace<S>& workspace,
+  void pick_drawn(const ConstMatrixRef<S>& draws, Routing<S>& routing, SparseMixerWorkspace<S>& workspace,
                   const E& executor) const {
     pick_all(routing, workspace, executor, [&](Index t, int pick, const S* shares, Index n, Index best) {
-      const S* const u = &draws(t, pick * (num_experts() + 1));
+      const S* const u = &draws.coeffRef(t, pick * (num_experts() + 1));
       Index drawn = -1;
       S largest = 0;
       for (Index e = 0; e < n; ++e) {  // argmax of log share + Gumbel, as log(share) - log(-log(u))

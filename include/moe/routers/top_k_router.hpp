@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include <moe/core/reused.hpp>
 #include <moe/math/init.hpp>
 #include <moe/math/linear.hpp>
 #include <moe/routers/top_k_options.hpp>
@@ -101,7 +102,7 @@ class TopKRouter {
                 const E& executor = {}) const {
     check_backward(x, routing, grad);
     check_router_operands(x, routing, gradient, d_x, grad, workspace, "TopKRouter::backward");
-    Matrix<S>& d_logits = workspace.d_logits;
+    ReusedMatrix<S>& d_logits = workspace.d_logits;
     SeatingRule seating = rule({});
     seating.second_threshold = (std::max)(options_.second_threshold, options_.random_second_threshold);
     selection_backward(seating, routing, gradient, workspace.token_choice, d_logits);
@@ -110,7 +111,7 @@ class TopKRouter {
     if (routing.input_factor.size() == 0) {
       router_linear_backward(x, w_router, d_logits, grad.w_router, d_x, executor);
     } else {
-      Matrix<S>&input = workspace.input, &d_input = workspace.d_input;
+      ReusedMatrix<S>&input = workspace.input, &d_input = workspace.d_input;
       input = x.cwiseProduct(routing.input_factor);
       d_input.setZero(x.rows(), x.cols());
       router_linear_backward(input, w_router, d_logits, grad.w_router, d_input, executor);
@@ -211,7 +212,7 @@ class TopKRouter {
   }
 
   template <class X, class E>
-  void logits(const X& x, Matrix<S>& z, const E& executor) const {
+  void logits(const X& x, ReusedMatrix<S>& z, const E& executor) const {
     z.resize(x.rows(), num_experts());
     router_linear(x, w_router, z, executor);
     if (b_router.size() > 0) add_bias(b_router, z);

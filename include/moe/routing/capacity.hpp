@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include <moe/core/check.hpp>
+#include <moe/core/reused.hpp>
 #include <moe/core/types.hpp>
 #include <moe/math/numbers.hpp>
 #include <moe/math/top_k.hpp>
@@ -102,13 +103,13 @@ namespace detail {
 template <class S>
 struct Seating {
   const Choices<S>& chosen;
-  const Matrix<S>& scores;
-  const IndexVector& capacity;  // [groups]
+  const ConstMatrixRef<S>& scores;
+  const Eigen::Ref<const IndexVector>& capacity;  // [groups]
   SeatingPolicy policy;
   const BatchInfo& info;
   DispatchPlan<S>& plan;
   CapacityWorkspace<S>& workspace;
-  const Matrix<S>* probs;
+  const ReusedMatrix<S>* probs;
 };
 
 template <class S>
@@ -154,7 +155,7 @@ void seat_group(const Seating<S>& s, Index group) {
     const Index t = token_of(s.chosen, c);
     if (s.policy.overflow == Overflow::next_best) {
       seat[c] =
-          best_free_expert(experts, &s.scores(t, 0), load.data(), capacity,
+          best_free_expert(experts, &s.scores.coeffRef(t, 0), load.data(), capacity,
                            seat.data() + s.chosen.token_begin[t], seat.data() + s.chosen.token_begin[t + 1]);
       if (seat[c] >= 0) {
         ++load[seat[c]];
@@ -177,9 +178,10 @@ void seat_group(const Seating<S>& s, Index group) {
 /// overflowing choice for next_best. Throws std::invalid_argument when the arguments do not fit each
 /// other, and for gates or probabilities that can not be ordered.
 template <class S>
-void apply_capacity(const Choices<S>& chosen, const Matrix<S>& scores, const IndexVector& capacity,
-                    const SeatingPolicy& policy, const BatchInfo& info, DispatchPlan<S>& plan,
-                    CapacityWorkspace<S>& workspace, const Matrix<S>* probs = nullptr) {
+void apply_capacity(const Choices<S>& chosen, const std::type_identity_t<ConstMatrixRef<S>>& scores,
+                    const Eigen::Ref<const IndexVector>& capacity, const SeatingPolicy& policy,
+                    const BatchInfo& info, DispatchPlan<S>& plan, CapacityWorkspace<S>& workspace,
+                    const ReusedMatrix<S>* probs = nullptr) {
   const detail::Seating<S> seating{chosen, scores, capacity, policy, info, plan, workspace, probs};
   detail::check_seating(seating);
   Buffer<Index>& seat = workspace.seat;

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include <moe/core/check.hpp>
+#include <moe/core/reused.hpp>
 #include <moe/core/types.hpp>
 #include <moe/math/numbers.hpp>
 #include <moe/routing/routing.hpp>
@@ -19,7 +20,7 @@ inline void check_batch_info(const BatchInfo& info, Index tokens, const char* wh
           " entries, expected ", tokens, " tokens");
   require(info.token_ids.size() == 0 || info.token_ids.size() == tokens, where, ": token_ids has ",
           info.token_ids.size(), " entries, expected ", tokens, " tokens");
-  const IndexVector& begin = info.group_begin;
+  const auto& begin = info.group_begin;
   if (begin.size() == 0) return;
   require(begin.size() >= 2, where, ": group_begin has ", begin.size(), " entry, expected at least 2");
   require(begin[0] == 0 && begin[begin.size() - 1] == tokens, where, ": group_begin goes from ", begin[0],
@@ -108,7 +109,7 @@ template <class S>
 void check_routing_gradient(const RoutingGradient<S>& gradient, const Routing<S>& routing,
                             const char* where) {
   const Index tokens = routing.num_tokens(), experts = routing.num_experts();
-  const auto matrix = [&](const Matrix<S>& m, const char* what) {
+  const auto matrix = [&](const ReusedMatrix<S>& m, const char* what) {
     if (m.size() > 0) require_shape(m, tokens, experts, where, what);
   };
   matrix(gradient.d_router_logits, "d_router_logits");
@@ -145,7 +146,7 @@ void check_choices(const Routing<S>& routing, const char* where) {
 
 /// Makes `routing` an empty one for a batch: shapes set, tokens valid or masked, nothing chosen. Every router
 /// begins with this and says which parts it `fills`: these keep their memory, and what it holds until they
-/// are filled. All other parts are emptied, and their memory goes. O(tokens + num_experts); allocates only
+/// are filled. All other parts are emptied. O(tokens + num_experts); allocates only
 /// when shapes grow. Throws std::invalid_argument for counts out of range and when `info` does not fit.
 template <class S>
 void begin_routing(Index tokens, Index num_experts, const BatchInfo& info, Routing<S>& routing,
@@ -155,7 +156,7 @@ void begin_routing(Index tokens, Index num_experts, const BatchInfo& info, Routi
   check_batch_info(info, tokens, where);
   if (!fills.router_logits) routing.router_logits.resize(0, 0);
   if (!fills.router_probs) routing.router_probs.resize(0, 0);
-  if (!fills.noise) routing.noise = {};
+  if (!fills.noise) routing.noise.clear();
   if (!fills.input_factor) routing.input_factor.resize(0, 0);
   if (!fills.levels) routing.levels.clear();
   DispatchPlan<S>& plan = routing.plan;

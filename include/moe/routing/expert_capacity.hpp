@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include <moe/core/check.hpp>
+#include <moe/core/reused.hpp>
 #include <moe/core/types.hpp>
 #include <moe/math/numbers.hpp>
 #include <moe/routing/check_routing.hpp>
@@ -68,8 +69,8 @@ inline Index expert_capacity(Index tokens, Index num_experts, Index top_k, doubl
 
 /// valid [groups] = number of valid tokens of every group. O(tokens). Throws std::invalid_argument
 /// when `info` does not fit the plan.
-template <class S>
-void count_valid_tokens(const DispatchPlan<S>& plan, const BatchInfo& info, IndexVector& valid) {
+template <class S, class V>
+void count_valid_tokens(const DispatchPlan<S>& plan, const BatchInfo& info, V& valid) {
   require(plan.token_state.size() == plan.num_tokens, "count_valid_tokens: token_state has ",
           plan.token_state.size(), " entries, expected ", plan.num_tokens, " tokens");
   check_batch_info(info, plan.num_tokens, "count_valid_tokens");

@@ -107,8 +107,9 @@ void route_with(const R& router, const ConstMatrixRef<typename R::Scalar>& x, Rn
 /// Throws std::invalid_argument, before anything is written, where router.backward would. A router without
 /// backward takes no gradient.
 template <Router R, class S>
-void check_backward_with(const R& router, const Matrix<S>& x, const Routing<S>& routing,
-                         const RoutingGradient<S>& gradient, const R& grad, const char* where) {
+void check_backward_with(const R& router, const ConstMatrixRef<typename R::Scalar>& x,
+                         const Routing<S>& routing, const RoutingGradient<S>& gradient, const R& grad,
+                         const char* where) {
   if constexpr (requires { router.check_backward(x, routing, grad); })
     router.check_backward(x, routing, grad);
   constexpr bool kHasParameters = requires(R & own) {

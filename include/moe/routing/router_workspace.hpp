@@ -4,6 +4,7 @@
 #include <vector>
 
 #include <moe/core/buffer.hpp>
+#include <moe/core/reused.hpp>
 #include <moe/core/types.hpp>
 #include <moe/routing/routing.hpp>
 #include <moe/routing/routing_gradient.hpp>
@@ -35,7 +36,7 @@ struct FinalSetWorkspace {
 /// What route_by_logits and selection_backward work in.
 template <class S>
 struct TokenChoiceWorkspace {
-  Matrix<S> ranking;            ///< what ranks experts where logits do not [tokens, num_experts]
+  ReusedMatrix<S> ranking;      ///< what ranks experts where logits do not [tokens, num_experts]
   Buffer<S> group_score;        ///< [workers, groups]
   Buffer<Index> kept_group;     ///< [workers, kept groups]
   Buffer<double> second_draws;  ///< a router's, see SelectionInputs
@@ -61,9 +62,9 @@ struct ExpertChoiceWorkspace {
 /// What SinkhornRouter works in.
 template <class S>
 struct SinkhornWorkspace {
-  Matrix<S> plan{};       ///< [tokens, num_experts]
-  Buffer<S> factors{};    ///< of experts, now and before, and of a group's tokens
-  Buffer<double> sums{};  ///< [num_experts]
+  ReusedMatrix<S> plan{};  ///< [tokens, num_experts]
+  Buffer<S> factors{};     ///< of experts, now and before, and of a group's tokens
+  Buffer<double> sums{};   ///< [num_experts]
 
   template <class F>
   void for_each_array(const F& f) const {
@@ -75,15 +76,15 @@ struct SinkhornWorkspace {
 /// What SparseMixerRouter works in.
 template <class S>
 struct SparseMixerWorkspace {
-  Matrix<S> draws;       ///< [tokens, 2 * (num_experts + 1)]
-  Matrix<S> shares;      ///< of one pick of every token [tokens, num_experts]
-  Buffer<Index> picked;  ///< [tokens, 2]
-  Buffer<S> gate;        ///< [tokens, 2]
-  Buffer<S> d_gate;      ///< [choices], then the shares of one pick
+  ReusedMatrix<S> draws;   ///< [tokens, 2 * (num_experts + 1)]
+  ReusedMatrix<S> shares;  ///< of one pick of every token [tokens, num_experts]
+  Buffer<Index> picked;    ///< [tokens, 2]
+  Buffer<S> gate;          ///< [tokens, 2]
+  Buffer<S> d_gate;        ///< [choices], then the shares of one pick
 
   template <class F>
   void for_each_array(const F& f) const {
-    for (const Matrix<S>* m : {&draws, &shares}) f(*m);
+    for (const ReusedMatrix<S>* m : {&draws, &shares}) f(*m);
     for (const Buffer<S>* b : {&gate, &d_gate}) f(*b);
   }
 };
@@ -114,11 +115,11 @@ struct HierarchyWorkspace {
 /// need one each, also where they share a routing.
 template <class S>
 struct RouterWorkspace {
-  IndexVector capacity;  ///< seats of an expert [groups]
-  Matrix<S> input;       ///< what logits are of, where that is not x: jittered, or a child's tokens alone
-  Matrix<S> d_input;     ///< [tokens, d_model]
-  Matrix<S> d_logits;    ///< [tokens, num_experts]
-  Matrix<S> d_noise;     ///< by the noise's logits [tokens, num_experts]
+  Reused<IndexVector> capacity;  ///< seats of an expert [groups]
+  ReusedMatrix<S> input;     ///< what logits are of, where that is not x: jittered, or a child's tokens alone
+  ReusedMatrix<S> d_input;   ///< [tokens, d_model]
+  ReusedMatrix<S> d_logits;  ///< [tokens, num_experts]
+  ReusedMatrix<S> d_noise;   ///< by the noise's logits [tokens, num_experts]
   CapacityWorkspace<S> seating;
   TokenChoiceWorkspace<S> token_choice;
   ExpertChoiceWorkspace expert_choice;
@@ -128,7 +129,7 @@ struct RouterWorkspace {
 
   template <class F>
   void for_each_array(const F& f) const {
-    for (const Matrix<S>* m : {&input, &d_input, &d_logits, &d_noise}) f(*m);
+    for (const ReusedMatrix<S>* m : {&input, &d_input, &d_logits, &d_noise}) f(*m);
     f(seating);
     f(token_choice);
     f(sinkhorn);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include <moe/core/buffer.hpp>
+#include <moe/core/reused.hpp>
 #include <moe/core/types.hpp>
 
 // What passes between a router, the rest of a layer and the losses: data alone.
@@ -16,12 +17,12 @@ namespace moe {
 struct BatchInfo {
   /// True for a real token, false for padding, as attention masks have it [tokens]. A token that is
   /// masked out goes nowhere, uses no capacity, enters no loss; its output row and its d_x are zero.
-  Mask mask{};
+  Reused<Mask> mask{};
   /// One id a token, for routers that look at ids (hash routing) [tokens].
-  IndexVector token_ids{};
+  Reused<IndexVector> token_ids{};
   /// First token of every group, then the number of tokens [groups + 1]. Rules that couple tokens
   /// (capacity, expert choice) work within a group. Empty: one group.
-  IndexVector group_begin{};
+  Reused<IndexVector> group_begin{};
 
   Index num_groups() const { return group_begin.size() > 0 ? group_begin.size() - 1 : 1; }
   Index begin_of(Index group) const { return group_begin.size() > 0 ? group_begin[group] : 0; }
@@ -93,15 +94,20 @@ struct DispatchPlan {
 /// The noise that a router added to its logits in training.
 template <class S>
 struct RoutingNoise {
-  Matrix<S> draws;         ///< standard normal [tokens, num_experts]
-  Matrix<S> stddev;        ///< [tokens, num_experts]
-  Matrix<S> noisy_logits;  ///< router_logits + draws * stddev [tokens, num_experts]
-  Index top_k = 0;         ///< how many experts a token chooses
+  ReusedMatrix<S> draws;         ///< standard normal [tokens, num_experts]
+  ReusedMatrix<S> stddev;        ///< [tokens, num_experts]
+  ReusedMatrix<S> noisy_logits;  ///< router_logits + draws * stddev [tokens, num_experts]
+  Index top_k = 0;               ///< how many experts a token chooses
 
   bool empty() const { return draws.size() == 0 && stddev.size() == 0 && noisy_logits.size() == 0; }
+  /// Makes it empty; the memory stays.
+  void clear() {
+    for (ReusedMatrix<S>* m : {&draws, &stddev, &noisy_logits}) m->resize(0, 0);
+    top_k = 0;
+  }
   template <class F>
   void for_each_array(const F& f) const {
-    for (const Matrix<S>* m : {&draws, &stddev, &noisy_logits}) f(*m);
+    for (const ReusedMatrix<S>* m : {&draws, &stddev, &noisy_logits}) f(*m);
   }
 };
 
@@ -114,14 +120,14 @@ struct RoutingParts {
 /// not make is empty: a matrix without elements, no levels. A loss that needs it refuses.
 template <class S>
 struct Routing {
-  Matrix<S> router_logits;  ///< before noise [tokens, num_experts]
-  Matrix<S> router_probs;   ///< scores of the logits that selection looked at, with a sum of 1 (a
-                            ///< softmax, for most routers); rows of tokens that are not valid are
-                            ///< zero [tokens, num_experts]
-  Choices<S> chosen;        ///< demand, before capacity
-  DispatchPlan<S> plan;     ///< after capacity
-  RoutingNoise<S> noise;    ///< in training, where the router is noisy
-  Matrix<S> input_factor;   ///< what the router multiplied x by, where it jitters [tokens, d_model]
+  ReusedMatrix<S> router_logits;  ///< before noise [tokens, num_experts]
+  ReusedMatrix<S> router_probs;   ///< scores of the logits that selection looked at, with a sum of 1 (a
+                                  ///< softmax, for most routers); rows of tokens that are not valid are
+                                  ///< zero [tokens, num_experts]
+  Choices<S> chosen;              ///< demand, before capacity
+  DispatchPlan<S> plan;           ///< after capacity
+  RoutingNoise<S> noise;          ///< in training, where the router is noisy
+  ReusedMatrix<S> input_factor;   ///< what the router multiplied x by, where it jitters [tokens, d_model]
   /// The routings that this one is made of, where a router is made of routers (HierarchicalRouter:
   /// the parent's, then that of each child).
   std::vector<Routing> levels{};
@@ -130,12 +136,14 @@ struct Routing {
   Index num_experts() const { return plan.num_experts(); }
   bool is_valid(Index token) const { return plan.token_state[token] == TokenState::valid; }
   /// The logits that selection looked at: with noise where there is any.
-  const Matrix<S>& selection_logits() const { return noise.empty() ? router_logits : noise.noisy_logits; }
+  const ReusedMatrix<S>& selection_logits() const {
+    return noise.empty() ? router_logits : noise.noisy_logits;
+  }
   /// Calls f for every array of scalars that it consists of, or for parts that have this function: what a
   /// view of a matrix may reach. So it is with the other types that have it. See require_apart.
   template <class F>
   void for_each_array(const F& f) const {
-    for (const Matrix<S>* m : {&router_logits, &router_probs, &input_factor}) f(*m);
+    for (const ReusedMatrix<S>* m : {&router_logits, &router_probs, &input_factor}) f(*m);
     f(chosen);
     f(plan);
     f(noise);

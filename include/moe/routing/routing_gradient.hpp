@@ -3,6 +3,7 @@
 
 #include <moe/core/buffer.hpp>
 #include <moe/core/check.hpp>
+#include <moe/core/reused.hpp>
 #include <moe/core/types.hpp>
 #include <moe/routing/routing.hpp>
 
@@ -13,11 +14,11 @@ namespace moe {
 /// and scaled by the user, taken by the router's backward pass.
 template <class S>
 struct RoutingGradient {
-  Matrix<S> d_router_logits{};  ///< [tokens, num_experts]
-  Matrix<S> d_router_probs{};   ///< [tokens, num_experts]
-  Matrix<S> d_noise_stddev{};   ///< [tokens, num_experts]
-  Buffer<S> d_chosen_gate{};    ///< by Routing::chosen.gate [choices]
-  Buffer<S> d_gate{};           ///< by Routing::plan.gate [assignments]
+  ReusedMatrix<S> d_router_logits{};  ///< [tokens, num_experts]
+  ReusedMatrix<S> d_router_probs{};   ///< [tokens, num_experts]
+  ReusedMatrix<S> d_noise_stddev{};   ///< [tokens, num_experts]
+  Buffer<S> d_chosen_gate{};          ///< by Routing::chosen.gate [choices]
+  Buffer<S> d_gate{};                 ///< by Routing::plan.gate [assignments]
 
   /// Whether every member is absent: the gradient is zero.
   bool empty() const {
@@ -49,7 +50,7 @@ struct RoutingGradient {
   }
   template <class F>
   void for_each_array(const F& f) const {
-    for (const Matrix<S>* m : {&d_router_logits, &d_router_probs, &d_noise_stddev}) f(*m);
+    for (const ReusedMatrix<S>* m : {&d_router_logits, &d_router_probs, &d_noise_stddev}) f(*m);
     for (const Buffer<S>* b : {&d_chosen_gate, &d_gate}) f(*b);
   }
   friend RoutingGradient operator+(RoutingGradient a, const RoutingGradient& b) { return a += b; }
@@ -57,7 +58,7 @@ struct RoutingGradient {
   friend RoutingGradient operator*(RoutingGradient a, S factor) { return a *= factor; }
 
  private:
-  static void check(const Matrix<S>& to, const Matrix<S>& from, const char* what) {
+  static void check(const ReusedMatrix<S>& to, const ReusedMatrix<S>& from, const char* what) {
     if (to.size() > 0 && from.size() > 0)
       require_shape(from, to.rows(), to.cols(), "RoutingGradient: sum", what);
   }
@@ -66,7 +67,7 @@ struct RoutingGradient {
       require(from.size() == to.size(), "RoutingGradient: sum: ", what, " has ", from.size(),
               " entries, expected ", to.size());
   }
-  static void add(Matrix<S>& to, const Matrix<S>& from) {
+  static void add(ReusedMatrix<S>& to, const ReusedMatrix<S>& from) {
     if (to.size() == 0)
       to = from;
     else if (from.size() > 0)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include <moe/core/reused.hpp>
 #include <moe/core/types.hpp>
 #include <moe/math/numbers.hpp>
 #include <moe/routing/router_workspace.hpp>
@@ -25,7 +26,7 @@ namespace detail {
 
 // Sorts tokens [begin, end) by the largest gate or probability of each, the largest first.
 template <class S>
-void sort_tokens(const Choices<S>& chosen, const Matrix<S>* probs, Priority priority, Index begin,
+void sort_tokens(const Choices<S>& chosen, const ReusedMatrix<S>* probs, Priority priority, Index begin,
                  CapacityWorkspace<S>& workspace) {
   const Index* const first = chosen.token_begin.data();
   const S* const gate = chosen.gate.data();
@@ -54,7 +55,7 @@ void sort_tokens(const Choices<S>& chosen, const Matrix<S>* probs, Priority prio
 /// router_probs for token_max_prob, null otherwise. Gates and probabilities are not NaN.
 /// O(choices log choices), and O(tokens * num_experts) more for token_max_prob.
 template <class S>
-void order_choices(const Choices<S>& chosen, const Matrix<S>* probs, Priority priority, Index begin,
+void order_choices(const Choices<S>& chosen, const ReusedMatrix<S>* probs, Priority priority, Index begin,
                    Index end, CapacityWorkspace<S>& workspace) {
   const Index* const first = chosen.token_begin.data();
   Buffer<Index>&order = workspace.order, &tokens = workspace.token;

@@ -7,6 +7,7 @@
 
 #include <moe/core/check.hpp>
 #include <moe/core/executor.hpp>
+#include <moe/core/reused.hpp>
 #include <moe/math/softmax.hpp>
 #include <moe/math/top_k.hpp>
 #include <moe/routing/capacity.hpp>
@@ -24,8 +25,9 @@ namespace moe {
 /// What selection looks at beside the logits. Null or empty: nothing.
 template <class S>
 struct SelectionInputs {
-  const Vector<S>* bias = nullptr;     ///< added to scores, for selection alone [num_experts]
-  const Matrix<S>* ranking = nullptr;  ///< ranks experts in place of logits and scores [tokens, num_experts]
+  const Vector<S>* bias = nullptr;           ///< added to scores, for selection alone [num_experts]
+  const ReusedMatrix<S>* ranking = nullptr;  ///< ranks experts in place of logits and scores
+                                             ///< [tokens, num_experts]
   /// Uniform draws from [0, 1) [tokens, top_k - 1]: choices after the first need a gate above
   /// draw * second_threshold. They are taken with probability min(1, gate / second_threshold).
   std::span<const double> second_draws{};
@@ -38,7 +40,7 @@ template <class S>
 struct Selection {
   const SeatingRule& rule;
   const SelectionInputs<S>& inputs;
-  const Matrix<S>& logits;  // that selection looks at
+  const ReusedMatrix<S>& logits;  // that selection looks at
   Routing<S>& routing;
   TokenChoiceWorkspace<S>& workspace;
 
@@ -50,7 +52,7 @@ struct Selection {
   }
   // Whether experts are ranked by neither the logits nor a given ranking.
   bool ranks_anew() const { return by_scores() || is_limited(); }
-  const Matrix<S>& ranking() const {
+  const ReusedMatrix<S>& ranking() const {
     return inputs.ranking != nullptr ? *inputs.ranking : ranks_anew() ? workspace.ranking : logits;
   }
 };
@@ -201,7 +203,7 @@ void close_gaps(Index top_k, Choices<S>& chosen) {
 // capacity [groups] = the seats of an expert for the tokens of every group.
 template <class S>
 void count_seats(const SeatingRule& rule, const BatchInfo& info, const Routing<S>& routing,
-                 IndexVector& capacity) {
+                 Reused<IndexVector>& capacity) {
   const Buffer<Index>& begin = routing.chosen.token_begin;
   const Index experts = routing.num_experts();
   const auto seats = [&](Index tokens, Index k) {

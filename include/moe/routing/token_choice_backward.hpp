@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include <moe/core/check.hpp>
+#include <moe/core/reused.hpp>
 #include <moe/math/numbers.hpp>
 #include <moe/math/top_k.hpp>
 #include <moe/routing/check_routing.hpp>
@@ -24,7 +25,7 @@ struct SelectionBackward {
   const SeatingRule& rule;
   const Routing<S>& routing;
   TokenChoiceWorkspace<S>& workspace;
-  Matrix<S>& d_logits;
+  ReusedMatrix<S>& d_logits;
 
   TokenScores<S> scores_of(Index t) const {
     return {routing.num_experts(), &routing.selection_logits()(t, 0), &routing.router_probs(t, 0)};
@@ -95,7 +96,7 @@ void chosen_gates_backward(const SelectionBackward<S>& b, const Buffer<S>& d_gat
 template <class S>
 void selection_backward(const SeatingRule& rule, const Routing<S>& routing,
                         const RoutingGradient<S>& gradient, TokenChoiceWorkspace<S>& workspace,
-                        Matrix<S>& d_logits) {
+                        ReusedMatrix<S>& d_logits) {
   constexpr const char* kWhere = "selection_backward";
   check_plan_arrays(routing.plan, kWhere);
   check_choices(routing, kWhere);
@@ -127,8 +128,8 @@ void selection_backward(const SeatingRule& rule, const Routing<S>& routing,
 
 /// d_logits += d for the rows of valid tokens; nothing where d is empty. Throws
 /// std::invalid_argument when shapes do not fit.
-template <class S>
-void add_valid_rows(const Routing<S>& routing, const Matrix<S>& d, Matrix<S>& d_logits) {
+template <class S, class D, class DLogits>
+void add_valid_rows(const Routing<S>& routing, const D& d, DLogits&& d_logits) {
   if (d.size() == 0) return;
   require_shape(d, routing.num_tokens(), routing.num_experts(), "add_valid_rows", "d");
   require_shape(d_logits, d.rows(), d.cols(), "add_valid_rows", "d_logits");

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <concepts>
+#include <type_traits>
+#include <utility>
+
+#include <moe/core/check.hpp>
+#include <moe/core/types.hpp>
+
+// Where a function writes what it computes.
+namespace moe {
+
+namespace detail {
+
+template <class M>
+concept WritableMatrix = bool(M::Flags& Eigen::LvalueBit);
+
+}  // namespace detail
+
+/// A matrix that a function writes: a Matrix<S>, which is resized, or a view of the right shape - a Map of
+/// shared memory, y.topRows(n), a block of columns -, which never allocates.
+template <class S>
+class Output {
+ public:
+  static constexpr bool IsRowMajor = true;
+
+  Output(Matrix<S>& matrix) : matrix_(&matrix) {}
+  template <class View>
+  requires(!std::same_as<std::remove_cvref_t<View>, Matrix<S>> &&
+           detail::WritableMatrix<std::remove_cvref_t<View>> && std::constructible_from<MatrixRef<S>, View&>)
+      Output(View&& view) {
+    const MatrixRef<S> ref(view);
+    data_ = const_cast<S*>(ref.data());
+    rows_ = ref.rows();
+    cols_ = ref.cols();
+    stride_ = ref.outerStride();
+  }
+
+  // The memory as it is before the call. A matrix that will be resized may lie anywhere then.
+  const S* data() const { return matrix_ ? matrix_->data() : data_; }
+  Index rows() const { return matrix_ ? matrix_->rows() : rows_; }
+  Index cols() const { return matrix_ ? matrix_->cols() : cols_; }
+  Index outerStride() const { return matrix_ ? matrix_->outerStride() : stride_; }
+
+  /// Throws std::invalid_argument unless it is, or can be made, of this shape.
+  void check(Index rows, Index cols, const char* where, const char* what) const {
+    if (!matrix_) require_shape(*this, rows, cols, where, what);
+  }
+  /// The matrix [rows, cols] to write to. Throws as check.
+  MatrixRef<S> of_shape(Index rows, Index cols, const char* where, const char* what) const {
+    check(rows, cols, where, what);
+    if (!matrix_) return Eigen::Map<Matrix<S>, 0, Eigen::OuterStride<>>(data_, rows, cols, stride_);
+    matrix_->resize(rows, cols);
+    return *matrix_;
+  }
+
+ private:
+  Matrix<S>* matrix_ = nullptr;
+  S* data_ = nullptr;
+  Index rows_ = 0, cols_ = 0, stride_ = 0;
+};
+
+}  // namespace moe
