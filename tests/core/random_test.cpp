@@ -3,6 +3,7 @@
 #include <concepts>
 #include <cstdint>
 #include <random>
+#include <stdexcept>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -58,6 +59,21 @@ TEST(Rng, ACopyCopiesTheStream) {
   EXPECT_NE(copy, rng);
   for (const double z : from_copy) EXPECT_EQ(rng.normal(), z);
   EXPECT_EQ(copy, rng);
+}
+
+TEST(Rng, GoesOnFromAStateThatWasSaved) {
+  Rng rng(3);
+  for (int i = 0; i < 5; ++i) rng();
+  const Rng::State saved = rng.state();
+  std::vector<std::uint64_t> expected, numbers;
+  for (int i = 0; i < 100; ++i) expected.push_back(rng());
+  Rng other(4);
+  other.set_state(saved);
+  for (int i = 0; i < 100; ++i) numbers.push_back(other());
+  EXPECT_EQ(numbers, expected);
+  EXPECT_EQ(other, rng);
+  EXPECT_THROW(other.set_state({0, 0, 0, 0}), std::invalid_argument);
+  EXPECT_EQ(other, rng);
 }
 
 TEST(Rng, SeedsGiveDifferentStreams) {

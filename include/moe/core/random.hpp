@@ -64,10 +64,19 @@ class Rng {
     return radius * std::cos(2.0 * std::numbers::pi * uniform());
   }
 
+  /// What the stream goes on from: saved and set again, it goes on as if nothing had been.
+  using State = std::array<std::uint64_t, 4>;
+  const State& state() const { return state_; }
+  /// Throws std::invalid_argument for four zeros, which only zeros follow.
+  void set_state(const State& state) {
+    require(state != State{}, "Rng::set_state: 4 words of 0, expected one of another value");
+    state_ = state;
+  }
+
   friend bool operator==(const Rng&, const Rng&) = default;
 
  private:
-  std::array<std::uint64_t, 4> state_;
+  State state_;
 };
 
 }  // namespace moe

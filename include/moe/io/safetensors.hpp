@@ -347,8 +347,10 @@ inline FileLayout layout_of(std::span<const TensorToWrite> tensors,
   const auto twice =
       std::adjacent_find(order.begin(), order.end(), [](auto* a, auto* b) { return a->name == b->name; });
   if (twice != order.end()) fail_checkpoint(where, ": two tensors have the name ", in_quotes((*twice)->name));
-  std::stable_sort(order.begin(), order.end(),
-                   [](auto* a, auto* b) { return write_order(a->dtype) < write_order(b->dtype); });
+  std::sort(order.begin(), order.end(), [](auto* a, auto* b) {
+    const int rank_a = write_order(a->dtype), rank_b = write_order(b->dtype);
+    return rank_a != rank_b ? rank_a < rank_b : a->name < b->name;
+  });
 
   std::string json = "{";
   if (!metadata.empty()) {

@@ -33,7 +33,8 @@ inline IndexVector balanced_hash_table(const IndexVector& counts, Index num_expe
     require(counts[i] >= 0, "balanced_hash_table: counts[", i, "] = ", counts[i], ", expected at least 0");
   IndexVector order(counts.size()), load = IndexVector::Zero(num_experts), table(counts.size());
   for (Index i = 0; i < order.size(); ++i) order[i] = i;
-  std::stable_sort(order.begin(), order.end(), [&](Index a, Index b) { return counts[a] > counts[b]; });
+  std::sort(order.begin(), order.end(),
+            [&](Index a, Index b) { return counts[a] != counts[b] ? counts[a] > counts[b] : a < b; });
   for (const Index id : order) {
     const Index expert = std::min_element(load.begin(), load.end()) - load.begin();
     table[id] = expert;
