@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <memory>
 #include <new>
 #include <utility>
@@ -29,7 +30,7 @@ class Reused : public Eigen::Map<Plain> {
   Reused(Reused&& other) noexcept : Reused() { *this = std::move(other); }
   template <class M>
   Reused(const Eigen::DenseBase<M>& values) : Reused() {
-    *this = values;
+    *this = values.derived();
   }
 
   Reused& operator=(const Reused& other) {
@@ -47,7 +48,14 @@ class Reused : public Eigen::Map<Plain> {
     other.show(0, kIsVector ? 1 : 0);
     return *this;
   }
-  /// Takes the shape of the values, too. They are none of its own where the shape changes.
+  /// Takes the shape of the values, too. A Plain's are copied as they are, set or not.
+  template <std::same_as<Plain> P>
+  Reused& operator=(const P& values) {
+    resize(values.rows(), values.cols());
+    std::copy_n(values.data(), values.size(), this->data());
+    return *this;
+  }
+  /// Values that are computed are none of its own where the shape changes.
   template <class M>
   Reused& operator=(const Eigen::DenseBase<M>& values) {
     resize(values.rows(), values.cols());
