@@ -108,6 +108,7 @@ void expect_no_allocation_of_smaller_batches(const Layer& layer, Index most, int
     fill_normal(x, 1.0, rng);
     BatchInfo info;
     if (batch % 3 == 0) info.mask = Mask::Constant(n, true);
+    if (batch % 2 == 0) info.group_begin = IndexVector{{0, rng.index(n + 1), n}};
     info.token_ids = IndexVector::Zero(n);
     for (Index& id : info.token_ids) id = rng.index(100);
     const long before = allocations;

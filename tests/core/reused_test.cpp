@@ -115,6 +115,7 @@ TEST(Reused, RefusesNegativeShapes) {
   ReusedMatrix<float> m = kSix;
   EXPECT_THROW(m.resize(-1, 2), std::invalid_argument);
   EXPECT_THROW(m.resize(1, -2), std::invalid_argument);
+  EXPECT_THROW(Reused<moe::Mask>().resize(1, 2), std::invalid_argument);
   EXPECT_EQ(m, kSix);
 }
 

@@ -3,7 +3,6 @@
 
 #include <concepts>
 #include <type_traits>
-#include <utility>
 
 #include <moe/core/check.hpp>
 #include <moe/core/types.hpp>
@@ -30,8 +29,8 @@ class Output {
   requires(!std::same_as<std::remove_cvref_t<View>, Matrix<S>> &&
            detail::WritableMatrix<std::remove_cvref_t<View>> && std::constructible_from<MatrixRef<S>, View&>)
       Output(View&& view) {
-    const MatrixRef<S> ref(view);
-    data_ = const_cast<S*>(ref.data());
+    MatrixRef<S> ref(view);
+    data_ = ref.data();
     rows_ = ref.rows();
     cols_ = ref.cols();
     stride_ = ref.outerStride();

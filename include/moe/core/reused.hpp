@@ -75,10 +75,11 @@ class Reused : public Eigen::Map<Plain> {
     show(this->rows(), this->cols());
   }
   /// Sets the shape; what the elements are then is unspecified. Throws std::invalid_argument for negative
-  /// ones.
+  /// ones, and for a vector of other than one column.
   [[gnu::noinline]] void resize(Index rows, Index cols) {
     require(rows >= 0 && cols >= 0, "Reused::resize: shape [", rows, ", ", cols,
             "], expected at least [0, 0]");
+    require(!kIsVector || cols == 1, "Reused::resize: a vector of ", cols, " columns, expected 1");
     if (rows * cols > capacity_) {
       show(0, cols);
       memory_.reset();

@@ -99,8 +99,8 @@ class MoELayer {
   }
 
   /// y is a Matrix<S>, which is resized, or a view of the right shape: see Output. But for that nothing is
-  /// allocated once the workspace has had a batch of as many tokens. x, y and the workspace lie apart. So it
-  /// is in all that follows: no argument that is written overlaps another.
+  /// allocated once the workspace has had such a call with as many tokens and groups. x, y and the workspace
+  /// lie apart. So it is in all that follows: no argument that is written overlaps another.
   template <Executor Ex = DefaultExecutor>
   void forward(const ConstMatrixRef<S>& x, const Output<S>& y, Workspace& workspace,
                const BatchInfo& info = {}, const Ex& executor = {}) const {

@@ -114,8 +114,8 @@ class SoftMoELayer {
   }
 
   /// y is a Matrix<S>, which is resized, or a view of the right shape: see Output. But for that nothing is
-  /// allocated once the workspace has had a batch of as many tokens and groups. x, y and the workspace lie
-  /// apart. So it is in all that follows: no argument that is written overlaps another. workspace.routing
+  /// allocated once the workspace has had such a call with as many tokens and groups. x, y and the workspace
+  /// lie apart. So it is in all that follows: no argument that is written overlaps another. workspace.routing
   /// shows logits, dispatch and combine.
   template <Executor Ex = DefaultExecutor>
   void forward(const ConstMatrixRef<S>& x, const Output<S>& y, Workspace& workspace,

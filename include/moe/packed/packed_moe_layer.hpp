@@ -142,8 +142,8 @@ class PackedMoELayer {
   }
 
   /// The same. y is a Matrix<float>, which is resized, or a view of the right shape: see Output. But for that
-  /// nothing is allocated once the workspace has had a batch of as many tokens. x, y and the workspace lie
-  /// apart.
+  /// nothing is allocated once the workspace has had such a call with as many tokens and groups. x, y and the
+  /// workspace lie apart.
   template <Executor Ex = DefaultExecutor>
   void forward(const ConstMatrixRef<float>& x, const Output<float>& y, Workspace& workspace,
                const BatchInfo& info = {}, const Ex& executor = {}) const {
