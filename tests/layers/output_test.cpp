@@ -79,6 +79,10 @@ TEST(OutputOf, ALayerIsWrittenToAnyView) {
   Layer grad = moe::zeros_like(layer), expected_grad = grad;
   expect_written(layer.forward(x, own, expected_cache), training);
   expect_refused("MoELayer::forward: y", training);
+  Rng unused(5);  // refused before anything is drawn
+  expect_refused("MoELayer::forward: y",
+                 [&](const moe::Output<float>& y) { layer.forward(x, unused, y, cache); });
+  EXPECT_EQ(unused, Rng(5));
   const auto backward = [&](const moe::Output<float>& d_x) { layer.backward(d_y, cache, grad, {}, d_x); };
   training(Matrix<float>(kTokens, kModel).topRows(kTokens));
   expect_written(layer.backward(d_y, expected_cache, expected_grad), backward);

@@ -526,6 +526,7 @@ TEST(HashTables, RandomOnesUseAllExpertsAndTheSeed) {
 
 TEST(HashTables, BalancedOnesSpreadOccurrences) {
   EXPECT_EQ(moe::balanced_hash_table(IndexVector{{1, 5, 3, 3, 1}}, 2), (IndexVector{{0, 0, 1, 1, 0}}));
+  EXPECT_EQ(moe::balanced_hash_table(IndexVector{{2, 2, 3, 2}}, 4), (IndexVector{{1, 2, 0, 3}}));  // ties
   IndexVector counts(2000);  // Zipf's law
   for (Index i = 0; i < counts.size(); ++i) counts[i] = 100000 / (i + 1);
   const IndexVector table = moe::balanced_hash_table(counts, 8);

@@ -320,7 +320,6 @@ class MoELayer {
     require(cache.x.rows() == cache.routing.num_tokens(), kWhere, ": the cache holds ", cache.x.rows(),
             " tokens, but its routing is of ", cache.routing.num_tokens());
     require_shape(d_y, cache.x.rows(), d_model(), kWhere, "d_y");
-    d_x.check(d_y.rows(), d_model(), kWhere, "d_x");
     require(&grad != this, kWhere, ": grad is the layer of ", num_experts(),
             " experts itself, expected another one");
     require(
