@@ -56,6 +56,7 @@ void balance_by_sinkhorn(const std::type_identity_t<ConstMatrixRef<S>>& z, const
       plan(t, e) = is_unavailable(z(t, e)) ? S(0) : std::exp(z(t, e) - largest);
   }
   if (tokens == 0) return;
+  factors.reserve(2 * experts + z.rows());  // for the largest group
   factors.resize(2 * experts + (end - begin));
   sums.resize(experts);
   S* const d1 = factors.data();
