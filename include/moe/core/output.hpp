@@ -10,10 +10,19 @@
 // Where a function writes what it computes.
 namespace moe {
 
+template <class S>
+class Output;
+
 namespace detail {
 
-template <class M>
-concept WritableMatrix = bool(M::Flags& Eigen::LvalueBit);
+// What a view may be made of: of the scalar, with rows whose elements lie side by side, not const.
+template <class V, class S>
+concept WritableView =
+    !std::same_as<std::remove_cvref_t<V>, Matrix<S>> &&
+    bool(std::remove_cvref_t<V>::Flags & Eigen::LvalueBit) && std::constructible_from<MatrixRef<S>, V&>;
+
+template <class V, class S>
+concept NotWritable = !WritableView<V, S> && !std::same_as<std::remove_cvref_t<V>, Output<S>>;
 
 }  // namespace detail
 
@@ -25,16 +34,17 @@ class Output {
   static constexpr bool IsRowMajor = true;
 
   Output(Matrix<S>& matrix) : matrix_(&matrix) {}
-  template <class View>
-  requires(!std::same_as<std::remove_cvref_t<View>, Matrix<S>> &&
-           detail::WritableMatrix<std::remove_cvref_t<View>> && std::constructible_from<MatrixRef<S>, View&>)
-      Output(View&& view) {
+  template <detail::WritableView<S> View>
+  Output(View&& view) {
     MatrixRef<S> ref(view);
     data_ = ref.data();
     rows_ = ref.rows();
     cols_ = ref.cols();
     stride_ = ref.outerStride();
   }
+  /// Of anything else: the compiler's error names its type.
+  template <detail::NotWritable<S> NotAWritableMatrixOfThisScalar>
+  Output(NotAWritableMatrixOfThisScalar&&) = delete;
 
   // The memory as it is before the call. A matrix that will be resized may lie anywhere then.
   const S* data() const { return matrix_ ? matrix_->data() : data_; }

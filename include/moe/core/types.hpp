@@ -2,6 +2,7 @@
 #pragma once
 
 #include <Eigen/Core>
+#include <concepts>
 
 #include <moe/version.hpp>
 
@@ -51,5 +52,13 @@ using MatrixRef = Eigen::Ref<Matrix<S>>;
 template <class M>
 inline constexpr bool kRowsAreContiguous =
     (M::IsRowMajor || M::ColsAtCompileTime == 1) && M::InnerStrideAtCompileTime == 1;
+
+/// What is given where a ConstMatrixRef<S> is expected, and cannot become one.
+template <class X, class S>
+concept NotAMatrixOf = !std::convertible_to<X, ConstMatrixRef<S>>;
+
+/// False, for whatever type: where a template is chosen only in order to say what is wrong.
+template <class>
+inline constexpr bool kNever = false;
 
 }  // namespace moe

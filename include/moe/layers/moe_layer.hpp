@@ -174,6 +174,22 @@ class MoELayer {
     return y;
   }
 
+  // ---- What is none of these: one error of the compiler's in place of a list of all.
+
+  template <NotAMatrixOf<S> X, class... Rest>
+  Matrix<S> forward(X&&, Rest&&...) const {
+    static_assert(kNever<X>, "MoELayer::forward: x is not a matrix of the layer's scalar");
+    return {};
+  }
+  template <class Layer = MoELayer>
+  Matrix<S> forward(...) const {
+    static_assert(kNever<Layer>,
+                  "MoELayer::forward takes (x), (x, y, workspace), (x, routing), (x, cache), "
+                  "(x, y, cache), (x, rng, cache), (x, rng, y, cache), (x, routing, cache), "
+                  "each with info and executor behind them");
+    return {};
+  }
+
   // ---- Backward.
 
   /// d_x [tokens, d_model] from d_y; adds the parameters' gradients to `grad`, a layer made by

@@ -147,6 +147,21 @@ class SoftMoELayer {
     router_.unmix(cache.y_rows, cache.routing, y, executor);
   }
 
+  // ---- What is none of these: one error of the compiler's in place of a list of all.
+
+  template <NotAMatrixOf<S> X, class... Rest>
+  Matrix<S> forward(X&&, Rest&&...) const {
+    static_assert(kNever<X>, "SoftMoELayer::forward: x is not a matrix of the layer's scalar");
+    return {};
+  }
+  template <class Layer = SoftMoELayer>
+  Matrix<S> forward(...) const {
+    static_assert(kNever<Layer>,
+                  "SoftMoELayer::forward takes (x), (x, y, workspace), (x, cache), (x, y, cache), "
+                  "each with info and executor behind them");
+    return {};
+  }
+
   // ---- Backward.
 
   /// d_x [tokens, d_model] from d_y; adds the parameters' gradients to `grad`, a layer made by

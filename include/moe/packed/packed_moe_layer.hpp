@@ -174,6 +174,21 @@ class PackedMoELayer {
     run(x, routing.plan, y, workspace, executor);
   }
 
+  // ---- What is none of these: one error of the compiler's in place of a list of all.
+
+  template <NotAMatrixOf<float> X, class... Rest>
+  Matrix<float> forward(X&&, Rest&&...) const {
+    static_assert(kNever<X>, "PackedMoELayer::forward: x is not a matrix of the layer's scalar");
+    return {};
+  }
+  template <class Layer = PackedMoELayer>
+  Matrix<float> forward(...) const {
+    static_assert(kNever<Layer>,
+                  "PackedMoELayer::forward takes (x), (x, y, workspace), each with info and executor behind "
+                  "them, (x, routing), (x, routing, y, workspace), each with an executor");
+    return {};
+  }
+
  private:
   static constexpr bool kPackable = PackableExpert<E>;
   using Experts = std::conditional_t<kPackable, PackedExperts<F>, GroupedExperts<E>>;  // routed, then shared
