@@ -61,7 +61,8 @@ struct Product {
   void (*split)(Index count, const float* from, X* to, Index width);
   /// c [panels, rows, columns] = x * panels or, where `add`, added to c. Each stream begins `apart` bytes
   /// after the one before it, also from one panel to the next. `next` is what will be read of a panel after
-  /// this: it is fetched into the caches meanwhile, or any pointer at all.
+  /// this: it is fetched into the caches meanwhile, or any pointer at all; for floats null, where the panels
+  /// are in the caches and nothing is to be fetched.
   void (*multiply)(Index rows, Index depth, const Parts<X>& x, const std::byte* panel, Index apart,
                    Index panels, float* c, bool add, const std::byte* next);
 };

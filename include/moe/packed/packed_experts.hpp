@@ -59,14 +59,11 @@ class PackedExperts {
     experts_.emplace_back(expert, product_.kernels());
     widest_ = (std::max)(widest_, hidden_rows(experts_.back()).size());
     most_panels_ = (std::max)(most_panels_, experts_.back().up_panels());
+    bytes_ += experts_.back().memory_bytes();
   }
 
   Index size() const { return Index(experts_.size()); }
-  std::size_t memory_bytes() const {
-    std::size_t bytes = 0;
-    for (const PackedExpert<F>& expert : experts_) bytes += expert.memory_bytes();
-    return bytes;
-  }
+  std::size_t memory_bytes() const { return bytes_; }
 
   /// Adds to y [tokens, d_model] the sum over experts, ascending, of gate * expert(row of x); x has a row for
   /// every assignment of the plan, and the gates are 1 where they scale inputs.
@@ -87,6 +84,8 @@ class PackedExperts {
 
  private:
   const PackedExpert<F>& expert(Index e) const { return experts_[std::size_t(e)]; }
+
+  bool cached() const { return bytes_ <= product_.kCachedBytes; }
 
   // Rows that a task takes at most. A token is with an expert once, as a rule.
   Index most_rows(const DispatchPlan<float>& plan) const {
@@ -126,7 +125,7 @@ class PackedExperts {
     const auto blocks_of = [&](Index e) { return (plan.rows_of(e) + most - 1) / most; };
     Index units = 0;
     for (const Index e : w.touched) units += blocks_of(e) * expert(e).up_panels();
-    const Index group = product_.panels_of_task(units, 16 * workers);
+    const Index group = product_.panels_of_task(units, 16 * workers, most, d_model_);
     w.tasks.clear();
     for (const Index e : w.touched) {
       const Index blocks = blocks_of(e), panels = expert(e).up_panels();
@@ -162,7 +161,7 @@ class PackedExperts {
       // Workers take tasks in turn, so the one after next is probably this worker's.
       const auto& after = w.tasks[(std::min)(i + workers, w.tasks.size() - 1)];
       const PackedPanels panels{expert.up_panel(task.panel_begin), task.panel_end - task.panel_begin,
-                                d_model_, this->expert(after.expert).up_panel(after.panel_begin)};
+                                d_model_, this->expert(after.expert).up_panel(after.panel_begin), cached()};
       product_.multiply(task.rows, x.from(plan.expert_begin[task.expert] + task.begin), panels, worker,
                         w.product, [&](Index nth, const float* c) {
                           const Index panel = task.panel_begin + nth;
@@ -183,7 +182,7 @@ class PackedExperts {
     const Index panels = (d_model_ + columns - 1) / columns;
     // Every task brings all of its rows into bfloat16, so there are not many where there are many rows.
     const Index wanted = (product_.splits_rows() && plan.num_tokens > kernels::kMaxDotRows ? 2 : 8) * workers;
-    const Index group = product_.panels_of_task(panels, wanted);
+    const Index group = product_.panels_of_task(panels, wanted, most_rows(plan), d_model_);
     const Index groups = (panels + group - 1) / group;
     const Index blocks = std::clamp<Index>(plan.num_tokens / 256, 1, std::max<Index>(1, wanted / groups));
     const Index tokens = (plan.num_tokens + blocks - 1) / blocks;
@@ -213,7 +212,7 @@ class PackedExperts {
       const float* const gate = plan.gate_side == GateSide::output ? plan.gate.data() + a : nullptr;
       product_.multiply(rows, hidden(e, a - expert_begin, plan, w),
                         {expert(e).down_panel(first_panel), panels, expert(e).d_ff(),
-                         expert(a + most < end ? e : next).down_panel(first_panel)},
+                         expert(a + most < end ? e : next).down_panel(first_panel), cached()},
                         worker, w.product, [&](Index nth, const float* c) {
                           const Index panel = first_panel + nth, column = panel * columns;
                           kernels.combine(rows, (std::min)(columns, d_model_ - column), c,
@@ -227,6 +226,7 @@ class PackedExperts {
   std::vector<PackedExpert<F>> experts_;
   Index d_model_;
   Index widest_ = 0, most_panels_ = 0;  // of the largest expert: a hidden row, up_panels
+  std::size_t bytes_ = 0;               // of all
 };
 
 }  // namespace moe

@@ -39,6 +39,7 @@ struct PackedPanels {
   const std::byte* data;
   Index count, depth;
   const std::byte* next;  ///< the panel that the same worker will read after these, probably
+  bool cached = false;    ///< whether they are in the caches, probably, so that fetching ahead is of no use
 };
 
 /// Buffers of a product, a part for each worker. Reused, they allocate nothing.
@@ -65,6 +66,8 @@ template <Format F>
 class PackedProduct {
  public:
   static constexpr Index kMostPanels = 8;  ///< that are multiplied at a time
+  /// Bytes of weights that may stay in the caches from one call to the next.
+  static constexpr std::size_t kCachedBytes = std::size_t(1) << 24;
 
   /// By the kernels of a set; `rounded`: with activations rounded to bfloat16. Throws std::invalid_argument
   /// where this processor or the format has no such product.
@@ -80,11 +83,13 @@ class PackedProduct {
   bool splits_rows() const { return dot_ != nullptr; }
   /// Rows that are multiplied at a time.
   Index most_rows() const { return dot_ ? dot_->rows : floats_->rows; }
-  /// Panels of a task, for that many tasks or some fewer: even where there are enough and one row may take
-  /// two.
-  Index panels_of_task(Index panels, Index tasks) const {
-    const Index share = panels / tasks;
-    return std::clamp<Index>(kernels_->streams > 1 ? share + share % 2 : share, 1, kMostPanels);
+  /// Panels of a task of so many rows, for that many tasks or fewer: even where there are enough, for one row
+  /// takes two at once, and with work for about a microsecond, if there is so much.
+  Index panels_of_task(Index panels, Index tasks, Index rows, Index depth) const {
+    constexpr Index kLeast = Index(1) << 15;  // multiply-adds
+    const Index least = kLeast / std::max<Index>(1, rows * depth * kernels_->columns);
+    const Index share = (std::max)(panels / tasks, least);
+    return std::clamp<Index>(share + share % 2, 1, kMostPanels);
   }
   /// How rows of `depth` numbers, filled up to `columns`, best lie: in blocks, from which a product of floats
   /// reads them; whole, where they are brought into bfloat16.
@@ -118,6 +123,7 @@ class PackedProduct {
     with_product(w, [&]<class X>(const kernels::Product<X>& product, Buffer<X>& buffer) {
       X* const own = w.part(buffer, worker);
       const Index block = kernels::block_depth(depth, product.depth);
+      const bool cached = panels.cached && rows == 1 && std::is_same_v<X, float>;
       for (Index i = 0; i < panels.count; i += at_once) {
         const Index count = (std::min)(at_once, panels.count - i);
         const std::byte* const first = panels.data + i * panel_bytes;
@@ -127,7 +133,9 @@ class PackedProduct {
           X* const to = own + (kept ? p / block * rows * row_stride(product, block) : 0);
           product.multiply(rows, deep, bring(product, kept && i > 0 ? 0 : rows, x, p, deep, p / block, to),
                            first + F::bytes(p) * wide, stream_bytes, count, c, p > 0,
-                           after < depth ? first + F::bytes(after) * wide : next);
+                           cached          ? nullptr
+                           : after < depth ? first + F::bytes(after) * wide
+                                           : next);
         }
         for (Index j = 0; j < count; ++j) use(i + j, c + j * rows * columns);
       }
@@ -146,9 +154,7 @@ class PackedProduct {
   }
 
   // Panels that are taken together: all, where their rows must be brought; else as many as a product takes.
-  Index panels_at_once(Index rows, bool there) const {
-    return !there ? kMostPanels : rows == 1 && kernels_->streams > 1 ? 2 : 1;
-  }
+  Index panels_at_once(Index rows, bool there) const { return !there ? kMostPanels : rows == 1 ? 2 : 1; }
 
   // From one row of a product to the next.
   template <class X>
