@@ -24,15 +24,17 @@
 // layers of your own. Everything runs on the calling thread.
 namespace moe {
 
+/// How check_gradients compares.
 struct GradientCheckOptions {
   double step = 1e-5;        ///< h of (f(x + h) - f(x - h)) / 2h
   double margin = 100;       ///< the routing must be the same this many steps away, see crossed
   double floor = 1e-3;       ///< errors are relative to the largest entry of an array, at least this
   std::uint64_t seed = 1;    ///< of the random weights with which outputs are summed up
   std::optional<Rng> rng{};  ///< training mode: every evaluation uses a copy of it
-  BatchInfo info{};
+  BatchInfo info{};          ///< of the batch, for routers and layers
 };
 
+/// What check_gradients found.
 struct GradientReport {
   /// Largest |analytic - numeric| of an array over the larger of its largest entry, analytic or
   /// numeric, and options.floor; the worst of all arrays. A correct backward pass in double gives
@@ -40,10 +42,10 @@ struct GradientReport {
   double worst = 0;
   std::string where;    ///< the array where that was
   double analytic = 0;  ///< the entry where that was
-  double numeric = 0;
-  Index checked = 0;  ///< number of entries compared
-  Index crossed = 0;  ///< entries at which a routing changed within the margin: if any, the
-                      ///< numbers mean nothing and x should be drawn again
+  double numeric = 0;   ///< the same by central differences
+  Index checked = 0;    ///< number of entries compared
+  Index crossed = 0;    ///< entries at which a routing changed within the margin: if any, the
+                        ///< numbers mean nothing and x should be drawn again
 };
 
 namespace detail {
@@ -249,7 +251,7 @@ GradientReport check_gradients(const R& router, Matrix<double> x, const Gradient
 }
 
 /// Checks a layer: d_x and every parameter's gradient of a random weighted sum of its output, plus
-/// `loss(routing)`, e.g. [](const auto& r) { return moe::load_balancing_loss(r); }.
+/// `loss(routing)`, e.g. `[](const auto& r) { return moe::load_balancing_loss(r); }`.
 template <class Layer, class RoutingLoss = detail::NoLoss>
 requires requires {
   typename Layer::Cache;

@@ -152,8 +152,8 @@ Loss<S> load_loss(const Routing<S>& routing, LoadThreshold threshold = LoadThres
 /// A loss of a hierarchy, with its gradient by every one of routing.levels.
 template <class S>
 struct LevelsLoss {
-  S value = 0;
-  std::vector<RoutingGradient<S>> gradients;
+  S value = 0;                                ///< without a coefficient
+  std::vector<RoutingGradient<S>> gradients;  ///< by each of routing.levels
 };
 
 /// load_loss of a HierarchicalRouter's routing (Shazeer et al. 2017, appendix B, eq. 14 with eq.

@@ -18,10 +18,11 @@
 // in double, in the order of tokens.
 namespace moe {
 
+/// The value of a loss and its gradient by what a routing shows.
 template <class S>
 struct Loss {
-  S value = 0;
-  RoutingGradient<S> gradient;
+  S value = 0;                  ///< without a coefficient
+  RoutingGradient<S> gradient;  ///< for the backward pass of a layer or a router
 };
 
 /// Throws std::invalid_argument unless router_logits or router_probs are there: not every router fills them.

@@ -121,8 +121,8 @@ Index unserved_tokens(const Routing<S>& routing) {
 /// One expert that worked on a token.
 template <class S>
 struct UsedExpert {
-  Index expert;
-  S gate;
+  Index expert;  ///< its index among the routed ones
+  S gate;        ///< what scales its output, or its input where the plan says so
 };
 
 /// The routed experts that a token's output is made of, in ascending order, with their gates. Empty for a

@@ -19,12 +19,16 @@ namespace moe {
 template <class T>
 struct LineAllocator {
   using value_type = T;
+  /// Of what it allocates: 64 bytes, or more where T asks for more.
   static constexpr std::align_val_t kAlign{std::max<std::size_t>(64, alignof(T))};
 
   LineAllocator() = default;
+  /// All of them are alike.
   template <class U>
   LineAllocator(const LineAllocator<U>&) {}
+  /// Room for n elements. Throws std::bad_alloc.
   T* allocate(std::size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kAlign)); }
+  /// Frees what allocate returned.
   void deallocate(T* p, std::size_t) { ::operator delete(p, kAlign); }
   friend bool operator==(const LineAllocator&, const LineAllocator&) { return true; }
 };
@@ -38,6 +42,7 @@ class Buffer {
   using value_type = T;
 
   Buffer() = default;
+  /// The given elements.
   Buffer(std::initializer_list<T> values) : storage_(values), size_(Index(values.size())) {}
   Buffer(const Buffer& other) : storage_(other.begin(), other.end()), size_(other.size_) {}
   Buffer(Buffer&& other) noexcept : storage_(std::move(other.storage_)), size_(other.size_) {
@@ -143,9 +148,11 @@ class RowBuffer {
 
   /// The matrix [rows, cols].
   Eigen::Map<Matrix<S>> matrix() { return {data(), rows_, cols_}; }
+  /// The same, read-only.
   Eigen::Map<const Matrix<S>> matrix() const { return {data(), rows_, cols_}; }
   /// Rows [begin, begin + count).
   Eigen::Map<Matrix<S>> block(Index begin, Index count) { return {row(begin), count, cols_}; }
+  /// The same, read-only.
   Eigen::Map<const Matrix<S>> block(Index begin, Index count) const { return {row(begin), count, cols_}; }
 
  private:

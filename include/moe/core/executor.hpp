@@ -24,6 +24,8 @@
 // one of several tasks runs on that task's thread. Results of the library do not depend on the executor.
 namespace moe {
 
+/// What runs tasks: for_each(n, f) calls f(task, worker) once for every task in [0, n) and returns when all
+/// have ended, then rethrows the first exception; worker is below concurrency(). Tasks may run in any order.
 template <class E>
 concept Executor = requires(const E& executor, Index n, void (*f)(Index, Index)) {
   executor.for_each(n, f);
@@ -171,6 +173,7 @@ class Helpers {
 template <class Pool>
 class ThreadPoolExecutor {
  public:
+  /// Refers to the pool, which must outlive it.
   explicit ThreadPoolExecutor(Pool& pool) : pool_(&pool) {}
 
   Index concurrency() const { return Index(pool_->NumThreads()) + 1; }

@@ -33,7 +33,9 @@ class Output {
  public:
   static constexpr bool IsRowMajor = true;
 
+  /// A matrix, which is resized where it is written.
   Output(Matrix<S>& matrix) : matrix_(&matrix) {}
+  /// A view, which keeps its shape.
   template <detail::WritableView<S> View>
   Output(View&& view) {
     MatrixRef<S> ref(view);

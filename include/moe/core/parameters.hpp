@@ -25,8 +25,11 @@ enum class Kind {
 /// made of, which lives while f runs: a std::string of it may be kept.
 class Name {
  public:
+  /// A name of one part.
   constexpr Name(const char* part) : part_(part) {}
+  /// The same.
   constexpr Name(std::string_view part) : part_(part) {}
+  /// The same.
   constexpr Name(const std::string& part) : part_(part) {}
   /// One of several parts of this name: {"experts", 3} is "experts.3".
   constexpr Name(std::string_view part, Index number) : part_(part), number_(number) {}
@@ -35,13 +38,16 @@ class Name {
   Name(const Name&&, const Name&) = delete;
   Name(const Name&, const Name&&) = delete;
 
+  /// Written out, with a dot between parts.
   std::string str() const {
     std::string text(whole_ ? whole_->str() : std::string(part_));
     const std::string rest = rest_ ? rest_->str() : number_ >= 0 ? std::to_string(number_) : "";
     if (!text.empty() && !rest.empty()) text += '.';
     return text += rest;
   }
+  /// The same.
   operator std::string() const { return str(); }
+  /// Writes it out.
   friend std::ostream& operator<<(std::ostream& out, const Name& name) { return out << name.str(); }
   friend bool operator==(const Name& name, std::string_view text) { return name.str() == text; }
 
@@ -51,9 +57,10 @@ class Name {
   const Name *whole_ = nullptr, *rest_ = nullptr;  // in place of these
 };
 
+/// What visit() says of an array.
 struct ParameterInfo {
-  Name name;  ///< valid only during the call of f: make a std::string of it to keep it
-  Kind kind = Kind::parameter;
+  Name name;                    ///< valid only during the call of f: make a std::string of it to keep it
+  Kind kind = Kind::parameter;  ///< what it is for
 };
 
 /// Calls f(info, arrays...) for one array of each of the objects that a visit() visits. Throws

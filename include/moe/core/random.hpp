@@ -18,8 +18,10 @@ namespace moe {
 /// it copies the stream. Satisfies std::uniform_random_bit_generator.
 class Rng {
  public:
+  /// What a step gives.
   using result_type = std::uint64_t;
 
+  /// Equal seeds give equal streams.
   explicit Rng(std::uint64_t seed = 0) {
     for (auto& word : state_) {
       seed += 0x9e3779b97f4a7c15u;
@@ -30,9 +32,12 @@ class Rng {
     }
   }
 
+  /// The least that a step gives.
   static constexpr result_type(min)() { return 0; }
+  /// The most that a step gives.
   static constexpr result_type(max)() { return ~result_type(0); }
 
+  /// One step: 64 random bits.
   result_type operator()() {
     const std::uint64_t result = std::rotl(state_[0] + state_[3], 23) + state_[0];
     const std::uint64_t shifted = state_[1] << 17;
@@ -66,6 +71,7 @@ class Rng {
 
   /// What the stream goes on from: saved and set again, it goes on as if nothing had been.
   using State = std::array<std::uint64_t, 4>;
+  /// The state, to be saved.
   const State& state() const { return state_; }
   /// Throws std::invalid_argument for four zeros, which only zeros follow.
   void set_state(const State& state) {

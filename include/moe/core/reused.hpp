@@ -28,6 +28,7 @@ class Reused : public Eigen::Map<Plain> {
   Reused() : View(nullptr, 0, kIsVector ? 1 : 0) {}
   Reused(const Reused& other) : Reused() { *this = other; }
   Reused(Reused&& other) noexcept : Reused() { *this = std::move(other); }
+  /// A copy of the values of an expression of Eigen.
   template <class M>
   Reused(const Eigen::DenseBase<M>& values) : Reused() {
     *this = values.derived();
@@ -89,6 +90,7 @@ class Reused : public Eigen::Map<Plain> {
     }
     show(rows, cols);
   }
+  /// The same for a vector.
   void resize(Index size) requires kIsVector { resize(size, 1); }
 
   using View::setConstant;

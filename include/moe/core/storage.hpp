@@ -54,6 +54,7 @@ class MappedMatrix {
 
 /// Storage of an expert with weights of its own.
 struct Owned {
+  /// A matrix.
   template <class S>
   using Weight = Matrix<S>;
 };
@@ -61,6 +62,7 @@ struct Owned {
 /// Storage of an expert whose weights are read where they lie. Such an expert is made of its weights,
 /// and is for inference: it has no backward.
 struct Mapped {
+  /// A view of what somebody else filled.
   template <class S>
   using Weight = MappedMatrix<S>;
 };

@@ -13,6 +13,7 @@
 // The few types that every header shares. Tokens are rows; matrices are row-major.
 namespace moe {
 
+/// Sizes, counts and indices: signed.
 using Index = Eigen::Index;
 
 /// Dense matrix, row-major, e.g. tokens [tokens, d_model] or a weight [out, in].

@@ -34,9 +34,10 @@ concept TrainableWeight = LinearWeight<W, S> &&
 /// y = x w^T + b. Refers to an expert's weight [out, in] and bias [out], which is empty where it has none.
 template <class W, class B>
 struct Linear {
-  W& w;
-  B& b;
+  W& w;  ///< [out, in]
+  B& b;  ///< [out], or empty
 
+  /// Refers to both, which must outlive it.
   Linear(W& weight, B& bias) : w(weight), b(bias) {}
 
   /// y [rows, out] from x [rows, in]. O(rows * in * out), as all here.

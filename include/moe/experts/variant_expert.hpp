@@ -19,11 +19,14 @@ class VariantExpert {
   static_assert((std::is_same_v<Scalar, typename Rest::Scalar> && ...),
                 "all kinds of a VariantExpert must have the same Scalar");
 
+  /// An expert of one of the kinds.
   template <class E>
   requires(std::is_same_v<E, First> || (std::is_same_v<E, Rest> || ...)) VariantExpert(E expert)
       : expert_(std::move(expert)) {}
 
+  /// The expert, of whatever kind.
   std::variant<First, Rest...>& get() { return expert_; }
+  /// The same, read-only.
   const std::variant<First, Rest...>& get() const { return expert_; }
 
   Index d_model() const {

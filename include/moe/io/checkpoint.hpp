@@ -272,15 +272,18 @@ class Checkpoint {
 
   /// All names, sorted, also of tensors that `at` refuses for their dtype.
   const std::vector<std::string>& names() const& { return contents_->names; }
+  /// The same of a checkpoint that is about to go.
   std::vector<std::string> names() && { return contents_->names; }  // of open(...).names()
 
   /// The metadata of the files. Where two files differ in a value, that of the file whose name sorts
   /// first; of a list of files, that of the earlier one.
   const std::map<std::string, std::string>& metadata() const& { return contents_->header.metadata; }
+  /// The same of a checkpoint that is about to go.
   std::map<std::string, std::string> metadata() && { return contents_->header.metadata; }
 
   /// The file, the index, or the directory of a set of files.
   const std::filesystem::path& path() const& { return contents_->path; }
+  /// The same of a checkpoint that is about to go.
   std::filesystem::path path() && { return contents_->path; }
 
   /// Keeps every view and its bytes valid while it lives.

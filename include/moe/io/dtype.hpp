@@ -165,10 +165,10 @@ inline std::optional<std::size_t> num_bytes(DType dtype, std::span<const Index> 
 
 /// A tensor in memory that belongs to somebody else: row-major, little-endian, at any address.
 struct TensorView {
-  std::string name;
-  DType dtype = DType::F32;
-  std::vector<Index> shape;  ///< [] is a scalar; a dimension may be 0
-  std::span<const std::byte> bytes;
+  std::string name;                  ///< of the tensor in its file
+  DType dtype = DType::F32;          ///< of its elements
+  std::vector<Index> shape;          ///< [] is a scalar; a dimension may be 0
+  std::span<const std::byte> bytes;  ///< of its elements
 
   /// Number of elements. O(dimensions). Throws CheckpointError where a dimension is negative or the
   /// product overflows; a view from a Checkpoint has no such shape.

@@ -26,14 +26,15 @@ namespace moe {
 
 /// A tensor of a checkpoint as load_mapped_layer took it.
 struct LoadedTensor {
-  std::string name{};
+  std::string name{};    ///< of the tensor
   Index values = 0;      ///< how many numbers
   std::string copied{};  ///< why they were copied, e.g. "transposed"; empty where they are mapped
 };
 
+/// A layer that load_mapped_layer made, and where its parameters are.
 template <class Layer>
 struct LoadedLayer {
-  Layer layer;
+  Layer layer;                          ///< for inference
   std::vector<LoadedTensor> tensors{};  ///< all of the layer, by name
 };
 

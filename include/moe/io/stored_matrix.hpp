@@ -17,16 +17,17 @@ namespace moe {
 
 /// A tensor of a checkpoint with all that its values need. New ways of storing go here.
 struct StoredMatrix {
+  /// How numbers are stored.
   enum class Format {
     plain,             ///< numbers of values.dtype
     block_scaled_fp8,  ///< DeepSeek-V3's: 8 bits, and one scale for each 128 x 128 of them
     mxfp4,  ///< gpt-oss': bytes of two 4-bit numbers, and one scale for 32 along the last dimension
   };
 
-  Format format = Format::plain;
-  TensorView values{};
-  TensorView scales{};         ///< of format plain: nothing
-  std::vector<Index> shape{};  ///< of the numbers
+  Format format = Format::plain;  ///< how its numbers are stored
+  TensorView values{};            ///< the numbers, as they are stored
+  TensorView scales{};            ///< of format plain: nothing
+  std::vector<Index> shape{};     ///< of the numbers
 
   Index size() const { return values.size() * (format == Format::mxfp4 ? 2 : 1); }
 

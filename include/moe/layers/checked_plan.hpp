@@ -41,7 +41,9 @@ class CheckedPlan {
   static CheckedPlan trusted(DispatchPlan<S>&&) = delete;
   static CheckedPlan of_router(Routing<S>&&, Index, Index, const char*) = delete;
 
+  /// The plan.
   const DispatchPlan<S>& operator*() const { return *plan_; }
+  /// The plan.
   const DispatchPlan<S>* operator->() const { return plan_; }
 
  private:
@@ -60,6 +62,7 @@ const DispatchPlan<S>& to_follow(const DispatchPlan<S>& plan, Index tokens, cons
   check_plan(plan, tokens, plan.num_experts(), where);
   return plan;
 }
+/// The same of a plan that was checked before.
 template <class S>
 const DispatchPlan<S>& to_follow(const CheckedPlan<S>& checked, Index tokens, const char* where) {
   require(checked->num_tokens == tokens, where, ": the routing is of ", checked->num_tokens,

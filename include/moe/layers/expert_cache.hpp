@@ -14,14 +14,15 @@ namespace moe {
 
 /// Some rows of one expert, `begin` counted from its first.
 struct ExpertRows {
+  /// The expert in the layer, the first of the rows, and how many.
   Index expert, begin, count;
 };
 
 /// Buffers of GroupedExperts::forward. Grow-only.
 template <class S>
 struct ExpertWorkspace {
-  Buffer<ExpertRows> tasks;
-  Buffer<S> rows;  ///< what a worker's expert keeps now
+  Buffer<ExpertRows> tasks;  ///< of the call
+  Buffer<S> rows;            ///< what a worker's expert keeps now
 
   template <class F>
   void for_each_array(const F& f) const {

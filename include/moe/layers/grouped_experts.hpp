@@ -49,9 +49,13 @@ class GroupedExperts {
   bool empty() const { return experts_.empty(); }
   /// d_model of each expert; 0 where there is none.
   Index width() const { return empty() ? 0 : Index(experts_[0].d_model()); }
+  /// Expert e.
   E& operator[](Index e) { return experts_[std::size_t(e)]; }
+  /// The same, read-only.
   const E& operator[](Index e) const { return experts_[std::size_t(e)]; }
+  /// All of them.
   std::span<E> all() { return experts_; }
+  /// The same, read-only.
   std::span<const E> all() const { return experts_; }
 
   /// Puts an expert before the one at `at`, or behind the last. O(experts). Throws std::invalid_argument, and

@@ -39,10 +39,10 @@ template <class S>
 struct LayerCache : LayerWorkspace<S> {
   ReusedMatrix<S> x;  ///< input, with zeros in rows of tokens that are not valid [tokens, d_model]
   ExpertCache<S> experts;
-  RowBuffer<S> d_rows, d_x_rows;  ///< [assignments, d_model]
-  RoutingGradient<S> routing_gradient;
-  Buffer<S> d_gate;               ///< [assignments]
-  ReusedMatrix<S> d_shared_gate;  ///< [tokens, shared experts]
+  RowBuffer<S> d_rows, d_x_rows;        ///< [assignments, d_model]
+  RoutingGradient<S> routing_gradient;  ///< of the losses and of the output together
+  Buffer<S> d_gate;                     ///< [assignments]
+  ReusedMatrix<S> d_shared_gate;        ///< [tokens, shared experts]
 
   template <class F>
   void for_each_array(const F& f) const {

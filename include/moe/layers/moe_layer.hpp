@@ -28,6 +28,7 @@ namespace moe {
 /// Experts that see every token, whatever the router says (DeepSeekMoE; Dai et al. 2024, eq. 9).
 template <class E>
 struct SharedExperts {
+  /// The experts; they may have another d_ff than the routed ones.
   std::vector<E> experts{};
   /// Whether their outputs are scaled by sigmoid(x w^T) with a trained w (Qwen2-MoE).
   bool gated = false;
@@ -82,6 +83,7 @@ class MoELayer {
 
   // ---- Inference: const, no noise.
 
+  /// The routing of x [tokens, d_model], as forward makes it.
   template <Executor Ex = DefaultExecutor>
   Routing<S> route(const ConstMatrixRef<S>& x, const BatchInfo& info = {}, const Ex& executor = {}) const {
     Routing<S> routing;
@@ -90,6 +92,7 @@ class MoELayer {
     return routing;
   }
 
+  /// y [tokens, d_model] for x [tokens, d_model]. Allocates y and its buffers.
   template <Executor Ex = DefaultExecutor>
   Matrix<S> forward(const ConstMatrixRef<S>& x, const BatchInfo& info = {}, const Ex& executor = {}) const {
     Workspace workspace;
@@ -122,6 +125,7 @@ class MoELayer {
 
   // ---- Differentiable forward: the same values, and a cache for backward.
 
+  /// y [tokens, d_model]; `cache` is what backward needs. Without noise and with the capacity of inference.
   template <Executor Ex = DefaultExecutor>
   Matrix<S> forward(const ConstMatrixRef<S>& x, Cache& cache, const BatchInfo& info = {},
                     const Ex& executor = {}) const {
@@ -130,6 +134,7 @@ class MoELayer {
     return y;
   }
 
+  /// The same into y.
   template <Executor Ex = DefaultExecutor>
   void forward(const ConstMatrixRef<S>& x, const Output<S>& y, Cache& cache, const BatchInfo& info = {},
                const Ex& executor = {}) const {
@@ -146,6 +151,7 @@ class MoELayer {
     return y;
   }
 
+  /// The same into y.
   template <Executor Ex = DefaultExecutor>
   void forward(const ConstMatrixRef<S>& x, Rng& rng, const Output<S>& y, Cache& cache,
                const BatchInfo& info = {}, const Ex& executor = {}) const {
@@ -203,6 +209,8 @@ class MoELayer {
     return d_x;
   }
 
+  /// The same into `output`, d_x [tokens, d_model]. Allocates nothing that forward with this cache did not
+  /// make room for.
   template <Executor Ex = DefaultExecutor>
   void backward(const ConstMatrixRef<S>& d_y, Cache& cache, MoELayer& grad,
                 const RoutingGradient<S>& routing_gradient, const Output<S>& output,

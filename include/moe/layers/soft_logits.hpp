@@ -53,12 +53,14 @@ void make_unit_backward(Index n, const S* x, const S* unit, const S* d_unit, S s
 /// Dot products of rows as they are (section 2.1).
 template <class S>
 struct DotLogits {
-  using Routing = SoftRouting<S>;
-  using Gradient = SoftRoutingGradient<S>;
+  using Routing = SoftRouting<S>;           ///< where operands are kept
+  using Gradient = SoftRoutingGradient<S>;  ///< where gradients are kept
 
   const Matrix<S>& w_slots;  ///< [slots, d_model]
 
+  /// The left operand [tokens, d_model].
   const ReusedMatrix<S>& tokens(const Routing& routing) const { return routing.x; }
+  /// The right operand [slots, d_model].
   const Matrix<S>& slots(const Routing&) const { return w_slots; }
   /// Throws std::invalid_argument unless the routing holds operands of this kind.
   void check(const Routing&, const char*) const {}
@@ -83,19 +85,23 @@ struct DotLogits {
 /// Cosines times the scale: products of rows divided by their lengths (section 2.3).
 template <class S>
 struct CosineLogits {
-  using Routing = SoftRouting<S>;
-  using Gradient = SoftRoutingGradient<S>;
+  using Routing = SoftRouting<S>;           ///< where operands are kept
+  using Gradient = SoftRoutingGradient<S>;  ///< where gradients are kept
 
   const Matrix<S>& w_slots;  ///< [slots, d_model]
   const Vector<S>& scale;    ///< [1]
 
+  /// See DotLogits, here and below: the left operand [tokens, d_model].
   const ReusedMatrix<S>& tokens(const Routing& routing) const { return routing.x_unit; }
+  /// The right operand [slots, d_model].
   const ReusedMatrix<S>& slots(const Routing& routing) const { return routing.w_scaled; }
+  /// Throws std::invalid_argument unless the routing holds operands of this kind.
   void check(const Routing& routing, const char* where) const {
     require_shape(routing.x_unit, routing.num_tokens(), w_slots.cols(), where, "the cache's x_unit");
     require_shape(routing.w_unit, w_slots.rows(), w_slots.cols(), where, "the cache's w_unit");
     require_shape(routing.w_scaled, w_slots.rows(), w_slots.cols(), where, "the cache's w_scaled");
   }
+  /// Makes slots(), and room for tokens().
   template <Executor Ex>
   void make_slots(Routing& routing, const Ex& executor) const {
     const Index slots = w_slots.rows(), d = w_slots.cols();
@@ -109,14 +115,17 @@ struct CosineLogits {
       }
     });
   }
+  /// Makes a row of tokens().
   void make_token(Index t, Routing& routing) const {
     detail::make_unit(w_slots.cols(), &routing.x(t, 0), &routing.x_unit(t, 0));
   }
 
+  /// Where the gradient by slots() is to be added up.
   MatrixRef<S> begin_backward(Gradient& g, Matrix<S>&) const {
     g.d_x_unit.resize(g.d_logits.rows(), w_slots.cols());
     return g.d_w_scaled.setZero(w_slots.rows(), w_slots.cols());
   }
+  /// Adds to d_x what comes from the logits of some tokens.
   void tokens_backward(Index begin, Index count, const Routing& routing, Gradient& g,
                        MatrixRef<S>& d_x) const {
     linear_backward_input(g.d_logits.middleRows(begin, count), routing.w_scaled,
@@ -125,6 +134,7 @@ struct CosineLogits {
       detail::make_unit_backward(w_slots.cols(), &routing.x(t, 0), &routing.x_unit(t, 0), &g.d_x_unit(t, 0),
                                  S(1), &d_x(t, 0));
   }
+  /// The rest of the way, to the gradients of the parameters.
   template <Executor Ex>
   void slots_backward(const Routing& routing, Gradient& g, Matrix<S>& d_w_slots, Vector<S>& d_scale,
                       const Ex& executor) const {

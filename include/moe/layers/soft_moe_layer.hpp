@@ -39,7 +39,7 @@ struct SoftMoEWorkspace {
 template <class S>
 struct SoftMoECache : SoftMoEWorkspace<S> {
   ExpertCache<S> experts;
-  SoftRoutingGradient<S> gradient;
+  SoftRoutingGradient<S> gradient;  ///< what the router works in
   RowBuffer<S> d_y_rows, d_x_rows;  ///< [live slots, d_model]
 
   template <class F>
@@ -105,6 +105,7 @@ class SoftMoELayer {
 
   // ---- Inference: const.
 
+  /// y [tokens, d_model] for x [tokens, d_model]. Allocates y and its buffers.
   template <Executor Ex = DefaultExecutor>
   Matrix<S> forward(const ConstMatrixRef<S>& x, const BatchInfo& info = {}, const Ex& executor = {}) const {
     Workspace workspace;
@@ -129,6 +130,7 @@ class SoftMoELayer {
 
   // ---- Differentiable forward: the same values, and a cache for backward.
 
+  /// y [tokens, d_model]; `cache` is what backward needs.
   template <Executor Ex = DefaultExecutor>
   Matrix<S> forward(const ConstMatrixRef<S>& x, Cache& cache, const BatchInfo& info = {},
                     const Ex& executor = {}) const {
@@ -137,6 +139,7 @@ class SoftMoELayer {
     return y;
   }
 
+  /// The same into y.
   template <Executor Ex = DefaultExecutor>
   void forward(const ConstMatrixRef<S>& x, const Output<S>& y, Cache& cache, const BatchInfo& info = {},
                const Ex& executor = {}) const {
@@ -174,6 +177,7 @@ class SoftMoELayer {
     return d_x;
   }
 
+  /// The same into d_x.
   template <Executor Ex = DefaultExecutor>
   void backward(const ConstMatrixRef<S>& d_y, Cache& cache, SoftMoELayer& grad, const Output<S>& d_x,
                 const Ex& executor = {}) const {

@@ -56,8 +56,8 @@ class SoftRouter {
  public:
   using Scalar = S;
   using Options = SoftMoEOptions;
-  using Routing = SoftRouting<S>;
-  using Gradient = SoftRoutingGradient<S>;
+  using Routing = SoftRouting<S>;           ///< what mix makes of a batch
+  using Gradient = SoftRoutingGradient<S>;  ///< the buffers of backward
 
   /// w_slots is zero, to be filled from elsewhere, and the scale 1. Throws std::invalid_argument for sizes
   /// that are not positive.

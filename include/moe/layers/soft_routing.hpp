@@ -24,6 +24,7 @@ struct SoftMoEOptions {
 
 /// A block of the tokens of one group.
 struct GroupTokens {
+  /// The group, the first token, and the one after the last.
   Index group, begin, end;
 };
 
@@ -43,7 +44,7 @@ struct SoftRouting {
   ReusedMatrix<S> w_unit, w_scaled;  ///< where normalised [slots, d_model]
   Buffer<Index> group_begin;         ///< [groups + 1]
   Buffer<Index> live;                ///< groups that have a valid token
-  Buffer<GroupTokens> token_blocks;
+  Buffer<GroupTokens> token_blocks;  ///< all tokens, in blocks of at most kTokenBlock
   RowBuffer<S> slots;  ///< inputs, later outputs, of the slots of every group [groups * slots, d_model]
 
   Index num_tokens() const { return token_state.size(); }

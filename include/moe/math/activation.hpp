@@ -30,6 +30,7 @@ concept TakesPacks = requires {
 /// The derivatives of a gated unit by the gate and by the linear branch.
 template <class T>
 struct GluDerivative {
+  /// By the gate, and by the linear branch.
   T by_gate, by_up;
 };
 
@@ -233,18 +234,18 @@ struct Glu {
   }
 };
 
-using SwiGLU = Glu<SiLU>;
-using GEGLU = Glu<GELU>;
-using GEGLUTanh = Glu<GELUTanh>;
-using ReGLU = Glu<ReLU>;
+using SwiGLU = Glu<SiLU>;         ///< silu(g) * u
+using GEGLU = Glu<GELU>;          ///< gelu(g) * u, the exact GELU
+using GEGLUTanh = Glu<GELUTanh>;  ///< gelu(g) * u, the tanh approximation
+using ReGLU = Glu<ReLU>;          ///< relu(g) * u
 
 /// gpt-oss's gated unit: g' = min(g, limit), u' = clamp(u, -limit, limit), and
 /// (u' + offset) * g' / (1 + exp(-alpha g')). The derivative is zero beyond a clamp.
 struct ClampedSwiGLU {
   static constexpr bool takes_packs = true;
-  double alpha = 1.702;
-  double limit = 7.0;
-  double offset = 1.0;
+  double alpha = 1.702;  ///< of the sigmoid
+  double limit = 7.0;    ///< of the clamps
+  double offset = 1.0;   ///< added to u'
 
   template <class T>
   T forward(const T& g, const T& u) const {

@@ -10,7 +10,12 @@
 // What kind of number a value is, read from its exponent bits: -ffast-math does not see through that.
 namespace moe {
 
-enum class NumberKind { finite, infinite, nan };
+/// What kind of number a value is.
+enum class NumberKind {
+  finite,    ///< neither of the others
+  infinite,  ///< of either sign
+  nan        ///< not a number
+};
 
 /// Whether the bit pattern of S is known: numbers are told apart by it, which -ffast-math leaves alone.
 template <class S>
@@ -19,6 +24,7 @@ inline constexpr bool kHasBits = std::is_same_v<S, float> || std::is_same_v<S, d
 /// The bits of a number. Signed integers compare as numbers of the same sign do.
 template <class S>
 using Bits = std::conditional_t<sizeof(S) == 4, std::int32_t, std::int64_t>;
+/// The bits of `value`.
 template <class S>
 Bits<S> bits_of(S value) {
   return std::bit_cast<Bits<S>>(value);

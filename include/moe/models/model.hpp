@@ -24,30 +24,42 @@
 namespace moe {
 
 /// Which rows of a tensor are a parameter, where gate and up projection are one tensor of 2 * d_ff rows.
-enum class TensorPart { all, first_half, second_half, even_rows, odd_rows };
+enum class TensorPart {
+  all,          ///< the tensor is one parameter
+  first_half,   ///< the first d_ff rows
+  second_half,  ///< the last d_ff rows
+  even_rows,    ///< rows 0, 2, ...
+  odd_rows      ///< rows 1, 3, ...
+};
 
 /// Where a checkpoint holds a parameter.
 struct TensorSource {
   /// {layer} and {expert} stand for numbers. A parameter of routed experts whose name has no {expert}
   /// is one tensor with the experts one after the other.
   std::string_view name{};
-  TensorPart part = TensorPart::all;
-  bool transposed = false;  ///< [in, out] in place of [out, in]
+  TensorPart part = TensorPart::all;  ///< which of its rows
+  bool transposed = false;            ///< [in, out] in place of [out, in]
 
+  /// Whether the checkpoint does not hold it.
   constexpr bool empty() const { return name.empty(); }
 };
 
 /// Where a checkpoint holds an expert's parameters.
 struct ExpertTensors {
+  /// Weights; w_gate is of gated experts.
   TensorSource w_gate{}, w_up{}, w_down{};
+  /// Biases, empty for none.
   TensorSource b_gate{}, b_up{}, b_down{};
 };
 
 /// Where a checkpoint holds a layer's parameters.
 struct LayerTensors {
   std::string_view prefix{};  ///< what the names of all tensors of a layer begin with
+  /// The router's parameters.
   TensorSource w_router{}, b_router{}, selection_bias{};
+  /// Those of a routed expert and of a shared one.
   ExpertTensors experts{}, shared_expert{};
+  /// Those of the layer itself.
   TensorSource w_shared_gate{}, b_output{};
 };
 
@@ -61,6 +73,7 @@ concept GatedUnit = requires(const Unit& unit, float v) {
 /// specialisation, whose Type has a constructor from mapped weights (see models/published/openmoe.hpp).
 template <class Unit>
 struct ExpertOf {
+  /// The type of an expert.
   template <class S, class Storage = Owned>
   using Type =
       std::conditional_t<GatedUnit<Unit>, GatedFeedForward<S, Unit, Storage>, FeedForward<S, Unit, Storage>>;
@@ -90,9 +103,12 @@ constexpr GroupLimit scaled_limit(const GroupLimit& limit, Index num_experts) {
 /// A published model. `Unit` is the activation or gated unit of its experts, `R` its router.
 template <class Unit, template <class> class R = TopKRouter>
 struct Model {
+  /// The options of its router.
   using RouterOptions = typename R<float>::Options;
+  /// The type of its experts.
   template <class S, class Storage = Owned>
   using Expert = typename ExpertOf<Unit>::template Type<S, Storage>;
+  /// The type of its layers.
   template <class S, class Storage = Owned>
   using Layer = MoELayer<Expert<S, Storage>, R<S>>;
 
@@ -102,11 +118,11 @@ struct Model {
   Index d_ff = 0;             ///< of a routed expert
   bool expert_bias = false;
   Unit unit{};
-  Index shared_experts = 0;
-  Index shared_d_ff = 0;  ///< of a shared expert
-  bool gated_shared_experts = false;
-  bool output_bias = false;
-  Losses losses{};  ///< in training, see routing_loss
+  Index shared_experts = 0;           ///< how many
+  Index shared_d_ff = 0;              ///< of a shared expert
+  bool gated_shared_experts = false;  ///< see SharedExperts::gated
+  bool output_bias = false;           ///< whether a layer has b_output
+  Losses losses{};                    ///< in training, see routing_loss
   Surroundings around{};
   PublishedSize published{};
   LayerTensors tensors{};
@@ -183,6 +199,7 @@ struct Model {
            around.layers * around.idle_attention -
            (around.embedding_is_active ? 0 : around.vocabulary * d_model());
   }
+  /// Routed experts that a token uses; on average, where experts choose.
   constexpr Index experts_per_token() const {
     if constexpr (requires { router.top_k; })
       return router.top_k;

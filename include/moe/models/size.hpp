@@ -8,9 +8,9 @@ namespace moe {
 
 /// What stands around the Mixture-of-Experts layers of a model, as far as parameters are counted.
 struct Surroundings {
-  Index layers = 0;      ///< of attention and feed-forward
-  Index moe_layers = 0;  ///< those among them with experts
-  Index vocabulary = 0;
+  Index layers = 0;                   ///< of attention and feed-forward
+  Index moe_layers = 0;               ///< those among them with experts
+  Index vocabulary = 0;               ///< rows of an embedding
   bool tied_embeddings = false;       ///< whether input and output embedding are one matrix
   bool embedding_is_active = true;    ///< whether the authors count the input embedding as active
   Index attention = 0;                ///< parameters of one layer's attention
@@ -19,6 +19,7 @@ struct Surroundings {
   bool dense_beside_experts = false;  ///< whether layers with experts have that feed-forward, too
   Index idle_attention = 0;           ///< of `attention`, what one token does not use
 
+  /// Whether anything is said here.
   constexpr bool known() const { return layers > 0; }
 };
 
@@ -42,6 +43,7 @@ constexpr Index encoder_decoder_attention(Index attention) { return attention * 
 
 /// What a model's authors and its report say, in parameters; 0 where they do not.
 struct PublishedSize {
+  /// All, and those that work on one token.
   double total = 0, active = 0;
 };
 

@@ -24,8 +24,10 @@ struct SoftTensors {
 /// gated unit of its experts.
 template <class Unit>
 struct SoftModel {
+  /// The type of its experts.
   template <class S, class Storage = Owned>
   using Expert = typename ExpertOf<Unit>::template Type<S, Storage>;
+  /// The type of its layers.
   template <class S>
   using Layer = SoftMoELayer<Expert<S>>;
 

@@ -24,23 +24,23 @@ enum class BalanceOf {
 
 /// How the losses of a model's layers become one.
 enum class OverLayers {
-  sum,
+  sum,   ///< they are added up
   mean,  ///< Hugging Face (which averages counts and probabilities first), MegaBlocks
 };
 
 /// Coefficients of the auxiliary losses of one layer, 0 where the model has no such loss. They are for
 /// the losses as this library normalises them: a published coefficient times balance_factor.
 struct Losses {
-  double balance = 0;
-  BalanceOf balance_of = BalanceOf::choices;
-  double z = 0;           ///< of router_z_loss
-  double importance = 0;  ///< of importance_loss
-  Importance importance_of = Importance::gates;
-  double load = 0;  ///< of load_loss
-  LoadThreshold load_threshold = LoadThreshold::two;
-  double device = 0;  ///< of device_balance_loss, for the batch as a whole
-  Index devices = 1;  ///< expert e is on device e * devices / num_experts
-  OverLayers over_layers = OverLayers::sum;
+  double balance = 0;                                 ///< of the balance loss
+  BalanceOf balance_of = BalanceOf::choices;          ///< what that counts
+  double z = 0;                                       ///< of router_z_loss
+  double importance = 0;                              ///< of importance_loss
+  Importance importance_of = Importance::gates;       ///< what that sums
+  double load = 0;                                    ///< of load_loss
+  LoadThreshold load_threshold = LoadThreshold::two;  ///< what that asks
+  double device = 0;                                  ///< of device_balance_loss, for the batch as a whole
+  Index devices = 1;                                  ///< expert e is on device e * devices / num_experts
+  OverLayers over_layers = OverLayers::sum;           ///< how the losses of layers become one
 };
 
 namespace detail {

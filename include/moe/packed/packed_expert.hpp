@@ -133,21 +133,27 @@ class PackedExpert {
 
   Index d_model() const { return d_model_; }
   Index d_ff() const { return d_ff_; }
+  /// Its activation, as kernels name it.
   const kernels::Activation& activation() const { return activation_; }
+  /// Bytes of its panels and biases.
   std::size_t memory_bytes() const { return bytes_; }
 
   /// Panels of the first product: gate and linear branch side by side, where gated.
   Index up_panels() const { return up_panels_; }
+  /// Panel i of the first product.
   const std::byte* up_panel(Index i) const { return blob_.get() + i * up_bytes_; }
+  /// Its bias, or null.
   const float* up_bias(Index i) const { return has_bias_ ? biases() + i * columns_ : nullptr; }
   /// Columns of hidden values that one of them gives.
   Index hidden_columns() const { return hidden_; }
 
   /// Panels of the second product.
   Index down_panels() const { return down_panels_; }
+  /// Panel i of the second product.
   const std::byte* down_panel(Index i) const {
     return blob_.get() + up_panels_ * up_bytes_ + i * down_bytes_;
   }
+  /// Its bias, or null.
   const float* down_bias(Index i) const {
     return has_bias_ ? biases() + (up_panels_ + i) * columns_ : nullptr;
   }

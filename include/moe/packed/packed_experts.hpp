@@ -19,14 +19,16 @@ namespace moe {
 
 /// Buffers of packed experts. Reused, they allocate nothing.
 struct PackedExpertsWorkspace {
+  /// Rows of an expert, counted from its first, times some of its panels, and what that costs.
   struct Task {
+    /// See Task.
     Index expert, begin, rows, panel_begin, panel_end, cost;
   };
-  Buffer<Task> tasks;
-  Buffer<Index> touched;       ///< experts that have rows, ascending
-  Buffer<Index> hidden_begin;  ///< first value of the hidden rows of an expert that has any [num_experts]
-  Buffer<float> hidden;        ///< hidden rows, expert by expert
-  PackedProductWorkspace product;
+  Buffer<Task> tasks;              ///< of the first product
+  Buffer<Index> touched;           ///< experts that have rows, ascending
+  Buffer<Index> hidden_begin;      ///< first value of the hidden rows of an expert that has any [num_experts]
+  Buffer<float> hidden;            ///< hidden rows, expert by expert
+  PackedProductWorkspace product;  ///< what products work in
 
   template <class F>
   void for_each_array(const F& f) const {
@@ -37,6 +39,7 @@ struct PackedExpertsWorkspace {
 
 /// What a task owns of the output.
 struct OutputBlock {
+  /// The first row and the one after the last, the first column and the one after the last.
   Index token_begin, token_end, column_begin, column_end;
 };
 
@@ -63,6 +66,7 @@ class PackedExperts {
   }
 
   Index size() const { return Index(experts_.size()); }
+  /// Bytes of all experts.
   std::size_t memory_bytes() const { return bytes_; }
 
   /// Adds to y [tokens, d_model] the sum over experts, ascending, of gate * expert(row of x); x has a row for

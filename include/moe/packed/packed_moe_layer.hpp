@@ -23,6 +23,7 @@
 // kernels that are chosen for the processor while the program runs.
 namespace moe {
 
+/// Options of pack and PackedMoELayer.
 struct PackOptions {
   /// Whose kernels to use; the best that the processor has, where it is not named.
   std::optional<InstructionSet> instruction_set{};
@@ -35,15 +36,15 @@ struct PackOptions {
 /// What a packed layer has beside its experts, as MoELayer's members of these names.
 template <Router R>
 struct PackedParts {
-  R router;
-  Index num_shared_experts = 0;
-  Matrix<float> w_shared_gate{};
-  Vector<float> b_output{};
+  R router;                       ///< who chooses
+  Index num_shared_experts = 0;   ///< the last ones of the experts
+  Matrix<float> w_shared_gate{};  ///< [shared experts, d_model], empty unless they are gated
+  Vector<float> b_output{};       ///< [d_model], empty without output bias
 };
 
 /// Buffers of a packed layer's forward. Reused, they allocate nothing.
 struct PackedWorkspace : LayerWorkspace<float> {
-  PackedExpertsWorkspace packed;
+  PackedExpertsWorkspace packed;  ///< what packed experts work in
 
   template <class F>
   void for_each_array(const F& f) const {
@@ -55,11 +56,12 @@ struct PackedWorkspace : LayerWorkspace<float> {
 /// What stands in a block of the output beside what experts add: before them x where a token is passed
 /// through, NaN where it is poisoned, else zero; after them, of a valid token, also the bias.
 struct PackedOutput {
-  const ConstMatrixRef<float>& x;
-  const DispatchPlan<float>& plan;
-  const Vector<float>& bias;  ///< empty for none
-  MatrixRef<float> y;
+  const ConstMatrixRef<float>& x;   ///< [tokens, d_model]
+  const DispatchPlan<float>& plan;  ///< of the tokens
+  const Vector<float>& bias;        ///< empty for none
+  MatrixRef<float> y;               ///< [tokens, d_model]
 
+  /// Writes what stands in a block before experts add to it.
   void begin(const OutputBlock& block) const {
     const Index column = block.column_begin, columns = block.column_end - column;
     MatrixRef<float> to = y;
@@ -72,6 +74,7 @@ struct PackedOutput {
          t != last && *t < block.token_end; ++t)
       std::copy_n(&x.coeffRef(*t, column), columns, &to(*t, column));
   }
+  /// Adds the bias.
   void end(const OutputBlock& block) const {
     MatrixRef<float> to = y;
     for (Index t = block.token_begin; bias.size() > 0 && t < block.token_end; ++t)
@@ -115,6 +118,7 @@ class PackedMoELayer {
   Index num_experts() const { return parts_.router.num_experts(); }
   Index num_shared_experts() const { return parts_.num_shared_experts; }
   const R& router() const { return parts_.router; }
+  /// Whose kernels it uses.
   InstructionSet instruction_set() const { return set_; }
 
   /// What the packed experts take.
@@ -283,7 +287,7 @@ PackedMoELayer<F, E, R> pack(const MoELayer<E, R>& layer, const PackOptions& opt
 
 /// The same from experts that are made one at a time: expert(0), ..., routed and then shared. At any
 /// time there is one of them beside the packed ones.
-/// Example: pack<BF16>(PackedParts{router}, [&](Index e) { return read_expert(file, e); })
+/// Example: `pack<BF16>(PackedParts{router}, [&](Index e) { return read_expert(file, e); })`
 template <Format F, Router R, std::invocable<Index> Source>
 auto pack(PackedParts<R> parts, Source&& expert, const PackOptions& options = {}) {
   using E = std::remove_cvref_t<std::invoke_result_t<Source, Index>>;

@@ -19,13 +19,14 @@ namespace moe {
 
 /// Rows of activations: row i begins at data + stride * (index ? index[i] : i).
 struct ActivationRows {
-  const float* data;
-  Index stride;
-  const Index* index = nullptr;
+  const float* data;             ///< of all rows
+  Index stride;                  ///< numbers from a row to the next
+  const Index* index = nullptr;  ///< which rows, or null for the first ones
   /// Not 0 where the rows lie as a product of floats reads them, in blocks of their columns: numbers from a
   /// block to the next. They are not brought anywhere then.
   Index block = 0;
 
+  /// Where row i begins.
   const float* row(Index i) const { return data + stride * (index ? index[i] : i); }
   /// The same rows from row i on.
   ActivationRows from(Index i) const {
@@ -36,7 +37,8 @@ struct ActivationRows {
 
 /// Panels of weights that lie one behind the other.
 struct PackedPanels {
-  const std::byte* data;
+  const std::byte* data;  ///< the first one
+  /// How many, and the numbers of a column.
   Index count, depth;
   const std::byte* next;  ///< the panel that the same worker will read after these, probably
   bool cached = false;    ///< whether they are in the caches, probably, so that fetching ahead is of no use
@@ -47,9 +49,10 @@ struct PackedProductWorkspace {
   Buffer<float> products;       ///< what a worker multiplies now
   Buffer<float> rows;           ///< the rows for that, side by side
   Buffer<std::uint16_t> parts;  ///< the same, where they are in bfloat16
-  Index workers = 1;
-  Index kept_depth = 0;  ///< of rows of which all blocks may be kept
+  Index workers = 1;            ///< for how many there are parts
+  Index kept_depth = 0;         ///< of rows of which all blocks may be kept
 
+  /// A worker's part.
   template <class T>
   T* part(Buffer<T>& buffer, Index worker) const {
     return buffer.data() + worker * (buffer.size() / workers);
@@ -78,6 +81,7 @@ class PackedProduct {
             name_of(set), rounded ? " with activations in bfloat16" : "");
   }
 
+  /// The kernels of the set.
   const kernels::Kernels& kernels() const { return *kernels_; }
   /// Whether rows are brought into bfloat16.
   bool splits_rows() const { return dot_ != nullptr; }

@@ -75,11 +75,17 @@ class HierarchicalRouter {
 
   Index d_model() const { return parent_.d_model(); }
   Index num_experts() const { return num_children() * leaves(); }
+  /// Number of groups of experts.
   Index num_children() const { return Index(children_.size()); }
+  /// The router over groups.
   Parent& parent() { return parent_; }
+  /// The same, read-only.
   const Parent& parent() const { return parent_; }
+  /// The routers within groups.
   std::span<Child> children() { return children_; }
+  /// The same, read-only.
   std::span<const Child> children() const { return children_; }
+  /// What gates multiply, where its routers say so.
   std::optional<GateSide> gate_side() const { return gate_side_of(parent_); }
 
   /// Most leaves that a token chooses, or 0 where a level does not say.

@@ -23,7 +23,7 @@ struct NoisyTopKOptions {
   Index d_model = 0;
   Index num_experts = 0;
   Index top_k = 2;
-  double noise_epsilon = 1e-2;
+  double noise_epsilon = 1e-2;  ///< added to the noise's standard deviation
   /// Capacity factor of inference, see expert_capacity; none: dropless.
   std::optional<double> capacity{};
   /// Capacity factor of training; none: dropless.

@@ -24,7 +24,7 @@ struct SinkhornOptions {
   Index top_k = 1;
   /// Balancing ends when the experts' factors change by less than this on average.
   double tolerance = 1e-4;
-  Index max_iterations = 1000;
+  Index max_iterations = 1000;  ///< balancing ends after these at the latest
   /// Capacity factor of inference, see expert_capacity; none: dropless.
   std::optional<double> capacity{};
   /// Capacity factor of training; none: dropless.

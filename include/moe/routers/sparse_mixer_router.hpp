@@ -27,7 +27,7 @@ struct SparseMixerOptions {
   /// to the larger of their size and the best.
   double jitter = 0.01;
 
-  static constexpr Index top_k = 2;
+  static constexpr Index top_k = 2;  ///< picks of a token
 };
 
 /// SparseMixer-v2 (Liu et al. 2023 and 2024, GRIN), the router of Phi-3.5-MoE, as its published code

@@ -27,8 +27,8 @@ enum class Overflow {
 
 /// Who is seated first, and what becomes of those who find no seat.
 struct SeatingPolicy {
-  Overflow overflow = Overflow::drop;
-  Priority priority = Priority::token_order;
+  Overflow overflow = Overflow::drop;         ///< what becomes of the others
+  Priority priority = Priority::token_order;  ///< who is seated first
 };
 
 namespace detail {

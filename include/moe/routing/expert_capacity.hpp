@@ -15,15 +15,19 @@
 namespace moe {
 
 /// How a number of seats becomes whole. Halves go to the even neighbour in `nearest_even`.
-enum class Rounding { up, down, nearest_even };
+enum class Rounding {
+  up,           ///< to the next whole number
+  down,         ///< to the whole number before
+  nearest_even  ///< to the nearest whole number
+};
 
 /// What becomes of an even share of seats. The default is Megatron-LM's; published models differ:
 /// V-MoE {.multiple_of = 4}, Switch (mesh) {Rounding::down, 4}, GShard (lingvo) {Rounding::down, 4, 4},
 /// flaxformer {Rounding::nearest_even, 4}, OpenMoE {Rounding::down, 4, 2}.
 struct CapacityRule {
-  Rounding rounding = Rounding::up;
-  Index minimum = 0;      ///< at least as many seats as this
-  Index multiple_of = 1;  ///< then rounded up to a multiple of this
+  Rounding rounding = Rounding::up;  ///< how the share becomes whole
+  Index minimum = 0;                 ///< at least as many seats as this
+  Index multiple_of = 1;             ///< then rounded up to a multiple of this
 };
 
 /// Throws std::invalid_argument unless the rule is in range.

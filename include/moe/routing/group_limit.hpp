@@ -21,10 +21,11 @@ enum class GroupScore {
 
 /// Experts e of equal e / (num_experts / groups) form a group; a token keeps the `kept` best groups.
 struct GroupLimit {
-  Index groups = 1;
-  Index kept = 1;
-  GroupScore score = GroupScore::max;
+  Index groups = 1;                    ///< how many there are
+  Index kept = 1;                      ///< how many of them a token may use
+  GroupScore score = GroupScore::max;  ///< what ranks them
 
+  /// Whether it keeps a token from any group.
   bool applies() const { return kept < groups; }
 };
 

@@ -36,14 +36,14 @@ struct FinalSetWorkspace {
 /// What route_by_logits and selection_backward work in.
 template <class S>
 struct TokenChoiceWorkspace {
-  ReusedMatrix<S> ranking;      ///< what ranks experts where logits do not [tokens, num_experts]
-  Buffer<S> group_score;        ///< [workers, groups]
-  Buffer<Index> kept_group;     ///< [workers, kept groups]
-  Buffer<double> second_draws;  ///< a router's, see SelectionInputs
-  FinalSetWorkspace final_sets;
-  Buffer<Index> best;  ///< all top_k of a token
-  Buffer<S> gate;      ///< of one token, then its gradient
-  Buffer<S> d_gate;    ///< [choices]
+  ReusedMatrix<S> ranking;       ///< what ranks experts where logits do not [tokens, num_experts]
+  Buffer<S> group_score;         ///< [workers, groups]
+  Buffer<Index> kept_group;      ///< [workers, kept groups]
+  Buffer<double> second_draws;   ///< a router's, see SelectionInputs
+  FinalSetWorkspace final_sets;  ///< of selection_backward
+  Buffer<Index> best;            ///< all top_k of a token
+  Buffer<S> gate;                ///< of one token, then its gradient
+  Buffer<S> d_gate;              ///< [choices]
 
   template <class F>
   void for_each_array(const F& f) const {
@@ -120,12 +120,12 @@ struct RouterWorkspace {
   ReusedMatrix<S> d_input;   ///< [tokens, d_model]
   ReusedMatrix<S> d_logits;  ///< [tokens, num_experts]
   ReusedMatrix<S> d_noise;   ///< by the noise's logits [tokens, num_experts]
-  CapacityWorkspace<S> seating;
-  TokenChoiceWorkspace<S> token_choice;
-  ExpertChoiceWorkspace expert_choice;
-  SinkhornWorkspace<S> sinkhorn;
-  SparseMixerWorkspace<S> sparse_mixer;
-  HierarchyWorkspace<S> hierarchy;
+  CapacityWorkspace<S> seating;          ///< of apply_capacity
+  TokenChoiceWorkspace<S> token_choice;  ///< of route_by_logits and selection_backward
+  ExpertChoiceWorkspace expert_choice;   ///< of ExpertChoiceRouter
+  SinkhornWorkspace<S> sinkhorn;         ///< of SinkhornRouter
+  SparseMixerWorkspace<S> sparse_mixer;  ///< of SparseMixerRouter
+  HierarchyWorkspace<S> hierarchy;       ///< of HierarchicalRouter
 
   template <class F>
   void for_each_array(const F& f) const {

@@ -25,14 +25,17 @@ struct BatchInfo {
   Reused<IndexVector> group_begin{};
 
   Index num_groups() const { return group_begin.size() > 0 ? group_begin.size() - 1 : 1; }
+  /// First token of a group.
   Index begin_of(Index group) const { return group_begin.size() > 0 ? group_begin[group] : 0; }
+  /// The token after the last of a group, in a batch of `tokens`.
   Index end_of(Index group, Index tokens) const {
     return group_begin.size() > 0 ? group_begin[group + 1] : tokens;
   }
 };
 
+/// Whether a token is routed.
 enum class TokenState : std::uint8_t {
-  valid,
+  valid,     ///< it is
   masked,    ///< padding: output row and d_x are zero
   poisoned,  ///< a logit is NaN or +inf, or all are -inf: output row is NaN, d_x is zero
 };
@@ -56,31 +59,38 @@ struct Choices {
 
 /// An assignment that found no seat: a token's `choice`-th choice (0 is the first) was `expert`.
 struct Dropped {
+  /// The token, the expert that was full, and which of the token's choices it was.
   Index token, expert, choice;
   friend bool operator==(const Dropped&, const Dropped&) = default;
 };
 
 /// What a gate multiplies: the output of the expert (nearly always) or its input (Llama-4).
-enum class GateSide { output, input };
+enum class GateSide {
+  output,  ///< y_t is the sum of gate * expert(x_t)
+  input    ///< y_t is the sum of expert(gate * x_t)
+};
 
 /// Who goes where: assignments of tokens to experts, as rows of a compressed sparse matrix. Within
 /// an expert tokens ascend, and each appears at most once.
 template <class S>
 struct DispatchPlan {
   Index num_tokens = 0;
-  Buffer<TokenState> token_state;  ///< [tokens]
-  Buffer<Index> expert_begin;      ///< first assignment of an expert [num_experts + 1]
-  Buffer<Index> token;             ///< [assignments]
-  Buffer<S> gate;                  ///< [assignments]
-  Buffer<Index> choice;            ///< the entry of Routing::chosen it stems from [assignments]
-  GateSide gate_side = GateSide::output;
-  Buffer<Dropped> dropped;       ///< in order of priority, group by group
-  Buffer<Index> passed_through;  ///< tokens to whose sum x is added; a router lists those that no
-                                 ///< expert of theirs had a seat for, ascending
+  Buffer<TokenState> token_state;         ///< [tokens]
+  Buffer<Index> expert_begin;             ///< first assignment of an expert [num_experts + 1]
+  Buffer<Index> token;                    ///< [assignments]
+  Buffer<S> gate;                         ///< [assignments]
+  Buffer<Index> choice;                   ///< the entry of Routing::chosen it stems from [assignments]
+  GateSide gate_side = GateSide::output;  ///< what gates multiply
+  Buffer<Dropped> dropped;                ///< in order of priority, group by group
+  Buffer<Index> passed_through;           ///< tokens to whose sum x is added; a router lists those that no
+                                          ///< expert of theirs had a seat for, ascending
 
   Index num_experts() const { return std::max<Index>(expert_begin.size() - 1, 0); }
+  /// Number of assignments.
   Index num_assignments() const { return token.size(); }
+  /// Number of assignments of an expert.
   Index rows_of(Index expert) const { return expert_begin[expert + 1] - expert_begin[expert]; }
+  /// Number of tokens that are neither masked nor poisoned. O(tokens).
   Index num_valid_tokens() const {
     return Index(std::count(token_state.begin(), token_state.end(), TokenState::valid));
   }
@@ -113,6 +123,7 @@ struct RoutingNoise {
 
 /// The parts of a routing that not every router fills. See begin_routing.
 struct RoutingParts {
+  /// Whether a router fills the member of Routing of this name.
   bool router_logits = false, router_probs = false, noise = false, input_factor = false, levels = false;
 };
 

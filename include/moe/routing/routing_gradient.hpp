@@ -40,6 +40,7 @@ struct RoutingGradient {
     add(d_gate, other.d_gate);
     return *this;
   }
+  /// Scales every member.
   RoutingGradient& operator*=(S factor) {
     d_router_logits *= factor;
     d_router_probs *= factor;
@@ -53,8 +54,11 @@ struct RoutingGradient {
     for (const ReusedMatrix<S>* m : {&d_router_logits, &d_router_probs, &d_noise_stddev}) f(*m);
     for (const Buffer<S>* b : {&d_chosen_gate, &d_gate}) f(*b);
   }
+  /// The sum. Throws as +=.
   friend RoutingGradient operator+(RoutingGradient a, const RoutingGradient& b) { return a += b; }
+  /// Every member scaled.
   friend RoutingGradient operator*(S factor, RoutingGradient a) { return a *= factor; }
+  /// Every member scaled.
   friend RoutingGradient operator*(RoutingGradient a, S factor) { return a *= factor; }
 
  private:

@@ -25,20 +25,20 @@ enum class Score {
   relu,           ///< max(z_e, 0); an expert with a score of 0 is not chosen (ReMoE)
 };
 
-/// How the gates of the experts that a token uses follow from its scores s:
-///   gate_e = scale * s_e                                                          (Switch, Grok-1, OLMoE,
-///   ...) gate_e = scale * s_e / max(sum over the experts in use of s + epsilon, minimum)   where
-///   renormalised
+/// How the gates of the experts that a token uses follow from its scores s: as they are (Switch, Grok-1,
+/// OLMoE, ...), or renormalised over the experts in use:
+///   gate_e = scale * s_e
+///   gate_e = scale * s_e / max(sum of s + epsilon, minimum)
 /// A renormalised softmax with neither epsilon nor minimum is computed as the softmax over the logits of the
 /// experts in use: equal in value and gradient (Mixtral is published in both forms), but nothing underflows.
 /// So are renormalised sigmoid and sqrt_softplus where all logits are so low that these are exp(z) and exp(z
 /// / 2).
 struct GateRule {
-  Score score = Score::softmax;
-  bool renormalise = false;
-  double epsilon = 0;
-  double minimum = 0;
-  double scale = 1;
+  Score score = Score::softmax;  ///< what s is
+  bool renormalise = false;      ///< whether gates are divided by the sum of s
+  double epsilon = 0;            ///< added to that sum
+  double minimum = 0;            ///< the least that gates are divided by
+  double scale = 1;              ///< what every gate is multiplied by
 };
 
 namespace detail {
@@ -163,9 +163,9 @@ S sum_of_others(const S* p) {
 /// What gates follow from, of one token: its logits, and what normalised_scores makes of them [num_experts].
 template <class S>
 struct TokenScores {
-  Index num_experts;
-  const S* logits;
-  const S* probs;
+  Index num_experts;  ///< of either array
+  const S* logits;    ///< [num_experts]
+  const S* probs;     ///< [num_experts]
 };
 
 /// probs [n] = the scores of one token divided by their sum (+ 1e-20 where the score is not softmax, as

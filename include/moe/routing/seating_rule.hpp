@@ -16,7 +16,7 @@ namespace moe {
 
 /// How logits become choices and choices a plan. Every token-choice router makes one of its options.
 struct SeatingRule {
-  GateRule gate{};
+  GateRule gate{};  ///< how gates follow from logits
   GateSide gate_side = GateSide::output;
   Index top_k = 1;
   double top_p = 1;  ///< a token stops choosing when the mass of its choices' router_probs exceeds this
@@ -26,7 +26,7 @@ struct SeatingRule {
   CapacityRule capacity_rule{};
   Overflow overflow = Overflow::drop;
   Priority priority = Priority::token_order;
-  bool renormalise_after_drop = false;
+  bool renormalise_after_drop = false;  ///< whether gates that sum to 1 do so over the seated experts
 
   /// Whether gates are the rule's over the experts that a token ends up with, rather than over
   /// those that it chose.

@@ -9,12 +9,15 @@ namespace moe {
 /// The unit of OpenMoE's experts: gate, SiLU and up in one product, see ThreeWayFeedForward.
 struct ThreeWaySwiGLU {};
 
+/// OpenMoE's experts.
 template <>
 struct ExpertOf<ThreeWaySwiGLU> {
+  /// The type of an expert.
   template <class S, class Storage = Owned>
   using Type = ThreeWayFeedForward<S, Storage>;
-  static constexpr Index kUpWidths = 3;  // gate is twice as wide as up
+  static constexpr Index kUpWidths = 3;  ///< gate is twice as wide as up
 
+  /// Parameters of one expert.
   static constexpr Index parameters(Index d_model, Index d_ff, bool) { return 4 * d_model * d_ff; }
 };
 

@@ -54,10 +54,15 @@ inline constexpr LayerTensors switch_decoder_tensors = {
 /// seats a sequence instead. Names of tensors are the encoder's (the decoder's: switch_decoder_tensors),
 /// where layer `layer` has experts if it is odd. The paper gives no size for 8 experts.
 inline constexpr Model<ReLU> switch_base_8 = detail::switch_base("Switch-Base-8", 8, 0);
+/// The same with 16 experts.
 inline constexpr Model<ReLU> switch_base_16 = detail::switch_base("Switch-Base-16", 16, 1.1e9);
+/// The same with 32 experts.
 inline constexpr Model<ReLU> switch_base_32 = detail::switch_base("Switch-Base-32", 32, 2.0e9);
+/// The same with 64 experts.
 inline constexpr Model<ReLU> switch_base_64 = detail::switch_base("Switch-Base-64", 64, 3.8e9);
+/// The same with 128 experts.
 inline constexpr Model<ReLU> switch_base_128 = detail::switch_base("Switch-Base-128", 128, 7.4e9);
+/// The same with 256 experts.
 inline constexpr Model<ReLU> switch_base_256 = detail::switch_base("Switch-Base-256", 256, 14.7e9);
 
 /// Switch-Large with 128 experts, in the size of the published checkpoint; otherwise as Base.

@@ -1,0 +1,1 @@
+# awk -f reference-filter.awk HEADER
