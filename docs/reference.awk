@@ -13,7 +13,7 @@ function usual(line) {
   # Sizes and options.
   if (line ~ /^Index d_model( = 0;|\(\) const)/) return "Width of a token."
   if (line ~ /^Index d_ff( = 0;|\(\) const)/) return "Width of an expert's hidden layer."
-  if (line ~ /^Index num_experts( = 0;|\(\) const)/) return "Number of experts; the routed ones of a layer."
+  if (line ~ /^Index num_experts( = 0;|\(\) const)/) return "Number of experts; of a layer, the routed ones."
   if (line ~ /^Index num_shared_experts\(\) const/) return "Number of shared experts."
   if (line ~ /^Index num_tokens( = 0;|\(\) const)/) return "Number of tokens of the batch."
   if (line ~ /^Index num_groups\(\) const/) return "Number of groups of tokens."
@@ -69,8 +69,10 @@ function usual(line) {
 
   # What is as elsewhere.
   if (line ~ /^friend bool operator==/) return "Whether both are equal."
-  if (line ~ /^using value_type =/ || line ~ /^(Index size|bool empty|Index capacity)\(\) const/ ||
-      line ~ /^void (clear|push_back)\(/ || line ~ /^(const )?T[&*] (operator\[\]|data|begin|end)\(/)
+  if (line ~ /^Index size\(\) const/) return "Number of elements."
+  if (line ~ /^bool empty\(\) const/) return "Whether there are none."
+  if (line ~ /^Index capacity\(\) const/) return "Elements that it holds without allocating."
+  if (line ~ /^using value_type =/ || line ~ /^void (clear|push_back)\(/ || line ~ /^(const )?T[&*] (operator\[\]|data|begin|end)\(/)
     return "As in std::vector."
   if (line ~ /^(static constexpr (bool|int) (IsRowMajor|ColsAtCompileTime)|Index (rows|cols|outerStride)\(\) const)/ ||
       line ~ /^(const )?S\* (data|row)\(/ || line ~ /^Reused& set(Zero|Constant)\(/)

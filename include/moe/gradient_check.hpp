@@ -171,6 +171,13 @@ struct NoLoss {
 /// Checks an expert: d_x and every parameter's gradient of a random weighted sum of its output, for
 /// x [rows, d_model], in double. O(parameters) forward passes: keep it small. Throws
 /// std::invalid_argument for a step, margin or floor that is not positive.
+/// @code
+/// moe::Rng rng(1);
+/// const moe::GatedFeedForward<double> expert({.d_model = 4, .d_ff = 6}, rng);
+/// moe::Matrix<double> x(5, 4);
+/// moe::fill_normal(x, 1.0, rng);
+/// assert(moe::check_gradients(expert, x).worst < 1e-6);
+/// @endcode
 template <TrainableExpert E>
 GradientReport check_gradients(const E& expert, Matrix<double> x, const GradientCheckOptions& options = {}) {
   static_assert(detail::kIsDouble<E>, "check_gradients needs double: MyType<double>");

@@ -99,6 +99,15 @@ Loss<S> load_balancing_loss(const Routing<S>& routing, const IndexVector& demand
 }
 
 /// The same for this batch alone. Example: load_balancing_loss(cache.routing).value.
+/// @code
+/// moe::Rng rng(1);
+/// moe::Matrix<float> x(16, 8);
+/// moe::fill_normal(x, 1.0, rng);
+/// moe::Routing<float> routing;
+/// moe::TopKRouter<float>({.d_model = 8, .num_experts = 4, .top_k = 2}, rng).route(x, {}, routing);
+/// const moe::Loss<float> loss = moe::load_balancing_loss(routing);
+/// assert(loss.value > 0 && loss.gradient.d_router_probs.rows() == 16);
+/// @endcode
 template <class S>
 Loss<S> load_balancing_loss(const Routing<S>& routing) {
   return load_balancing_loss(routing, demand_per_expert(routing), routing.plan.num_valid_tokens());
@@ -175,6 +184,12 @@ Loss<S> importance_loss(const Routing<S>& routing, Importance recipe = Importanc
 
 /// Router z-loss (Zoph et al. 2022, ST-MoE, eq. 5): the mean over valid tokens of the squared
 /// log-sum-exp of router_logits. Gradient by router_logits. O(tokens * num_experts).
+/// @code
+/// const moe::TopKRouter<float> router({.d_model = 8, .num_experts = 4});  // its logits are 0
+/// moe::Routing<float> routing;
+/// router.route(moe::Matrix<float>::Ones(16, 8), {}, routing);
+/// assert(std::abs(moe::router_z_loss(routing).value - std::pow(std::log(4.0f), 2)) < 1e-5f);
+/// @endcode
 template <class S>
 Loss<S> router_z_loss(const Routing<S>& routing) {
   const Index tokens = routing.num_tokens(), experts = routing.num_experts();

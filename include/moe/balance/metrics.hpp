@@ -15,6 +15,14 @@ namespace moe {
 
 /// Number of tokens that chose each expert, before capacity [num_experts]. O(choices). Throws when a
 /// choice is of no expert.
+/// @code
+/// moe::Rng rng(1);
+/// moe::Matrix<float> x(16, 8);
+/// moe::fill_normal(x, 1.0, rng);
+/// moe::Routing<float> routing;
+/// moe::TopKRouter<float>({.d_model = 8, .num_experts = 4, .top_k = 2}, rng).route(x, {}, routing);
+/// assert(moe::demand_per_expert(routing).sum() == 16 * 2);
+/// @endcode
 template <class S>
 IndexVector demand_per_expert(const Routing<S>& routing) {
   IndexVector demand = IndexVector::Zero(routing.num_experts());
@@ -68,6 +76,9 @@ inline double coefficient_of_variation(const IndexVector& load) {
 
 /// Largest load over mean load: 1 at perfect balance, num_experts when one takes all; 0 for no load.
 /// Throws for a negative load.
+/// @code
+/// assert(moe::max_over_mean(moe::IndexVector{{6, 1, 1, 0}}) == 3);
+/// @endcode
 inline double max_over_mean(const IndexVector& load) {
   detail::check_load(load, "max_over_mean");
   if (load.size() == 0 || load.sum() == 0) return 0;
@@ -127,6 +138,16 @@ struct UsedExpert {
 
 /// The routed experts that a token's output is made of, in ascending order, with their gates. Empty for a
 /// token that goes nowhere. O(num_experts * log tokens). Throws when there is no such token.
+/// @code
+/// moe::Rng rng(1);
+/// moe::Matrix<float> x(16, 8);
+/// moe::fill_normal(x, 1.0, rng);
+/// moe::Routing<float> routing;
+/// moe::TopKRouter<float>({.d_model = 8, .num_experts = 4, .top_k = 2}, rng).route(x, {}, routing);
+/// for (const auto& used : moe::trace(routing, 0))
+///   std::printf("expert %td, gate %.2f\n", used.expert, used.gate);
+/// assert(moe::trace(routing, 0).size() == 2);
+/// @endcode
 template <class S>
 std::vector<UsedExpert<S>> trace(const Routing<S>& routing, Index token) {
   const DispatchPlan<S>& plan = routing.plan;

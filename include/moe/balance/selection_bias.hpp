@@ -13,6 +13,12 @@ namespace moe {
 /// whole batch, whatever it was split into; e.g. the sum of demand_per_expert(cache.routing).
 /// DeepSeek-V3 trains with a rate of 1e-3. O(num_experts). Throws when sizes differ, for negative counts
 /// and for a rate that is not finite.
+/// @code
+/// moe::Vector<float> bias = moe::Vector<float>::Zero(3);
+/// const moe::IndexVector tokens_per_expert{{10, 2, 6}};
+/// moe::update_selection_bias(bias, tokens_per_expert, 1e-3);
+/// assert(bias[0] < 0 && bias[1] > 0 && bias[2] == 0);
+/// @endcode
 template <class S>
 void update_selection_bias(Vector<S>& bias, const IndexVector& tokens_per_expert, double rate) {
   require(bias.size() == tokens_per_expert.size(), "update_selection_bias: bias has ", bias.size(),

@@ -170,6 +170,12 @@ class Helpers {
 /// Runs tasks on a pool of Eigen's kind (Eigen::ThreadPoolInterface), the calling thread included, which
 /// waits for nobody but who has taken a task: where all threads of the pool are busy, it runs all of them.
 /// The pool is borrowed. A template, because the pool's header moved between Eigen versions.
+/// @code
+/// Eigen::ThreadPool pool(3);  // of <unsupported/Eigen/CXX11/ThreadPool>
+/// std::atomic<moe::Index> sum = 0;
+/// moe::ThreadPoolExecutor(pool).for_each(10, [&](moe::Index task, moe::Index) { sum += task; });
+/// assert(sum == 45);
+/// @endcode
 template <class Pool>
 class ThreadPoolExecutor {
  public:

@@ -96,6 +96,12 @@ void require_writable(const Array&) {
 
 /// A copy with the same configuration in which every parameter is zero and buffers are empty: the
 /// gradient of `thing`, or a moment of its optimiser.
+/// @code
+/// moe::Rng rng(1);
+/// const moe::FeedForward<float> expert({.d_model = 4, .d_ff = 8}, rng);
+/// const moe::FeedForward<float> grad = moe::zeros_like(expert);
+/// assert(grad.w_up.rows() == 8 && grad.w_up.isZero());
+/// @endcode
 template <class Thing>
 Thing zeros_like(const Thing& thing) {
   Thing zeros = thing;

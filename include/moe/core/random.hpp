@@ -16,6 +16,13 @@ namespace moe {
 
 /// The generator xoshiro256++ (Blackman and Vigna 2018), seeded through splitmix64. A value: copying
 /// it copies the stream. Satisfies std::uniform_random_bit_generator.
+/// @code
+/// moe::Rng rng(42);
+/// const moe::Rng::State saved = rng.state();
+/// const double drawn = rng.normal();
+/// rng.set_state(saved);
+/// assert(rng.normal() == drawn && rng.index(6) < 6);
+/// @endcode
 class Rng {
  public:
   /// What a step gives.

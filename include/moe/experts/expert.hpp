@@ -87,7 +87,12 @@ void check_expert_backward(const E& expert, const ConstMatrixRef<S>& x, const Co
 
 /// `count` experts of one configuration, each with weights of its own drawn from rng in turn.
 /// Throws std::invalid_argument when count is negative.
-/// Example: make_experts<GatedFeedForward<float>>(8, {.d_model = 64, .d_ff = 256}, rng).
+/// @code
+/// moe::Rng rng(1);
+/// using Expert = moe::GatedFeedForward<float>;
+/// const auto experts = moe::make_experts<Expert>(8, {.d_model = 64, .d_ff = 256}, rng);
+/// assert(experts.size() == 8 && experts[0].w_up.rows() == 256);
+/// @endcode
 template <class E, class R>
 std::vector<E> make_experts(Index count, const typename E::Options& options, R& rng) {
   require(count >= 0, "make_experts: count = ", count, ", expected at least 0");

@@ -283,7 +283,13 @@ inline void require_table(const TensorView& tensor, const std::vector<std::int64
 /// experts and their units; as "moe_version" MOE_VERSION_STRING. `metadata` adds to that. An expert, unit or
 /// router of your own takes part by a `std::string describe() const`. The file is replaced as a whole or not
 /// at all. Throws CheckpointError when it can not be written.
-/// Example: save_layer("layer.safetensors", layer).
+/// @code
+/// moe::Rng rng(1);
+/// moe::MoELayer layer(moe::make_experts<moe::FeedForward<float>>(4, {.d_model = 8, .d_ff = 16}, rng),
+///                     moe::TopKRouter<float>({.d_model = 8, .num_experts = 4, .top_k = 2}, rng));
+/// moe::save_layer("example.safetensors", layer, {{"step", "1000"}});
+/// assert(moe::Checkpoint::open("example.safetensors").metadata().at("step") == "1000");
+/// @endcode
 template <class Layer>
 void save_layer(const std::filesystem::path& path, const Layer& layer,
                 std::map<std::string, std::string> metadata = {}) {
@@ -310,8 +316,17 @@ void save_layer(const std::filesystem::path& path, const Layer& layer,
 /// An option that a file does not have is at its default. Values of another floating-point type are
 /// converted. Throws CheckpointError, and changes nothing, for a name that is in the file or in the layer
 /// only, for another shape, for another description or table, and for an option that this version does not
-/// have. A part that a file does not describe is not compared. Example:
-/// load_layer(Checkpoint::open("layer.safetensors"), layer).
+/// have. A part that a file does not describe is not compared.
+/// @code
+/// moe::Rng rng(1);
+/// moe::MoELayer layer(moe::make_experts<moe::FeedForward<float>>(4, {.d_model = 8, .d_ff = 16}, rng),
+///                     moe::TopKRouter<float>({.d_model = 8, .num_experts = 4, .top_k = 2}, rng));
+/// moe::save_layer("example.safetensors", layer);
+/// auto loaded = moe::zeros_like(layer);  // or another one of the same kind, sizes and options
+/// moe::load_layer(moe::Checkpoint::open("example.safetensors"), loaded);
+/// const moe::Matrix<float> x = moe::Matrix<float>::Ones(3, 8);
+/// assert(loaded.forward(x) == layer.forward(x));
+/// @endcode
 template <class Layer>
 void load_layer(const Checkpoint& checkpoint, Layer& layer) {
   const std::string file = checkpoint.path().string();

@@ -44,6 +44,14 @@ struct SharedExperts {
 /// Every call throws std::invalid_argument when shapes do not fit; nothing is changed then but the
 /// output arguments, workspaces and caches. Cost: that of the products, O(tokens * top_k * d_model *
 /// d_ff) and O(tokens * num_experts * d_model) for routing.
+/// @code
+/// moe::Rng rng(1);
+/// const moe::MoELayer layer(moe::make_experts<moe::FeedForward<float>>(4, {.d_model = 8, .d_ff = 16}, rng),
+///                           moe::TopKRouter<float>({.d_model = 8, .num_experts = 4, .top_k = 2}, rng));
+/// const moe::Matrix<float> x = moe::Matrix<float>::Ones(3, 8);
+/// const moe::Matrix<float> y = layer.forward(x);
+/// assert(y.rows() == 3 && y.cols() == 8);
+/// @endcode
 template <Expert E, Router R>
 class MoELayer {
  public:
@@ -201,6 +209,18 @@ class MoELayer {
   /// d_x [tokens, d_model] from d_y; adds the parameters' gradients to `grad`, a layer made by
   /// zeros_like(layer). `routing_gradient` is the gradient of losses on cache.routing, e.g.
   /// 0.01f * load_balancing_loss(cache.routing).gradient. May be called again on the same cache.
+  /// @code
+  /// moe::Rng rng(1);
+  /// moe::MoELayer layer(moe::make_experts<moe::FeedForward<float>>(4, {.d_model = 8, .d_ff = 16}, rng),
+  ///                     moe::TopKRouter<float>({.d_model = 8, .num_experts = 4, .top_k = 2}, rng));
+  /// const moe::Matrix<float> x = moe::Matrix<float>::Ones(3, 8), d_y = x;
+  /// decltype(layer)::Cache cache;
+  /// const moe::Matrix<float> y = layer.forward(x, rng, cache);
+  /// auto grad = moe::zeros_like(layer);
+  /// const moe::Matrix<float> d_x =
+  ///     layer.backward(d_y, cache, grad, 0.01f * moe::load_balancing_loss(cache.routing).gradient);
+  /// assert(d_x.rows() == y.rows() && d_x.cols() == y.cols());
+  /// @endcode
   template <Executor Ex = DefaultExecutor>
   Matrix<S> backward(const ConstMatrixRef<S>& d_y, Cache& cache, MoELayer& grad,
                      const RoutingGradient<S>& routing_gradient = {}, const Ex& executor = {}) const {
@@ -209,8 +229,7 @@ class MoELayer {
     return d_x;
   }
 
-  /// The same into `output`, d_x [tokens, d_model]. Allocates nothing that forward with this cache did not
-  /// make room for.
+  /// The same into `output`, d_x [tokens, d_model]. Allocates only when shapes grow.
   template <Executor Ex = DefaultExecutor>
   void backward(const ConstMatrixRef<S>& d_y, Cache& cache, MoELayer& grad,
                 const RoutingGradient<S>& routing_gradient, const Output<S>& output,
@@ -238,6 +257,14 @@ class MoELayer {
 
   /// Appends a routed expert; `w` [d_model] is its row of the router's weights. Throws, and changes
   /// nothing, when a width does not fit.
+  /// @code
+  /// moe::Rng rng(1);
+  /// moe::MoELayer layer(moe::make_experts<moe::FeedForward<float>>(4, {.d_model = 8, .d_ff = 16}, rng),
+  ///                     moe::TopKRouter<float>({.d_model = 8, .num_experts = 4, .top_k = 2}, rng));
+  /// layer.add_expert({{.d_model = 8, .d_ff = 16}, rng}, moe::Vector<float>::Zero(8));
+  /// layer.remove_experts({0, 1});
+  /// assert(layer.num_experts() == 3);
+  /// @endcode
   void add_expert(E expert, const Vector<S>& w) requires requires(R& r) { r.add_expert(w); }
   {
     require(expert.d_model() == d_model(),

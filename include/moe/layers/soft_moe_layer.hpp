@@ -67,10 +67,13 @@ struct SoftMoECache : SoftMoEWorkspace<S> {
 /// run on several threads at once, each with a workspace or cache of its own. Every call throws
 /// std::invalid_argument when shapes do not fit; nothing is changed then but the output arguments,
 /// workspaces and caches. Cost: O(tokens * slots * d_model), and experts on groups * slots rows.
-///
-/// Example:
-///   SoftMoELayer layer(make_experts<FeedForward<float>>(8, {.d_model = 64, .d_ff = 256}, rng),
-///                      {.d_model = 64, .num_experts = 8, .slots_per_expert = 4}, rng);
+/// @code
+/// moe::Rng rng(1);
+/// const moe::SoftMoELayer layer(
+///     moe::make_experts<moe::FeedForward<float>>(8, {.d_model = 64, .d_ff = 256}, rng),
+///     {.d_model = 64, .num_experts = 8, .slots_per_expert = 4}, rng);
+/// assert(layer.forward(moe::Matrix<float>::Ones(10, 64)).rows() == 10);
+/// @endcode
 template <Expert E>
 class SoftMoELayer {
  public:

@@ -35,7 +35,10 @@ void top_k(Index n, const S* values, Index k, Index* chosen) {
 }
 
 /// The k largest entries of a vector, best first. Throws when k is not in [0, size].
-/// Example: top_k(logits, 2) of {1, 3, 3, 0} is {1, 2}.
+/// @code
+/// const moe::IndexVector best = moe::top_k(moe::Vector<float>{{1, 3, 3, 0}}, 2);
+/// assert(best[0] == 1 && best[1] == 2);
+/// @endcode
 template <class S>
 IndexVector top_k(const Vector<S>& values, Index k) {
   require(k >= 0 && k <= values.size(), "top_k: k = ", k, " is not between 0 and the ", values.size(),

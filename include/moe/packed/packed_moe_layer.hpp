@@ -275,7 +275,14 @@ class PackedMoELayer {
 
 /// The inference form of a layer. O(parameters). Throws std::invalid_argument where the processor does
 /// not have the instruction set that the options name.
-/// Example: auto fast = moe::pack<moe::BF16>(layer); y = fast.forward(x);
+/// @code
+/// moe::Rng rng(1);
+/// moe::MoELayer layer(moe::make_experts<moe::FeedForward<float>>(4, {.d_model = 8, .d_ff = 16}, rng),
+///                     moe::TopKRouter<float>({.d_model = 8, .num_experts = 4, .top_k = 2}, rng));
+/// const auto fast = moe::pack<moe::F32>(layer);
+/// const moe::Matrix<float> x = moe::Matrix<float>::Ones(3, 8);
+/// assert((fast.forward(x) - layer.forward(x)).norm() < 1e-4f);
+/// @endcode
 template <Format F, Expert E, Router R>
 PackedMoELayer<F, E, R> pack(const MoELayer<E, R>& layer, const PackOptions& options = {}) {
   const auto expert = [&](Index e) -> const E& {

@@ -50,13 +50,14 @@ namespace moe {
 /// Cost: O(tokens * num_experts * d_model), because a child computes the logits of all tokens,
 /// masked ones too. So routing is no cheaper than by one router over all leaves; in return the
 /// rules of masks, groups and noise hold at every level.
-///
-/// Example:
-///   TopKRouter<float> parent({.d_model = 16, .num_experts = 4}, rng);
-///   std::vector<TopKRouter<float>> children;
-///   for (int i = 0; i < 4; ++i)
-///     children.emplace_back(TopKOptions{.d_model = 16, .num_experts = 8}, rng);
-///   HierarchicalRouter router(parent, children);  // over 32 experts
+/// @code
+/// moe::Rng rng(1);
+/// const moe::TopKRouter<float> parent({.d_model = 16, .num_experts = 4}, rng);
+/// std::vector<moe::TopKRouter<float>> children;
+/// for (int i = 0; i < 4; ++i)
+///   children.emplace_back(moe::TopKOptions{.d_model = 16, .num_experts = 8}, rng);
+/// assert(moe::HierarchicalRouter(parent, children).num_experts() == 32);
+/// @endcode
 template <TrainableRouter Parent, TrainableRouter Child = Parent>
 class HierarchicalRouter {
  public:

@@ -22,6 +22,15 @@ namespace moe {
 /// With its options: Switch (top_k 1), GShard, GLaM, V-MoE, Mixtral, Grok-1, DBRX, OLMoE, Qwen, DeepSeek,
 /// gpt-oss, Llama-4, top-p routing, ReMoE, ... Selection is by the logits, or by scores plus a bias; ties to
 /// the lower expert.
+/// @code
+/// moe::Rng rng(1);
+/// const moe::TopKRouter<float> router({.d_model = 8, .num_experts = 4, .top_k = 2, .capacity = 1.25}, rng);
+/// const moe::Matrix<float> x = moe::Matrix<float>::Ones(16, 8);
+/// moe::Routing<float> routing;
+/// router.route(x, {}, routing);
+/// assert(routing.chosen.size() == 32);               // before capacity
+/// assert(routing.plan.num_assignments() == 2 * 10);  // equal tokens want the same two experts
+/// @endcode
 template <class S>
 class TopKRouter {
  public:

@@ -177,6 +177,16 @@ void seat_group(const Seating<S>& s, Index group) {
 /// O(choices log choices), O(tokens * num_experts) more for token_max_prob, and O(num_experts) more per
 /// overflowing choice for next_best. Throws std::invalid_argument when the arguments do not fit each
 /// other, and for gates or probabilities that can not be ordered.
+/// @code
+/// moe::Routing<float> routing;
+/// moe::begin_routing(3, 2, {}, routing, "example");  // 3 tokens, 2 experts
+/// routing.chosen = {{0, 1, 2, 3}, {0, 0, 0}, {0.5f, 0.9f, 0.7f}};  // all want expert 0
+/// const moe::IndexVector seats{{2}};                               // of an expert, in the only group
+/// moe::CapacityWorkspace<float> workspace;
+/// moe::apply_capacity(routing.chosen, moe::Matrix<float>(), seats,
+///                     {.priority = moe::Priority::assignment_gate}, {}, routing.plan, workspace);
+/// assert(routing.plan.dropped.size() == 1 && routing.plan.dropped[0].token == 0);  // the smallest gate
+/// @endcode
 template <class S>
 void apply_capacity(const Choices<S>& chosen, const std::type_identity_t<ConstMatrixRef<S>>& scores,
                     const Eigen::Ref<const IndexVector>& capacity, const SeatingPolicy& policy,

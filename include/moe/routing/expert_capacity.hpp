@@ -44,7 +44,11 @@ inline void check_capacity_rule(const CapacityRule& rule, const char* where) {
 /// of 63.00000000000001 rounded up. With the default rule a factor of 1 never drops from a balanced batch.
 /// O(1). Throws std::invalid_argument for a negative or not finite factor, and for counts and rules out of
 /// range. Authors who do not multiply by top_k (mesh, lingvo, flaxformer) have capacity_factor * top_k as
-/// their factor. Example: expert_capacity(100, 8, 2, 1.25) is 32.
+/// their factor.
+/// @code
+/// assert(moe::expert_capacity(100, 8, 2, 1.25) == 32);  // 31.25 seats, rounded up
+/// assert(moe::expert_capacity(100, 8, 2, 1.25, {.rounding = moe::Rounding::down}) == 31);
+/// @endcode
 inline Index expert_capacity(Index tokens, Index num_experts, Index top_k, double capacity_factor,
                              const CapacityRule& rule = {}) {
   require(tokens >= 0, "expert_capacity: tokens = ", tokens, ", expected at least 0");

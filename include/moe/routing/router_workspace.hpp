@@ -40,7 +40,7 @@ struct TokenChoiceWorkspace {
   Buffer<S> group_score;         ///< [workers, groups]
   Buffer<Index> kept_group;      ///< [workers, kept groups]
   Buffer<double> second_draws;   ///< a router's, see SelectionInputs
-  FinalSetWorkspace final_sets;  ///< of selection_backward
+  FinalSetWorkspace final_sets;  ///< of for_each_final_set
   Buffer<Index> best;            ///< all top_k of a token
   Buffer<S> gate;                ///< of one token, then its gradient
   Buffer<S> d_gate;              ///< [choices]

@@ -14,6 +14,13 @@ namespace moe {
 
 /// What a router may need to know about a batch beside x [tokens, d_model]. Empty members mean
 /// "nothing special".
+/// @code
+/// moe::BatchInfo info;
+/// info.mask = moe::Mask::Constant(4, true);
+/// info.mask[3] = false;                            // padding
+/// info.group_begin = moe::IndexVector{{0, 2, 4}};  // two sequences of two tokens
+/// assert(info.num_groups() == 2 && info.begin_of(1) == 2);
+/// @endcode
 struct BatchInfo {
   /// True for a real token, false for padding, as attention masks have it [tokens]. A token that is
   /// masked out goes nowhere, uses no capacity, enters no loss; its output row and its d_x are zero.
