@@ -41,23 +41,29 @@ function usual(line) {
 
   # Parts and types.
   if (line ~ /^using (Scalar|S) =/) return "The type of its numbers, e.g. float."
-  if (line ~ /^using Weight =/) return "A weight: a matrix of its own, or one that is mapped, as Storage says."
+  if (line ~ /^using Weight =/)
+    return "A weight: a matrix of its own, or one that is mapped, as Storage says."
   if (line ~ /^using Workspace =/) return "The buffers of forward."
   if (line ~ /^using Cache =/) return "What backward needs of forward."
-  if (line ~ /^std::span<(const )?E> experts\(\)/) return "The experts; of a layer with shared ones, the routed experts."
+  if (line ~ /^std::span<(const )?E> experts\(\)/)
+    return "The experts; of a layer with shared ones, the routed experts."
   if (line ~ /^std::span<(const )?E> shared_experts\(\)/) return "The shared experts."
   if (line ~ /^(const )?(R|SoftRouter<S>)& router\(\)/) return "The router."
   if (line ~ /^ExpertWorkspace<S> expert_workspace;/) return "What experts work in."
   if (line ~ /^ExpertCache<S> experts;/) return "What experts keep for backward."
 
   # What experts, routers and activations have in common.
-  if (line ~ /^static constexpr bool takes_packs/) return "Whether its functions take packs, too: see TakesPacks."
+  if (line ~ /^static constexpr bool takes_packs/)
+    return "Whether its functions take packs, too: see TakesPacks."
   if (line ~ /^T forward\(const T& x\)/) return "The value at x, a scalar or a pack."
   if (line ~ /^T derivative\(const T& (x|any)\)/) return "The derivative at x, a scalar or a pack."
   if (line ~ /^T forward\(const T& g, const T& u\)/) return "The value of the gate g and the linear branch u."
-  if (line ~ /^GluDerivative<T> derivative\(const T& g/) return "The derivatives by the gate g and the linear branch u."
-  if (line ~ /^void for_each_array\(/) return "Calls f for every array of scalars that it consists of: see require_apart."
-  if (line ~ /^static void visit\(F&&/) return "Visits the parameters of all that is given in lockstep: see visit_array."
+  if (line ~ /^GluDerivative<T> derivative\(const T& g/)
+    return "The derivatives by the gate g and the linear branch u."
+  if (line ~ /^void for_each_array\(/)
+    return "Calls f for every array of scalars that it consists of: see require_apart."
+  if (line ~ /^static void visit\(F&&/)
+    return "Visits the parameters of all that is given in lockstep: see visit_array."
   if (line ~ /^void forward\(const ConstMatrixRef<S(calar)?>& x, MatrixRef<S(calar)?> y\) const/)
     return "y [rows, d_model] from x [rows, d_model]."
   if (line ~ /^void forward\(const ConstMatrixRef<S(calar)?>& x, MatrixRef<S(calar)?> y, MatrixRef<S(calar)?> cache\) const/)
@@ -65,7 +71,8 @@ function usual(line) {
   if (line ~ /^Index cache_cols\(\) const/) return "Scalars a row that forward keeps."
   if (room == "routers" && line ~ /^void (route|route_with_draws|backward|backward_levels)\(const ConstMatrixRef<S>& x,/)
     return "The same with a workspace of its own: it allocates."
-  if (line ~ /^Index concurrency\(\) const/ || line ~ /^void for_each\(Index n, F&& f\)/) return "See Executor."
+  if (line ~ /^Index concurrency\(\) const/ || line ~ /^void for_each\(Index n, F&& f\)/)
+    return "See Executor."
 
   # What is as elsewhere.
   if (line ~ /^friend bool operator==/) return "Whether both are equal."

@@ -16,6 +16,7 @@ namespace moe {
 /// multiplies weights in bfloat16 by the tiles of AMX, and is avx512 for everything else.
 enum class InstructionSet { portable, avx2, avx512, amx };
 
+/// Its name, for messages.
 inline const char* name_of(InstructionSet set) {
   switch (set) {
     case InstructionSet::avx2:
