@@ -40,7 +40,7 @@ function usual(line) {
   if (line ~ /^ExpertTensors experts\{/) return "The parameters of an expert."
 
   # Parts and types.
-  if (line ~ /^using (Scalar|S) =/) return "The type of its numbers, e.g. float."
+  if (line ~ /^using (Scalar|S) =/) return "The type of its numbers."
   if (line ~ /^using Weight =/)
     return "A weight: a matrix of its own, or one that is mapped, as Storage says."
   if (line ~ /^using Workspace =/) return "The buffers of forward."
@@ -94,14 +94,19 @@ function usual(line) {
 }
 
 # A line with a comment, in Doxygen's language. Indented lines of a comment are kept as they are laid out.
-function comment_of(text, before, after,   at, code, comment) {
+function comment_of(text, before, after,   at, code, comment, parts, count, i) {
   at = index(text, "///")
   code = substr(text, 1, at + 2)
   comment = substr(text, at + 3)
   if (comment ~ /@code/) in_code = 1
   if (comment ~ /@endcode/) in_code = 0
   if (in_code) return text
-  gsub(/</, "\\<", comment)
+  count = split(comment, parts, /`/)  # what stands in backquotes is as it is
+  comment = ""
+  for (i = 1; i <= count; ++i) {
+    if (i % 2 == 1) gsub(/</, "\\<", parts[i])
+    comment = comment (i > 1 ? "`" : "") parts[i]
+  }
   if (comment ~ /^ ?- /) in_list = 1
   else if (comment !~ /^   /) in_list = 0
   if (code ~ /^ *\/\/\/$/ && comment ~ /^   / && !in_list) {
@@ -112,6 +117,7 @@ function comment_of(text, before, after,   at, code, comment) {
   sub(/^\\</, "<", comment)                        # of ///<
   gsub(/(al|eq|e\.g|i\.e)\. /, "&\\ ", comment)    # no end of a sentence
   gsub(/\. \\ /, ".\\ ", comment)
+  if (comment ~ /(al|eq|e\.g|i\.e)\.$/) comment = comment "\\ "
   return code comment
 }
 
