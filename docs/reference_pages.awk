@@ -2,7 +2,7 @@
 # What Doxygen reads in place of a page. The page and its sections get labels made of its path and their
 # titles, so that links between pages, to headers and to examples lead there; every line stays where it was.
 
-# The label of a path and a section, e.g. docs_models-sizes.
+# The label of a path and a section, e.g. page_docs_models-sizes.
 function label(path, section) {
   if (path == "README.md" && section == "") return "index"  # the main page
   sub(/\.md$/, "", path)
