@@ -1,1 +1,0 @@
-# awk -f reference-filter.awk HEADER
