@@ -14,6 +14,7 @@
 #include <exception>
 #include <numeric>
 #include <string>
+#include <utility>
 
 #include "language_model.hpp"
 #include "measure.hpp"
@@ -66,8 +67,8 @@ ByteRouter::Table balanced_table(const Text& text, Index num_experts) {
   std::array<Index, kBytes> count{}, order;
   for (const Index position : text.positions(Split::train)) ++count[text.bytes[std::size_t(position) - 1]];
   std::iota(order.begin(), order.end(), Index(0));
-  std::stable_sort(order.begin(), order.end(),
-                   [&](Index a, Index b) { return count[std::size_t(a)] > count[std::size_t(b)]; });
+  const auto key = [&](Index byte) { return std::pair(-count[std::size_t(byte)], byte); };
+  std::sort(order.begin(), order.end(), [&](Index a, Index b) { return key(a) < key(b); });
   std::vector<Index> load(std::size_t(num_experts), 0);
   ByteRouter::Table expert_of{};
   for (const Index byte : order) {

@@ -5,13 +5,17 @@
 // text that was held out, and shows what the experts serve. The model is in language_model.hpp, the
 // text in text.hpp, the drawing in report.hpp. `train_text --help` lists the options.
 
+#include <algorithm>
 #include <charconv>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <functional>
 #include <iostream>
+#include <iterator>
 #include <numeric>
+#include <tuple>
+#include <utility>
 
 #include "language_model.hpp"
 #include "measure.hpp"
@@ -161,11 +165,12 @@ std::vector<Index> shuffled(const Text& text, Split split, bool one_kind) {
   moe::Rng rng(0);
   for (std::size_t i = positions.size(); i > 1; --i)
     std::swap(positions[i - 1], positions[std::size_t(rng.index(Index(i)))]);
-  if (one_kind)
-    std::stable_sort(positions.begin(), positions.end(), [&](Index a, Index b) {
-      return text.kind_of[std::size_t(a)] < text.kind_of[std::size_t(b)];
-    });
-  return positions;
+  if (!one_kind) return positions;
+  std::vector<Index> by_kind;
+  for (Index kind = 0; kind < text.num_kinds(); ++kind)
+    std::copy_if(positions.begin(), positions.end(), std::back_inserter(by_kind),
+                 [&](Index i) { return text.kind_of[std::size_t(i)] == kind; });
+  return by_kind;
 }
 
 // Trains a new model of the variant and measures it on a split that it has not seen.
@@ -270,8 +275,8 @@ std::string largest(const std::vector<double>& counts, const Names& names) {
   const double total = std::accumulate(counts.begin(), counts.end(), 0.0);
   std::vector<std::size_t> order(counts.size());
   std::iota(order.begin(), order.end(), std::size_t(0));
-  std::stable_sort(order.begin(), order.end(),
-                   [&](std::size_t a, std::size_t b) { return counts[a] > counts[b]; });
+  const auto key = [&](std::size_t i) { return std::pair(-counts[i], i); };
+  std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return key(a) < key(b); });
   std::string result;
   for (std::size_t i = 0; i < std::min<std::size_t>(3, order.size()); ++i) {
     const double share = total > 0 ? counts[order[i]] / total : 0;
@@ -442,9 +447,9 @@ std::vector<std::size_t> pattern_order(const Counts& counts) {
   const auto key = [&](std::size_t e) {
     const auto best = std::max_element(counts[e].begin(), counts[e].end());
     const double total = std::accumulate(counts[e].begin(), counts[e].end(), 0.0);
-    return std::pair(best - counts[e].begin(), total > 0 ? -*best / total : 0);
+    return std::tuple(best - counts[e].begin(), total > 0 ? -*best / total : 0, e);
   };
-  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return key(a) < key(b); });
+  std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return key(a) < key(b); });
   return order;
 }
 

@@ -80,9 +80,10 @@ TYPED_TEST(TopKOf, ManyRandomRowsAgreeWithAStableSort) {
     }
     std::vector<Index> order(static_cast<std::size_t>(n));
     std::iota(order.begin(), order.end(), Index(0));
-    std::stable_sort(order.begin(), order.end(), [&](Index a, Index b) {
-      if (std::isnan(values[b])) return !std::isnan(values[a]);
-      return values[a] > values[b];
+    std::sort(order.begin(), order.end(), [&](Index a, Index b) {
+      if (std::isnan(values[a]) != std::isnan(values[b])) return std::isnan(values[b]);
+      if (!std::isnan(values[a]) && values[a] != values[b]) return values[a] > values[b];
+      return a < b;
     });
     for (const Index k : {Index(0), rng.index(n + 1), n}) {
       const IndexVector chosen = moe::top_k(values, k);
