@@ -3,12 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <optional>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <moe/balance/loss.hpp>
@@ -48,6 +48,34 @@ struct GradientReport {
                         ///< numbers mean nothing and x should be drawn again
 };
 
+/// What selection decided in the routings that an objective adds. Where that changes its slope may jump.
+class RoutingSignature {
+ public:
+  void add(const Routing<double>& r) {
+    append(r.plan.expert_begin);
+    append(r.plan.token);
+    append(r.plan.passed_through);
+    append(r.chosen.expert);
+    if (r.noise.empty()) return;
+    // Each token's best top_k + 1 experts: load_loss takes the last two as thresholds.
+    Buffer<Index> best;
+    const Index k = (std::min)(r.noise.top_k + 1, r.num_experts());
+    best.assign(r.num_tokens() * k, 0);
+    for (Index t = 0; t < r.num_tokens(); ++t)
+      if (r.is_valid(t)) top_k(r.num_experts(), &r.noise.noisy_logits(t, 0), k, &best[t * k]);
+    append(best);
+  }
+  void clear() { decided_.clear(); }
+  friend bool operator==(const RoutingSignature&, const RoutingSignature&) = default;
+
+ private:
+  void append(const Buffer<Index>& part) {
+    decided_.push_back(part.size());
+    decided_.insert(decided_.end(), part.begin(), part.end());
+  }
+  std::vector<Index> decided_;
+};
+
 namespace detail {
 
 template <class Thing>
@@ -60,26 +88,7 @@ struct GradientArray {
   Index size;
 };
 
-// Everything of a routing that selection decides. Where there is noise also each token's best
-// top_k + 1 experts, whose last two load_loss takes as thresholds.
-struct RoutingSignature {
-  Buffer<Index> expert_begin, token, passed_through, chosen, best;
-  RoutingSignature() = default;
-  explicit RoutingSignature(const Routing<double>& r)
-      : expert_begin(r.plan.expert_begin),
-        token(r.plan.token),
-        passed_through(r.plan.passed_through),
-        chosen(r.chosen.expert) {
-    if (r.noise.empty()) return;
-    const Index k = (std::min)(r.noise.top_k + 1, r.num_experts());
-    best.assign(r.num_tokens() * k, 0);
-    for (Index t = 0; t < r.num_tokens(); ++t)
-      if (r.is_valid(t)) top_k(r.num_experts(), &r.noise.noisy_logits(t, 0), k, &best[t * k]);
-  }
-  friend bool operator==(const RoutingSignature&, const RoutingSignature&) = default;
-};
-
-// value(&signature) evaluates the objective at the present values of the arrays.
+// value(signature) evaluates the objective at the present values of the arrays.
 template <class Value>
 GradientReport compare_gradients(const std::vector<GradientArray>& arrays,
                                  const GradientCheckOptions& options, const Value& value) {
@@ -103,9 +112,11 @@ GradientReport compare_gradients(const std::vector<GradientArray>& arrays,
       for (const int side : {0, 1}) {
         const double sign = side == 0 ? -1 : 1;
         array.value[i] = center + sign * options.margin * options.step;
+        there.clear();
         value(there);
         crossed |= !(there == here);
         array.value[i] = center + sign * options.step;
+        there.clear();
         at[side] = value(there);
         crossed |= !(there == here);
       }
@@ -134,25 +145,27 @@ GradientReport compare_gradients(const std::vector<GradientArray>& arrays,
   return report;
 }
 
-// Lists the arrays of a thing, of its gradient, and x with d_x.
+// Lists the arrays of a thing and of its gradient.
+template <class Thing>
+void add_arrays(Thing& thing, const Thing& grad, std::vector<GradientArray>& arrays) {
+  Thing::visit(
+      [&](const ParameterInfo& info, auto& value, const auto& analytic) {
+        using S = typename std::remove_cvref_t<decltype(value)>::Scalar;
+        static_assert(std::is_same_v<S, double> || std::is_integral_v<S>, "check_gradients needs double");
+        if constexpr (std::is_same_v<S, double>)
+          if (info.kind == Kind::parameter)
+            arrays.push_back({std::string(info.name), value.data(), analytic.data(), value.size()});
+      },
+      thing, grad);
+}
+
+// The same, after x with d_x.
 template <class Thing>
 std::vector<GradientArray> gradient_arrays(Thing& thing, const Thing& grad, Matrix<double>& x,
                                            const Matrix<double>& d_x) {
   std::vector<GradientArray> arrays{{"x", x.data(), d_x.data(), x.size()}};
-  if constexpr (requires { Thing::visit([](const ParameterInfo&, auto&...) {}, thing); }) {
-    Thing::visit(
-        [&](const ParameterInfo& info, auto& value) {
-          if (info.kind == Kind::parameter)
-            arrays.push_back({std::string(info.name), value.data(), nullptr, value.size()});
-        },
-        thing);
-    std::size_t i = 1;
-    Thing::visit(
-        [&](const ParameterInfo& info, const auto& value) {
-          if (info.kind == Kind::parameter) arrays[i++].analytic = value.data();
-        },
-        grad);
-  }
+  if constexpr (requires { Thing::visit([](const ParameterInfo&, auto&...) {}, thing); })
+    add_arrays(thing, grad, arrays);
   return arrays;
 }
 
@@ -189,7 +202,7 @@ GradientReport check_gradients(const E& expert, Matrix<double> x, const Gradient
   expert.forward(x, y, cache);
   expert.backward(x, d_y, cache, d_x, grad);
   return detail::compare_gradients(detail::gradient_arrays(work, grad, x, d_x), options,
-                                   [&](detail::RoutingSignature&) {
+                                   [&](RoutingSignature&) {
                                      work.forward(x, y, cache);
                                      return d_y.cwiseProduct(y).sum();
                                    });
@@ -236,9 +249,9 @@ GradientReport check_gradients(const R& router, Matrix<double> x, const Gradient
   RouterWorkspace<double> workspace;
   route_backward_with(work, valid_x, routing, weights, d_x, grad, workspace, Sequential{});
   return detail::compare_gradients(
-      detail::gradient_arrays(work, grad, x, d_x), options, [&](detail::RoutingSignature& seen) {
+      detail::gradient_arrays(work, grad, x, d_x), options, [&](RoutingSignature& seen) {
         route();
-        seen = detail::RoutingSignature(routing);
+        seen.add(routing);
         double sum = 0;
         for (Index t = 0; t < x.rows(); ++t) {
           if (!routing.is_valid(t)) continue;
@@ -284,11 +297,39 @@ GradientReport check_gradients(const Layer& layer, Matrix<double> x, const Gradi
   Matrix<double> d_x;
   layer.backward(d_y, cache, grad, loss(cache.routing).gradient, d_x, Sequential{});
   return detail::compare_gradients(detail::gradient_arrays(work, grad, x, d_x), options,
-                                   [&](detail::RoutingSignature& seen) {
+                                   [&](RoutingSignature& seen) {
                                      forward();
-                                     seen = detail::RoutingSignature(cache.routing);
+                                     seen.add(cache.routing);
                                      return d_y.cwiseProduct(y).sum() + loss(cache.routing).value;
                                    });
+}
+
+/// Checks a function of everything that is visited of a model of your own, e.g. of two layers and an
+/// embedding: objective(model, grad) returns its value, and adds its gradient to *grad unless grad is null.
+/// Called with the same arrays it must return the same: where it needs random numbers, it copies an Rng. An
+/// objective(model, grad, signature) adds its routings to the signature, which is how crossed counts.
+/// options.rng and options.info are not used. O(parameters) evaluations. Throws as the others do, and where
+/// the gradient has lost its shape. Example:
+///   check_gradients(model, [&](const Model& m, Model* grad) { ... });
+template <class Model, class Objective>
+requires(!std::is_convertible_v<const Objective&, Matrix<double>> &&
+         (std::is_invocable_r_v<double, const Objective&, const Model&, Model*> ||
+          std::is_invocable_r_v<double, const Objective&, const Model&, Model*, RoutingSignature&>))
+    GradientReport check_gradients(const Model& model, const Objective& objective,
+                                   const GradientCheckOptions& options = {}) {
+  Model work = model, grad = zeros_like(model);
+  const auto value = [&](Model* to, RoutingSignature& signature) -> double {
+    if constexpr (std::is_invocable_v<const Objective&, const Model&, Model*>)
+      return objective(std::as_const(work), to);
+    else
+      return objective(std::as_const(work), to, signature);
+  };
+  RoutingSignature unused;
+  value(&grad, unused);
+  std::vector<detail::GradientArray> arrays;
+  detail::add_arrays(work, grad, arrays);
+  return detail::compare_gradients(arrays, options,
+                                   [&](RoutingSignature& signature) { return value(nullptr, signature); });
 }
 
 }  // namespace moe

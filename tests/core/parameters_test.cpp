@@ -207,6 +207,81 @@ TEST(Parameters, AVariantExpertShowsThoseOfItsKind) {
   EXPECT_EQ(moe::num_parameters(gated), 18);
 }
 
+// A model of one's own.
+struct Model {
+  Matrix<double> embedding = Matrix<double>::Constant(3, 4, 5);
+  std::vector<Layer> layers{make_layer(), make_layer(3)};
+  template <class F, class... Self>
+  static void visit(F&& f, Self&... self) {
+    moe::visit_array(f, {"embedding"}, self.embedding...);
+    moe::visit_parts("layers", f, self.layers...);
+  }
+};
+
+TEST(Parameters, AModelOfSeveralLayersIsOneThing) {
+  const Model model;
+  std::vector<std::string> names{"embedding"};
+  for (const std::string layer : {"layers.0.", "layers.1."})
+    for (const std::string& name : names_of(model.layers[std::size_t(layer[7] - '0')]))
+      names.push_back(layer + name);
+  EXPECT_EQ(names_of(model), names);
+  EXPECT_EQ(names.back(), "layers.1.b_output");
+  EXPECT_EQ(moe::num_parameters(model),
+            12 + moe::num_parameters(model.layers[0]) + moe::num_parameters(model.layers[1]));
+
+  const auto is_zero = [](const Model& m) {
+    bool zero = true;
+    Model::visit([&](auto& info, auto& p) { zero &= info.kind == Kind::buffer || p.isZero(0); }, m);
+    return zero;
+  };
+  Model copy = model, zeros = moe::zeros_like(model);
+  EXPECT_FALSE(is_zero(model));
+  EXPECT_TRUE(is_zero(zeros));
+  EXPECT_EQ(zeros.layers[1].num_experts(), 3);
+  moe::set_zero(copy);
+  EXPECT_TRUE(is_zero(copy));
+  copy.layers.pop_back();
+  EXPECT_THROW(Model::visit([](auto&...) {}, model, copy), std::invalid_argument);
+  EXPECT_THROW(Model::visit([](auto&...) {}, copy, model), std::invalid_argument);
+  copy.layers.push_back(make_layer(4));
+  EXPECT_THROW(Model::visit([](auto&...) {}, model, copy), std::invalid_argument);
+}
+
+// Whatever takes a const ParameterInfo and the arrays, const where their objects are, is an f.
+TEST(Parameters, AreVisitedByLambdasOfEveryForm) {
+  const Model model;
+  Model changed = model;
+  const Index arrays = Index(names_of(model).size());
+  Index count = 0;
+  Model::visit(
+      [&](auto& info, auto& p, auto& q) {
+        static_assert(std::is_same_v<decltype(info), const ParameterInfo&>);
+        static_assert(std::is_const_v<std::remove_reference_t<decltype(q)>>);
+        p += 2 * q;
+        ++count;
+      },
+      changed, model);
+  Model::visit(
+      [&](auto&& info, auto& p, auto& q) {
+        EXPECT_EQ(q, 3 * p) << info.name;
+        ++count;
+      },
+      model, changed);
+  Model::visit([n = Index(0), &count](ParameterInfo, auto&&...) mutable { count += ++n > 0; }, changed, model,
+               model);
+  const auto any = [&](auto&...) { ++count; };
+  Model::visit(any, model);
+  Model::visit(any, changed);
+  EXPECT_EQ(count, 5 * arrays);
+
+  moe::Rng rng(5);
+  using Either = moe::VariantExpert<Plain, Gated>;
+  const Either expert = Plain({.d_model = 2, .d_ff = 3}, rng);
+  Either twice = expert;
+  Either::visit([](auto&, auto& p, auto& q) { p += q; }, twice, expert);
+  EXPECT_EQ(std::get<Plain>(twice.get()).w_up, 2 * std::get<Plain>(expert.get()).w_up);
+}
+
 TEST(Name, IsWrittenOutFromItsParts) {
   const moe::Name experts("experts", 3), weight("w_up"), empty("");
   EXPECT_EQ(experts.str(), "experts.3");

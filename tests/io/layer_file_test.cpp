@@ -101,6 +101,37 @@ TEST(LayerFile, AnotherLayerIsRefusedAndLeftAsItWas) {
   expect_refused([&] { moe::load_layer(file, more); }, {"num_experts=3", "num_experts=4"});
 }
 
+// A model of one's own, which says as much of itself as it wants to be compared.
+struct TwoLayers {
+  moe::Matrix<float> embedding;
+  std::vector<Layer> layers;
+  std::string describe() const { return "top_k " + std::to_string(layers[0].router().options().top_k); }
+  template <class F, class... Self>
+  static void visit(F&& f, Self&... self) {
+    moe::visit_array(f, {"embedding"}, self.embedding...);
+    moe::visit_parts("layers", f, self.layers...);
+  }
+};
+
+TEST(LayerFile, AModelOfSeveralLayersIsSavedAndLoadedAsOneThing) {
+  const TwoLayers saved{moe::Matrix<float>::Random(5, 4), {make_layer(1), make_layer(2)}};
+  moe::save_layer(file_name(), saved);
+  const Checkpoint file = Checkpoint::open(file_name());
+  EXPECT_TRUE(file.contains("layers.1.experts.2.w_gate"));
+  TwoLayers loaded{moe::Matrix<float>::Zero(5, 4), {make_layer(3), make_layer(4)}};
+  moe::load_layer(file, loaded);
+  TwoLayers::visit([](auto& info, auto& a, auto& b) { EXPECT_EQ(a, b) << info.name; }, saved, loaded);
+
+  const TwoLayers before{moe::Matrix<float>::Zero(5, 4), {make_layer(3), make_layer(4, 2, 7)}};
+  TwoLayers other = before;
+  expect_refused([&] { moe::load_layer(file, other); }, {"layers.1.experts.0.w_gate", "[6, 4]", "[7, 4]"});
+  TwoLayers::visit([](auto& info, auto& a, auto& b) { EXPECT_EQ(a, b) << info.name; }, other, before);
+  other = {saved.embedding, {make_layer(1)}};
+  expect_refused([&] { moe::load_layer(file, other); }, {"layers.1.", "is not in the layer"});
+  other = {saved.embedding, {make_layer(1, 1), make_layer(2, 1)}};
+  expect_refused([&] { moe::load_layer(file, other); }, {"kind = top_k 2", "top_k 1"});
+}
+
 TEST(LayerFile, OptionsThatChangeWhatARouterDoesAreCompared) {
   using Options = moe::TopKOptions;
   const auto layer_with = [](Options options) {

@@ -345,20 +345,29 @@ TEST(SoftMoELayer, EqualsTheReferenceInFloat) {
 // ---- Gradients.
 
 template <class E>
-moe::GradientReport check_layer(const SoftMoELayer<E>& layer, Matrix<double> x, const BatchInfo& info,
+struct LayerAtX {
+  SoftMoELayer<E> layer;
+  Matrix<double> x;
+  template <class F, class... Self>
+  static void visit(F&& f, Self&... self) {
+    moe::visit_array(f, {"x"}, self.x...);
+    moe::visit_part("", f, self.layer...);
+  }
+};
+
+template <class E>
+moe::GradientReport check_layer(const SoftMoELayer<E>& layer, const Matrix<double>& x, const BatchInfo& info,
                                 double step = 1e-5) {
-  SoftMoELayer<E> work = layer, grad = moe::zeros_like(layer);
   typename SoftMoELayer<E>::Cache cache;
   Rng rng(3);
   const Matrix<double> d_y = normal_matrix<double>(x.rows(), x.cols(), rng);
-  Matrix<double> y, d_x;
-  work.forward(x, y, cache, info, Sequential{});
-  layer.backward(d_y, cache, grad, d_x, Sequential{});
-  return moe::detail::compare_gradients(moe::detail::gradient_arrays(work, grad, x, d_x), {.step = step},
-                                        [&](moe::detail::RoutingSignature&) {
-                                          work.forward(x, y, cache, info, Sequential{});
-                                          return d_y.cwiseProduct(y).sum();
-                                        });
+  Matrix<double> y;
+  const auto objective = [&](const LayerAtX<E>& at, LayerAtX<E>* grad) {
+    at.layer.forward(at.x, y, cache, info, Sequential{});
+    if (grad) at.layer.backward(d_y, cache, grad->layer, grad->x, Sequential{});
+    return d_y.cwiseProduct(y).sum();
+  };
+  return moe::check_gradients(LayerAtX<E>{layer, x}, objective, {.step = step});
 }
 
 template <class E>

@@ -491,32 +491,41 @@ double level_losses(const moe::Routing<double>& routing,
   return sum;
 }
 
+struct RouterAtX {
+  Hierarchy<Noisy> router;
+  Matrix<double> x;
+  template <class F, class... Self>
+  static void visit(F&& f, Self&... self) {
+    moe::visit_array(f, {"x"}, self.x...);
+    moe::visit_part("", f, self.router...);
+  }
+};
+
 TEST(HierarchicalRouterLosses, GradientsOfLossesOnLevelsAreExact) {
   Rng rng(10);
   using Router = Hierarchy<Noisy>;
   for (const auto& options : all_options(rng)) {
     const Router router = Make<Router>::router({.parent_k = 2, .child_k = 2}, rng);
-    expect_gradients(rng, [&](Matrix<double> x) {
-      Router work = router, grad = moe::zeros_like(router);
+    const auto objective = [&](const RouterAtX& at, RouterAtX* grad, moe::RoutingSignature& signature) {
       moe::Routing<double> routing;
-      const auto route = [&] {
-        if (!options.rng) return work.route(x, options.info, routing, Sequential{});
+      if (options.rng) {
         Rng copy = *options.rng;
-        work.route(x, copy, options.info, routing, Sequential{});
-      };
-      route();
-      std::vector<moe::RoutingGradient<double>> gradients;
-      level_losses(routing, &gradients);
-      Matrix<double> valid_x = x, d_x = Matrix<double>::Zero(6, kDModel);
+        at.router.route(at.x, copy, options.info, routing, Sequential{});
+      } else {
+        at.router.route(at.x, options.info, routing, Sequential{});
+      }
+      signature.add(routing);
+      if (grad == nullptr) return level_losses(routing);
+      Matrix<double> valid_x = at.x;
       for (Index t = 0; t < 6; ++t)
         if (!routing.is_valid(t)) valid_x.row(t).setZero();
-      work.backward_levels(valid_x, routing, gradients, d_x, grad, Sequential{});
-      return moe::detail::compare_gradients(moe::detail::gradient_arrays(work, grad, x, d_x), options,
-                                            [&](moe::detail::RoutingSignature& seen) {
-                                              route();
-                                              seen = moe::detail::RoutingSignature(routing);
-                                              return level_losses(routing);
-                                            });
+      std::vector<moe::RoutingGradient<double>> gradients;
+      const double sum = level_losses(routing, &gradients);
+      at.router.backward_levels(valid_x, routing, gradients, grad->x, grad->router, Sequential{});
+      return sum;
+    };
+    expect_gradients(rng, [&](const Matrix<double>& x) {
+      return moe::check_gradients(RouterAtX{router, x}, objective, options);
     });
   }
 }

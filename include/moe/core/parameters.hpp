@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <cstddef>
 #include <ostream>
 #include <string>
 #include <string_view>
@@ -11,7 +12,10 @@
 // How code outside a layer reaches its parameters. A type with parameters has
 //   template <class F, class... Self> static void visit(F&& f, Self&... self)
 // which calls f(info, self.p...) for every parameter p of any number of objects in lockstep: a layer,
-// its gradient, an optimiser's moments. Names are dotted ("experts.3.w_up").
+// its gradient, an optimiser's moments. Names are dotted ("experts.3.w_up"). f sees a const ParameterInfo,
+// and const arrays of const objects: auto& takes them all. A model of your own does the same with
+// visit_array, visit_part and visit_parts, and is then visited, zeroed, counted, saved and checked as one
+// thing.
 namespace moe {
 
 /// What a visited array is for. Optimisers, norms and counts look at parameters; files hold all.
@@ -78,9 +82,20 @@ template <class F, class Part, class... Parts>
 void visit_part(const Name& prefix, F&& f, Part& part, Parts&... parts) {
   Part::visit(
       [&](const ParameterInfo& info, auto&... arrays) {
-        f(ParameterInfo{{prefix, info.name}, info.kind}, arrays...);
+        const ParameterInfo whole{{prefix, info.name}, info.kind};
+        f(whole, arrays...);
       },
       part, parts...);
+}
+
+/// The same for all parts of vectors or arrays, each with its number: visit_parts("layers", f, a, b) calls f
+/// with names "layers.0.router.w_router" and so on. Throws std::invalid_argument unless all have as many
+/// parts.
+template <class F, class Parts, class... Others>
+void visit_parts(std::string_view name, F&& f, Parts& parts, Others&... others) {
+  (require(others.size() == parts.size(), "visit: ", others.size(), " of ", name, " beside ", parts.size()),
+   ...);
+  for (std::size_t i = 0; i < parts.size(); ++i) visit_part({name, Index(i)}, f, parts[i], others[i]...);
 }
 
 namespace detail {

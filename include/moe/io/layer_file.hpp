@@ -281,8 +281,9 @@ inline void require_table(const TensorView& tensor, const std::vector<std::int64
 /// HashRouter's table as "router.table", and to its metadata, as "router", "experts" and "shared_experts",
 /// what else decides what the layer computes: the router's options that are not at their defaults, kinds of
 /// experts and their units; as "moe_version" MOE_VERSION_STRING. `metadata` adds to that. An expert, unit or
-/// router of your own takes part by a `std::string describe() const`. The file is replaced as a whole or not
-/// at all. Throws CheckpointError when it can not be written.
+/// router of your own takes part by a `std::string describe() const`, and so does a model of several layers,
+/// whose options and tables are not compared otherwise. The file is replaced as a whole or not at all. Throws
+/// CheckpointError when it can not be written.
 /// @code
 /// moe::Rng rng(1);
 /// moe::MoELayer layer(moe::make_experts<moe::FeedForward<float>>(4, {.d_model = 8, .d_ff = 16}, rng),
