@@ -20,8 +20,8 @@
 #include <moe/math/top_k.hpp>
 #include <moe/routing/router.hpp>
 
-// Backward passes against central differences, for the library's tests and for experts, routers and
-// layers of your own. Everything runs on the calling thread.
+// Backward passes against central differences, for the library's tests and for experts, routers, layers and
+// models of your own. Everything runs on the calling thread.
 namespace moe {
 
 /// How check_gradients compares.
