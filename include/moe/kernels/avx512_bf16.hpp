@@ -36,7 +36,10 @@ inline __attribute__((always_inline)) void steps(Index count, const std::uint16_
     for (int i = 0; i < R; ++i) {
       std::int32_t pair;
       __builtin_memcpy(&pair, x + i * kStride, sizeof pair);
-      const __m512i left = _mm512_set1_epi32(pair);
+      __m512i left = _mm512_set1_epi32(pair);
+#if defined(__clang__)
+      asm("" : "+v"(left));  // Clang 16 crashes where it sees through this
+#endif
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j)
         sum[i][j] = _mm512_dpbf16_ps(sum[i][j], reinterpret_cast<__m512bh>(left),
