@@ -19,6 +19,7 @@
 
 #include "language_model.hpp"
 #include "measure.hpp"
+#include "picture.hpp"
 #include "report.hpp"
 #include "text.hpp"
 
@@ -39,7 +40,7 @@ struct Settings {
   Index seeds = 3, steps = 2000, experts = 16, top_k = 1, d_ff = 256, threads = 0;
   double balance = 0.05;
   std::vector<std::string> files;
-  std::string report = "report.html";
+  std::string report = "report.html", picture = "routing.svg";
   bool tune = false, expert_choice = false;
 
   // Operations (a multiply-add is two) that the layer does for a token, forward.
@@ -502,6 +503,23 @@ void write_report(const Settings& settings, const Text& text, const std::vector<
   report.write(settings.report);
 }
 
+// What each expert serves, in the models with top-k routing, most of what comes first first.
+void draw_routing(const Settings& settings, const std::vector<Variant>& variants,
+                  const std::vector<std::vector<Run>>& runs) {
+  std::vector<Panel> panels;
+  for (std::size_t v = 0; v < variants.size(); ++v) {
+    if (variants[v].layer != LayerKind::top_k || variants[v].one_kind) continue;
+    const Counts& counts = runs[v][0].mixed.by_class;
+    Panel panel{variants[v].balance > 0 ? "With balance loss" : "Without", {}, {}};
+    for (const std::size_t e : pattern_order(counts)) {
+      panel.experts.push_back("expert " + std::to_string(e));
+      panel.counts.push_back(counts[e]);
+    }
+    panels.push_back(panel);
+  }
+  write_picture(settings.picture, {kByteClasses.begin(), kByteClasses.end()}, panels);
+}
+
 // ---- The command line.
 
 struct Option {
@@ -543,6 +561,8 @@ std::vector<Option> list_options(Settings& s) {
        [&](const std::string& v) { s.files.push_back(v); }},
       {"--report", "FILE", "where to write the report (report.html)",
        [&](const std::string& v) { s.report = v; }},
+      {"--picture", "FILE", "where to draw what each expert serves (routing.svg)",
+       [&](const std::string& v) { s.picture = v; }},
       {"--threads", "N", "OpenMP threads (all cores); the numbers do not depend on it",
        index(s.threads, "--threads", 1, 1024)},
       {"--tune", nullptr,
@@ -621,6 +641,7 @@ void demonstrate(const Settings& settings) {
   std::printf("Checksum of all trained parameters and held-out results: %016llx\n",
               static_cast<unsigned long long>(hash));
   write_report(settings, text, variants, runs, tables);
+  draw_routing(settings, variants, runs);
   std::cout << "Curves and heat maps: " << std::filesystem::absolute(settings.report).string() << '\n';
 }
 

@@ -51,6 +51,7 @@ struct GradientReport {
 /// What selection decided in the routings that an objective adds. Where that changes its slope may jump.
 class RoutingSignature {
  public:
+  /// Adds what one routing decided. O(choices + tokens * num_experts).
   void add(const Routing<double>& r) {
     append(r.plan.expert_begin);
     append(r.plan.token);
@@ -65,6 +66,7 @@ class RoutingSignature {
       if (r.is_valid(t)) top_k(r.num_experts(), &r.noise.noisy_logits(t, 0), k, &best[t * k]);
     append(best);
   }
+  /// Forgets all routings.
   void clear() { decided_.clear(); }
   friend bool operator==(const RoutingSignature&, const RoutingSignature&) = default;
 
@@ -305,12 +307,12 @@ GradientReport check_gradients(const Layer& layer, Matrix<double> x, const Gradi
 }
 
 /// Checks a function of everything that is visited of a model of your own, e.g. of two layers and an
-/// embedding: objective(model, grad) returns its value, and adds its gradient to *grad unless grad is null.
-/// Called with the same arrays it must return the same: where it needs random numbers, it copies an Rng. An
-/// objective(model, grad, signature) adds its routings to the signature, which is how crossed counts.
-/// options.rng and options.info are not used. O(parameters) evaluations. Throws as the others do, and where
-/// the gradient has lost its shape. Example:
-///   check_gradients(model, [&](const Model& m, Model* grad) { ... });
+/// embedding: objective(model, grad) returns its value and, unless grad is null, adds its gradient to what
+/// grad points to. Called with the same arrays it must return the same: where it needs random numbers, it
+/// copies an Rng. An objective(model, grad, signature) adds its routings to the signature, which is how
+/// crossed counts. options.rng and options.info are not used. O(parameters) evaluations. Throws as the others
+/// do, and where the gradient has lost its shape. Example: check_gradients(model, [&](const auto& m, auto*
+/// grad) { ... }).
 template <class Model, class Objective>
 requires(!std::is_convertible_v<const Objective&, Matrix<double>> &&
          (std::is_invocable_r_v<double, const Objective&, const Model&, Model*> ||

@@ -101,7 +101,24 @@ void print_packed(const char* name, const typename E::Options& options,
                 hash_of_output<moe::BF16>(experts, x, routing, set));
 }
 
+// What a router makes of floats: its product runs on the kernels, what follows is done number by number.
+void print_routing() {
+  std::uint32_t state = 9;
+  moe::TopKRouter<float> router({.d_model = 201, .num_experts = 9, .top_k = 3, .renormalise = true});
+  for (Index i = 0; i < router.w_router.size(); ++i) router.w_router.data()[i] = draw(state) / 4;
+  moe::Matrix<float> x(60, 201);
+  for (Index i = 0; i < x.size(); ++i) x.data()[i] = draw(state);
+  moe::Routing<float> routing;
+  router.route(x, {}, routing, moe::Sequential{});
+  const moe::Buffer<float>& gates = routing.plan.gate;
+  std::printf("routing: logits %016" PRIx64 " probs %016" PRIx64 " gates %016" PRIx64 "\n",
+              hash(routing.router_logits.data(), routing.router_logits.size()),
+              hash(routing.router_probs.data(), routing.router_probs.size()),
+              hash(gates.data(), gates.size()));
+}
+
 void print_packed() {
+  print_routing();
   std::vector<moe::InstructionSet> sets;
   for (const auto set : {moe::InstructionSet::avx2, moe::InstructionSet::avx512})
     if (moe::is_available(set)) sets.push_back(set);

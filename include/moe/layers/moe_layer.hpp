@@ -120,6 +120,16 @@ class MoELayer {
     run(x, routed, y, workspace, workspace.expert_workspace, executor);
   }
 
+  /// Makes room in a workspace for batches of up to so many tokens, in as many groups as `info` has: by a
+  /// forward pass of that many zeros.
+  template <Executor Ex = DefaultExecutor>
+  void reserve(Workspace& workspace, Index max_tokens, const BatchInfo& info = {},
+               const Ex& executor = {}) const {
+    require(max_tokens >= 0, "reserve: max_tokens = ", max_tokens, ", expected 0 or more");
+    Matrix<S> y;
+    forward(Matrix<S>::Zero(max_tokens, d_model()), y, workspace, info, executor);
+  }
+
   /// Output under a routing made before: by route(), stored, edited or made by hand.
   template <std::same_as<Routing<S>> Made, Executor Ex = DefaultExecutor>
   Matrix<S> forward(const ConstMatrixRef<S>& x, const Made& routing, const Ex& executor = {}) const {
@@ -190,11 +200,13 @@ class MoELayer {
 
   // ---- What is none of these: one error of the compiler's in place of a list of all.
 
+  /// Does not compile: x is not a matrix of the layer's scalar.
   template <NotAMatrixOf<S> X, class... Rest>
   Matrix<S> forward(X&&, Rest&&...) const {
     static_assert(kNever<X>, "MoELayer::forward: x is not a matrix of the layer's scalar");
     return {};
   }
+  /// Does not compile: these are not arguments of a forward pass.
   template <class Layer = MoELayer>
   Matrix<S> forward(...) const {
     static_assert(kNever<Layer>,

@@ -131,6 +131,16 @@ class SoftMoELayer {
     router_.unmix(workspace.y_rows, workspace.routing, y, executor);
   }
 
+  /// Makes room in a workspace for batches of up to so many tokens, in as many groups as `info` has: by a
+  /// forward pass of that many zeros.
+  template <Executor Ex = DefaultExecutor>
+  void reserve(Workspace& workspace, Index max_tokens, const BatchInfo& info = {},
+               const Ex& executor = {}) const {
+    require(max_tokens >= 0, "reserve: max_tokens = ", max_tokens, ", expected 0 or more");
+    Matrix<S> y;
+    forward(Matrix<S>::Zero(max_tokens, d_model()), y, workspace, info, executor);
+  }
+
   // ---- Differentiable forward: the same values, and a cache for backward.
 
   /// y [tokens, d_model]; `cache` is what backward needs.
@@ -155,11 +165,13 @@ class SoftMoELayer {
 
   // ---- What is none of these: one error of the compiler's in place of a list of all.
 
+  /// Does not compile: x is not a matrix of the layer's scalar.
   template <NotAMatrixOf<S> X, class... Rest>
   Matrix<S> forward(X&&, Rest&&...) const {
     static_assert(kNever<X>, "SoftMoELayer::forward: x is not a matrix of the layer's scalar");
     return {};
   }
+  /// Does not compile: these are not arguments of a forward pass.
   template <class Layer = SoftMoELayer>
   Matrix<S> forward(...) const {
     static_assert(kNever<Layer>,

@@ -158,6 +158,16 @@ class PackedMoELayer {
     run(x, workspace.routing.plan, y, workspace, executor);
   }
 
+  /// Makes room in a workspace for batches of up to so many tokens, in as many groups as `info` has: by a
+  /// forward pass of that many zeros.
+  template <Executor Ex = DefaultExecutor>
+  void reserve(Workspace& workspace, Index max_tokens, const BatchInfo& info = {},
+               const Ex& executor = {}) const {
+    require(max_tokens >= 0, "reserve: max_tokens = ", max_tokens, ", expected 0 or more");
+    Matrix<float> y;
+    forward(Matrix<float>::Zero(max_tokens, d_model()), y, workspace, info, executor);
+  }
+
   /// Output under a routing of these tokens that was made before.
   template <std::same_as<Routing<float>> Made, Executor Ex = DefaultExecutor>
   Matrix<float> forward(const ConstMatrixRef<float>& x, const Made& routing, const Ex& executor = {}) const {
@@ -180,11 +190,13 @@ class PackedMoELayer {
 
   // ---- What is none of these: one error of the compiler's in place of a list of all.
 
+  /// Does not compile: x is not a matrix of the layer's scalar.
   template <NotAMatrixOf<float> X, class... Rest>
   Matrix<float> forward(X&&, Rest&&...) const {
     static_assert(kNever<X>, "PackedMoELayer::forward: x is not a matrix of the layer's scalar");
     return {};
   }
+  /// Does not compile: these are not arguments of a forward pass.
   template <class Layer = PackedMoELayer>
   Matrix<float> forward(...) const {
     static_assert(kNever<Layer>,

@@ -155,15 +155,14 @@ class ExpertChoiceRouter {
     const Index tokens = plan.num_tokens, experts = num_experts(), groups = info.num_groups();
     Reused<IndexVector>& capacity = workspace.capacity;
     count_valid_tokens(plan, info, capacity);
-    Index most = 0, room = 0;  // seats of one expert: used at most now, and by any mask
-    for (Index g = 0; g < groups; ++g) {
-      const auto seats = [&](Index valid) {
-        return expert_capacity(valid, experts, 1, options_.capacity, options_.capacity_rule);
-      };
-      capacity[g] = seats(capacity[g]);
-      most += capacity[g];
-      room += seats(info.end_of(g, tokens) - info.begin_of(g));
-    }
+    const auto seats = [&](Index valid) {
+      return expert_capacity(valid, experts, 1, options_.capacity, options_.capacity_rule);
+    };
+    Index most = 0;  // seats of one expert
+    for (Index g = 0; g < groups; ++g) most += capacity[g] = seats(capacity[g]);
+    // With any mask, and wherever the groups begin: each of them may round up.
+    const CapacityRule& rule = options_.capacity_rule;
+    const Index room = (std::min)(tokens, seats(tokens) + 1 + groups * (rule.minimum + rule.multiple_of));
     ExpertChoiceWorkspace& own = workspace.expert_choice;
     Buffer<Index>&candidates = own.candidates, &taken = own.taken, &count = own.count;
     candidates.resize(executor.concurrency() * tokens);
