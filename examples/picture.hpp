@@ -25,12 +25,12 @@ struct Panel {
 // all.
 inline void write_picture(const std::string& path, const std::vector<std::string>& classes,
                           const std::vector<Panel>& panels) {
-  constexpr double kCell = 30, kHigh = 22, kLeft = 62, kTop = 96, kBar = 40, kGap = 44;
+  constexpr double kCell = 28, kHigh = 18, kLeft = 62, kTop = 96, kBar = 80, kGap = 24;
   const double columns = double(classes.size());
   const double panel_width = kLeft + kCell * columns + kBar + kGap;
   std::size_t most = 0;
   for (const Panel& panel : panels) most = std::max(most, panel.experts.size());
-  const double width = panel_width * double(panels.size()) - kGap, height = kTop + kHigh * double(most) + 2;
+  const double width = panel_width * double(panels.size()), height = kTop + kHigh * double(most) + 2;
 
   std::ostringstream svg;
   const auto text = [&](double x, double y, const char* kind, const std::string& what) {
@@ -76,7 +76,7 @@ text { font: 12px system-ui, sans-serif; fill: #5d5c57; }
     text(bars, kTop - 8, "", "all");
     for (std::size_t e = 0; e < panel.experts.size(); ++e) {
       const double y = kTop + kHigh * double(e);
-      text(left, y + 15, "", panel.experts[e]);
+      text(left, y + 13, "", panel.experts[e]);
       double sum = 0;
       for (std::size_t i = 0; i < classes.size(); ++i) {
         const double count = panel.counts[e][i], x = left + kLeft + kCell * double(i);
@@ -86,7 +86,7 @@ text { font: 12px system-ui, sans-serif; fill: #5d5c57; }
       }
       const double share = all > 0 ? sum / all : 0;
       bar(bars, y, kBar * share, 1, "load");
-      text(bars + kBar * share + 4, y + 15, "", fixed(100 * share, 0) + "%");
+      text(bars + kBar * share + 4, y + 13, "", fixed(100 * share, 0) + "%");
     }
     left += panel_width;
   }

@@ -8,7 +8,7 @@
 
 // The version of the library. This is its only place: CMake reads these lines.
 #define MOE_VERSION_MAJOR 0
-#define MOE_VERSION_MINOR 1
+#define MOE_VERSION_MINOR 2
 #define MOE_VERSION_PATCH 0
 
 /// The version as text, e.g. "1.2.3".

@@ -108,6 +108,43 @@ inline void pack_panel_transposed(Index depth, Index cols, const S* b, Index b_c
     std::fill(row + (std::max)(j, cols), row + kTileCols<S>, S(0));
   }
 }
+
+// c [1, cols] (+)= a [1, depth] * b^T for one row and whole packets of columns, `depth` at most kDepthBlock:
+// what is transposed stays in registers. Two packets in turn, so that neither sum waits for itself. Returns
+// how many columns it did.
+template <class S>
+inline Index multiply_row(Index cols, Index depth, const S* a, const S* b, Index b_col, S* c,
+                          bool accumulate) {
+  namespace in = Eigen::internal;
+  constexpr int kSize = kPacketSize<S>, kBlocks = 2;
+  Index j = 0;
+  for (; j + kBlocks * kSize <= cols; j += kBlocks * kSize) {
+    Packet<S> sum[kBlocks];
+    for (Packet<S>& block : sum) block = in::pset1<Packet<S>>(S(0));
+    Index p = 0;
+    for (; p + kSize <= depth; p += kSize)
+#pragma GCC unroll 2
+      for (int k = 0; k < kBlocks; ++k) {
+        in::PacketBlock<Packet<S>, kSize> square;
+        const S* const from = b + (j + k * kSize) * b_col + p;
+#pragma GCC unroll 16
+        for (int i = 0; i < kSize; ++i) square.packet[i] = in::ploadu<Packet<S>>(from + i * b_col);
+        in::ptranspose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kSize; ++i)
+          sum[k] = in::pmadd(in::pset1<Packet<S>>(a[p + i]), square.packet[i], sum[k]);
+      }
+    for (; p < depth; ++p)
+      for (int k = 0; k < kBlocks; ++k)
+        sum[k] = in::pmadd(in::pset1<Packet<S>>(a[p]),
+                           in::pgather<S, Packet<S>>(b + (j + k * kSize) * b_col + p, b_col), sum[k]);
+    for (int k = 0; k < kBlocks; ++k) {
+      S* const out = c + j + k * kSize;
+      in::pstoreu(out, accumulate ? in::padd(in::ploadu<Packet<S>>(out), sum[k]) : sum[k]);
+    }
+  }
+  return j;
+}
 #pragma GCC diagnostic pop
 
 // The kernels for products of floats.
@@ -138,7 +175,10 @@ void multiply(Index rows, Index cols, Index depth, const S* a, Index a_row, Inde
   for (Index p = 0; p < depth; p += kDepthBlock) {
     const Index deep = (std::min)(kDepthBlock, depth - p);
     const bool add = accumulate || p > 0;
-    for (Index j = 0; j < cols; j += kCols) {
+    Index j = 0;
+    if constexpr (kRight == Right::transposed)
+      if (rows == 1 && a_depth == 1) j = multiply_row(cols, deep, a + p, b + p, b_stride, c, add);
+    for (; j < cols; j += kCols) {
       const Index wide = (std::min)(kCols, cols - j);
       const S* right = panel;
       Index right_stride = kCols;
