@@ -65,6 +65,34 @@ TYPED_TEST(ExecutorOf, RunsEveryTaskOnce) {
   }
 }
 
+// Counts the calls that reach it.
+struct Counting {
+  int* calls;
+  Index concurrency() const { return 3; }
+  template <class F>
+  void for_each(Index n, F&& f) const {
+    ++*calls;
+    for (Index i = 0; i < n; ++i) f(i, 2);
+  }
+};
+
+TEST(Executor, ThreadsAreNotWokenForLittleWork) {
+  int calls = 0, tasks = 0;
+  Index last_worker = -1;
+  const auto task = [&](Index, Index worker) {
+    ++tasks;
+    last_worker = worker;
+  };
+  moe::for_each_shared(5, moe::kLeastShared - 1, Counting{&calls}, task);
+  EXPECT_EQ(calls, 0);
+  EXPECT_EQ(tasks, 5);
+  EXPECT_EQ(last_worker, 0);
+  moe::for_each_shared(5, moe::kLeastShared, Counting{&calls}, task);
+  EXPECT_EQ(calls, 1);
+  EXPECT_EQ(tasks, 10);
+  EXPECT_EQ(last_worker, 2);
+}
+
 TYPED_TEST(ExecutorOf, NoTasksAreNoCalls) {
   for (const Index n : {0, -1, -100}) this->maker_.executor.for_each(n, [&](Index, Index) { ADD_FAILURE(); });
 }

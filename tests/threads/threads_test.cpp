@@ -45,7 +45,7 @@ TEST(Threads, ACallFromInsideATaskRunsThere) {
   Rng rng(3);
   const MoELayer layer(make_experts<FeedForward<float>>(3, {.d_model = 8, .d_ff = 8}, rng),
                        TopKRouter<float>({.d_model = 8, .num_experts = 3}, rng));
-  Matrix<float> x(80, 8);
+  Matrix<float> x(800, 8);
   fill_normal(x, 1.0, rng);
   const Matrix<float> expected = layer.forward(x, BatchInfo{}, Sequential{});
   Eigen::ThreadPool pool(3);

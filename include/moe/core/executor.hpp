@@ -101,6 +101,19 @@ class FirstException {
 
 }  // namespace detail
 
+/// Multiply-adds that take about as long as to wake threads for them.
+inline constexpr Index kLeastShared = Index(1) << 17;
+
+/// executor.for_each(n, f), but on the calling thread where all tasks together have so few multiply-adds that
+/// it is done before other threads are awake.
+template <Executor E, class F>
+void for_each_shared(Index n, Index multiply_adds, const E& executor, F&& f) {
+  if (multiply_adds < kLeastShared)
+    Sequential{}.for_each(n, f);
+  else
+    executor.for_each(n, f);
+}
+
 #ifdef _OPENMP
 /// Runs tasks on an OpenMP team. Exists where the translation unit is compiled with OpenMP.
 struct OpenMP {

@@ -82,12 +82,13 @@ class GroupedExperts {
   void forward(const RowBuffer<S>& x_rows, std::span<const Index> expert_begin, RowBuffer<S>& y_rows,
                Workspace& workspace, const Ex& executor = {}) const {
     begin_forward(x_rows, expert_begin, y_rows, workspace.tasks);
-    Index widest = 0;
+    Index widest = 0, work = kLeastShared;
     if constexpr (BufferedExpert<E>) {
       for (const E& expert : experts_) widest = std::max<Index>(widest, expert.cache_cols());
       workspace.rows.resize(executor.concurrency() * kTaskRows * widest);
+      work = x_rows.rows() * width() * widest;  // two thirds of a gated expert's
     }
-    executor.for_each(workspace.tasks.size(), [&](Index task, Index worker) {
+    for_each_shared(workspace.tasks.size(), work, executor, [&](Index task, Index worker) {
       const auto [e, begin, count] = workspace.tasks[task];
       const Index row = expert_begin[std::size_t(e)] + begin;
       const auto x = x_rows.block(row, count);

@@ -91,6 +91,9 @@ class PackedExperts {
 
   bool cached() const { return bytes_ <= product_.kCachedBytes; }
 
+  // Multiply-adds of a product, roughly.
+  Index work_of(const DispatchPlan<float>& plan) const { return plan.num_assignments() * d_model_ * widest_; }
+
   // Rows that a task takes at most. A token is with an expert once, as a rule.
   Index most_rows(const DispatchPlan<float>& plan) const {
     return std::clamp<Index>(plan.num_tokens, 1, product_.most_rows());
@@ -157,7 +160,7 @@ class PackedExperts {
   void first_products(const ActivationRows& x, const DispatchPlan<float>& plan, Workspace& w,
                       const Ex& executor) const {
     const Index workers = executor.concurrency();
-    executor.for_each(w.tasks.size(), [&](Index i, Index worker) {
+    for_each_shared(w.tasks.size(), work_of(plan), executor, [&](Index i, Index worker) {
       const auto& task = w.tasks[i];
       const PackedExpert<F>& expert = this->expert(task.expert);
       const kernels::RowBlocks blocks = hidden_rows(expert);
@@ -190,7 +193,8 @@ class PackedExperts {
     const Index groups = (panels + group - 1) / group;
     const Index blocks = std::clamp<Index>(plan.num_tokens / 256, 1, std::max<Index>(1, wanted / groups));
     const Index tokens = (plan.num_tokens + blocks - 1) / blocks;
-    executor.for_each(plan.num_tokens > 0 ? groups * blocks : 0, [&](Index task, Index worker) {
+    const Index tasks = plan.num_tokens > 0 ? groups * blocks : 0;
+    for_each_shared(tasks, work_of(plan), executor, [&](Index task, Index worker) {
       const Index token_begin = task / groups * tokens, column_begin = task % groups * group * columns;
       const OutputBlock block{token_begin, (std::min)(plan.num_tokens, token_begin + tokens), column_begin,
                               (std::min)(d_model_, column_begin + group * columns)};
