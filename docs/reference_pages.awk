@@ -85,6 +85,13 @@ in_code || /^ *```/ { print; next }
   next
 }
 /^    / { print; next }
+/^!\[.*\]\(.*\)$/ {  # a picture: one of HTML_EXTRA_FILES
+  match($0, /\]\(/)
+  file = substr($0, RSTART + 2, length($0) - RSTART - 2)
+  sub(/.*\//, "", file)
+  print "<img src=\"" file "\" alt=\"" substr($0, 3, RSTART - 3) "\">"
+  next
+}
 {
   text = $0
   while (match(text, /\[`[A-Za-z]+`\]/)) {

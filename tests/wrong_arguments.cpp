@@ -26,4 +26,5 @@ void call(const Layer& layer, const Packed& packed, const Soft& soft, const moe:
   layer.forward(x, workspace, y);            // MoELayer::forward takes
   packed.forward(x, y);                      // PackedMoELayer::forward takes
   soft.forward(doubles, y, soft_workspace);  // SoftMoELayer::forward: x is not
+  layer.backward(y, layer);                  // MoELayer::backward takes
 }

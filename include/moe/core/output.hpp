@@ -45,8 +45,8 @@ class Output {
     stride_ = ref.outerStride();
   }
   /// Of anything else: the compiler's error names its type.
-  template <detail::NotWritable<S> NotAWritableMatrixOfThisScalar>
-  Output(NotAWritableMatrixOfThisScalar&&) = delete;
+  template <detail::NotWritable<S> NotAWritableRowMajorMatrixOfThisScalar>
+  Output(NotAWritableRowMajorMatrixOfThisScalar&&) = delete;
 
   // The memory as it is before the call. A matrix that will be resized may lie anywhere then.
   const S* data() const { return matrix_ ? matrix_->data() : data_; }

@@ -215,6 +215,14 @@ class MoELayer {
                   "each with info and executor behind them");
     return {};
   }
+  /// Does not compile: these are not arguments of a backward pass.
+  template <class Layer = MoELayer>
+  Matrix<S> backward(...) const {
+    static_assert(kNever<Layer>,
+                  "MoELayer::backward takes (d_y, cache, grad), (d_y, cache, grad, routing_gradient), "
+                  "(d_y, cache, grad, routing_gradient, d_x), each with an executor behind them");
+    return {};
+  }
 
   // ---- Backward.
 

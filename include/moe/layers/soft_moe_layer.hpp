@@ -179,6 +179,14 @@ class SoftMoELayer {
                   "each with info and executor behind them");
     return {};
   }
+  /// Does not compile: these are not arguments of a backward pass.
+  template <class Layer = SoftMoELayer>
+  Matrix<S> backward(...) const {
+    static_assert(kNever<Layer>,
+                  "SoftMoELayer::backward takes (d_y, cache, grad), (d_y, cache, grad, d_x), each with an "
+                  "executor behind them");
+    return {};
+  }
 
   // ---- Backward.
 
