@@ -9,6 +9,7 @@ BEGIN {
   printf "#undef NDEBUG\n#include <cassert>\n\nnamespace {\n\n"
 }
 
+/@code/ { ++begun }
 /^ *\/\/\/ @code$/ {
   printf "void example_%d() {\n#line %d \"%s\"\n", ++examples, FNR + 1, FILENAME
   on = 1
@@ -18,6 +19,7 @@ BEGIN {
 on { sub(/^ *\/\/\/ ?/, ""); print }
 
 END {
+  if (examples == 0 || examples != begun) exit 1  # one was not found
   printf "}  // namespace\n\nint main() {\n"
   for (i = 1; i <= examples; ++i) printf "  example_%d();\n", i
   printf "}\n"

@@ -11,9 +11,12 @@
 
 #include <moe/core/random.hpp>
 #include <moe/experts/feed_forward.hpp>
+#include <moe/experts/gated_feed_forward.hpp>
 #include <moe/layers/dispatch.hpp>
 #include <moe/layers/grouped_experts.hpp>
+#include <moe/layers/moe_layer.hpp>
 #include <moe/math/init.hpp>
+#include <moe/routers/top_k_router.hpp>
 
 namespace dispatch_test {
 namespace {
@@ -311,6 +314,55 @@ TEST(GroupedExperts, ManyRowsComeInBlocksThatCoverAllOfThem) {
   EXPECT_EQ(y_rows.block(0, 500), x_rows.block(0, 500));
   EXPECT_EQ(y_rows.block(500, 500), -x_rows.block(500, 500));
   EXPECT_GT(calls, 2);
+}
+
+// Keeps little and says nothing of its work.
+struct Slow {
+  using Scalar = float;
+  Index d_model() const { return 4; }
+  Index cache_cols() const { return 1; }
+  void forward(const moe::ConstMatrixRef<float>& x, moe::MatrixRef<float> y) const { y = x; }
+  void forward(const moe::ConstMatrixRef<float>& x, moe::MatrixRef<float> y, moe::MatrixRef<float>) const {
+    y = x;
+  }
+};
+
+struct CountingExecutor {
+  int* calls;
+  Index concurrency() const { return 2; }
+  template <class F>
+  void for_each(Index n, F&& f) const {
+    ++*calls;
+    moe::Sequential{}.for_each(n, f);
+  }
+};
+
+TEST(GroupedExperts, AskTheExecutorUnlessTheyKnowThatTheirWorkIsLittle) {
+  moe::Rng rng(1);
+  const std::vector<Index> begin{0, 3, 5};
+  const auto calls_of = [&](const auto& experts, Index width) {
+    moe::RowBuffer<float> x, y;
+    x.resize(5, width, 5);
+    x.block(0, 5).setOnes();
+    typename std::decay_t<decltype(experts)>::Workspace workspace;
+    int calls = 0;
+    experts.forward(x, begin, y, workspace, CountingExecutor{&calls});
+    return calls;
+  };
+  EXPECT_EQ(calls_of(moe::GroupedExperts<Slow>(std::vector<Slow>(2), 4, "test"), 4), 1);
+  using E = moe::GatedFeedForward<float>;
+  EXPECT_EQ(
+      calls_of(moe::GroupedExperts<E>(moe::make_experts<E>(2, {.d_model = 8, .d_ff = 8}, rng), 8, "test"), 8),
+      0);
+  EXPECT_EQ(calls_of(moe::GroupedExperts<E>(moe::make_experts<E>(2, {.d_model = 128, .d_ff = 128}, rng), 128,
+                                            "test"),
+                     128),
+            1);
+}
+
+TEST(MoELayer, IsNoExpertItself) {
+  static_assert(!moe::Expert<moe::MoELayer<moe::GatedFeedForward<float>, moe::TopKRouter<float>>>);
+  static_assert(moe::Expert<moe::GatedFeedForward<float>>);
 }
 
 TEST(GroupedExperts, WithAndWithoutACacheAndAloneGiveTheSameBits) {

@@ -105,7 +105,7 @@ class FirstException {
 inline constexpr Index kLeastShared = Index(1) << 17;
 
 /// executor.for_each(n, f), but on the calling thread where all tasks together have so few multiply-adds that
-/// it is done before other threads are awake.
+/// it is done before other threads are awake. A call from inside such a task may use the executor's threads.
 template <Executor E, class F>
 void for_each_shared(Index n, Index multiply_adds, const E& executor, F&& f) {
   if (multiply_adds < kLeastShared)

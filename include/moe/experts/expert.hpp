@@ -13,13 +13,14 @@
 // shape, each output row from its input row alone: the layer may hand it any block of rows.
 namespace moe {
 
-/// An expert for inference: forward writes y from x; const, and callable from several threads.
+/// An expert for inference: forward writes y from x and returns nothing; const, and callable from several
+/// threads. One that says multiply_adds_per_row() wakes no threads where that is little.
 template <class E>
 concept Expert = requires(const E& expert, const ConstMatrixRef<typename E::Scalar>& x,
                           MatrixRef<typename E::Scalar> y) {
   typename E::Scalar;
   { expert.d_model() } -> std::convertible_to<Index>;
-  expert.forward(x, y);
+  { expert.forward(x, y) } -> std::same_as<void>;
 };
 
 /// An expert that works in memory of its caller, `cache_cols()` scalars a row: this forward allocates
@@ -29,7 +30,7 @@ concept BufferedExpert = Expert<E> &&
     requires(const E& expert, const ConstMatrixRef<typename E::Scalar>& x, MatrixRef<typename E::Scalar> y,
              MatrixRef<typename E::Scalar> cache) {
   { expert.cache_cols() } -> std::convertible_to<Index>;
-  expert.forward(x, y, cache);
+  { expert.forward(x, y, cache) } -> std::same_as<void>;
 };
 
 /// An expert with a backward pass. What backward needs of the forward pass stands in a block of the

@@ -65,6 +65,8 @@ class FeedForward {
 
   /// Scalars a row that forward keeps: [before the activation | after it].
   Index cache_cols() const { return 2 * d_ff(); }
+  /// What a forward pass takes.
+  Index multiply_adds_per_row() const { return 2 * d_model() * d_ff(); }
 
   void forward(const ConstMatrixRef<S>& x, MatrixRef<S> y, MatrixRef<S> cache) const {
     check_expert_forward(*this, x, y, cache, "FeedForward::forward");

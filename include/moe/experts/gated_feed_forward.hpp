@@ -70,6 +70,8 @@ class GatedFeedForward {
 
   /// Scalars a row that forward keeps: [gate | up | scratch | scratch], each d_ff wide.
   Index cache_cols() const { return 4 * d_ff(); }
+  /// What a forward pass takes.
+  Index multiply_adds_per_row() const { return 3 * d_model() * d_ff(); }
 
   void forward(const ConstMatrixRef<S>& x, MatrixRef<S> y, MatrixRef<S> cache) const {
     check_expert_forward(*this, x, y, cache, "GatedFeedForward::forward");

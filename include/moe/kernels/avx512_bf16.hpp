@@ -26,12 +26,12 @@ using avx512::broadcast, avx512::first_of, avx512::fused, avx512::kHighRows, avx
 // Some steps of a tile: sum [R, V] += pairs of x's columns * pairs of the panel's rows.
 template <Index kStride, std::size_t kR, std::size_t kV, class Layout>
 inline __attribute__((always_inline)) void steps(Index count, const std::uint16_t* x, const Bfloat16* panel,
-                                                 Layout, Vec (&sum)[kR][kV]) {
+                                                 Layout layout, Vec (&sum)[kR][kV]) {
   constexpr int R = int(kR), V = int(kV);
-  for (; count > 0; count -= 2, x += 2, panel += 2 * kLanes * kVecs) {
+  for (; count > 0; count -= 2, x += 2, panel += 2 * layout.wide) {
     __m512i right[kV];
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) right[j] = load_pair(panel + 2 * j * kLanes).bits;
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) right[j] = load_pair(panel + layout.template at<Bfloat16>(j)).bits;
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       std::int32_t pair;
@@ -40,7 +40,7 @@ inline __attribute__((always_inline)) void steps(Index count, const std::uint16_
 #if defined(__clang__)
       asm("" : "+v"(left));  // Clang 16 crashes where it sees through this
 #endif
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < V; ++j)
         sum[i][j] = _mm512_dpbf16_ps(sum[i][j], reinterpret_cast<__m512bh>(left),
                                      reinterpret_cast<__m512bh>(right[j]));

@@ -200,7 +200,7 @@ void multiply(Index rows, Index cols, Index depth, const S* a, Index a_row, Inde
           multiply_rows<kTileRows>(high, deep, left, a_row, a_depth, right, right_stride, edge, kCols, false);
           for (Index r = 0; r < high; ++r)
             for (Index q = 0; q < wide; ++q)
-              out[r * c_row + q] = edge[r * kCols + q] + (add ? out[r * c_row + q] : S(0));
+              out[r * c_row + q] = add ? edge[r * kCols + q] + out[r * c_row + q] : edge[r * kCols + q];
         }
       }
     }

@@ -82,13 +82,12 @@ class GroupedExperts {
   void forward(const RowBuffer<S>& x_rows, std::span<const Index> expert_begin, RowBuffer<S>& y_rows,
                Workspace& workspace, const Ex& executor = {}) const {
     begin_forward(x_rows, expert_begin, y_rows, workspace.tasks);
-    Index widest = 0, work = kLeastShared;
+    Index widest = 0;
     if constexpr (BufferedExpert<E>) {
       for (const E& expert : experts_) widest = std::max<Index>(widest, expert.cache_cols());
       workspace.rows.resize(executor.concurrency() * kTaskRows * widest);
-      work = x_rows.rows() * width() * widest;  // two thirds of a gated expert's
     }
-    for_each_shared(workspace.tasks.size(), work, executor, [&](Index task, Index worker) {
+    for_each_shared(workspace.tasks.size(), work_of(x_rows.rows()), executor, [&](Index task, Index worker) {
       const auto [e, begin, count] = workspace.tasks[task];
       const Index row = expert_begin[std::size_t(e)] + begin;
       const auto x = x_rows.block(row, count);
@@ -156,6 +155,16 @@ class GroupedExperts {
  private:
   // Rows of one expert that one task takes. A multiple of every register tile's height.
   static constexpr Index kTaskRows = 192;
+
+  // Multiply-adds for so many rows, at most; of experts that do not say it, enough to wake threads for.
+  Index work_of(Index rows) const {
+    Index most = 0;
+    if constexpr (requires(const E& expert) { expert.multiply_adds_per_row(); })
+      for (const E& expert : experts_) most = std::max<Index>(most, expert.multiply_adds_per_row());
+    else
+      return kLeastShared;
+    return rows * most;
+  }
 
   void check_widths(Index width, const char* where) const {
     for (Index e = 0; e < size(); ++e)

@@ -132,7 +132,7 @@ class PackedExperts {
     const auto blocks_of = [&](Index e) { return (plan.rows_of(e) + most - 1) / most; };
     Index units = 0;
     for (const Index e : w.touched) units += blocks_of(e) * expert(e).up_panels();
-    const Index group = product_.panels_of_task(units, 16 * workers, most, d_model_);
+    const Index group = product_.panels_of_task(units, 16 * workers, most * d_model_);
     w.tasks.clear();
     for (const Index e : w.touched) {
       const Index blocks = blocks_of(e), panels = expert(e).up_panels();
@@ -189,7 +189,7 @@ class PackedExperts {
     const Index panels = (d_model_ + columns - 1) / columns;
     // Every task brings all of its rows into bfloat16, so there are not many where there are many rows.
     const Index wanted = (product_.splits_rows() && plan.num_tokens > kernels::kMaxDotRows ? 2 : 8) * workers;
-    const Index group = product_.panels_of_task(panels, wanted, most_rows(plan), d_model_);
+    const Index group = product_.panels_of_task(panels, wanted, plan.num_assignments() * widest_);
     const Index groups = (panels + group - 1) / group;
     const Index blocks = std::clamp<Index>(plan.num_tokens / 256, 1, std::max<Index>(1, wanted / groups));
     const Index tokens = (plan.num_tokens + blocks - 1) / blocks;

@@ -159,7 +159,7 @@ class PackedMoELayer {
   }
 
   /// Makes room in a workspace for batches of up to so many tokens, in as many groups as `info` has: by a
-  /// forward pass of that many zeros.
+  /// forward pass of that many zeros. A router of your own may still need more for other tokens.
   template <Executor Ex = DefaultExecutor>
   void reserve(Workspace& workspace, Index max_tokens, const BatchInfo& info = {},
                const Ex& executor = {}) const {

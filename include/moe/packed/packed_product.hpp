@@ -87,13 +87,15 @@ class PackedProduct {
   bool splits_rows() const { return dot_ != nullptr; }
   /// Rows that are multiplied at a time.
   Index most_rows() const { return dot_ ? dot_->rows : floats_->rows; }
-  /// Panels of a task of so many rows, for that many tasks or fewer: even where there are enough, for one row
-  /// takes two at once, and with work for about a microsecond, if there is so much.
-  Index panels_of_task(Index panels, Index tasks, Index rows, Index depth) const {
+  /// Panels of a task, for that many tasks or fewer: even where there are enough, for one row takes two at
+  /// once, and with work for about a microsecond, if there is so much. `work` is the multiply-adds of a
+  /// column.
+  Index panels_of_task(Index panels, Index tasks, Index work) const {
     constexpr Index kLeast = Index(1) << 15;  // multiply-adds
-    const Index least = kLeast / std::max<Index>(1, rows * depth * kernels_->columns);
+    const Index least = kLeast / std::max<Index>(1, work * kernels_->columns);
     const Index share = (std::max)(panels / tasks, least);
-    return std::clamp<Index>(share + share % 2, 1, kMostPanels);
+    const bool even = share > 1 || kernels_->streams > 1;
+    return std::clamp<Index>(even ? share + share % 2 : share, 1, kMostPanels);
   }
   /// How rows of `depth` numbers, filled up to `columns`, best lie: in blocks, from which a product of floats
   /// reads them; whole, where they are brought into bfloat16.

@@ -162,7 +162,8 @@ class ExpertChoiceRouter {
     for (Index g = 0; g < groups; ++g) most += capacity[g] = seats(capacity[g]);
     // With any mask, and wherever the groups begin: each of them may round up.
     const CapacityRule& rule = options_.capacity_rule;
-    const Index room = (std::min)(tokens, seats(tokens) + 1 + groups * (rule.minimum + rule.multiple_of));
+    const Index rounded = (std::min)(rule.minimum, tokens) + (std::min)(rule.multiple_of, tokens);
+    const Index room = (std::min)(tokens, seats(tokens) + 1 + groups * rounded);
     ExpertChoiceWorkspace& own = workspace.expert_choice;
     Buffer<Index>&candidates = own.candidates, &taken = own.taken, &count = own.count;
     candidates.resize(executor.concurrency() * tokens);
