@@ -242,7 +242,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .25rem .9rem; border-bottom: 1px solid var(--rule); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; } th { color: var(--soft); font-weight: 500; }
 .legend span { margin-right: 1.4rem; color: var(--soft); white-space: nowrap; }
-.maps { display: flex; flex-wrap: wrap; gap: 0 1rem; } ul { padding-left: 1.2rem; max-width: 56rem; } figure { margin: 0; overflow-x: auto; }
+.maps { display: flex; flex-wrap: wrap; gap: 0 1rem; } ul { padding-left: 1.2rem; max-width: 56rem; }
+figure { margin: 0; overflow-x: auto; }
 svg text { fill: var(--soft); font-size: 12px; } svg .axis { fill: var(--ink); }
 .middle { text-anchor: middle; } .end { text-anchor: end; }
 svg .value { fill: var(--ink); font-size: 11px; } svg .value.on { fill: var(--on); }
