@@ -10,9 +10,14 @@ template <class Number>
 const Product<float>* find_product(InstructionSet set) {
   return tables::find_product<Number>(set);
 }
-// A format of the library has its numbers here.
+// A format of the library has its numbers or blocks here.
 template const Product<float>* find_product<float>(InstructionSet set);
 template const Product<float>* find_product<Bfloat16>(InstructionSet set);
+template const Product<float>* find_product<Int8Block>(InstructionSet set);
+template const Product<float>* find_product<Int4Block>(InstructionSet set);
+template const Product<float>* find_product<Int4OffsetBlock>(InstructionSet set);
+template const Product<float>* find_product<MXFP4Block>(InstructionSet set);
+template const Product<float>* find_product<FP8Block>(InstructionSet set);
 
 const DenseKernels* find_dense(InstructionSet set) { return tables::find_dense(set); }
 const DenseBackwardKernels* find_dense_backward(InstructionSet set) {

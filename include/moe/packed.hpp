@@ -5,8 +5,16 @@
 
 #include <moe/moe.hpp>
 #include <moe/packed/bf16.hpp>
+#include <moe/packed/block_format.hpp>
+#include <moe/packed/block_matrix.hpp>
+#include <moe/packed/expert_parts.hpp>
+#include <moe/packed/fit_integers.hpp>
 #include <moe/packed/float32.hpp>
 #include <moe/packed/format.hpp>
+#include <moe/packed/fp8.hpp>
+#include <moe/packed/int4.hpp>
+#include <moe/packed/int8.hpp>
+#include <moe/packed/mxfp4.hpp>
 #include <moe/packed/packed_expert.hpp>
 #include <moe/packed/packed_experts.hpp>
 #include <moe/packed/packed_moe_layer.hpp>

@@ -96,9 +96,14 @@ void print_packed(const char* name, const typename E::Options& options,
   for (Index i = 0; i < x.size(); ++i) x.data()[i] = draw(state);
   const moe::Routing<float> routing = make_routing(x.rows(), state);
   for (const moe::InstructionSet set : sets)
-    std::printf("%s: f32 %016" PRIx64 " bf16 %016" PRIx64 "\n", name,
-                hash_of_output<moe::F32>(experts, x, routing, set),
-                hash_of_output<moe::BF16>(experts, x, routing, set));
+    std::printf("%s: f32 %016" PRIx64 " bf16 %016" PRIx64 " int8 %016" PRIx64 " int4 with offset %016" PRIx64
+                " mxfp4 %016" PRIx64 " fp8 %016" PRIx64 "\n",
+                name, hash_of_output<moe::F32>(experts, x, routing, set),
+                hash_of_output<moe::BF16>(experts, x, routing, set),
+                hash_of_output<moe::Int8>(experts, x, routing, set),
+                hash_of_output<moe::Int4Offset>(experts, x, routing, set),
+                hash_of_output<moe::MXFP4>(experts, x, routing, set),
+                hash_of_output<moe::FP8>(experts, x, routing, set));
 }
 
 // What a router makes of floats: its product runs on the kernels, what follows is done number by number.

@@ -39,13 +39,13 @@ std::vector<std::byte> encoded(Index depth, Index columns) {
   std::vector<const float*> rows;
   for (Index j = 0; j < columns; ++j) rows.push_back(j == 1 ? nullptr : weights.row(j).data());
   std::vector<std::byte> bytes(std::size_t(F::bytes(depth) * columns));
-  F::encode(rows.data(), depth, columns, bytes.data());
+  F::encode(rows.data(), depth, columns, columns, bytes.data());
   return bytes;
 }
 
 template <class F>
 class FormatLaws : public testing::Test {};
-using Formats = testing::Types<F32, BF16, Fp16>;
+using Formats = testing::Types<F32, BF16, Fp16, Int8, Int4, Int4Offset, MXFP4, FP8>;
 TYPED_TEST_SUITE(FormatLaws, Formats);
 
 // A product that begins at a block of the depth finds there what it would find in a panel of its own.
@@ -70,7 +70,7 @@ TEST(BF16, HoldsPairsOfAColumnAndFillsUpTheLastOne) {
   const float* const rows[] = {first, nullptr, third};
   ASSERT_EQ(BF16::bytes(3), 8);
   std::uint16_t bits[12];
-  BF16::encode(rows, 3, 3, reinterpret_cast<std::byte*>(bits));
+  BF16::encode(rows, 3, 3, 3, reinterpret_cast<std::byte*>(bits));
   const std::uint16_t expected[] = {0x3F80, 0xC000, 0, 0, 0x3F00, 0x3F80, 0x4040, 0, 0, 0, 0x8000, 0};
   EXPECT_EQ(std::memcmp(bits, expected, sizeof bits), 0);
 }

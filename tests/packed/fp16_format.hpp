@@ -35,10 +35,14 @@ struct Fp16 {
     return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(value));
   }
 
-  static void encode(const float* const* rows, Index depth, Index columns, std::byte* to) {
+  static void encode(const float* const* rows, Index depth, Index columns, Index, std::byte* to) {
     auto* const numbers = reinterpret_cast<std::uint16_t*>(to);
     for (Index p = 0; p < depth; ++p)
       for (Index j = 0; j < columns; ++j) numbers[p * columns + j] = rounded(rows[j] ? rows[j][p] : 0.0f);
+  }
+
+  static void round(float* row, Index depth) {
+    for (Index p = 0; p < depth; ++p) row[p] = widened(rounded(row[p]));
   }
 
   static const kernels::Product<float>* find_product(InstructionSet set) {

@@ -51,6 +51,9 @@ TEST(Threads, PackedLayersAreTheSameForEveryExecutor) {
   expect_same_for_every_executor<F32>(GateSide::output, Overflow::pass_through);
   expect_same_for_every_executor<F32>(GateSide::input, Overflow::drop);
   expect_same_for_every_executor<BF16>(GateSide::output, Overflow::next_best);
+  expect_same_for_every_executor<Int8>(GateSide::output, Overflow::next_best);
+  expect_same_for_every_executor<Int4Offset>(GateSide::input, Overflow::drop);
+  expect_same_for_every_executor<FP8>(GateSide::output, Overflow::drop);
 }
 
 }  // namespace

@@ -5,14 +5,15 @@
 
 #include <immintrin.h>
 
+#include <moe/kernels/blocks.hpp>
 #include <moe/kernels/kernels.hpp>
 
 // Kernels for x86 processors with AVX2 and FMA, whatever flags the user compiles with.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 namespace moe::kernels::avx2 {
@@ -64,14 +65,55 @@ inline Vec high_halves_mixed(Vec a, Vec b) { return _mm256_unpackhi_ps(a, b); }
 inline Vec low_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0x44); }
 inline Vec high_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0xEE); }
 
+using Words = __m256i;
+inline Words load_words(const std::byte* from) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+template <int n>
+inline Words shifted(Words words) {
+  if constexpr (n >= 0)
+    return _mm256_slli_epi32(words, n);
+  else
+    return _mm256_srli_epi32(words, -n);
+}
+inline Vec placed(Words words, int mask, int bits) {
+  return _mm256_castsi256_ps(
+      _mm256_or_si256(_mm256_and_si256(words, _mm256_set1_epi32(mask)), _mm256_set1_epi32(bits)));
+}
+inline Vec load_halves(const std::byte* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline Vec load_powers(const std::byte* from) {
+  const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  // Of 0 and 255: 2^-127, and a NaN in place of the infinity.
+  const __m256i ends =
+      _mm256_and_si256(_mm256_add_epi32(bytes, _mm256_set1_epi32(1)), _mm256_set1_epi32(254));
+  const __m256i half =
+      _mm256_and_si256(_mm256_cmpeq_epi32(ends, _mm256_setzero_si256()), _mm256_set1_epi32(0x400000));
+  return _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(bytes, 23), half));
+}
+inline Vec load_e4m3(const std::byte* from) {
+  const __m128i words = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(words, 7), _mm_set1_epi16(short(0xBFFF))));
+}
+template <int bit>
+inline Vec e2m1(Words words) {
+  const Vec magnitude =
+      _mm256_permutevar8x32_ps(_mm256_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6), shifted<-bit>(words));
+  const Vec sign = _mm256_and_ps(_mm256_castsi256_ps(shifted<28 - bit>(words)), _mm256_set1_ps(-0.0f));
+  return _mm256_or_ps(magnitude, sign);
+}
+
 // In this order: each builds on the one before.
 #include <moe/kernels/product.inc>
+
+#include <moe/kernels/widen.inc>
 
 #include <moe/kernels/elementwise.inc>
 
 #include <moe/kernels/dense.inc>
 
-inline constexpr Kernels kTable = {kColumns, kStreams, activate, combine};
+inline constexpr Kernels kTable = {kColumns, kStreams, kLanes, activate, combine};
 inline constexpr DenseKernels kDenseTable = {linear};
 inline constexpr DenseBackwardKernels kDenseBackwardTable = {linear_backward_input, linear_backward_weight};
 

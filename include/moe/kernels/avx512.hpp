@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 
+#include <moe/kernels/blocks.hpp>
 #include <moe/kernels/kernels.hpp>
 
 // Kernels for x86 processors with AVX-512, whatever flags the user compiles with.
@@ -74,14 +75,56 @@ inline Vec high_halves_mixed(Vec a, Vec b) { return _mm512_maskz_unpackhi_ps(kAl
 inline Vec low_pairs(Vec a, Vec b) { return _mm512_maskz_shuffle_ps(kAll, a, b, 0x44); }
 inline Vec high_pairs(Vec a, Vec b) { return _mm512_maskz_shuffle_ps(kAll, a, b, 0xEE); }
 
+using Words = __m512i;
+inline Words load_words(const std::byte* from) {
+  return _mm512_loadu_si512(reinterpret_cast<const __m512i*>(from));
+}
+template <int n>
+inline Words shifted(Words words) {
+  if constexpr (n >= 0)
+    return _mm512_maskz_slli_epi32(kAll, words, unsigned(n));
+  else
+    return _mm512_maskz_srli_epi32(kAll, words, unsigned(-n));
+}
+inline Vec placed(Words words, int mask, int bits) {
+  constexpr int kAndOr = 0xEA;  // words & mask | bits
+  return _mm512_castsi512_ps(
+      _mm512_ternarylogic_epi32(words, _mm512_set1_epi32(mask), _mm512_set1_epi32(bits), kAndOr));
+}
+inline Vec load_halves(const std::byte* from) {
+  return _mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline Vec load_powers(const std::byte* from) {
+  const __m512i bytes =
+      _mm512_maskz_cvtepu8_epi32(kAll, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  // Of 0 and 255: 2^-127, and a NaN in place of the infinity.
+  const __mmask16 ends =
+      _mm512_testn_epi32_mask(_mm512_add_epi32(bytes, _mm512_set1_epi32(1)), _mm512_set1_epi32(254));
+  const __m512i powers = _mm512_maskz_slli_epi32(kAll, bytes, 23);
+  return _mm512_castsi512_ps(_mm512_mask_or_epi32(powers, ends, powers, _mm512_set1_epi32(0x400000)));
+}
+inline Vec load_e4m3(const std::byte* from) {
+  const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return _mm512_maskz_cvtph_ps(
+      kAll, _mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16(short(0xBFFF))));
+}
+template <int bit>
+inline Vec e2m1(Words words) {
+  return _mm512_maskz_permutexvar_ps(
+      kAll, shifted<-bit>(words),
+      _mm512_setr_ps(0.0f, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6));
+}
+
 // In this order: each builds on the one before.
 #include <moe/kernels/product.inc>
+
+#include <moe/kernels/widen.inc>
 
 #include <moe/kernels/elementwise.inc>
 
 #include <moe/kernels/dense.inc>
 
-inline constexpr Kernels kTable = {kColumns, kStreams, activate, combine};
+inline constexpr Kernels kTable = {kColumns, kStreams, kLanes, activate, combine};
 inline constexpr DenseKernels kDenseTable = {linear};
 inline constexpr DenseBackwardKernels kDenseBackwardTable = {linear_backward_input, linear_backward_weight};
 

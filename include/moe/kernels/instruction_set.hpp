@@ -3,8 +3,10 @@
 
 #include <initializer_list>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -49,10 +51,21 @@ inline bool may_use_amx() {
 #endif
 }
 
+// Conversions of half precision, which all processors with AVX2 have, but some virtual machines hide.
+#if defined(__x86_64__)
+inline bool has_f16c() {
+  static const bool has = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29));
+  }();
+  return has;
+}
+#endif
+
 /// Whether this processor has an instruction set.
 inline bool has(InstructionSet set) {
 #if defined(__x86_64__)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (set == InstructionSet::avx2) return has_avx2;
   if (set == InstructionSet::avx512)
     return has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

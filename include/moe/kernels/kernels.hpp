@@ -82,6 +82,7 @@ inline constexpr Index kRowStride = sizeof(X) == sizeof(float) ? kDepth + 16 : k
 /// The functions of one instruction set beside its products, of which each format has one: find_product.
 struct Kernels {
   Index columns, streams;  ///< of a panel
+  Index lanes;             ///< columns of a register
   /// out [rows, columns or, gated, columns / 2] = the activation of c + bias; bias may be null.
   void (*activate)(const Activation& activation, Index rows, const float* c, const float* bias, float* out,
                    Index out_stride);

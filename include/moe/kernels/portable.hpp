@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <bit>
 #include <cstring>
 
 #if defined(__FMA__)
@@ -9,6 +10,7 @@
 #include <arm_neon.h>
 #endif
 
+#include <moe/kernels/blocks.hpp>
 #include <moe/kernels/kernels.hpp>
 
 // Kernels for any processor: vectors of four floats that GCC and Clang turn into what it has. They run in a
@@ -77,14 +79,62 @@ inline Vec high_halves_mixed(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]};
 inline Vec low_pairs(Vec a, Vec b) { return Vec{a[0], a[1], b[0], b[1]}; }
 inline Vec high_pairs(Vec a, Vec b) { return Vec{a[2], a[3], b[2], b[3]}; }
 
+using Words = std::uint32_t __attribute__((vector_size(16)));
+inline Words load_words(const std::byte* from) {
+  Words words;
+  std::memcpy(&words, from, sizeof words);
+  return words;
+}
+template <int n>
+inline Words shifted(Words words) {
+  return n >= 0 ? words << (n >= 0 ? n : 0) : words >> (n >= 0 ? 0 : -n);
+}
+inline Vec placed(Words words, std::uint32_t mask, std::uint32_t bits) { return Vec((words & mask) | bits); }
+// A number of IEEE half precision.
+inline float widened_half(std::uint32_t half) {
+  const std::uint32_t exponent = half >> 10 & 31, mantissa = half & 1023;
+  if (exponent == 0) return (half >> 15 ? -0x1p-24f : 0x1p-24f) * float(mantissa);
+  const std::uint32_t wide = exponent == 31 ? 255 : exponent + 112;
+  return std::bit_cast<float>((half >> 15 << 31) | (wide << 23) | (mantissa << 13));
+}
+inline Vec load_halves(const std::byte* from) {
+  std::uint16_t half[kLanes];
+  std::memcpy(half, from, sizeof half);
+  return Vec{widened_half(half[0]), widened_half(half[1]), widened_half(half[2]), widened_half(half[3])};
+}
+inline Words load_bytes(const std::byte* from) {
+  return Words{std::uint32_t(from[0]), std::uint32_t(from[1]), std::uint32_t(from[2]),
+               std::uint32_t(from[3])};
+}
+inline Vec load_powers(const std::byte* from) {
+  const Words bytes = load_bytes(from);
+  // Of 0 and 255: 2^-127, and a NaN in place of the infinity.
+  return Vec(bytes << 23 | (Words(((bytes + 1) & 254) == 0) & 0x400000));
+}
+inline Vec load_e4m3(const std::byte* from) {
+  const auto widened = [&](int i) {
+    const auto byte = std::uint32_t(from[i]);
+    return widened_half((byte & 128) << 8 | (byte & 127) << 7);
+  };
+  return Vec{widened(0), widened(1), widened(2), widened(3)};
+}
+template <int bit>
+inline Vec e2m1(Words words) {
+  constexpr float kValues[16] = {0.0f, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+  const Words code = shifted<-bit>(words) & 15;
+  return Vec{kValues[code[0]], kValues[code[1]], kValues[code[2]], kValues[code[3]]};
+}
+
 // In this order: each builds on the one before.
 #include <moe/kernels/product.inc>
+
+#include <moe/kernels/widen.inc>
 
 #include <moe/kernels/elementwise.inc>
 
 #include <moe/kernels/dense.inc>
 
-inline constexpr Kernels kTable = {kColumns, kStreams, activate, combine};
+inline constexpr Kernels kTable = {kColumns, kStreams, kLanes, activate, combine};
 inline constexpr DenseKernels kDenseTable = {linear};
 inline constexpr DenseBackwardKernels kDenseBackwardTable = {linear_backward_input, linear_backward_weight};
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <moe/core/compiled.hpp>
+#include <moe/kernels/blocks.hpp>
 #include <moe/kernels/instruction_set.hpp>
 #include <moe/kernels/kernels.hpp>
 
@@ -16,7 +17,7 @@ namespace moe::kernels {
 /// The kernels for an instruction set; null where this processor does not have it.
 const Kernels* find(InstructionSet set);
 
-/// Its product of panels of a format's numbers, float or Bfloat16, with rows of floats.
+/// Its product of panels of a format's numbers, float or Bfloat16, or of its blocks, with rows of floats.
 template <class Number>
 const Product<float>* find_product(InstructionSet set);
 
@@ -31,6 +32,11 @@ const DotProduct* find_dot(InstructionSet set, bool rounded);
 #ifdef MOE_COMPILED
 extern template const Product<float>* find_product<float>(InstructionSet set);
 extern template const Product<float>* find_product<Bfloat16>(InstructionSet set);
+extern template const Product<float>* find_product<Int8Block>(InstructionSet set);
+extern template const Product<float>* find_product<Int4Block>(InstructionSet set);
+extern template const Product<float>* find_product<Int4OffsetBlock>(InstructionSet set);
+extern template const Product<float>* find_product<MXFP4Block>(InstructionSet set);
+extern template const Product<float>* find_product<FP8Block>(InstructionSet set);
 #else
 inline const Kernels* find(InstructionSet set) { return tables::find(set); }
 template <class Number>

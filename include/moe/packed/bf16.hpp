@@ -28,12 +28,17 @@ struct BF16 {
   }
 
   /// Writes a stream of columns.
-  static void encode(const float* const* rows, Index depth, Index columns, std::byte* to) {
+  static void encode(const float* const* rows, Index depth, Index columns, Index, std::byte* to) {
     auto* const numbers = reinterpret_cast<kernels::Bfloat16*>(to);
     for (Index p = 0; p < depth + depth % kBlock; ++p)
       for (Index j = 0; j < columns; ++j)
         numbers[(p / kBlock * columns + j) * kBlock + p % kBlock] =
             rounded(rows[j] && p < depth ? rows[j][p] : 0.0f);
+  }
+
+  /// Numbers that are kept.
+  static void round(float* row, Index depth) {
+    for (Index p = 0; p < depth; ++p) row[p] = std::bit_cast<float>(std::uint32_t(rounded(row[p])) << 16);
   }
 
   /// The product with rows of floats, or null.

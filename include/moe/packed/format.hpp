@@ -17,17 +17,19 @@ namespace moe {
 /// scale.
 ///   F::kBlock            a divisor of 64: products cut the depth at multiples of that
 ///   F::bytes(depth)      bytes of a column, its last block filled up
-///   F::encode(rows, depth, columns, to)
+///   F::encode(rows, depth, columns, lanes, to)
 ///                        writes a stream of bytes(depth) * columns bytes, in which the bytes of a block of
 ///                        the depth lie before those of the next; rows[j] is column j, [depth], or null for
-///                        zeros
+///                        zeros; `lanes`, a divisor of columns, is how many a register of the kernels holds
+///   F::round(row, depth) makes of numbers [depth] those that encode would keep
 ///   F::find_product(set) the product of such panels with rows of floats, by kernels::Product's rules; null
 ///                        where this processor does not have the set
 template <class F>
-concept Format = requires(const float* const* rows, Index n, std::byte* to, InstructionSet set) {
+concept Format = requires(const float* const* rows, Index n, float* row, std::byte* to, InstructionSet set) {
   { F::kBlock } -> std::convertible_to<Index>;
   { F::bytes(n) } -> std::same_as<Index>;
-  F::encode(rows, n, n, to);
+  F::encode(rows, n, n, n, to);
+  F::round(row, n);
   { F::find_product(set) } -> std::same_as<const kernels::Product<float>*>;
 }
 &&64 % F::kBlock == 0;

@@ -4,101 +4,16 @@
 #include <cstddef>
 #include <memory>
 #include <new>
-#include <variant>
+#include <type_traits>
 
 #include <moe/core/buffer.hpp>
 #include <moe/core/types.hpp>
-#include <moe/experts/feed_forward.hpp>
-#include <moe/experts/gated_feed_forward.hpp>
-#include <moe/experts/variant_expert.hpp>
 #include <moe/kernels/kernels.hpp>
-#include <moe/math/activation.hpp>
+#include <moe/packed/expert_parts.hpp>
 #include <moe/packed/format.hpp>
 
 // An expert's weights, laid out once in the order in which the kernels read them.
 namespace moe {
-
-namespace detail {
-
-// ---- How the kernels name an activation. A type that is not here has no packed form.
-
-inline kernels::Activation kernel_activation(const ReLU&) { return {kernels::Unit::relu}; }
-inline kernels::Activation kernel_activation(const GELU&) { return {kernels::Unit::gelu}; }
-inline kernels::Activation kernel_activation(const GELUTanh&) { return {kernels::Unit::gelu_tanh}; }
-inline kernels::Activation kernel_activation(const SiLU&) { return {kernels::Unit::silu}; }
-template <class A>
-kernels::Activation kernel_activation(const Glu<A>& glu) requires requires {
-  kernel_activation(glu.activation);
-}
-{
-  kernels::Activation activation = kernel_activation(glu.activation);
-  activation.gated = true;
-  return activation;
-}
-inline kernels::Activation kernel_activation(const ClampedSwiGLU& unit) {
-  return {kernels::Unit::clamped_swiglu, true, float(unit.alpha), float(unit.limit), float(unit.offset)};
-}
-
-// What an expert consists of, for packing. Weights are row-major [out, in] without gaps; gate is null
-// unless the activation is gated, biases are null where there are none.
-struct ExpertParts {
-  Index d_model, d_ff;
-  kernels::Activation activation;
-  const float *gate, *up, *down;
-  const float *b_gate, *b_up, *b_down;
-};
-
-template <class A, class Storage>
-ExpertParts expert_parts(const FeedForward<float, A, Storage>& e) requires requires {
-  kernel_activation(e.activation());
-}
-{
-  const bool bias = e.has_bias();
-  return {e.d_model(),
-          e.d_ff(),
-          kernel_activation(e.activation()),
-          nullptr,
-          e.w_up.data(),
-          e.w_down.data(),
-          nullptr,
-          bias ? e.b_up.data() : nullptr,
-          bias ? e.b_down.data() : nullptr};
-}
-template <class U, class Storage>
-ExpertParts expert_parts(const GatedFeedForward<float, U, Storage>& e) requires requires {
-  kernel_activation(e.glu());
-}
-{
-  const bool bias = e.has_bias();
-  return {e.d_model(),
-          e.d_ff(),
-          kernel_activation(e.glu()),
-          e.w_gate.data(),
-          e.w_up.data(),
-          e.w_down.data(),
-          bias ? e.b_gate.data() : nullptr,
-          bias ? e.b_up.data() : nullptr,
-          bias ? e.b_down.data() : nullptr};
-}
-
-template <class E>
-concept HasParts = requires(const E& expert) {
-  expert_parts(expert);
-};
-
-template <class... Kinds>
-ExpertParts expert_parts(const VariantExpert<Kinds...>& e) requires(HasParts<Kinds>&&...) {
-  return std::visit([](const auto& kind) { return expert_parts(kind); }, e.get());
-}
-
-}  // namespace detail
-
-/// An expert that has a packed form: FeedForward or GatedFeedForward of floats with an activation of the
-/// library, or a VariantExpert of such kinds.
-template <class E>
-concept PackableExpert = requires(const E& expert) {
-  detail::expert_parts(expert);
-};
 
 /// A feed-forward expert laid out for a set of kernels. A copy shares the weights, which never change.
 template <Format F>
@@ -107,7 +22,7 @@ class PackedExpert {
   /// Lays the expert out. O(parameters).
   template <PackableExpert E>
   PackedExpert(const E& expert, const kernels::Kernels& kernels) {
-    const detail::ExpertParts parts = detail::expert_parts(expert);
+    const auto parts = expert_parts(expert);
     columns_ = kernels.columns;
     activation_ = parts.activation;
     d_model_ = parts.d_model;
@@ -119,15 +34,15 @@ class PackedExpert {
     down_bytes_ = F::bytes(d_ff_) * columns_;
     has_bias_ = parts.b_up != nullptr;
     allocate();
-    Buffer<const float*> row;
-    row.resize(columns_);
+    Columns<std::remove_cvref_t<decltype(parts.up)>> columns;
+    columns.row.resize(columns_);
     for (Index panel = 0; panel < up_panels_; ++panel) {
-      choose_up_rows(parts, panel, row);
-      encode(row, d_model_, kernels.streams, blob_.get() + panel * up_bytes_);
+      choose_up_rows(parts, panel, columns.row);
+      encode(columns, d_model_, kernels, blob_.get() + panel * up_bytes_);
     }
     for (Index panel = 0; panel < down_panels_; ++panel) {
-      choose_down_rows(parts, panel, row);
-      encode(row, d_ff_, kernels.streams, blob_.get() + up_panels_ * up_bytes_ + panel * down_bytes_);
+      choose_down_rows(parts, panel, columns.row);
+      encode(columns, d_ff_, kernels, blob_.get() + up_panels_ * up_bytes_ + panel * down_bytes_);
     }
   }
 
@@ -170,31 +85,60 @@ class PackedExpert {
     blob_ = {bytes, [](std::byte* p) { ::operator delete(p, std::align_val_t(kAlign)); }};
   }
 
-  // row[j] = the weights of column j of a panel, or null where there are none; their biases are laid out.
-  void choose_up_rows(const detail::ExpertParts& parts, Index panel, Buffer<const float*>& row) {
+  // The weights of the columns of a panel, null where there are none; and, of another format than F, as
+  // floats.
+  template <class Rows>
+  struct Columns {
+    Buffer<const typename Rows::Number*> row;
+    Buffer<float> number{};
+    Buffer<const float*> number_row{};
+  };
+
+  // Chooses the columns of a panel; their biases are laid out.
+  template <class Rows, class Row>
+  void choose_up_rows(const ExpertParts<Rows>& parts, Index panel, Row& row) {
     float* const bias = biases() + panel * columns_;
     for (Index j = 0; j < columns_; ++j) {
       const bool is_gate = activation_.gated && j < hidden_;
       const Index out = panel * hidden_ + (j < hidden_ ? j : j - hidden_);
-      const float* const w = is_gate ? parts.gate : parts.up;
       const float* const b = is_gate ? parts.b_gate : parts.b_up;
-      row[j] = out < d_ff_ ? w + out * d_model_ : nullptr;
+      row[j] = out < d_ff_ ? (is_gate ? parts.gate : parts.up).row(out) : nullptr;
       if (has_bias_) bias[j] = out < d_ff_ ? b[out] : 0.0f;
     }
   }
-  void choose_down_rows(const detail::ExpertParts& parts, Index panel, Buffer<const float*>& row) {
+  template <class Rows, class Row>
+  void choose_down_rows(const ExpertParts<Rows>& parts, Index panel, Row& row) {
     float* const bias = biases() + (up_panels_ + panel) * columns_;
     for (Index j = 0; j < columns_; ++j) {
       const Index out = panel * columns_ + j;
-      row[j] = out < d_model_ ? parts.down + out * d_ff_ : nullptr;
+      row[j] = out < d_model_ ? parts.down.row(out) : nullptr;
       if (has_bias_) bias[j] = out < d_model_ ? parts.b_down[out] : 0.0f;
     }
   }
 
-  void encode(const Buffer<const float*>& row, Index depth, Index streams, std::byte* panel) const {
-    const Index wide = columns_ / streams;
+  template <class Rows>
+  void encode(Columns<Rows>& columns, Index depth, const kernels::Kernels& kernels, std::byte* panel) const {
+    if constexpr (requires { F::encode(columns.row.data(), depth, depth, depth, panel); }) {
+      encode_streams(columns.row, depth, kernels, panel);
+    } else {
+      using From = typename Rows::Format;
+      columns.number.resize(columns_ * depth);
+      columns.number_row.resize(columns_);
+      for (Index j = 0; j < columns_; ++j) {
+        float* const to = columns.number.data() + j * depth;
+        columns.number_row[j] = columns.row[j] ? to : nullptr;
+        for (Index p = 0; columns.row[j] && p < depth; ++p)
+          to[p] = From::number(columns.row[j][p / From::kBlock], p % From::kBlock);
+      }
+      encode_streams(columns.number_row, depth, kernels, panel);
+    }
+  }
+
+  template <class Row>
+  void encode_streams(const Row& row, Index depth, const kernels::Kernels& kernels, std::byte* panel) const {
+    const Index wide = columns_ / kernels.streams;
     for (Index j = 0; j < columns_; j += wide)
-      F::encode(row.data() + j, depth, wide, panel + j * F::bytes(depth));
+      F::encode(row.data() + j, depth, wide, kernels.lanes, panel + j * F::bytes(depth));
   }
 
   float* biases() const { return reinterpret_cast<float*>(blob_.get() + bias_begin_); }

@@ -97,7 +97,8 @@ class PackedMoELayer {
   static_assert(std::is_same_v<typename E::Scalar, float>, "only layers of float can be packed");
 
   /// Takes the experts, routed and then shared, from expert(0), expert(1), ... one at a time: each may be
-  /// freed before the next is made. Throws std::invalid_argument where the processor does not have what the
+  /// freed before the next is made. Where E has a packed form, any other that has one will do, e.g. one whose
+  /// weights are in blocks. Throws std::invalid_argument where the processor does not have what the
   /// options ask for, or where shapes do not fit.
   template <class Source>
   PackedMoELayer(PackedParts<R> parts, Source&& expert, const PackOptions& options = {})
@@ -235,7 +236,8 @@ class PackedMoELayer {
       return {};
   }
 
-  void add(Index e, const E& expert) {
+  template <class Any>
+  void add(Index e, const Any& expert) {
     require(expert.d_model() == d_model(), "pack: expert ", e, " has d_model = ", expert.d_model(),
             ", but the router has ", d_model());
     if constexpr (kPackable)

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+
+#include <moe/core/check.hpp>
+#include <moe/core/types.hpp>
+#include <moe/packed/block_format.hpp>
+
+// The scale of a block of integers.
+namespace moe {
+
+/// Half precision as bits.
+inline std::uint16_t half_of(float value) {
+  return Eigen::numext::bit_cast<std::uint16_t>(Eigen::half(value));
+}
+/// The number that such bits stand for.
+inline float float_of_half(std::uint16_t bits) {
+  return Eigen::half_impl::half_to_float(Eigen::half_impl::raw_uint16_to_half(bits));
+}
+
+/// Integers times a scale in half precision.
+template <int kCount>
+struct ScaledIntegers {
+  std::uint16_t scale = 0;              ///< of NaN, where a number was no finite one
+  int codes[std::size_t(kCount)] = {};  ///< integers
+};
+
+/// Integers from kLowest to kHighest for `count` <= kCount numbers: those of the least squared error of
+/// several attempts. An attempt begins with the scale by which the number of the largest magnitude is one of
+/// `levels`, rounds to nearest, takes the best scale for these integers, and rounds again. O(kCount) for each
+/// level. Throws std::invalid_argument where a scale leaves the range of half precision.
+template <int kLowest, int kHighest, int kCount>
+ScaledIntegers<kCount> fit_integers(const float* from, Index count, std::initializer_list<float> levels) {
+  const float largest = largest_of(from, count);
+  ScaledIntegers<kCount> best;
+  if (is_nan(largest)) {
+    best.scale = half_of(largest);
+    return best;
+  }
+  if (!(std::abs(largest) > 0)) return best;
+  float w[std::size_t(kCount)] = {};
+  std::copy_n(from, count, w);
+  const auto round = [&w](float inverse, int* codes) {
+    for (int i = 0; i < kCount; ++i) {
+      const double v = double(w[i]) * inverse, away = v + (v < 0 ? -0.5 : 0.5);
+      const double above = away < kLowest ? kLowest : away;
+      codes[i] = int(above > kHighest ? kHighest : above);
+    }
+  };
+  double least = std::numeric_limits<double>::infinity();
+  for (const float level : levels) {
+    ScaledIntegers<kCount> fit;
+    round(level / largest, fit.codes);
+    const double weights_codes = sum_of<kCount>([&](int i) { return double(w[i]) * fit.codes[i]; });
+    const double codes_codes = sum_of<kCount>([&](int i) { return double(fit.codes[i] * fit.codes[i]); });
+    fit.scale = half_of(float(weights_codes / codes_codes));
+    const float scale = float_of_half(fit.scale);
+    require(std::abs(scale) <= 65504.0f, "pack: a weight of ", largest,
+            " is too large for a scale in half precision, expected at most ", 65504.0f * float(kHighest));
+    if (!(std::abs(scale) > 0)) continue;  // too small for one: zeros
+    round(1 / scale, fit.codes);
+    float difference[std::size_t(kCount)];
+    for (int i = 0; i < kCount; ++i) difference[i] = float(w[i] - double(scale) * fit.codes[i]);
+    const double error = sum_of_squares<kCount>(difference);
+    if (error < least) {
+      least = error;
+      best = fit;
+    }
+  }
+  return best;
+}
+
+}  // namespace moe
