@@ -9,6 +9,8 @@
 #include <moe/io/json_events.hpp>
 #include <moe/io/layer_file.hpp>
 #include <moe/io/load_layer.hpp>
+#include <moe/io/load_packed.hpp>
 #include <moe/io/options.hpp>
 #include <moe/io/safetensors.hpp>
+#include <moe/io/scaled_blocks.hpp>
 #include <moe/moe.hpp>

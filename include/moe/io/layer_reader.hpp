@@ -20,6 +20,7 @@
 #include <moe/io/stored_matrix.hpp>
 #include <moe/layers/moe_layer.hpp>
 #include <moe/models/model.hpp>
+#include <moe/packed/block_matrix.hpp>
 
 // The parameters of a model's layer out of the tensors of its checkpoint.
 namespace moe {
@@ -89,6 +90,41 @@ class LayerReader {
     Matrix<S> copied(rows, cols);
     copy(part, copied);
     return MappedMatrix<S>(std::move(copied));
+  }
+
+  // A matrix [rows, cols] of an expert in the blocks of a format: those of the tensor, if it is stored so;
+  // else its numbers rounded.
+  template <InBlocks F>
+  BlockMatrix<F> quantised(const TensorSource& source, Index expert, Index num_experts, Index rows,
+                           Index cols) {
+    const Part part = find(source, expert, num_experts, rows, cols, false, {});
+    BlockMatrix<F> out(rows, cols);
+    const bool kept = !part.transposed && part.matrix.template in_blocks_of<F>([&](const auto& stored) {
+      for (Index i = 0; i < rows; ++i)
+        for (Index nth = 0; nth < F::blocks(cols); ++nth)
+          out.row(i)[nth] = stored.block(row_of(part.rows, rows, i), nth);
+    });
+    if (!kept) {
+      Matrix<float> numbers(rows, cols);
+      copy(part, numbers);
+      out = BlockMatrix<F>::of(numbers);
+    }
+    note(part, rows * cols, "packed");
+    return out;
+  }
+
+  // A matrix [rows, cols] of an expert as its storage wants it.
+  template <class Weight>
+  Weight weight(const TensorSource& source, Index expert, Index num_experts, Index rows, Index cols) {
+    if constexpr (std::same_as<Weight, MappedMatrix<S>>) {
+      return map(source, expert, num_experts, rows, cols);
+    } else if constexpr (requires { typename Weight::Format; }) {
+      return quantised<typename Weight::Format>(source, expert, num_experts, rows, cols);
+    } else {
+      Weight matrix(rows, cols);
+      read(source, expert, num_experts, matrix);
+      return matrix;
+    }
   }
 
   // Throws unless every value of every tensor whose name begins with `prefix` was read.
@@ -221,40 +257,65 @@ class LayerReader {
   std::vector<S> values_;
 };
 
-// Experts of a layer, of width d_ff. A tensor whose name does not say which expert's it is holds
+// Expert `e` of a layer, of width d_ff. A tensor whose name does not say which expert's it is holds
 // `stacked`, or one where that is 0.
 template <class Storage, class S, class M>
-auto read_experts(LayerReader<S>& reader, const M& model, const ExpertTensors& from, Index count, Index d_ff,
-                  Index stacked) {
+auto read_expert(LayerReader<S>& reader, const M& model, const ExpertTensors& from, Index e, Index d_ff,
+                 Index stacked) {
   using Expert = typename M::template Expert<S, Storage>;
   const auto options = expert_options<Expert>(model, d_ff);
   const Index d_model = model.d_model();
-  std::vector<Expert> experts;
-  experts.reserve(std::size_t(count));
-  for (Index e = 0; e < count; ++e) {
-    const auto map = [&](const TensorSource& source, Index rows, Index cols) {
-      return reader.map(source, e, stacked, rows, cols);
+  Expert expert = [&] {
+    const auto matrix = [&](const TensorSource& source, Index rows, Index cols) {
+      return reader.template weight<typename Expert::Weight>(source, e, stacked, rows, cols);
     };
     constexpr Index kGateWidths = ExpertOf<decltype(model.unit)>::kUpWidths - 1;
-    if constexpr (std::same_as<Storage, Mapped> && kGateWidths > 0) {
-      experts.push_back({options, map(from.w_gate, kGateWidths * d_ff, d_model),
-                         map(from.w_up, d_ff, d_model), map(from.w_down, d_model, d_ff)});
-    } else if constexpr (std::same_as<Storage, Mapped>) {
-      experts.push_back({options, map(from.w_up, d_ff, d_model), map(from.w_down, d_model, d_ff)});
+    if constexpr (kGateWidths > 0) {
+      auto gate = matrix(from.w_gate, kGateWidths * d_ff, d_model);
+      auto up = matrix(from.w_up, d_ff, d_model);
+      return Expert(options, std::move(gate), std::move(up), matrix(from.w_down, d_model, d_ff));
     } else {
-      Expert& owner = experts.emplace_back(options);
-      if constexpr (requires { owner.w_gate; }) reader.read(from.w_gate, e, stacked, owner.w_gate);
-      reader.read(from.w_up, e, stacked, owner.w_up);
-      reader.read(from.w_down, e, stacked, owner.w_down);
+      auto up = matrix(from.w_up, d_ff, d_model);
+      return Expert(options, std::move(up), matrix(from.w_down, d_model, d_ff));
     }
-    Expert& expert = experts.back();
-    if constexpr (requires { expert.b_gate; }) reader.read(from.b_gate, e, stacked, expert.b_gate);
-    if constexpr (requires { expert.b_up; }) {
-      reader.read(from.b_up, e, stacked, expert.b_up);
-      reader.read(from.b_down, e, stacked, expert.b_down);
-    }
+  }();
+  if constexpr (requires { expert.b_gate; }) reader.read(from.b_gate, e, stacked, expert.b_gate);
+  if constexpr (requires { expert.b_up; }) {
+    reader.read(from.b_up, e, stacked, expert.b_up);
+    reader.read(from.b_down, e, stacked, expert.b_down);
   }
+  return expert;
+}
+
+// The first `count` experts.
+template <class Storage, class S, class M>
+auto read_experts(LayerReader<S>& reader, const M& model, const ExpertTensors& from, Index count, Index d_ff,
+                  Index stacked) {
+  std::vector<typename M::template Expert<S, Storage>> experts;
+  experts.reserve(std::size_t(count));
+  for (Index e = 0; e < count; ++e)
+    experts.push_back(read_expert<Storage>(reader, model, from, e, d_ff, stacked));
   return experts;
+}
+
+// The router of a layer.
+template <class S, class Unit, template <class> class R>
+R<S> read_router(LayerReader<S>& reader, const Model<Unit, R>& model) {
+  const LayerTensors& tensors = model.tensors;
+  R<S> router(model.router);
+  reader.read(tensors.w_router, 0, 0, router.w_router);
+  if constexpr (requires { router.b_router; }) reader.read(tensors.b_router, 0, 0, router.b_router);
+  if constexpr (requires { router.selection_bias; })
+    reader.read(tensors.selection_bias, 0, 0, router.selection_bias);
+  return router;
+}
+
+// Throws unless everything that the layer has was read.
+template <class S>
+void check_all_read(const LayerReader<S>& reader, const LayerTensors& tensors) {
+  reader.check_all_read(tensors.prefix);
+  if (!tensors.w_router.name.starts_with(tensors.prefix))  // Grok-1's
+    reader.check_all_read(tensors.w_router.name.substr(0, tensors.w_router.name.rfind('.') + 1));
 }
 
 // A layer and what it was read from; see load_layer and load_mapped_layer.
@@ -265,11 +326,7 @@ LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(cons
   using Expert = typename Model<Unit, R>::template Expert<S, Storage>;
   const LayerTensors& tensors = model.tensors;
   LayerReader<S> reader(checkpoint, find_names(model, tensors.w_router, checkpoint, layer, "load_layer"));
-  R<S> router(model.router);
-  reader.read(tensors.w_router, 0, 0, router.w_router);
-  if constexpr (requires { router.b_router; }) reader.read(tensors.b_router, 0, 0, router.b_router);
-  if constexpr (requires { router.selection_bias; })
-    reader.read(tensors.selection_bias, 0, 0, router.selection_bias);
+  R<S> router = read_router(reader, model);
   auto routed = read_experts<Storage>(reader, model, tensors.experts, model.num_experts(), model.d_ff,
                                       model.num_experts());
   auto shared =
@@ -279,9 +336,7 @@ LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(cons
                                 model.output_bias);
   reader.read(tensors.w_shared_gate, 0, 0, loaded.w_shared_gate);
   reader.read(tensors.b_output, 0, 0, loaded.b_output);
-  reader.check_all_read(tensors.prefix);
-  if (!tensors.w_router.name.starts_with(tensors.prefix))  // Grok-1's
-    reader.check_all_read(tensors.w_router.name.substr(0, tensors.w_router.name.rfind('.') + 1));
+  check_all_read(reader, tensors);
   return {std::move(loaded), reader.tensors()};
 }
 

@@ -4,12 +4,15 @@
 #include <algorithm>
 #include <cstddef>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include <moe/core/types.hpp>
 #include <moe/io/checkpoint.hpp>
 #include <moe/io/dtype.hpp>
+#include <moe/io/scaled_blocks.hpp>
+#include <moe/packed/block_format.hpp>
 
 // How a checkpoint stores a matrix: as numbers, or as small ones with scales. Asked once, by name; whoever
 // reads it then asks no more.
@@ -55,6 +58,23 @@ struct StoredMatrix {
     else
       read_block_scaled_fp8(values, scales, numbers.data());
     std::copy(numbers.begin(), numbers.end(), out);
+  }
+
+  /// Calls use(stored) with the stored numbers, if they are in blocks of a packed format: BlockScaledFP8 or
+  /// StoredMXFP4. Says whether they are. Throws CheckpointError where they do not fit their scales.
+  template <InBlocks F, class Use>
+  bool in_blocks_of(const Use& use) const {
+    if constexpr (std::is_same_v<F, FP8>)
+      if (format == Format::block_scaled_fp8) {
+        use(BlockScaledFP8(values, scales, "load_packed"));
+        return true;
+      }
+    if constexpr (std::is_same_v<F, MXFP4>)
+      if (format == Format::mxfp4) {
+        use(StoredMXFP4(values, scales, "load_packed"));
+        return true;
+      }
+    return false;
   }
 
   /// Why the numbers cannot be read as S where they lie; empty where they can.

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include <moe/core/storage.hpp>
+#include <moe/core/types.hpp>
+#include <moe/io/checkpoint.hpp>
+#include <moe/io/layer_names.hpp>
+#include <moe/io/layer_reader.hpp>
+#include <moe/models/model.hpp>
+#include <moe/packed/block_matrix.hpp>
+#include <moe/packed/format.hpp>
+#include <moe/packed/packed_moe_layer.hpp>
+
+// A published model's layer out of its checkpoint, packed on the way.
+namespace moe {
+
+namespace io {
+
+// What experts are read into before they are packed.
+template <class F, class E>
+struct PackedFrom {
+  using Storage = Owned;
+};
+template <InBlocks F, PackableExpert E>
+struct PackedFrom<F, E> {
+  using Storage = Quantised<F>;
+};
+
+}  // namespace io
+
+/// Layer `layer` of a model for inference, packed in a format: pack<F>(load_layer<float>(...)) with one
+/// expert at a time beside the packed ones. Matrices that the checkpoint stores in the format's own way are
+/// packed as they are, and give the bits of pack<F32> of the layer that load_layer makes: gpt-oss' in MXFP4,
+/// DeepSeek-V3's in FP8. Others are rounded to the format. O(parameters). Throws as load_layer and pack.
+/// Example: load_packed<FP8>(deepseek_v3, Checkpoint::open("DeepSeek-V3"), 3).
+template <Format F, class Unit, template <class> class R>
+auto load_packed(const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer,
+                 const PackOptions& options = {}) {
+  using Expert = typename Model<Unit, R>::template Expert<float>;
+  using Storage = typename io::PackedFrom<F, Expert>::Storage;
+  const LayerTensors& tensors = model.tensors;
+  io::LayerReader<float> reader(checkpoint,
+                                io::find_names(model, tensors.w_router, checkpoint, layer, "load_packed"));
+  PackedParts<R<float>> parts{.router = io::read_router(reader, model),
+                              .num_shared_experts = model.shared_experts};
+  if (model.gated_shared_experts) parts.w_shared_gate.resize(model.shared_experts, model.d_model());
+  if (model.output_bias) parts.b_output.resize(model.d_model());
+  reader.read(tensors.w_shared_gate, 0, 0, parts.w_shared_gate);
+  reader.read(tensors.b_output, 0, 0, parts.b_output);
+  const auto expert = [&](Index e) {
+    const Index routed = model.num_experts();
+    if (e < routed) return io::read_expert<Storage>(reader, model, tensors.experts, e, model.d_ff, routed);
+    return io::read_expert<Storage>(reader, model, tensors.shared_expert, e - routed, model.shared_d_ff, 0);
+  };
+  PackedMoELayer<F, Expert, R<float>> packed(std::move(parts), expert, options);
+  io::check_all_read(reader, tensors);
+  return packed;
+}
+
+}  // namespace moe

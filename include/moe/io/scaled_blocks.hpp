@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include <moe/core/types.hpp>
+#include <moe/io/dtype.hpp>
+#include <moe/packed/fp8.hpp>
+#include <moe/packed/int4.hpp>
+#include <moe/packed/mxfp4.hpp>
+
+// Tensors of 8 and 4 bits whose scales are tensors beside them: as floats, and as the blocks of a packed
+// format.
+namespace moe {
+
+/// Weights of DeepSeek-V3: values [rows, cols] in F8_E4M3, scales [ceil(rows / 128), ceil(cols / 128)] in
+/// F32, BF16 (Qwen) or F8_E8M0 (later ones). A number is the product of two floats: a value and the scale of
+/// its block of 128 x 128.
+class BlockScaledFP8 {
+ public:
+  using Format = FP8;  ///< whose blocks they are
+
+  /// Refers to the values, which must outlive it. O(scales). Throws CheckpointError where dtypes, shapes or
+  /// bytes do not fit; `where` begins the message.
+  BlockScaledFP8(const TensorView& values, const TensorView& scales, const char* where) : values_(values) {
+    io::require_little_endian();
+    if (values.dtype != DType::F8_E4M3 || values.shape.size() != 2)
+      io::fail_checkpoint(where, ": ", io::description_of(values), ": expected F8_E4M3 [rows, cols]");
+    io::check_bytes(values, where);
+    const auto blocks = [](Index n) { return n / kSide + (n % kSide != 0); };
+    across_ = blocks(cols());
+    const std::vector<Index> expected{blocks(rows()), across_};
+    const bool is_scale =
+        scales.dtype == DType::F32 || scales.dtype == DType::BF16 || scales.dtype == DType::F8_E8M0;
+    if (!is_scale || scales.shape != expected)
+      io::fail_checkpoint(where, ": ", io::description_of(scales), ": expected BF16, F8_E8M0 or F32 ",
+                          io::text_of(expected), " for ", io::description_of(values));
+    io::check_bytes(scales, where);
+    scales_.resize(std::size_t(scales.size()));
+    read_tensor(scales, scales_.data());
+  }
+
+  Index rows() const { return values_.shape[0]; }
+  Index cols() const { return values_.shape[1]; }
+
+  /// The bits of a value.
+  std::uint8_t bits(Index row, Index col) const {
+    return io::load<std::uint8_t>(values_.bytes, row * cols() + col);
+  }
+  /// Its scale.
+  float scale(Index row, Index col) const {
+    return scales_[std::size_t(row / kSide * across_ + col / kSide)];
+  }
+  /// Block `nth` of a row.
+  FP8::Block block(Index row, Index nth) const {
+    static_assert(kSide % FP8::kBlock == 0);
+    FP8::Block block{scale(row, nth * FP8::kBlock), {}};
+    for (Index i = 0, col = nth * FP8::kBlock; i < FP8::kBlock && col < cols(); ++i, ++col) {
+      const std::uint8_t code = bits(row, col);
+      if ((code & 127) == 127)
+        block.scale = std::numeric_limits<float>::quiet_NaN();
+      else
+        block.words[i] = code;
+    }
+    if (std::abs(block.scale) >= 0x1p120f)
+      io::fail_checkpoint("load_packed: ", values_.name, " has a scale of ", block.scale,
+                          ", expected less than 2^120");
+    return block;
+  }
+
+ private:
+  static constexpr Index kSide = 128;  // of a block
+
+  const TensorView& values_;
+  std::vector<float> scales_;
+  Index across_ = 0;  // blocks of a row
+};
+
+/// Weights of gpt-oss: values [..., cols / 32, 16] in U8, each byte two 4-bit numbers, the low half first;
+/// scales [..., cols / 32] in U8 or F8_E8M0, the same bits: a power of two with a bias of 127 for each 32
+/// numbers, 255 is NaN. Every product is exact unless it leaves the range of float.
+class StoredMXFP4 {
+ public:
+  using Format = MXFP4;  ///< whose blocks they are
+
+  /// Refers to both, which must outlive it. O(1). Throws CheckpointError where dtypes, shapes or bytes do not
+  /// fit; `where` begins the message.
+  StoredMXFP4(const TensorView& values, const TensorView& scales, const char* where)
+      : values_(values), scales_(scales) {
+    io::require_little_endian();
+    if (values.dtype != DType::U8 || values.shape.size() < 2 || values.shape.back() != kBytes)
+      io::fail_checkpoint(where, ": ", io::description_of(values), ": expected U8 [..., cols / 32, 16]");
+    io::check_bytes(values, where);
+    const std::vector<Index> expected(values.shape.begin(), values.shape.end() - 1);
+    if ((scales.dtype != DType::U8 && scales.dtype != DType::F8_E8M0) || scales.shape != expected)
+      io::fail_checkpoint(where, ": ", io::description_of(scales), ": expected F8_E8M0 or U8 ",
+                          io::text_of(expected), " for ", io::description_of(values));
+    io::check_bytes(scales, where);
+  }
+
+  /// Blocks of all rows.
+  Index blocks() const { return scales_.size(); }
+  /// Block `nth` of a row.
+  MXFP4::Block block(Index row, Index nth) const { return block(row * scales_.shape.back() + nth); }
+  /// Block `nth` of all.
+  MXFP4::Block block(Index nth) const {
+    MXFP4::Block block{io::load<std::uint8_t>(scales_.bytes, nth), {}};
+    for (Index i = 0; i < kBytes; ++i) {
+      const std::uint32_t pair = io::load<std::uint8_t>(values_.bytes, nth * kBytes + i);
+      block.words[nibble_word(2 * i)] |= (pair & 15) << nibble_bit(2 * i);
+      block.words[nibble_word(2 * i + 1)] |= (pair >> 4) << nibble_bit(2 * i + 1);
+    }
+    return block;
+  }
+
+ private:
+  static constexpr Index kBytes = 16;  // of a block
+
+  const TensorView& values_;
+  const TensorView& scales_;
+};
+
+/// Writes the numbers of BlockScaledFP8 to out [rows, cols]. O(rows * cols). Throws CheckpointError, and
+/// writes nothing, where dtypes, shapes or bytes do not fit.
+inline void read_block_scaled_fp8(const TensorView& weight, const TensorView& scale_inv, float* out) {
+  const BlockScaledFP8 stored(weight, scale_inv, "read_block_scaled_fp8");
+  for (Index i = 0; i < stored.rows(); ++i)
+    for (Index j = 0; j < stored.cols(); ++j) *out++ = io::kE4M3[stored.bits(i, j)] * stored.scale(i, j);
+}
+
+/// Writes the numbers of StoredMXFP4 to out [..., cols]. O(size of out). Throws CheckpointError, and writes
+/// nothing, where dtypes, shapes or bytes do not fit.
+inline void read_mxfp4(const TensorView& blocks, const TensorView& scales, float* out) {
+  const StoredMXFP4 stored(blocks, scales, "read_mxfp4");
+  for (Index nth = 0; nth < stored.blocks(); ++nth) {
+    const MXFP4::Block block = stored.block(nth);
+    for (Index i = 0; i < MXFP4::kBlock; ++i) *out++ = MXFP4::number(block, i);
+  }
+}
+
+}  // namespace moe
