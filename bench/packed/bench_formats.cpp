@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: MIT
+// The formats of packed weights against each other: one layer in all of them, timed in turn. See README.md
+// for the counters.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <benchmark/benchmark.h>
+
+#include "machine.hpp"
+#include "packed/layers.hpp"
+
+namespace moe::bench {
+namespace {
+
+using MakeLayer = std::unique_ptr<AnyLayer> (*)(const Shape&);
+template <class F>
+std::unique_ptr<AnyLayer> make(const Shape& shape) {
+  return std::make_unique<Layer<F, GatedFeedForward<float>>>(shape, false);
+}
+const std::vector<std::pair<std::string, MakeLayer>> kFormats{
+    {"f32", make<F32>},   {"bf16", make<BF16>}, {"int8", make<Int8>},   {"int4_offset", make<Int4Offset>},
+    {"int4", make<Int4>}, {"fp8", make<FP8>},   {"mxfp4", make<MXFP4>},
+};
+
+// The layers of a shape, which are made when they are asked for.
+AnyLayer& layer_of(const Shape& shape, const std::string& format) {
+  static const Shape* held = nullptr;
+  static std::map<std::string, std::unique_ptr<AnyLayer>> layers;
+  if (held != &shape) layers.clear();
+  held = &shape;
+  std::unique_ptr<AnyLayer>& layer = layers[format];
+  for (const auto& [name, make_layer] : kFormats)
+    if (name == format && !layer) layer = make_layer(shape);
+  return *layer;
+}
+
+double median_of(std::vector<double> values) {
+  std::nth_element(values.begin(), values.begin() + std::ptrdiff_t(values.size() / 2), values.end());
+  return values[values.size() / 2];
+}
+
+void run_row(benchmark::State& state, const Shape& shape, const std::string& format, Index tokens,
+             int threads) {
+  AnyLayer* const layers[] = {&layer_of(shape, format), &layer_of(shape, "f32"), &layer_of(shape, "bf16")};
+  std::vector<Routing<float>> routings;
+  for (Index r = 0; r < 16; ++r) routings.push_back(make_routing(shape, tokens, false, r));
+  Matrix<float> x;
+  fill(x, tokens, shape.d_model, 7);
+  x *= std::sqrt(float(shape.d_model));
+  layers[0]->forward(x, routings[0], threads);
+  layers[1]->forward(x, routings[0], threads);
+  const double error = (layers[0]->y - layers[1]->y).norm() / layers[1]->y.norm();
+
+  const Index megabytes = shape.tiny ? 8 : 512;
+  std::vector<double> seconds, over_f32, over_bf16, bandwidths, peaks;
+  const int rounds = shape.tiny ? 1 : tokens > 64 ? 5 : 11;
+  for (int round = 0; round < rounds; ++round) {
+    bandwidths.push_back(bandwidth(threads, megabytes));
+    if (round < 3) peaks.push_back(peak_flops(layers[0]->instruction_set(), threads));
+    double taken[3];
+    for (int k = 0; k < 3; ++k) {
+      const auto& routing = routings[std::size_t(round) % routings.size()];
+      taken[k] = seconds_of([&] { layers[k]->forward(x, routing, threads); });
+    }
+    seconds.push_back(taken[0]);
+    over_f32.push_back(taken[1] / taken[0]);
+    over_bf16.push_back(taken[2] / taken[0]);
+  }
+  const double time = median_of(seconds);
+  const double touched = double(std::min(shape.num_experts, tokens * shape.top_k));
+  const double bytes = double(layers[0]->memory_bytes()) / double(shape.count()) * touched +
+                       2 * double(tokens * shape.d_model) * sizeof(float);
+  const double flops = 2 * double(tokens * shape.top_k) * shape.expert_parameters();
+  state.SetIterationTime(time);
+  state.counters["bits"] =
+      8 * double(layers[0]->memory_bytes()) / (double(shape.count()) * shape.expert_parameters());
+  state.counters["error"] = error;
+  state.counters["roofline"] = std::max(bytes / median_of(bandwidths), flops / median_of(peaks)) / time;
+  state.counters["GBps"] = bytes / time * 1e-9;
+  state.counters["GFLOPs"] = flops / time * 1e-9;
+  state.counters["vs_f32"] = median_of(over_f32);
+  state.counters["vs_bf16"] = median_of(over_bf16);
+}
+
+const Shape kShapes[] = {{"tiny", 64, 96, 8, 0, 2, true, true},
+                         {"olmoe", 2048, 1024, 64, 0, 8},
+                         {"qwen3_30b_a3b", 2048, 768, 128, 0, 8}};
+
+[[maybe_unused]] const bool kRegistered = [] {
+#ifdef _OPENMP
+  const std::vector<int> thread_counts{1, kMaxThreads};
+#else
+  const std::vector<int> thread_counts{1};
+#endif
+  for (const Shape& shape : kShapes)
+    for (const auto& [format, make_layer] : kFormats)
+      for (const int threads : thread_counts)
+        for (const Index tokens : {1, 8, 64, 512}) {
+          if (shape.tiny && (tokens != 8 || threads != 1)) continue;
+          const std::string name = std::string(shape.tiny ? "FormatsTiny/" : "Formats/") + shape.name + "/" +
+                                   format + "/threads:" + std::to_string(threads) +
+                                   "/tokens:" + std::to_string(tokens);
+          benchmark::RegisterBenchmark(name.c_str(),
+                                       [&shape, format = format, tokens, threads](benchmark::State& state) {
+                                         for ([[maybe_unused]] auto _ : state)
+                                           run_row(state, shape, format, tokens, threads);
+                                       })
+              ->Iterations(1)
+              ->UseManualTime()
+              ->Unit(benchmark::kMillisecond);
+        }
+  return true;
+}();
+
+}  // namespace
+}  // namespace moe::bench
