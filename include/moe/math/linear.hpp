@@ -23,16 +23,90 @@ namespace moe {
 
 namespace detail {
 
-// From the begin of a row to the next. A vector taken as a matrix of one column is column-major.
+// A matrix whose rows are contiguous, without its type: products are compiled once a scalar.
+template <class S>
+struct Rows {
+  static constexpr bool IsRowMajor = true;
+  S* first;
+  Index height, width, stride;
+
+  S* data() const { return first; }
+  Index rows() const { return height; }
+  Index cols() const { return width; }
+  Index outerStride() const { return stride; }
+  bool empty() const { return height == 0 || width == 0; }
+
+  Rows block(Index row, Index col, Index rows, Index cols) const {
+    return {first + row * stride + col, rows, cols, stride};
+  }
+  void set_zero() const {
+    for (Index i = 0; i < height; ++i) std::fill_n(first + i * stride, width, S(0));
+  }
+};
+
+// A vector taken as a matrix of one column is column-major.
 template <class M>
-Index row_stride(const M& m) {
-  return M::IsRowMajor ? m.outerStride() : Index(1);
+auto as_rows(M& m) {
+  static_assert(kRowsAreContiguous<std::remove_const_t<M>>);
+  using S = std::remove_pointer_t<decltype(m.data())>;
+  return Rows<S>{m.data(), m.rows(), m.cols(), M::IsRowMajor ? m.outerStride() : Index(1)};
 }
 
-// What a product is where the contracted dimension is 0.
-template <class M>
-void contract_nothing(M&& m, bool add) {
-  if (!add) m.setZero();
+template <class S>
+[[gnu::noinline]] void linear_rows(const Rows<const S>& x, const Rows<const S>& w, const Rows<S>& y,
+                                   bool add) {
+  require_shape(w, y.cols(), x.cols(), "linear", "w");
+  require_shape(y, x.rows(), w.rows(), "linear", "y");
+  moe::require_apart("linear", "y", y, "x", x, "w", w);
+  if constexpr (kernels::packet::kHasKernels<S>) {
+    if (y.empty()) return;
+    if (x.width > 0)
+      kernels::packet::float_kernels().linear(x.height, x.width, w.height, x.first, x.stride, w.first,
+                                              w.stride, y.first, y.stride, add);
+    else if (!add)
+      y.set_zero();
+  } else {
+    kernels::packet::multiply<kernels::packet::Right::transposed>(
+        x.height, w.height, x.width, x.first, x.stride, Index(1), w.first, w.stride, y.first, y.stride, add);
+  }
+}
+
+template <class S>
+[[gnu::noinline]] void linear_backward_input_rows(const Rows<const S>& d_y, const Rows<const S>& w,
+                                                  const Rows<S>& d_x, bool add) {
+  require_shape(w, d_y.cols(), d_x.cols(), "linear_backward_input", "w");
+  require_shape(d_x, d_y.rows(), w.cols(), "linear_backward_input", "d_x");
+  moe::require_apart("linear_backward_input", "d_x", d_x, "d_y", d_y, "w", w);
+  if constexpr (kernels::packet::kHasKernels<S>) {
+    if (d_x.empty()) return;
+    if (d_y.width > 0)
+      kernels::packet::float_backward_kernels().linear_backward_input(d_y.height, w.width, w.height,
+                                                                      d_y.first, d_y.stride, w.first,
+                                                                      w.stride, d_x.first, d_x.stride, add);
+    else if (!add)
+      d_x.set_zero();
+  } else {
+    kernels::packet::multiply<kernels::packet::Right::normal>(d_y.height, w.width, d_y.width, d_y.first,
+                                                              d_y.stride, Index(1), w.first, w.stride,
+                                                              d_x.first, d_x.stride, add);
+  }
+}
+
+template <class S>
+[[gnu::noinline]] void linear_backward_weight_rows(const Rows<const S>& d_y, const Rows<const S>& x,
+                                                   const Rows<S>& d_w) {
+  require_shape(x, d_y.rows(), d_w.cols(), "linear_backward_weight", "x");
+  require_shape(d_w, d_y.cols(), x.cols(), "linear_backward_weight", "d_w");
+  moe::require_apart("linear_backward_weight", "d_w", d_w, "d_y", d_y, "x", x);
+  if constexpr (kernels::packet::kHasKernels<S>) {
+    if (d_w.empty() || x.height == 0) return;
+    kernels::packet::float_backward_kernels().linear_backward_weight(
+        x.height, x.width, d_w.height, d_y.first, d_y.stride, x.first, x.stride, d_w.first, d_w.stride);
+  } else {
+    kernels::packet::multiply<kernels::packet::Right::normal>(d_y.width, x.width, d_y.height, d_y.first,
+                                                              Index(1), d_y.stride, x.first, x.stride,
+                                                              d_w.first, d_w.stride, true);
+  }
 }
 
 }  // namespace detail
@@ -45,65 +119,20 @@ enum class Write { replace, add };
 /// result lies apart from the operands.
 template <class X, class W, class Y>
 void linear(const X& x, const W& w, Y&& y, Write write = Write::replace) {
-  using Out = std::remove_cvref_t<Y>;
-  static_assert(kRowsAreContiguous<X> && kRowsAreContiguous<W> && kRowsAreContiguous<Out>);
-  require_shape(w, y.cols(), x.cols(), "linear", "w");
-  require_shape(y, x.rows(), w.rows(), "linear", "y");
-  require_apart("linear", "y", y, "x", x, "w", w);
-  const bool add = write == Write::add;
-  if constexpr (kernels::packet::kHasKernels<typename X::Scalar>) {
-    if (y.size() == 0) return;
-    if (x.cols() == 0) return detail::contract_nothing(y, add);
-    kernels::packet::float_kernels().linear(x.rows(), x.cols(), w.rows(), x.data(), detail::row_stride(x),
-                                            w.data(), detail::row_stride(w), y.data(), detail::row_stride(y),
-                                            add);
-  } else {
-    kernels::packet::multiply<kernels::packet::Right::transposed>(
-        x.rows(), w.rows(), x.cols(), x.data(), detail::row_stride(x), Index(1), w.data(),
-        detail::row_stride(w), y.data(), detail::row_stride(y), add);
-  }
+  detail::linear_rows(detail::as_rows(x), detail::as_rows(w), detail::as_rows(y), write == Write::add);
 }
 
 /// d_x [rows, in] = d_y [rows, out] * w, w [out, in]: the gradient of `linear` by its input.
 template <class Dy, class W, class Dx>
 void linear_backward_input(const Dy& d_y, const W& w, Dx&& d_x, Write write = Write::replace) {
-  using Out = std::remove_cvref_t<Dx>;
-  static_assert(kRowsAreContiguous<Dy> && kRowsAreContiguous<W> && kRowsAreContiguous<Out>);
-  require_shape(w, d_y.cols(), d_x.cols(), "linear_backward_input", "w");
-  require_shape(d_x, d_y.rows(), w.cols(), "linear_backward_input", "d_x");
-  require_apart("linear_backward_input", "d_x", d_x, "d_y", d_y, "w", w);
-  const bool add = write == Write::add;
-  if constexpr (kernels::packet::kHasKernels<typename Dy::Scalar>) {
-    if (d_x.size() == 0) return;
-    if (d_y.cols() == 0) return detail::contract_nothing(d_x, add);
-    kernels::packet::float_backward_kernels().linear_backward_input(
-        d_y.rows(), w.cols(), w.rows(), d_y.data(), detail::row_stride(d_y), w.data(), detail::row_stride(w),
-        d_x.data(), detail::row_stride(d_x), add);
-  } else {
-    kernels::packet::multiply<kernels::packet::Right::normal>(
-        d_y.rows(), w.cols(), d_y.cols(), d_y.data(), detail::row_stride(d_y), Index(1), w.data(),
-        detail::row_stride(w), d_x.data(), detail::row_stride(d_x), add);
-  }
+  detail::linear_backward_input_rows(detail::as_rows(d_y), detail::as_rows(w), detail::as_rows(d_x),
+                                     write == Write::add);
 }
 
 /// d_w [out, in] += d_y^T [out, rows] * x [rows, in]: the gradient of `linear` by its weight.
 template <class Dy, class X, class Dw>
 void linear_backward_weight(const Dy& d_y, const X& x, Dw&& d_w) {
-  using Out = std::remove_cvref_t<Dw>;
-  static_assert(kRowsAreContiguous<Dy> && kRowsAreContiguous<X> && kRowsAreContiguous<Out>);
-  require_shape(x, d_y.rows(), d_w.cols(), "linear_backward_weight", "x");
-  require_shape(d_w, d_y.cols(), x.cols(), "linear_backward_weight", "d_w");
-  require_apart("linear_backward_weight", "d_w", d_w, "d_y", d_y, "x", x);
-  if constexpr (kernels::packet::kHasKernels<typename Dy::Scalar>) {
-    if (d_w.size() == 0 || x.rows() == 0) return;
-    kernels::packet::float_backward_kernels().linear_backward_weight(
-        x.rows(), x.cols(), d_w.rows(), d_y.data(), detail::row_stride(d_y), x.data(), detail::row_stride(x),
-        d_w.data(), detail::row_stride(d_w));
-  } else {
-    kernels::packet::multiply<kernels::packet::Right::normal>(
-        d_y.cols(), x.cols(), d_y.rows(), d_y.data(), Index(1), detail::row_stride(d_y), x.data(),
-        detail::row_stride(x), d_w.data(), detail::row_stride(d_w), true);
-  }
+  detail::linear_backward_weight_rows(detail::as_rows(d_y), detail::as_rows(x), detail::as_rows(d_w));
 }
 
 /// Sum of a[i] * b[i], in an order that n alone decides.
@@ -184,28 +213,59 @@ void bias_backward(const Dy& d_y, B&& d_b) {
   bias_backward(d_y, d_b, [](Index) { return true; });
 }
 
-/// A router's linear layer: logits [tokens, experts] = x w^T, in blocks of tokens; where there is but one,
-/// in blocks of experts, so that one token uses every worker. O(tokens * experts * d_model).
-template <class S, class X, class Z, Executor E>
-void router_linear(const X& x, const Matrix<S>& w, Z&& logits, const E& executor) {
+namespace detail {
+
+template <class S, Executor E>
+void router_linear_rows(const Rows<const S>& x, const Rows<const S>& w, const Rows<S>& logits,
+                        const E& executor) {
   require_shape(w, w.rows(), x.cols(), "router_linear", "w");
   require_shape(logits, x.rows(), w.rows(), "router_linear", "logits");
-  const Index tokens = x.rows(), experts = w.rows();
+  const Index tokens = x.height, experts = w.height;
   if (experts == 0) return;
   if (tokens > kTokenBlock) {
     return for_each_block(tokens, executor, [&](Index begin, Index end, Index) {
-      linear(x.middleRows(begin, end - begin), w, logits.middleRows(begin, end - begin));
+      linear_rows(x.block(begin, 0, end - begin, x.width), w, logits.block(begin, 0, end - begin, experts),
+                  false);
     });
   }
   // A block for each worker, but not less than a register of experts for a few tokens, or a panel for many;
   // nor than 2^15 products.
   const Index least = tokens <= 8 ? 16 : 64;
-  const Index products = std::max<Index>(1, tokens * x.cols()), share = least * executor.concurrency();
+  const Index products = std::max<Index>(1, tokens * x.width), share = least * executor.concurrency();
   const Index cols = least * (std::max)((experts + share - 1) / share, (Index(1) << 15) / (products * least));
   executor.for_each((experts + cols - 1) / cols, [&](Index block, Index) {
     const Index begin = block * cols, count = (std::min)(cols, experts - begin);
-    linear(x, w.middleRows(begin, count), logits.middleCols(begin, count));
+    linear_rows(x, w.block(begin, 0, count, w.width), logits.block(0, begin, tokens, count), false);
   });
+}
+
+template <class S, Executor E>
+void router_linear_backward_rows(const Rows<const S>& x, const Rows<const S>& w,
+                                 const Rows<const S>& d_logits, const Rows<S>& d_w, const Rows<S>& d_x,
+                                 const E& executor) {
+  require_shape(d_logits, x.rows(), w.rows(), "router_linear_backward", "d_logits");
+  require_shape(d_w, w.rows(), x.cols(), "router_linear_backward", "d_w");
+  require_shape(d_x, x.rows(), w.cols(), "router_linear_backward", "d_x");
+  if (x.height == 0) return;
+  constexpr Index kCols = 128;
+  executor.for_each((x.width + kCols - 1) / kCols, [&](Index block, Index) {
+    const Index begin = block * kCols, count = (std::min)(kCols, x.width - begin);
+    linear_backward_weight_rows(d_logits, x.block(0, begin, x.height, count),
+                                d_w.block(0, begin, d_w.height, count));
+  });
+  for_each_block(x.height, executor, [&](Index begin, Index end, Index) {
+    linear_backward_input_rows(d_logits.block(begin, 0, end - begin, d_logits.width), w,
+                               d_x.block(begin, 0, end - begin, d_x.width), true);
+  });
+}
+
+}  // namespace detail
+
+/// A router's linear layer: logits [tokens, experts] = x w^T, in blocks of tokens; where there is but one,
+/// in blocks of experts, so that one token uses every worker. O(tokens * experts * d_model).
+template <class S, class X, class Z, Executor E>
+void router_linear(const X& x, const Matrix<S>& w, Z&& logits, const E& executor) {
+  detail::router_linear_rows(detail::as_rows(x), detail::as_rows(w), detail::as_rows(logits), executor);
 }
 
 /// Backward of a router's linear layer logits = x w^T: d_w [experts, d_model] += d_logits^T x and
@@ -213,19 +273,8 @@ void router_linear(const X& x, const Matrix<S>& w, Z&& logits, const E& executor
 template <class S, class X, class Dz, class Dx, Executor E>
 void router_linear_backward(const X& x, const Matrix<S>& w, const Dz& d_logits, Matrix<S>& d_w, Dx&& d_x,
                             const E& executor) {
-  require_shape(d_logits, x.rows(), w.rows(), "router_linear_backward", "d_logits");
-  require_shape(d_w, w.rows(), x.cols(), "router_linear_backward", "d_w");
-  require_shape(d_x, x.rows(), w.cols(), "router_linear_backward", "d_x");
-  if (x.rows() == 0) return;
-  constexpr Index kCols = 128;
-  executor.for_each((x.cols() + kCols - 1) / kCols, [&](Index block, Index) {
-    const Index begin = block * kCols, count = (std::min)(kCols, x.cols() - begin);
-    linear_backward_weight(d_logits, x.middleCols(begin, count), d_w.middleCols(begin, count));
-  });
-  for_each_block(x.rows(), executor, [&](Index begin, Index end, Index) {
-    linear_backward_input(d_logits.middleRows(begin, end - begin), w, d_x.middleRows(begin, end - begin),
-                          Write::add);
-  });
+  detail::router_linear_backward_rows(detail::as_rows(x), detail::as_rows(w), detail::as_rows(d_logits),
+                                      detail::as_rows(d_w), detail::as_rows(d_x), executor);
 }
 
 }  // namespace moe
