@@ -21,12 +21,6 @@ template <class T>
 void write_part(std::ostream& out, const void* value) {
   out << *static_cast<const T*>(value);
 }
-inline void write_text(std::ostream& out, const void* text) { out << static_cast<const char*>(text); }
-
-template <class T>
-inline constexpr WritePart kWritePart = &write_part<T>;
-template <std::size_t N>
-inline constexpr WritePart kWritePart<char[N]> = &write_text;
 
 [[noreturn, gnu::cold, gnu::noinline]] inline void fail_with(std::size_t count, const WritePart* write,
                                                              const void* const* values) {
@@ -37,10 +31,11 @@ inline constexpr WritePart kWritePart<char[N]> = &write_text;
 
 }  // namespace detail
 
-/// Throws std::invalid_argument whose message is all arguments written one after the other.
+/// Throws std::invalid_argument whose message is all arguments written one after the other. By value: of a
+/// variable whose address is taken in order to say what is wrong, compilers make less.
 template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  static constexpr detail::WritePart kWrite[] = {detail::kWritePart<Parts>...};
+[[noreturn, gnu::cold, gnu::noinline]] void fail(Parts... parts) {
+  static constexpr detail::WritePart kWrite[] = {&detail::write_part<Parts>...};
   const void* const values[] = {static_cast<const void*>(&parts)...};
   detail::fail_with(sizeof...(Parts), kWrite, values);
 }
