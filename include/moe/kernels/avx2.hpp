@@ -92,9 +92,14 @@ inline Vec load_powers(const std::byte* from) {
       _mm256_and_si256(_mm256_cmpeq_epi32(ends, _mm256_setzero_si256()), _mm256_set1_epi32(0x400000));
   return _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(bytes, 23), half));
 }
-inline Vec load_e4m3(const std::byte* from) {
-  const __m128i words = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-  return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(words, 7), _mm_set1_epi16(short(0xBFFF))));
+struct TwoVecs {
+  Vec first, second;
+};
+inline TwoVecs load_e4m3(const std::byte* from) {
+  const __m256i bytes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(bytes, 7), _mm256_set1_epi16(short(0xBFFF)));
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+          _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
 }
 template <int bit>
 inline Vec e2m1(Words words) {

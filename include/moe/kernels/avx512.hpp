@@ -103,10 +103,14 @@ inline Vec load_powers(const std::byte* from) {
   const __m512i powers = _mm512_maskz_slli_epi32(kAll, bytes, 23);
   return _mm512_castsi512_ps(_mm512_mask_or_epi32(powers, ends, powers, _mm512_set1_epi32(0x400000)));
 }
-inline Vec load_e4m3(const std::byte* from) {
-  const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  return _mm512_maskz_cvtph_ps(
-      kAll, _mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16(short(0xBFFF))));
+struct TwoVecs {
+  Vec first, second;
+};
+inline TwoVecs load_e4m3(const std::byte* from) {
+  const __m512i bytes = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  const __m512i halves = _mm512_and_si512(_mm512_slli_epi16(bytes, 7), _mm512_set1_epi16(short(0xBFFF)));
+  return {_mm512_maskz_cvtph_ps(kAll, __m256i(__builtin_shufflevector(halves, halves, 0, 1, 2, 3))),
+          _mm512_maskz_cvtph_ps(kAll, __m256i(__builtin_shufflevector(halves, halves, 4, 5, 6, 7)))};
 }
 template <int bit>
 inline Vec e2m1(Words words) {

@@ -111,12 +111,16 @@ inline Vec load_powers(const std::byte* from) {
   // Of 0 and 255: 2^-127, and a NaN in place of the infinity.
   return Vec(bytes << 23 | (Words(((bytes + 1) & 254) == 0) & 0x400000));
 }
-inline Vec load_e4m3(const std::byte* from) {
+struct TwoVecs {
+  Vec first, second;
+};
+inline TwoVecs load_e4m3(const std::byte* from) {
   const auto widened = [&](int i) {
     const auto byte = std::uint32_t(from[i]);
     return widened_half((byte & 128) << 8 | (byte & 127) << 7);
   };
-  return Vec{widened(0), widened(1), widened(2), widened(3)};
+  return {Vec{widened(0), widened(1), widened(2), widened(3)},
+          Vec{widened(4), widened(5), widened(6), widened(7)}};
 }
 template <int bit>
 inline Vec e2m1(Words words) {
