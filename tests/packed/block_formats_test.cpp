@@ -305,6 +305,41 @@ TEST(MXFP4, RoundsToNearestTiesToEven) {
         << i;
 }
 
+TEST(MXFP4, TakesTheLowerPowerWhereThatIsBetter) {
+  std::vector<float> from(32, 0.25f);
+  from[0] = 4;
+  EXPECT_EQ(MXFP4::quantised(from.data(), 32).scale, 126);
+}
+
+TYPED_TEST(BlockFormats, TinyNumbersBesideZerosStayTiny) {
+  for (const float tiny : {1e-37f, 1e-38f, 1e-40f}) {
+    const float from[4] = {tiny, 0, 0, 0.3f * tiny};
+    const auto block = TypeParam::quantised(from, 4);
+    for (Index i = 0; i < 4; ++i)
+      EXPECT_LE(std::abs(TypeParam::number(block, i)), 1.2f * from[i] + 0.05f * tiny) << tiny;
+  }
+}
+
+TYPED_TEST(BlockFormats, SmallNumbersKeepTheirDigits) {
+  Rng rng(12);
+  Matrix<float> w(1, 64 * 64);
+  fill_normal(w, 1e-6, rng);
+  Matrix<float> kept = w;
+  TypeParam::round(kept.data(), kept.size());
+  EXPECT_LT((kept - w).norm(), (std::is_same_v<TypeParam, Int8> ? 0.02f : 0.12f) * w.norm());
+}
+
+TEST(Int4Offset, RefusesARangeThatIsNoFloat) {
+  const float from[2] = {3e38f, -3e38f};
+  EXPECT_THROW(Int4Offset::quantised(from, 2), std::invalid_argument);
+}
+
+TEST(IntegerFormats, HaveNoNegativeZero) {
+  const float from[2] = {-1, -1e-9f};
+  EXPECT_FALSE(std::signbit(Int8::number(Int8::quantised(from, 2), 1)));
+  EXPECT_FALSE(std::signbit(Int4::number(Int4::quantised(from, 2), 1)));
+}
+
 TEST(MXFP4, ScalesAreE8M0AtBothEnds) {
   std::vector<kernels::MXFP4Block> low(1), nan(1);
   low[0] = {0, {0x11111111, 0x22222222, 0x77777777, 0x99999999}};  // 2^-127

@@ -31,8 +31,8 @@ void write_part(std::ostream& out, const void* value) {
 
 }  // namespace detail
 
-/// Throws std::invalid_argument whose message is all arguments written one after the other. By value: of a
-/// variable whose address is taken in order to say what is wrong, compilers make less.
+/// Throws std::invalid_argument whose message is all arguments written one after the other. By value, because
+/// compilers optimise variables worse once their address is taken.
 template <class... Parts>
 [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts... parts) {
   static constexpr detail::WritePart kWrite[] = {&detail::write_part<Parts>...};

@@ -62,8 +62,9 @@ constexpr std::optional<TensorPart> rest_of(TensorPart part) {
 template <class S>
 class LayerReader {
  public:
-  LayerReader(const Checkpoint& checkpoint, LayerNames names)
-      : checkpoint_(checkpoint), names_(std::move(names)) {}
+  // `where` begins messages.
+  LayerReader(const Checkpoint& checkpoint, LayerNames names, const char* where)
+      : checkpoint_(checkpoint), names_(std::move(names)), where_(where) {}
 
   // Reads a parameter of an expert, or of the layer where num_experts is 0. One without values needs no
   // source. A `shape` is that of the tensor, where it is another than the parameter's.
@@ -136,9 +137,9 @@ class LayerReader {
       const Index read = used == used_.end() ? 0 : used->second.tensor.values;
       const Index size = used == used_.end() ? checkpoint_.at(name).size() : used->second.size;
       if (read != size)
-        throw CheckpointError("load_layer: " + std::to_string(read) + " of the " + std::to_string(size) +
-                              " values of " + name + " belong to layer " + std::to_string(names_.layer()) +
-                              " of this model, expected all");
+        throw CheckpointError(std::string(where_) + ": " + std::to_string(read) + " of the " +
+                              std::to_string(size) + " values of " + name + " belong to layer " +
+                              std::to_string(names_.layer()) + " of this model, expected all");
     }
   }
 
@@ -165,7 +166,7 @@ class LayerReader {
 
   Part find(const TensorSource& source, Index expert, Index num_experts, Index rows, Index cols, bool vector,
             const std::optional<std::vector<Index>>& shape) {
-    const StoredMatrix all = find_matrix(checkpoint_, names_(source.name, expert), "load_layer");
+    const StoredMatrix all = find_matrix(checkpoint_, names_(source.name, expert), where_);
     const bool transposed =
         source.transposed && all.format != StoredMatrix::Format::mxfp4;  // blocks of 32 go along a row [in]
     const Index all_rows = rows * (source.part == TensorPart::all ? 1 : 2);
@@ -174,12 +175,12 @@ class LayerReader {
     check_shape(all, outer, inner, vector, stacked ? num_experts : 0, shape);
     if (all.format != StoredMatrix::Format::plain) scales_.insert(all.scales.name);
     const Index index = stacked ? expert : 0;
-    return {all.slice(index, stacked ? num_experts : 1, outer, inner), source.part, transposed, index,
+    return {all.slice(index, stacked ? num_experts : 1, outer, inner, where_), source.part, transposed, index,
             all.size()};
   }
 
-  static void check_shape(const StoredMatrix& matrix, Index outer, Index inner, bool vector, Index stacked,
-                          const std::optional<std::vector<Index>>& given) {
+  void check_shape(const StoredMatrix& matrix, Index outer, Index inner, bool vector, Index stacked,
+                   const std::optional<std::vector<Index>>& given) const {
     std::vector<std::vector<Index>> expected;
     if (given)
       expected = {*given};
@@ -193,7 +194,8 @@ class LayerReader {
       expected = {{stacked, outer, inner}, {stacked * outer, inner}};
     if (std::find(expected.begin(), expected.end(), matrix.shape) != expected.end()) return;
     const bool packed = matrix.shape != matrix.values.shape;
-    throw CheckpointError("load_layer: " + matrix.values.name + " has shape " + text_of(matrix.values.shape) +
+    throw CheckpointError(std::string(where_) + ": " + matrix.values.name + " has shape " +
+                          text_of(matrix.values.shape) +
                           (packed ? ", of 4-bit values " + text_of(matrix.shape) : "") + ", expected " +
                           text_of(expected.front()));
   }
@@ -251,6 +253,7 @@ class LayerReader {
 
   const Checkpoint& checkpoint_;
   LayerNames names_;
+  const char* where_;
   std::map<std::string, Used, std::less<>> used_;
   std::map<std::pair<std::string, Index>, std::set<TensorPart>> parts_;  // read, by tensor and expert
   std::set<std::string, std::less<>> scales_;                            // read with their tensors
@@ -325,7 +328,8 @@ LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(cons
                                                                             Index layer) {
   using Expert = typename Model<Unit, R>::template Expert<S, Storage>;
   const LayerTensors& tensors = model.tensors;
-  LayerReader<S> reader(checkpoint, find_names(model, tensors.w_router, checkpoint, layer, "load_layer"));
+  LayerReader<S> reader(checkpoint, find_names(model, tensors.w_router, checkpoint, layer, "load_layer"),
+                        "load_layer");
   R<S> router = read_router(reader, model);
   auto routed = read_experts<Storage>(reader, model, tensors.experts, model.num_experts(), model.d_ff,
                                       model.num_experts());

@@ -97,8 +97,8 @@ template <class S, class Unit>
 typename SoftModel<Unit>::template Layer<S> load_layer(const SoftModel<Unit>& model,
                                                        const Checkpoint& checkpoint, Index layer) {
   const SoftTensors& tensors = model.tensors;
-  io::LayerReader<S> reader(checkpoint,
-                            io::find_names(model, tensors.w_slots, checkpoint, layer, "load_layer"));
+  io::LayerReader<S> reader(
+      checkpoint, io::find_names(model, tensors.w_slots, checkpoint, layer, "load_layer"), "load_layer");
   typename SoftModel<Unit>::template Layer<S> loaded(
       io::read_experts<Owned>(reader, model, tensors.experts, model.num_experts(), model.d_ff,
                               model.num_experts()),

@@ -34,16 +34,17 @@ struct PackedFrom<F, E> {
 /// Layer `layer` of a model for inference, packed in a format: pack<F>(load_layer<float>(...)) with one
 /// expert at a time beside the packed ones. Matrices that the checkpoint stores in the format's own way are
 /// packed as they are, and give the bits of pack<F32> of the layer that load_layer makes: gpt-oss' in MXFP4,
-/// DeepSeek-V3's in FP8. Others are rounded to the format. O(parameters). Throws as load_layer and pack.
-/// Example: load_packed<FP8>(deepseek_v3, Checkpoint::open("DeepSeek-V3"), 3).
+/// DeepSeek-V3's in FP8. Others, and transposed ones, are rounded to the format. O(parameters). Throws as
+/// load_layer and pack, and for a scale of FP8 of 2^120 or more. Example: load_packed<FP8>(deepseek_v3,
+/// Checkpoint::open("DeepSeek-V3"), 3).
 template <Format F, class Unit, template <class> class R>
 auto load_packed(const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer,
                  const PackOptions& options = {}) {
   using Expert = typename Model<Unit, R>::template Expert<float>;
   using Storage = typename io::PackedFrom<F, Expert>::Storage;
   const LayerTensors& tensors = model.tensors;
-  io::LayerReader<float> reader(checkpoint,
-                                io::find_names(model, tensors.w_router, checkpoint, layer, "load_packed"));
+  io::LayerReader<float> reader(
+      checkpoint, io::find_names(model, tensors.w_router, checkpoint, layer, "load_packed"), "load_packed");
   PackedParts<R<float>> parts{.router = io::read_router(reader, model),
                               .num_shared_experts = model.shared_experts};
   if (model.gated_shared_experts) parts.w_shared_gate.resize(model.shared_experts, model.d_model());

@@ -12,6 +12,7 @@
 
 #include <moe/core/types.hpp>
 #include <moe/io/dtype.hpp>
+#include <moe/math/numbers.hpp>
 #include <moe/packed/fp8.hpp>
 #include <moe/packed/int4.hpp>
 #include <moe/packed/mxfp4.hpp>
@@ -61,22 +62,26 @@ class BlockScaledFP8 {
   /// Block `nth` of a row.
   FP8::Block block(Index row, Index nth) const {
     static_assert(kSide % FP8::kBlock == 0);
-    FP8::Block block{scale(row, nth * FP8::kBlock), {}};
+    const float scale = this->scale(row, nth * FP8::kBlock);
+    if (number_kind(scale) != NumberKind::nan && std::abs(scale) >= kMostScale)
+      io::fail_checkpoint("load_packed: ", values_.name, " has a scale of ", scale, ", expected less than ",
+                          kMostScale);
+    bool nan = number_kind(scale) == NumberKind::nan;
+    FP8::Block block{scale, {}};
     for (Index i = 0, col = nth * FP8::kBlock; i < FP8::kBlock && col < cols(); ++i, ++col) {
       const std::uint8_t code = bits(row, col);
       if ((code & 127) == 127)
-        block.scale = std::numeric_limits<float>::quiet_NaN();
+        nan = true;
       else
         block.words[i] = code;
     }
-    if (std::abs(block.scale) >= 0x1p120f)
-      io::fail_checkpoint("load_packed: ", values_.name, " has a scale of ", block.scale,
-                          ", expected less than 2^120");
+    if (nan) block.scale = std::numeric_limits<float>::quiet_NaN();
     return block;
   }
 
  private:
   static constexpr Index kSide = 128;  // of a block
+  static constexpr float kMostScale = 0x1p120f;
 
   const TensorView& values_;
   std::vector<float> scales_;

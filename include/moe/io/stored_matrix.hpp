@@ -34,11 +34,12 @@ struct StoredMatrix {
 
   Index size() const { return values.size() * (format == Format::mxfp4 ? 2 : 1); }
 
-  /// Slice `index` of `count` equal ones along the first dimensions, as [rows, cols]. Throws CheckpointError
+  /// Slice `index` of `count` equal ones along the first dimensions, as [rows, cols]; `where` begins a
+  /// message. Throws CheckpointError
   /// for scaled blocks of 8 bits, whose scales do not say where a slice of several begins.
-  StoredMatrix slice(Index index, Index count, Index rows, Index cols) const {
+  StoredMatrix slice(Index index, Index count, Index rows, Index cols, const char* where) const {
     if (count != 1 && format == Format::block_scaled_fp8)
-      throw CheckpointError("load_layer: " + values.name + " has block scales and holds " +
+      throw CheckpointError(std::string(where) + ": " + values.name + " has block scales and holds " +
                             std::to_string(count) + " experts, expected 1");
     StoredMatrix part{format, values, scales, {rows, cols}};
     if (format == Format::block_scaled_fp8) return part;

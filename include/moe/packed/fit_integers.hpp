@@ -33,7 +33,7 @@ struct ScaledIntegers {
 /// Integers from kLowest to kHighest for `count` <= kCount numbers: those of the least squared error of
 /// several attempts. An attempt begins with the scale by which the number of the largest magnitude is one of
 /// `levels`, rounds to nearest, takes the best scale for these integers, and rounds again. O(kCount) for each
-/// level. Throws std::invalid_argument where a scale leaves the range of half precision.
+/// level. Throws std::invalid_argument where every scale leaves the range of half precision.
 template <int kLowest, int kHighest, int kCount>
 ScaledIntegers<kCount> fit_integers(const float* from, Index count, std::initializer_list<float> levels) {
   const float largest = largest_of(from, count);
@@ -45,33 +45,40 @@ ScaledIntegers<kCount> fit_integers(const float* from, Index count, std::initial
   if (!(std::abs(largest) > 0)) return best;
   float w[std::size_t(kCount)] = {};
   std::copy_n(from, count, w);
-  const auto round = [&w](float inverse, int* codes) {
+  const auto round = [&w](double inverse, int* codes) {
     for (int i = 0; i < kCount; ++i) {
-      const double v = double(w[i]) * inverse, away = v + (v < 0 ? -0.5 : 0.5);
+      const double v = float(w[i] * inverse), away = v + (v < 0 ? -0.5 : 0.5);
       const double above = away < kLowest ? kLowest : away;
       codes[i] = int(above > kHighest ? kHighest : above);
     }
   };
-  double least = std::numeric_limits<double>::infinity();
+  double least = (std::numeric_limits<double>::max)();
+  bool fits = false;
   for (const float level : levels) {
     ScaledIntegers<kCount> fit;
-    round(level / largest, fit.codes);
+    round(double(level) / largest, fit.codes);
     const double weights_codes = sum_of<kCount>([&](int i) { return double(w[i]) * fit.codes[i]; });
     const double codes_codes = sum_of<kCount>([&](int i) { return double(fit.codes[i] * fit.codes[i]); });
-    fit.scale = half_of(float(weights_codes / codes_codes));
-    const float scale = float_of_half(fit.scale);
-    require(std::abs(scale) <= 65504.0f, "pack: a weight of ", largest,
-            " is too large for a scale in half precision, expected at most ", 65504.0f * float(kHighest));
-    if (!(std::abs(scale) > 0)) continue;  // too small for one: zeros
-    round(1 / scale, fit.codes);
-    float difference[std::size_t(kCount)];
-    for (int i = 0; i < kCount; ++i) difference[i] = float(w[i] - double(scale) * fit.codes[i]);
-    const double error = sum_of_squares<kCount>(difference);
-    if (error < least) {
+    constexpr int kExponent = 0x7C00;  // of a half
+    const std::uint16_t nearest = half_of(float(weights_codes / codes_codes));
+    if ((nearest & kExponent) == kExponent) continue;  // too large
+    fits = true;
+    // Below the normal halves the nearest one may be so small that it cuts numbers off: also the next one.
+    for (int more = 0; more < ((nearest & kExponent) == 0 ? 2 : 1); ++more) {
+      fit.scale = std::uint16_t(nearest + more);
+      const float scale = float_of_half(fit.scale);
+      if (!(std::abs(scale) > 0)) continue;
+      round(1.0 / scale, fit.codes);
+      float difference[std::size_t(kCount)];
+      for (int i = 0; i < kCount; ++i) difference[i] = float(w[i] - double(scale) * fit.codes[i]);
+      const double error = sum_of_squares<kCount>(difference);
+      if (!(error < least)) continue;
       least = error;
       best = fit;
     }
   }
+  require(fits, "a weight of ", largest, " is too large for a scale in half precision, expected at most ",
+          65504.0f * float(kHighest));
   return best;
 }
 

@@ -12,7 +12,7 @@
 namespace moe {
 
 /// Weights of 8 bits in FP8 E4M3, four bits of exponent and three of mantissa: blocks of 64 numbers along the
-/// depth times a float; 8.5 bits for a number. A block with a number that is not finite is NaN.
+/// depth times a float below 2^120; 8.5 bits for a number. A block with a number that is not finite is NaN.
 struct FP8 : BlockFormat<FP8, kernels::FP8Block> {
   /// The nearest numbers, ties to even, by the scale of the least squared error of several, by which the
   /// largest magnitude is from 256 to 448, the largest number.
@@ -23,10 +23,10 @@ struct FP8 : BlockFormat<FP8, kernels::FP8Block> {
     if (!(largest > 0)) return best;
     float w[kBlock] = {};
     std::copy_n(from, count, w);
-    double least = std::numeric_limits<double>::infinity();
+    double least = (std::numeric_limits<double>::max)();
     for (const float level : {448.0f, 416.0f, 384.0f, 352.0f, 320.0f, 288.0f, 256.0f}) {
       Block block{largest / level, {}};
-      const float inverse = level / largest;
+      const double inverse = double(level) / largest;
       float difference[kBlock];
       for (int i = 0; i < kBlock; ++i) {
         const Nearest nearest = nearest_to(float(std::abs(double(w[i])) * inverse));

@@ -38,8 +38,9 @@ struct Int4 : BlockFormat<Int4, kernels::Int4Block> {
 static_assert(InBlocks<Int4>);
 
 /// Weights of 4 bits with an offset: blocks of 32 numbers along the depth, integers from 0 to 15 times a
-/// scale, plus an offset, both floats; 6 bits for a number. Holds what files have with zero points or minima.
-/// A block with a number that is not finite is NaN.
+/// scale, plus an offset, both floats; 6 bits for a number. The scale of a block of your own has at most 20
+/// significant bits: products of others differ from those of floats. Holds what files have with zero points
+/// or minima. A block with a number that is not finite is NaN.
 struct Int4Offset : BlockFormat<Int4Offset, kernels::Int4OffsetBlock> {
   /// The integers, scale and offset of the least squared error of several attempts: each begins with a range
   /// that holds all numbers, or less, rounds to nearest, takes the best scale and offset for these integers,
@@ -49,13 +50,16 @@ struct Int4Offset : BlockFormat<Int4Offset, kernels::Int4OffsetBlock> {
     const auto [low, high] = std::minmax_element(from, from + count);
     Block best{is_nan(largest) ? largest : 0.0f, *low, {}};
     if (!(*low < *high) || is_nan(largest)) return best;
+    require(double(*high) - *low <= (std::numeric_limits<float>::max)(), "weights of a block range from ",
+            *low, " to ", *high, ", expected a difference of at most 3.4e38");
     float w[kBlock];
     std::copy_n(from, count, w);
     std::fill(w + count, w + kBlock, *low);  // changes no range, and costs nothing
-    double least = std::numeric_limits<double>::infinity();
+    double least = (std::numeric_limits<double>::max)();
     for (const float levels : {15.0f, 15.5f, 16.0f, 14.5f}) {
       int codes[kBlock];
-      float scale = (*high - *low) / levels;
+      float scale = float((double(*high) - *low) / levels);
+      if (!(scale > 0)) continue;
       float offset = float((double(*low) + *high - 15.0 * scale) / 2);
       to_codes(w, scale, offset, codes);
       if (!improve(w, count, codes, scale, offset)) continue;
@@ -78,10 +82,10 @@ struct Int4Offset : BlockFormat<Int4Offset, kernels::Int4OffsetBlock> {
 
  private:
   static void to_codes(const float* w, float scale, float offset, int* codes) {
-    const float inverse = 1 / scale;
+    const double inverse = 1.0 / scale;
     for (Index i = 0; i < kBlock; ++i) {
       const float above = w[i] - offset;
-      const double v = double(above) * inverse + 0.5, positive = v < 0 ? 0.0 : v;
+      const double v = float(above * inverse) + 0.5, positive = v < 0 ? 0.0 : v;
       codes[i] = int(positive > 15 ? 15.0 : positive);
     }
   }

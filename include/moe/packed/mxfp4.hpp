@@ -24,7 +24,7 @@ struct MXFP4 : BlockFormat<MXFP4, kernels::MXFP4Block> {
     Block best{};
     float w[kBlock] = {};
     std::copy_n(from, count, w);
-    double least = std::numeric_limits<double>::infinity();
+    double least = (std::numeric_limits<double>::max)();
     const int middle = std::abs(largest) > 0 ? std::ilogb(largest) - 2 : 0;
     for (const int power : {middle, middle + 1, middle - 1}) {
       const int exponent = std::clamp(power, -127, 127);
