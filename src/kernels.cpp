@@ -19,6 +19,15 @@ template const Product<float>* find_product<Int4OffsetBlock>(InstructionSet set)
 template const Product<float>* find_product<MXFP4Block>(InstructionSet set);
 template const Product<float>* find_product<FP8Block>(InstructionSet set);
 
+template <IntegerBlock B>
+const Product<Int8Activations>* find_int8_product(InstructionSet set) {
+  return tables::find_int8_product<B>(set);
+}
+template const Product<Int8Activations>* find_int8_product<Int8Block>(InstructionSet set);
+template const Product<Int8Activations>* find_int8_product<Int4Block>(InstructionSet set);
+template const Product<Int8Activations>* find_int8_product<Int4OffsetBlock>(InstructionSet set);
+template const Product<Int8Activations>* find_int8_product<MXFP4Block>(InstructionSet set);
+
 const DenseKernels* find_dense(InstructionSet set) { return tables::find_dense(set); }
 const DenseBackwardKernels* find_dense_backward(InstructionSet set) {
   return tables::find_dense_backward(set);

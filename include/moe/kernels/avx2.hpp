@@ -109,10 +109,80 @@ inline Vec e2m1(Words words) {
   return _mm256_or_ps(magnitude, sign);
 }
 
+inline constexpr int kDotRows = 4, kDotVecs = 2;
+inline void store_words(std::byte* to, Words words) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), words);
+}
+inline Words broadcast_word(std::int32_t word) { return _mm256_set1_epi32(word); }
+inline Words broadcast_word(const std::int8_t* four) {
+  std::int32_t word;
+  __builtin_memcpy(&word, four, sizeof word);
+  return _mm256_set1_epi32(word);
+}
+inline Vec to_floats(Words ints) { return _mm256_cvtepi32_ps(ints); }
+template <int n>
+inline Words half_bytes(Words words) {
+  return _mm256_and_si256(shifted<-n>(words), _mm256_set1_epi8(15));
+}
+inline Words doubled_e2m1(Words codes) {
+  const __m128i values = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), codes);
+}
+// Products of two neighbours are summed in 16 bits, where they fit: those of one word, if the codes are
+// signed (of the factors one takes the other's sign: what the instruction multiplies is at most 128 * 127
+// twice), those of as many words as may be, if the codes are small.
+template <int kMost>
+struct Dots {
+  static constexpr bool kIsSigned = kMost * 2 * 127 > 32767;
+  static constexpr int kWords = kMost * 16 * 127 <= 32767 ? 8 : kMost * 8 * 127 <= 32767 ? 4 : 1;
+  struct Codes {
+    Words magnitude, number;
+  };
+  static Codes codes(Words words) {
+    if constexpr (!kIsSigned) return {words, words};
+    const Words number = _mm256_xor_si256(words, _mm256_set1_epi8(-128));
+    return {_mm256_abs_epi8(number), number};
+  }
+
+  Words sum, narrow;
+  void begin(std::int32_t first) {
+    sum = broadcast_word(first);
+    narrow = _mm256_setzero_si256();
+  }
+  void add(const Codes& codes, Words x, int w) {
+    if constexpr (kIsSigned) x = _mm256_sign_epi8(x, codes.number);
+    const Words products = _mm256_maddubs_epi16(codes.magnitude, x);
+    narrow = w % kWords == 0 ? products : _mm256_add_epi16(narrow, products);
+    if ((w + 1) % kWords == 0) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
+  }
+};
+inline Words magnitude(Vec v) {
+  return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7FFFFFFF));
+}
+inline Words larger_words(Words a, Words b) { return _mm256_max_epi32(a, b); }
+inline Words plus_words(Words a, Words b) { return _mm256_add_epi32(a, b); }
+inline std::int32_t largest_of(Words words) {
+  const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+  return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xB1)));
+}
+inline std::int32_t sum_of(Words words) {
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xB1)));
+}
+inline Words nearest_ints(Vec v) { return _mm256_cvtps_epi32(v); }
+inline void store_bytes(std::int8_t* to, Words ints) {
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256(ints, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(halves, halves));
+}
+
 // In this order: each builds on the one before.
 #include <moe/kernels/product.inc>
 
 #include <moe/kernels/widen.inc>
+
+#include <moe/kernels/integers.inc>
 
 #include <moe/kernels/elementwise.inc>
 

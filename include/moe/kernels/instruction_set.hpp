@@ -60,6 +60,14 @@ inline bool has_f16c() {
   }();
   return has;
 }
+// The dot product of bytes in the encoding of AVX2.
+inline bool has_avx_vnni() {
+  static const bool has = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+  }();
+  return has;
+}
 #endif
 
 /// Whether this processor has an instruction set.

@@ -129,10 +129,67 @@ inline Vec e2m1(Words words) {
   return Vec{kValues[code[0]], kValues[code[1]], kValues[code[2]], kValues[code[3]]};
 }
 
+using Ints = Whole;
+inline constexpr int kDotRows = 1, kDotVecs = 4;
+inline void store_words(std::byte* to, Words words) { std::memcpy(to, &words, sizeof words); }
+inline Words broadcast_word(std::int32_t word) {
+  const auto bits = std::uint32_t(word);
+  return Words{bits, bits, bits, bits};
+}
+inline Words broadcast_word(const std::int8_t* four) {
+  std::int32_t word;
+  std::memcpy(&word, four, sizeof word);
+  return broadcast_word(word);
+}
+inline Vec to_floats(Words ints) { return __builtin_convertvector(Ints(ints), Vec); }
+template <int n>
+inline Words half_bytes(Words words) {
+  return words >> n & 0x0F0F0F0F;
+}
+inline Words doubled_e2m1(Words codes) {
+  constexpr std::uint8_t kValues[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+  std::uint8_t bytes[sizeof codes];
+  std::memcpy(bytes, &codes, sizeof codes);
+  for (auto& byte : bytes) byte = kValues[byte];
+  std::memcpy(&codes, bytes, sizeof codes);
+  return codes;
+}
+template <int kMost>
+struct Dots {
+  static constexpr bool kIsSigned = false;
+  using Codes = Words;
+  static Codes codes(Words words) { return words; }
+
+  Words sum;
+  void begin(std::int32_t first) { sum = broadcast_word(first); }
+  void add(Codes codes, Words x, int) {
+    Ints part = Ints(sum);
+    for (int shift = 0; shift < 32; shift += 8)
+      part += Ints(codes >> shift & 255) * (Ints(x << (24 - shift)) >> 24);
+    sum = Words(part);
+  }
+};
+inline Words magnitude(Vec v) { return Words(v) & 0x7FFFFFFF; }
+inline Words larger_words(Words a, Words b) { return Ints(a) > Ints(b) ? a : b; }
+inline Words plus_words(Words a, Words b) { return a + b; }
+inline std::int32_t largest_of(Words words) {
+  std::int32_t largest = 0;
+  for (int i = 0; i < kLanes; ++i)
+    if (std::int32_t(words[i]) > largest) largest = std::int32_t(words[i]);
+  return largest;
+}
+inline std::int32_t sum_of(Words words) { return std::int32_t(words[0] + words[1] + words[2] + words[3]); }
+inline Words nearest_ints(Vec v) { return Words(nearest_whole(v)); }
+inline void store_bytes(std::int8_t* to, Words ints) {
+  for (int i = 0; i < kLanes; ++i) to[i] = std::int8_t(ints[i]);
+}
+
 // In this order: each builds on the one before.
 #include <moe/kernels/product.inc>
 
 #include <moe/kernels/widen.inc>
+
+#include <moe/kernels/integers.inc>
 
 #include <moe/kernels/elementwise.inc>
 

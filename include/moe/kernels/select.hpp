@@ -29,6 +29,11 @@ const DenseBackwardKernels* find_dense_backward(InstructionSet set);
 /// there are none.
 const DotProduct* find_dot(InstructionSet set, bool rounded);
 
+/// Products of blocks of integers, Int8Block, Int4Block, Int4OffsetBlock or MXFP4Block, with activations in 8
+/// bits; null where there is none.
+template <IntegerBlock B>
+const Product<Int8Activations>* find_int8_product(InstructionSet set);
+
 #ifdef MOE_COMPILED
 extern template const Product<float>* find_product<float>(InstructionSet set);
 extern template const Product<float>* find_product<Bfloat16>(InstructionSet set);
@@ -37,6 +42,10 @@ extern template const Product<float>* find_product<Int4Block>(InstructionSet set
 extern template const Product<float>* find_product<Int4OffsetBlock>(InstructionSet set);
 extern template const Product<float>* find_product<MXFP4Block>(InstructionSet set);
 extern template const Product<float>* find_product<FP8Block>(InstructionSet set);
+extern template const Product<Int8Activations>* find_int8_product<Int8Block>(InstructionSet set);
+extern template const Product<Int8Activations>* find_int8_product<Int4Block>(InstructionSet set);
+extern template const Product<Int8Activations>* find_int8_product<Int4OffsetBlock>(InstructionSet set);
+extern template const Product<Int8Activations>* find_int8_product<MXFP4Block>(InstructionSet set);
 #else
 inline const Kernels* find(InstructionSet set) { return tables::find(set); }
 template <class Number>
@@ -48,6 +57,10 @@ inline const DenseBackwardKernels* find_dense_backward(InstructionSet set) {
   return tables::find_dense_backward(set);
 }
 inline const DotProduct* find_dot(InstructionSet set, bool rounded) { return tables::find_dot(set, rounded); }
+template <IntegerBlock B>
+const Product<Int8Activations>* find_int8_product(InstructionSet set) {
+  return tables::find_int8_product<B>(set);
+}
 #endif
 
 }  // namespace moe::kernels

@@ -3,8 +3,10 @@
 
 #include <moe/kernels/amx.hpp>
 #include <moe/kernels/avx2.hpp>
+#include <moe/kernels/avx2_vnni.hpp>
 #include <moe/kernels/avx512.hpp>
 #include <moe/kernels/avx512_bf16.hpp>
+#include <moe/kernels/avx512_vnni.hpp>
 #include <moe/kernels/instruction_set.hpp>
 #include <moe/kernels/kernels.hpp>
 #include <moe/kernels/portable.hpp>
@@ -30,6 +32,18 @@ const Product<float>* find_product(InstructionSet set) {
   if (set == InstructionSet::avx512 || set == InstructionSet::amx) return &avx512::kProduct<Number>;
 #endif
   return &portable::kProduct<Number>;
+}
+
+template <IntegerBlock B>
+const Product<Int8Activations>* find_int8_product(InstructionSet set) {
+  if (!has(set)) return nullptr;
+#if defined(__x86_64__)
+  if (set == InstructionSet::avx2)
+    return has_avx_vnni() ? &avx2_vnni::kInt8Product<B> : &avx2::kInt8Product<B>;
+  if (set == InstructionSet::avx512 || set == InstructionSet::amx)
+    return __builtin_cpu_supports("avx512vnni") ? &avx512_vnni::kInt8Product<B> : nullptr;
+#endif
+  return &portable::kInt8Product<B>;
 }
 
 inline const DenseKernels* find_dense(InstructionSet set) {
