@@ -154,22 +154,47 @@ TEST(LoadLayer, MultipliesBlockScalesOut) {
   EXPECT_EQ(layer.router().selection_bias[1], 5.5f);
 }
 
+// A scale a row, as compressed-tensors writes its channels, or one for the matrix.
+TEST(LoadLayer, MultipliesScalesOfRowsOut) {
+  const std::string name = kMixtral + "experts.1.w3.weight";
+  Tensors t = small_mixtral();
+  t.add(name, DType::F8_E4M3, {3, 4}, std::vector<std::uint8_t>(12, 0x38));  // 1
+  const auto loaded = [&] { return moe::load_layer<float>(kSmallMixtral, t.open(), 7).experts()[1].w_up; };
+  const Matrix<float> rows{{2, 2, 2, 2}, {2.5f, 2.5f, 2.5f, 2.5f}, {3, 3, 3, 3}};
+  t.add_count(name + "_scale", {3, 1}, 2);
+  const auto first = loaded();
+  EXPECT_EQ(first(0, 3), 2);
+  EXPECT_EQ(first(2, 0), loaded()(2, 3));
+  EXPECT_NE(first(0, 0), first(1, 0));
+  t.add(name + "_scale", DType::F32, {3}, std::vector<float>{2, 2.5f, 3});
+  EXPECT_EQ(loaded(), rows);
+  t.add(name + "_scale", DType::BF16, {3, 1}, std::vector<std::uint16_t>{0x4000, 0x4020, 0x4040});
+  EXPECT_EQ(loaded(), rows);
+  t.add(name + "_scale", DType::F32, {1}, std::vector<float>{2});
+  EXPECT_EQ(loaded(), moe::Matrix<float>::Constant(3, 4, 2));
+  t.add(name + "_scale", DType::F32, {}, std::vector<float>{3});
+  EXPECT_EQ(loaded(), moe::Matrix<float>::Constant(3, 4, 3));
+  t.add(name + "_scale", DType::F32, {4, 1}, std::vector<float>{1, 1, 1, 1});
+  expect_error(t, {"expected BF16, F8_E8M0 or F32 [1, 1], or [3, 1], or [1], for", "[4, 1]"});
+}
+
 // 8 bits are read with their scale or not at all.
 TEST(LoadLayer, RefusesEightBitsWithoutTheirScale) {
   const std::string name = kMixtral + "experts.1.w3.weight";
   for (const DType dtype : {DType::F8_E4M3, DType::F8_E5M2, DType::F8_E8M0}) {
     Tensors t = small_mixtral();
     t.add(name, dtype, {3, 4}, std::vector<std::uint8_t>(12, 0x38));
-    expect_error(t, {"load_layer: " + name + " is " + std::string(moe::name_of(dtype)) +
-                     ", which is not read without its scale '" + name + "_scale_inv'"});
+    expect_error(t,
+                 {"load_layer: " + name + " is " + std::string(moe::name_of(dtype)) +
+                  ", which is not read without its scale '" + name + "_scale_inv' or '" + name + "_scale'"});
     const Checkpoint file = t.open();
     EXPECT_THROW(moe::load_mapped_layer<float>(kSmallMixtral, file, 7), CheckpointError);
   }
   // A scale under another name is not taken for it, but named.
   Tensors t = small_mixtral();
   t.add(name, DType::F8_E4M3, {3, 4}, std::vector<std::uint8_t>(12, 0x38));
-  t.add_count(name + "_scale", {1}, 2);
-  expect_error(t, {"'" + name + "_scale_inv': did you mean '" + name + "_scale'"});
+  t.add_count(name + "_scales", {1}, 2);
+  expect_error(t, {"'" + name + "_scale': did you mean '" + name + "_scales'"});
   // The router, and a type that has no scales.
   t = small_mixtral();
   t.add(kMixtral + "gate.weight", DType::F8_E4M3, {2, 4}, std::vector<std::uint8_t>(8, 0x38));

@@ -139,6 +139,26 @@ TEST(LoadPacked, FP8IsWhatTheFileHolds) {
   }
 }
 
+TEST(LoadPacked, FP8WithAScaleForEveryRowIsWhatTheFileHolds) {
+  Rng rng(8);
+  const auto model = small_deepseek();
+  Tensors t = deepseek(DType::F32, rng);
+  for (const std::string expert : {"experts.0.", "experts.1.", "experts.2.", "experts.3.", "shared_experts."})
+    for (const std::string part : {"gate_proj", "up_proj", "down_proj"}) {
+      const std::string name = kDeepSeek + expert + part + ".weight";
+      const Index rows = t.tensors[name].shape[0];
+      std::vector<float> scales;
+      for (Index i = 0; i < rows; ++i) scales.push_back(float(1 + rng.uniform()) * 1e-3f);
+      t.tensors.erase(name + "_scale_inv");
+      t.add(name + "_scale", DType::F32, {rows, 1}, scales);
+    }
+  const Checkpoint checkpoint = t.open();
+  const auto layer = load_layer<float>(model, checkpoint, 3);
+  for (const InstructionSet set : available_sets())
+    expect_same_bits(load_packed<FP8>(model, checkpoint, 3, {.instruction_set = set}),
+                     pack<F32>(layer, {.instruction_set = set}), rng);
+}
+
 TEST(LoadPacked, OtherFormatsAreThoseOfTheLoadedLayer) {
   Rng rng(3);
   const auto model = small_deepseek();

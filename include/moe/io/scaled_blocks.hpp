@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstddef>
@@ -21,9 +22,10 @@
 // format.
 namespace moe {
 
-/// Weights of DeepSeek-V3: values [rows, cols] in F8_E4M3, scales [ceil(rows / 128), ceil(cols / 128)] in
-/// F32, BF16 (Qwen) or F8_E8M0 (later ones). A number is the product of two floats: a value and the scale of
-/// its block of 128 x 128.
+/// Weights of 8 bits: values [rows, cols] in F8_E4M3 and scales in F32, BF16 or F8_E8M0. A number is the
+/// product of two floats: a value and the scale of its block. Blocks are of 128 x 128 (DeepSeek-V3), scales
+/// [ceil(rows / 128), ceil(cols / 128)]; rows (compressed-tensors' channels), scales [rows, 1] or [rows]; or
+/// the whole matrix, scales [1] or [].
 class BlockScaledFP8 {
  public:
   using Format = FP8;  ///< whose blocks they are
@@ -35,14 +37,23 @@ class BlockScaledFP8 {
     if (values.dtype != DType::F8_E4M3 || values.shape.size() != 2)
       io::fail_checkpoint(where, ": ", io::description_of(values), ": expected F8_E4M3 [rows, cols]");
     io::check_bytes(values, where);
+    const std::vector<Index>& shape = scales.shape;
     const auto blocks = [](Index n) { return n / kSide + (n % kSide != 0); };
-    across_ = blocks(cols());
-    const std::vector<Index> expected{blocks(rows()), across_};
+    const std::vector<Index> expected{blocks(rows()), blocks(cols())};
+    if (shape == expected)
+      across_ = blocks(cols());
+    else if (shape == std::vector<Index>{rows(), 1} || shape == std::vector<Index>{rows()})
+      high_ = 1;
+    else if (shape.empty() || shape == std::vector<Index>{1})
+      high_ = (std::max)(Index(1), rows());
+    else
+      high_ = 0;
     const bool is_scale =
         scales.dtype == DType::F32 || scales.dtype == DType::BF16 || scales.dtype == DType::F8_E8M0;
-    if (!is_scale || scales.shape != expected)
+    if (!is_scale || high_ == 0)
       io::fail_checkpoint(where, ": ", io::description_of(scales), ": expected BF16, F8_E8M0 or F32 ",
-                          io::text_of(expected), " for ", io::description_of(values));
+                          io::text_of(expected), ", or [", rows(), ", 1], or [1], for ",
+                          io::description_of(values));
     io::check_bytes(scales, where);
     scales_.resize(std::size_t(scales.size()));
     read_tensor(scales, scales_.data());
@@ -57,7 +68,7 @@ class BlockScaledFP8 {
   }
   /// Its scale.
   float scale(Index row, Index col) const {
-    return scales_[std::size_t(row / kSide * across_ + col / kSide)];
+    return scales_[std::size_t(row / high_ * across_ + (across_ > 1 ? col / kSide : 0))];
   }
   /// Block `nth` of a row.
   FP8::Block block(Index row, Index nth) const {
@@ -85,7 +96,8 @@ class BlockScaledFP8 {
 
   const TensorView& values_;
   std::vector<float> scales_;
-  Index across_ = 0;  // blocks of a row
+  Index high_ = kSide;  // rows of a block
+  Index across_ = 1;    // blocks of a row
 };
 
 /// Weights of gpt-oss: values [..., cols / 32, 16] in U8, each byte two 4-bit numbers, the low half first;

@@ -23,7 +23,7 @@ struct StoredMatrix {
   /// How numbers are stored.
   enum class Format {
     plain,             ///< numbers of values.dtype
-    block_scaled_fp8,  ///< DeepSeek-V3's: 8 bits, and one scale for each 128 x 128 of them
+    block_scaled_fp8,  ///< 8 bits, and one scale for each 128 x 128 of them, each row, or all
     mxfp4,  ///< gpt-oss': bytes of two 4-bit numbers, and one scale for 32 along the last dimension
   };
 
@@ -118,16 +118,16 @@ inline StoredMatrix find_matrix(const Checkpoint& checkpoint, const std::string&
   }
   found.values = checkpoint.at(name);
   found.shape = found.values.shape;
-  const std::string scale = name + "_scale_inv";
+  const std::string scale = name + "_scale_inv", other = name + "_scale";
   const DType dtype = found.values.dtype;
-  if (checkpoint.contains(scale)) {
+  if (checkpoint.contains(scale) || checkpoint.contains(other)) {
     found.format = Format::block_scaled_fp8;
-    found.scales = checkpoint.at(scale);
+    found.scales = checkpoint.at(checkpoint.contains(scale) ? scale : other);
   } else if (dtype == DType::F8_E4M3 || dtype == DType::F8_E5M2 || dtype == DType::F8_E8M0) {
     // Read as they are they would be wrong by orders of magnitude and still look like weights.
     throw CheckpointError(std::string(where) + ": " + name + " is " + std::string(name_of(dtype)) +
-                          ", which is not read without its scale " + io::in_quotes(scale) +
-                          io::hint(scale, checkpoint.names()));
+                          ", which is not read without its scale " + io::in_quotes(scale) + " or " +
+                          io::in_quotes(other) + io::hint(scale, checkpoint.names()));
   }
   return found;
 }
