@@ -10,9 +10,9 @@ static_assert(MOE_COMPILED == EIGEN_MAX_ALIGN_BYTES, "MOE_COMPILED is what Eigen
 
 namespace moe {
 
-template compiled::PackedSwiGLU<F32> pack<F32>(const compiled::SwiGLULayer&, const PackOptions&);
-template compiled::PackedSwiGLU<BF16> pack<BF16>(const compiled::SwiGLULayer&, const PackOptions&);
-template compiled::PackedReLU<F32> pack<F32>(const compiled::ReLULayer&, const PackOptions&);
-template compiled::PackedReLU<BF16> pack<BF16>(const compiled::ReLULayer&, const PackOptions&);
+template compiled::PackedSwiGLU pack<F32>(const compiled::SwiGLULayer&, const PackOptions&);
+template compiled::PackedSwiGLU pack<BF16>(const compiled::SwiGLULayer&, const PackOptions&);
+template compiled::PackedReLU pack<F32>(const compiled::ReLULayer&, const PackOptions&);
+template compiled::PackedReLU pack<BF16>(const compiled::ReLULayer&, const PackOptions&);
 
 }  // namespace moe

@@ -6,7 +6,7 @@
 #include <moe/packed.hpp>
 
 using Layer = moe::MoELayer<moe::GatedFeedForward<float>, moe::TopKRouter<float>>;
-using Packed = moe::PackedMoELayer<moe::F32, moe::GatedFeedForward<float>, moe::TopKRouter<float>>;
+using Packed = moe::PackedMoELayer<moe::GatedFeedForward<float>, moe::TopKRouter<float>>;
 using Soft = moe::SoftMoELayer<moe::GatedFeedForward<float>>;
 
 void call(const Layer& layer, const Packed& packed, const Soft& soft, const moe::Matrix<float>& x) {

@@ -185,7 +185,7 @@ class Layer : public AnyLayer {
   }
 
  private:
-  static PackedMoELayer<Format, E, TopKRouter<float>> make(const Shape& shape, bool dot) {
+  static PackedMoELayer<E, TopKRouter<float>> make(const Shape& shape, bool dot) {
     Rng rng(1);
     TopKRouter<float> router({.d_model = shape.d_model,
                               .num_experts = shape.num_experts,
@@ -197,7 +197,7 @@ class Layer : public AnyLayer {
         [&](Index e) { return make_expert<E>(shape, e); }, {.instruction_set = {}, .bf16_dot_product = dot});
   }
 
-  PackedMoELayer<Format, E, TopKRouter<float>> layer_;
+  PackedMoELayer<E, TopKRouter<float>> layer_;
   PackedWorkspace workspace_;
 };
 

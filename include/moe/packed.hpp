@@ -7,6 +7,7 @@
 #include <moe/packed/bf16.hpp>
 #include <moe/packed/block_format.hpp>
 #include <moe/packed/block_matrix.hpp>
+#include <moe/packed/expert_formats.hpp>
 #include <moe/packed/expert_parts.hpp>
 #include <moe/packed/fit_integers.hpp>
 #include <moe/packed/float32.hpp>
@@ -17,5 +18,6 @@
 #include <moe/packed/mxfp4.hpp>
 #include <moe/packed/packed_expert.hpp>
 #include <moe/packed/packed_experts.hpp>
+#include <moe/packed/packed_format.hpp>
 #include <moe/packed/packed_moe_layer.hpp>
 #include <moe/packed/packed_product.hpp>

@@ -466,11 +466,10 @@ TYPED_TEST(BlockFormats, ExpertsInBlocksArePackedAsTheyAre) {
   fill_normal(x, 1.0, rng);
   const PackedParts<TopKRouter<float>> parts{.router = router};
   const Matrix<float> expected = pack<F32>(MoELayer(floats, router)).forward(x);
-  using Layer = PackedMoELayer<TypeParam, Gated, TopKRouter<float>>;
-  EXPECT_TRUE(same_bits(Layer(parts, of(blocks)).forward(x), expected));
+  using Layer = PackedMoELayer<Gated, TopKRouter<float>>;
+  EXPECT_TRUE(same_bits(Layer(ExpertFormats<TypeParam>{}, parts, of(blocks)).forward(x), expected));
   // The same blocks, packed as floats.
-  using Floats = PackedMoELayer<F32, Gated, TopKRouter<float>>;
-  EXPECT_TRUE(same_bits(Floats(parts, of(blocks)).forward(x), expected));
+  EXPECT_TRUE(same_bits(Layer(ExpertFormats<F32>{}, parts, of(blocks)).forward(x), expected));
 }
 
 TYPED_TEST(BlockFormats, AMatrixIsItsRowsRounded) {

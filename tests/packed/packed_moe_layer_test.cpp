@@ -588,8 +588,8 @@ TEST(PackedExperts, BeginAndEndEveryNumberOfTheOutputOnce) {
     for (const Index workers : {1, 3, 16}) {
       const auto fast = pack<BF16>(layer);
       const Routing<float> routing = fast.route(x);
-      PackedExperts<BF16> experts(fast.instruction_set(), false, 203);
-      for (const Gated& expert : layer.experts()) experts.add(expert);
+      PackedExperts experts(fast.instruction_set(), 203);
+      for (const Gated& expert : layer.experts()) experts.add(BF16(), expert);
       EXPECT_EQ(experts.size(), 4);
       EXPECT_EQ(experts.memory_bytes(), fast.memory_bytes());
       Matrix<float> y = Matrix<float>::Constant(tokens, 203, 5);
@@ -605,10 +605,10 @@ TEST(PackedExperts, BeginAndEndEveryNumberOfTheOutputOnce) {
 }
 
 TEST(PackedExperts, RefuseWhatDoesNotFit) {
-  EXPECT_EQ(message_of([] { PackedExperts<F32>(InstructionSet::portable, true, 8); }),
+  PackedExperts experts(InstructionSet::portable, 8);
+  EXPECT_EQ(message_of([&] { experts.add(F32(), make_layer(8, 4, 1, 1).experts()[0], true); }),
             "PackedProduct: there is no product for portable kernels with activations in bfloat16");
-  PackedExperts<F32> experts(InstructionSet::portable, false, 8);
-  EXPECT_EQ(message_of([&] { experts.add(make_layer(9, 4, 1, 1).experts()[0]); }),
+  EXPECT_EQ(message_of([&] { experts.add(F32(), make_layer(9, 4, 1, 1).experts()[0]); }),
             "PackedExperts::add: expert 0 has d_model = 9, expected 8");
   EXPECT_EQ(experts.size(), 0);
   // A plan over more experts, and an output of another shape.
@@ -623,9 +623,9 @@ TEST(PackedExperts, RefuseWhatDoesNotFit) {
     experts.forward({x.data(), x.cols(), routing.plan.token.data()}, plan, y, output, workspace,
                     Sequential{});
   };
-  experts.add(layer.experts()[0]);
+  experts.add(F32(), layer.experts()[0]);
   EXPECT_EQ(message_of([&] { run(3); }), "PackedExperts::forward: the plan is over 2 experts, expected 1");
-  experts.add(layer.experts()[1]);
+  experts.add(F32(), layer.experts()[1]);
   EXPECT_EQ(message_of([&] { run(2); }), "PackedExperts::forward: y has shape [2, 8], expected [3, 8]");
   EXPECT_NO_THROW(run(3));
 }

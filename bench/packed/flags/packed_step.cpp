@@ -17,7 +17,7 @@ moe::Sequential on_threads(int) { return {}; }
 #endif
 
 struct Step {
-  moe::PackedMoELayer<moe::F32, Expert, Router> layer;
+  moe::PackedMoELayer<Expert, Router> layer;
   moe::Matrix<float> x, y;
   moe::Routing<float> routing;
   moe::PackedWorkspace workspace;

@@ -56,7 +56,7 @@ auto load_packed(const Model<Unit, R>& model, const Checkpoint& checkpoint, Inde
     if (e < routed) return io::read_expert<Storage>(reader, model, tensors.experts, e, model.d_ff, routed);
     return io::read_expert<Storage>(reader, model, tensors.shared_expert, e - routed, model.shared_d_ff, 0);
   };
-  PackedMoELayer<F, Expert, R<float>> packed(std::move(parts), expert, options);
+  PackedMoELayer<Expert, R<float>> packed(ExpertFormats<F>{}, std::move(parts), expert, options);
   io::check_all_read(reader, tensors);
   return packed;
 }

@@ -71,13 +71,28 @@ BlockRows<F> rows_of(const BlockMatrix<F>& w) {
 /// What an expert consists of, for packing; biases are null where there are none.
 template <class Rows>
 struct ExpertParts {
-  Index d_model, d_ff;             ///< widths
-  kernels::Activation activation;  ///< between the two products
-  Rows gate, up, down;             ///< weights; gate: where the activation is gated
-  const float* b_gate;             ///< [d_ff]
-  const float* b_up;               ///< [d_ff]
-  const float* b_down;             ///< [d_model]
+  Index d_model, d_ff;               ///< widths
+  kernels::Activation activation{};  ///< between the two products
+  Rows gate{}, up{}, down{};         ///< weights; gate: where the activation is gated
+  const float* b_gate = nullptr;     ///< [d_ff]
+  const float* b_up = nullptr;       ///< [d_ff]
+  const float* b_down = nullptr;     ///< [d_model]
 };
+
+/// The parts of an expert with this activation, which must outlive them.
+template <class E>
+auto expert_parts(const E& e, const kernels::Activation& activation) {
+  ExpertParts<decltype(rows_of(e.w_up))> parts{
+      .d_model = e.d_model(), .d_ff = e.d_ff(), .activation = activation};
+  parts.up = rows_of(e.w_up);
+  parts.down = rows_of(e.w_down);
+  if constexpr (requires { e.w_gate; }) parts.gate = rows_of(e.w_gate);
+  if (!e.has_bias()) return parts;
+  parts.b_up = e.b_up.data();
+  parts.b_down = e.b_down.data();
+  if constexpr (requires { e.b_gate; }) parts.b_gate = e.b_gate.data();
+  return parts;
+}
 
 /// The parts of an expert, which must outlive them.
 template <class A, class Storage>
@@ -85,36 +100,14 @@ auto expert_parts(const FeedForward<float, A, Storage>& e) requires requires {
   kernel_activation(e.activation());
   rows_of(e.w_up);
 }
-{
-  const bool bias = e.has_bias();
-  return ExpertParts<decltype(rows_of(e.w_up))>{e.d_model(),
-                                                e.d_ff(),
-                                                kernel_activation(e.activation()),
-                                                {},
-                                                rows_of(e.w_up),
-                                                rows_of(e.w_down),
-                                                nullptr,
-                                                bias ? e.b_up.data() : nullptr,
-                                                bias ? e.b_down.data() : nullptr};
-}
+{ return expert_parts(e, kernel_activation(e.activation())); }
 /// See above.
 template <class U, class Storage>
 auto expert_parts(const GatedFeedForward<float, U, Storage>& e) requires requires {
   kernel_activation(e.glu());
   rows_of(e.w_up);
 }
-{
-  const bool bias = e.has_bias();
-  return ExpertParts<decltype(rows_of(e.w_up))>{e.d_model(),
-                                                e.d_ff(),
-                                                kernel_activation(e.glu()),
-                                                rows_of(e.w_gate),
-                                                rows_of(e.w_up),
-                                                rows_of(e.w_down),
-                                                bias ? e.b_gate.data() : nullptr,
-                                                bias ? e.b_up.data() : nullptr,
-                                                bias ? e.b_down.data() : nullptr};
-}
+{ return expert_parts(e, kernel_activation(e.glu())); }
 
 /// An expert of one kind that has parts.
 template <class E>

@@ -11,41 +11,44 @@
 #include <moe/kernels/kernels.hpp>
 #include <moe/packed/expert_parts.hpp>
 #include <moe/packed/format.hpp>
+#include <moe/packed/packed_product.hpp>
 
 // An expert's weights, laid out once in the order in which the kernels read them.
 namespace moe {
 
-/// A feed-forward expert laid out for a set of kernels. A copy shares the weights, which never change.
-template <Format F>
+/// A feed-forward expert laid out for a product. A copy shares the weights, which never change.
 class PackedExpert {
  public:
-  /// Lays the expert out. O(parameters).
-  template <PackableExpert E>
-  PackedExpert(const E& expert, const kernels::Kernels& kernels) {
+  /// Lays the expert out in a format, for the PackedProduct of these arguments. O(parameters). Throws
+  /// std::invalid_argument where there is no such product.
+  template <Format F, PackableExpert E>
+  PackedExpert(F format, const E& expert, InstructionSet set, bool rounded) : product_(format, set, rounded) {
     const auto parts = expert_parts(expert);
-    columns_ = kernels.columns;
+    columns_ = product_.kernels().columns;
     activation_ = parts.activation;
     d_model_ = parts.d_model;
     d_ff_ = parts.d_ff;
     hidden_ = activation_.gated ? columns_ / 2 : columns_;
     up_panels_ = (d_ff_ + hidden_ - 1) / hidden_;
     down_panels_ = (d_model_ + columns_ - 1) / columns_;
-    up_bytes_ = F::bytes(d_model_) * columns_;
-    down_bytes_ = F::bytes(d_ff_) * columns_;
+    up_bytes_ = product_.format().bytes(d_model_) * columns_;
+    down_bytes_ = product_.format().bytes(d_ff_) * columns_;
     has_bias_ = parts.b_up != nullptr;
     allocate();
     Columns<std::remove_cvref_t<decltype(parts.up)>> columns;
     columns.row.resize(columns_);
     for (Index panel = 0; panel < up_panels_; ++panel) {
       choose_up_rows(parts, panel, columns.row);
-      encode(columns, d_model_, kernels, blob_.get() + panel * up_bytes_);
+      encode<F>(columns, d_model_, blob_.get() + panel * up_bytes_);
     }
     for (Index panel = 0; panel < down_panels_; ++panel) {
       choose_down_rows(parts, panel, columns.row);
-      encode(columns, d_ff_, kernels, blob_.get() + up_panels_ * up_bytes_ + panel * down_bytes_);
+      encode<F>(columns, d_ff_, blob_.get() + up_panels_ * up_bytes_ + panel * down_bytes_);
     }
   }
 
+  /// What multiplies by its panels.
+  const PackedProduct& product() const { return product_; }
   Index d_model() const { return d_model_; }
   Index d_ff() const { return d_ff_; }
   /// Its activation, as kernels name it.
@@ -85,8 +88,8 @@ class PackedExpert {
     blob_ = {bytes, [](std::byte* p) { ::operator delete(p, std::align_val_t(kAlign)); }};
   }
 
-  // The weights of the columns of a panel, null where there are none; and, of another format than F, as
-  // floats.
+  // The weights of the columns of a panel, null where there are none; and, where they are in the blocks of
+  // another format, as floats.
   template <class Rows>
   struct Columns {
     Buffer<const typename Rows::Number*> row;
@@ -116,10 +119,10 @@ class PackedExpert {
     }
   }
 
-  template <class Rows>
-  void encode(Columns<Rows>& columns, Index depth, const kernels::Kernels& kernels, std::byte* panel) const {
+  template <class F, class Rows>
+  void encode(Columns<Rows>& columns, Index depth, std::byte* panel) const {
     if constexpr (requires { F::encode(columns.row.data(), depth, depth, depth, panel); }) {
-      encode_streams(columns.row, depth, kernels, panel);
+      encode_streams<F>(columns.row, depth, panel);
     } else {
       using From = typename Rows::Format;
       columns.number.resize(columns_ * depth);
@@ -130,12 +133,13 @@ class PackedExpert {
         for (Index p = 0; columns.row[j] && p < depth; ++p)
           to[p] = From::number(columns.row[j][p / From::kBlock], p % From::kBlock);
       }
-      encode_streams(columns.number_row, depth, kernels, panel);
+      encode_streams<F>(columns.number_row, depth, panel);
     }
   }
 
-  template <class Row>
-  void encode_streams(const Row& row, Index depth, const kernels::Kernels& kernels, std::byte* panel) const {
+  template <class F, class Row>
+  void encode_streams(const Row& row, Index depth, std::byte* panel) const {
+    const kernels::Kernels& kernels = product_.kernels();
     const Index wide = columns_ / kernels.streams;
     for (Index j = 0; j < columns_; j += wide)
       F::encode(row.data() + j, depth, wide, kernels.lanes, panel + j * F::bytes(depth));
@@ -143,6 +147,7 @@ class PackedExpert {
 
   float* biases() const { return reinterpret_cast<float*>(blob_.get() + bias_begin_); }
 
+  PackedProduct product_;
   std::shared_ptr<std::byte> blob_;  // panels up, panels down, biases in the order of the panels
   std::size_t bytes_ = 0;
   Index bias_begin_ = 0;

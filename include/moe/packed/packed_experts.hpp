@@ -43,26 +43,30 @@ struct OutputBlock {
   Index token_begin, token_end, column_begin, column_end;
 };
 
-/// The experts of a layer, weights in a format. Knows which rows are whose, not who decided it.
-template <Format F>
+/// The experts of a layer, each in a format of its own. Knows which rows are whose, not who decided it.
 class PackedExperts {
  public:
   using Workspace = PackedExpertsWorkspace;
+  /// Bytes of weights that may stay in the caches from one call to the next.
+  static constexpr std::size_t kCachedBytes = std::size_t(1) << 24;
 
-  /// None yet, for the kernels of a set; `rounded`: with activations rounded to bfloat16. Throws
-  /// std::invalid_argument where this processor or the format has no such product.
-  PackedExperts(InstructionSet set, bool rounded, Index d_model)
-      : product_(set, rounded), d_model_(d_model) {}
+  /// None yet, for the kernels of a set. Throws std::invalid_argument where this processor does not have it.
+  PackedExperts(InstructionSet set, Index d_model) : set_(set), d_model_(d_model) {
+    require(is_available(set), "PackedExperts: this processor does not have ", name_of(set));
+  }
 
-  /// Lays an expert out. O(parameters). Throws std::invalid_argument for another d_model.
-  template <PackableExpert E>
-  void add(const E& expert) {
+  /// Lays an expert out in a format; `rounded`: its activations are rounded to bfloat16. O(parameters).
+  /// Throws std::invalid_argument for another d_model, and where the format has no such product.
+  template <Format F, PackableExpert E>
+  void add(F format, const E& expert, bool rounded = false) {
     require(expert.d_model() == d_model_, "PackedExperts::add: expert ", size(),
             " has d_model = ", expert.d_model(), ", expected ", d_model_);
-    experts_.emplace_back(expert, product_.kernels());
-    widest_ = (std::max)(widest_, hidden_rows(experts_.back()).size());
-    most_panels_ = (std::max)(most_panels_, experts_.back().up_panels());
-    bytes_ += experts_.back().memory_bytes();
+    const PackedExpert& added = experts_.emplace_back(format, expert, set_, rounded);
+    if (std::find(products_.begin(), products_.end(), added.product()) == products_.end())
+      products_.push_back(added.product());
+    widest_ = (std::max)(widest_, hidden_rows(added).size());
+    most_panels_ = (std::max)(most_panels_, added.up_panels());
+    bytes_ += added.memory_bytes();
   }
 
   Index size() const { return Index(experts_.size()); }
@@ -87,26 +91,38 @@ class PackedExperts {
   }
 
  private:
-  const PackedExpert<F>& expert(Index e) const { return experts_[std::size_t(e)]; }
+  const PackedExpert& expert(Index e) const { return experts_[std::size_t(e)]; }
 
-  bool cached() const { return bytes_ <= product_.kCachedBytes; }
+  const kernels::Kernels& kernels() const { return *kernels::find(set_); }
+  bool cached() const { return bytes_ <= kCachedBytes; }
 
   // Multiply-adds of a product, roughly.
   Index work_of(const DispatchPlan<float>& plan) const { return plan.num_assignments() * d_model_ * widest_; }
 
   // Rows that a task takes at most. A token is with an expert once, as a rule.
-  Index most_rows(const DispatchPlan<float>& plan) const {
-    return std::clamp<Index>(plan.num_tokens, 1, product_.most_rows());
+  static Index most_rows(const DispatchPlan<float>& plan, const PackedProduct& product) {
+    return std::clamp<Index>(plan.num_tokens, 1, product.most_rows());
+  }
+
+  // Panels of a task, for that many tasks or fewer: even where there are enough, for one row takes two at
+  // once, and with work for about a microsecond, if there is so much. `work` is the multiply-adds of a
+  // column.
+  static Index panels_of_task(const kernels::Kernels& kernels, Index panels, Index tasks, Index work) {
+    constexpr Index kLeast = Index(1) << 15;  // multiply-adds
+    const Index least = kLeast / std::max<Index>(1, work * kernels.columns);
+    const Index share = (std::max)(panels / tasks, least);
+    const bool even = share > 1 || kernels.streams > 1;
+    return std::clamp<Index>(even ? share + share % 2 : share, 1, PackedProduct::kMostPanels);
   }
 
   // How an expert's hidden rows lie, and where they are, from the expert's row `row` on.
-  kernels::RowBlocks hidden_rows(const PackedExpert<F>& expert) const {
-    return product_.row_blocks(expert.d_ff(), expert.up_panels() * expert.hidden_columns());
+  static kernels::RowBlocks hidden_rows(const PackedExpert& expert) {
+    return expert.product().row_blocks(expert.d_ff(), expert.up_panels() * expert.hidden_columns());
   }
   ActivationRows hidden(Index e, Index row, const DispatchPlan<float>& plan, const Workspace& w) const {
     const Index stride = hidden_rows(expert(e)).stride;
     return {w.hidden.data() + w.hidden_begin[e] + row * stride, stride, nullptr,
-            product_.splits_rows() ? 0 : plan.rows_of(e) * stride};
+            expert(e).product().splits_rows() ? 0 : plan.rows_of(e) * stride};
   }
 
   void make_room(const DispatchPlan<float>& plan, Index workers, Workspace& w) const {
@@ -122,19 +138,22 @@ class PackedExperts {
     }
     w.hidden.reserve(plan.token.capacity() * widest_);
     w.hidden.resize(hidden);
-    w.tasks.reserve((plan.num_experts() + plan.token.capacity() / product_.most_rows()) * most_panels_);
-    product_.resize(w.product, most_rows(plan), d_model_, (std::max)(d_model_, widest_), workers);
+    w.product.begin(workers, d_model_);
+    for (const PackedProduct& product : products_) {
+      w.tasks.reserve((plan.num_experts() + plan.token.capacity() / product.most_rows()) * most_panels_);
+      product.make_room(w.product, most_rows(plan, product), (std::max)(d_model_, widest_));
+    }
   }
 
   // Lists the tasks of the first product (expert, block of its rows, some of its panels), the dearest first.
   void list_tasks(const DispatchPlan<float>& plan, Index workers, Workspace& w) const {
-    const Index most = most_rows(plan);
-    const auto blocks_of = [&](Index e) { return (plan.rows_of(e) + most - 1) / most; };
+    const auto most_of = [&](Index e) { return most_rows(plan, expert(e).product()); };
+    const auto blocks_of = [&](Index e) { return (plan.rows_of(e) + most_of(e) - 1) / most_of(e); };
     Index units = 0;
     for (const Index e : w.touched) units += blocks_of(e) * expert(e).up_panels();
-    const Index group = product_.panels_of_task(units, 16 * workers, most * d_model_);
     w.tasks.clear();
     for (const Index e : w.touched) {
+      const Index group = panels_of_task(kernels(), units, 16 * workers, most_of(e) * d_model_);
       const Index blocks = blocks_of(e), panels = expert(e).up_panels();
       for (Index panel = 0; panel < panels; panel += group)
         for (Index block = 0; block < blocks; ++block) {
@@ -162,21 +181,22 @@ class PackedExperts {
     const Index workers = executor.concurrency();
     for_each_shared(w.tasks.size(), work_of(plan), executor, [&](Index i, Index worker) {
       const auto& task = w.tasks[i];
-      const PackedExpert<F>& expert = this->expert(task.expert);
+      const PackedExpert& expert = this->expert(task.expert);
       const kernels::RowBlocks blocks = hidden_rows(expert);
       float* const hidden = w.hidden.data() + w.hidden_begin[task.expert];
       // Workers take tasks in turn, so the one after next is probably this worker's.
       const auto& after = w.tasks[(std::min)(i + workers, w.tasks.size() - 1)];
       const PackedPanels panels{expert.up_panel(task.panel_begin), task.panel_end - task.panel_begin,
                                 d_model_, this->expert(after.expert).up_panel(after.panel_begin), cached()};
-      product_.multiply(task.rows, x.from(plan.expert_begin[task.expert] + task.begin), panels, worker,
-                        w.product, [&](Index nth, const float* c) {
-                          const Index panel = task.panel_begin + nth;
-                          float* const to = hidden + blocks.at(plan.rows_of(task.expert), task.begin,
-                                                               panel * expert.hidden_columns());
-                          product_.kernels().activate(expert.activation(), task.rows, c,
-                                                      expert.up_bias(panel), to, blocks.stride);
-                        });
+      const PackedProduct& product = expert.product();
+      product.multiply(task.rows, x.from(plan.expert_begin[task.expert] + task.begin), panels, worker,
+                       w.product, [&](Index nth, const float* c) {
+                         const Index panel = task.panel_begin + nth;
+                         float* const to = hidden + blocks.at(plan.rows_of(task.expert), task.begin,
+                                                              panel * expert.hidden_columns());
+                         product.kernels().activate(expert.activation(), task.rows, c, expert.up_bias(panel),
+                                                    to, blocks.stride);
+                       });
     });
   }
 
@@ -185,11 +205,13 @@ class PackedExperts {
   template <class Beside, class Ex>
   void second_products(const DispatchPlan<float>& plan, MatrixRef<float>& y, const Beside& beside,
                        Workspace& w, const Ex& executor) const {
-    const Index workers = executor.concurrency(), columns = product_.kernels().columns;
+    const Index workers = executor.concurrency(), columns = kernels().columns;
     const Index panels = (d_model_ + columns - 1) / columns;
-    // Every task brings all of its rows into bfloat16, so there are not many where there are many rows.
-    const Index wanted = (product_.splits_rows() && plan.num_tokens > kernels::kMaxDotRows ? 2 : 8) * workers;
-    const Index group = product_.panels_of_task(panels, wanted, plan.num_assignments() * widest_);
+    // A task brings all of its rows into bfloat16, so there are not many tasks where there are many rows.
+    const bool splits = std::any_of(products_.begin(), products_.end(),
+                                    [](const PackedProduct& product) { return product.splits_rows(); });
+    const Index wanted = (splits && plan.num_tokens > kernels::kMaxDotRows ? 2 : 8) * workers;
+    const Index group = panels_of_task(kernels(), panels, wanted, plan.num_assignments() * widest_);
     const Index groups = (panels + group - 1) / group;
     const Index blocks = std::clamp<Index>(plan.num_tokens / 256, 1, std::max<Index>(1, wanted / groups));
     const Index tokens = (plan.num_tokens + blocks - 1) / blocks;
@@ -208,8 +230,10 @@ class PackedExperts {
   // Adds what an expert gives to a block of the output. `next` is the expert after it.
   void add_expert(Index e, Index next, const DispatchPlan<float>& plan, const OutputBlock& block,
                   MatrixRef<float>& y, Index worker, Workspace& w) const {
-    const kernels::Kernels& kernels = product_.kernels();
-    const Index columns = kernels.columns, most = most_rows(plan), first_panel = block.column_begin / columns;
+    const PackedProduct& product = expert(e).product();
+    const kernels::Kernels& kernels = product.kernels();
+    const Index columns = kernels.columns, most = most_rows(plan, product),
+                first_panel = block.column_begin / columns;
     const Index panels = (block.column_end - block.column_begin + columns - 1) / columns;
     const Index* const token = plan.token.data();
     const Index expert_begin = plan.expert_begin[e], expert_end = plan.expert_begin[e + 1];
@@ -218,23 +242,24 @@ class PackedExperts {
     for (Index a = begin; a < end; a += most) {
       const Index rows = (std::min)(most, end - a);
       const float* const gate = plan.gate_side == GateSide::output ? plan.gate.data() + a : nullptr;
-      product_.multiply(rows, hidden(e, a - expert_begin, plan, w),
-                        {expert(e).down_panel(first_panel), panels, expert(e).d_ff(),
-                         expert(a + most < end ? e : next).down_panel(first_panel), cached()},
-                        worker, w.product, [&](Index nth, const float* c) {
-                          const Index panel = first_panel + nth, column = panel * columns;
-                          kernels.combine(rows, (std::min)(columns, d_model_ - column), c,
-                                          expert(e).down_bias(panel), token + a, gate, y.data() + column,
-                                          y.outerStride());
-                        });
+      product.multiply(rows, hidden(e, a - expert_begin, plan, w),
+                       {expert(e).down_panel(first_panel), panels, expert(e).d_ff(),
+                        expert(a + most < end ? e : next).down_panel(first_panel), cached()},
+                       worker, w.product, [&](Index nth, const float* c) {
+                         const Index panel = first_panel + nth, column = panel * columns;
+                         kernels.combine(rows, (std::min)(columns, d_model_ - column), c,
+                                         expert(e).down_bias(panel), token + a, gate, y.data() + column,
+                                         y.outerStride());
+                       });
     }
   }
 
-  PackedProduct<F> product_;
-  std::vector<PackedExpert<F>> experts_;
+  InstructionSet set_;
   Index d_model_;
-  Index widest_ = 0, most_panels_ = 0;  // of the largest expert: a hidden row, up_panels
-  std::size_t bytes_ = 0;               // of all
+  std::vector<PackedExpert> experts_;
+  std::vector<PackedProduct> products_;  // of the experts, each once
+  Index widest_ = 0, most_panels_ = 0;   // of the largest expert: a hidden row, up_panels
+  std::size_t bytes_ = 0;                // of all
 };
 
 }  // namespace moe

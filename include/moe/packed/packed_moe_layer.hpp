@@ -15,9 +15,11 @@
 #include <moe/layers/apply_experts.hpp>
 #include <moe/layers/moe_layer.hpp>
 #include <moe/packed/bf16.hpp>
+#include <moe/packed/expert_formats.hpp>
 #include <moe/packed/float32.hpp>
 #include <moe/packed/format.hpp>
 #include <moe/packed/packed_experts.hpp>
+#include <moe/packed/packed_format.hpp>
 
 // A layer for inference: the router and the plan of a MoELayer, with the experts' weights laid out for
 // kernels that are chosen for the processor while the program runs.
@@ -83,13 +85,13 @@ struct PackedOutput {
   }
 };
 
-/// The inference form of a MoELayer<E, R>: same router, same plan, same semantics; weights in a format
-/// (F32, BF16 or another). Made by pack(). Experts without a packed form run as they are. The output of a
-/// token does not depend, by a bit, on the executor or, where nothing is dropped, on the tokens beside it.
-/// Beside the layer it was made from it differs in rounding alone. Every call takes
-/// O(tokens * num_experts * d_model + assignments * d_model * d_ff) operations and throws
-/// std::invalid_argument, before anything is written, where shapes do not fit.
-template <Format F, Expert E, Router R>
+/// The inference form of a MoELayer<E, R>: same router, same plan, same semantics; each expert's weights in a
+/// format (F32, BF16 or another). Made by pack(). Experts without a packed form run as they are. The output
+/// of a token does not depend, by a bit, on the executor or, where nothing is dropped, on the tokens beside
+/// it. Beside the layer it was made from it differs in rounding alone. Every call takes O(tokens *
+/// num_experts * d_model + assignments * d_model * d_ff) operations and throws std::invalid_argument, before
+/// anything is written, where shapes do not fit.
+template <Expert E, Router R>
 class PackedMoELayer {
  public:
   using Scalar = float;
@@ -100,9 +102,10 @@ class PackedMoELayer {
   /// freed before the next is made. Where E has a packed form, any other that has one will do, e.g. one whose
   /// weights are in blocks. Throws std::invalid_argument where the processor does not have what the
   /// options ask for, or where shapes do not fit.
-  template <class Source>
-  PackedMoELayer(PackedParts<R> parts, Source&& expert, const PackOptions& options = {})
-      : set_(choose_set(options)), parts_(std::move(parts)), experts_(no_experts(options)) {
+  template <Format... F, class Source>
+  PackedMoELayer(const ExpertFormats<F...>& formats, PackedParts<R> parts, Source&& expert,
+                 const PackOptions& options = {})
+      : parts_(std::move(parts)), set_(choose_set(formats, options)), experts_(no_experts()) {
     require(parts_.num_shared_experts >= 0, "pack: num_shared_experts = ", parts_.num_shared_experts,
             ", expected at least 0");
     if (parts_.w_shared_gate.size() > 0)
@@ -111,8 +114,8 @@ class PackedMoELayer {
                        "pack");
     require(parts_.b_output.size() == 0 || parts_.b_output.size() == d_model(), "pack: b_output has ",
             parts_.b_output.size(), " entries, expected d_model = ", d_model());
-    const Index count = num_experts() + num_shared_experts();
-    for (Index e = 0; e < count; ++e) add(e, expert(e));
+    for (Index e = 0; e < count(); ++e)
+      formats.visit(e, [&](auto format) { add(format, e, expert, options.bf16_dot_product); });
   }
 
   Index d_model() const { return parts_.router.d_model(); }
@@ -208,40 +211,50 @@ class PackedMoELayer {
 
  private:
   static constexpr bool kPackable = PackableExpert<E>;
-  using Experts = std::conditional_t<kPackable, PackedExperts<F>, GroupedExperts<E>>;  // routed, then shared
+  using Experts = std::conditional_t<kPackable, PackedExperts, GroupedExperts<E>>;  // routed, then shared
 
-  static InstructionSet choose_set(const PackOptions& options) {
+  Index count() const { return num_experts() + num_shared_experts(); }
+
+  // Asks for the format of every expert.
+  template <class Formats>
+  InstructionSet choose_set(const Formats& formats, const PackOptions& options) const {
+    bool any_dot_format = false;
+    for (Index e = 0; e < count(); ++e)
+      formats.visit(e, [&]<Format F>(F) { any_dot_format |= kPackable && DotFormat<F>; });
     // AMX is asked for only where it is used: leave to use its tiles changes what signal stacks Linux
     // accepts.
-    const bool ask_amx = DotFormat<F> && kPackable && !options.instruction_set;
+    const bool ask_amx = any_dot_format && !options.instruction_set;
     const InstructionSet set = ask_amx && is_available(InstructionSet::amx)
                                    ? InstructionSet::amx
                                    : options.instruction_set.value_or(best_instruction_set());
     require(is_available(set), "pack: this processor does not have ", name_of(set),
             ", the best that it has is ", name_of(best_instruction_set()));
     if (!options.bf16_dot_product) return set;
-    bool found = false;
-    if constexpr (DotFormat<F>) found = F::find_dot(set, true) != nullptr;
-    require(DotFormat<F> && kPackable,
+    require(any_dot_format,
             "pack: bf16_dot_product = true, but the weights are not packed as BF16, expected false");
+    bool found = false;
+    for (Index e = 0; e < count(); ++e)
+      formats.visit(e, [&]<Format F>(F) { found |= dot_product_of<F>(set, true) != nullptr; });
     require(found, "pack: bf16_dot_product = true, but this processor has none for ", name_of(set),
             ", expected false");
     return set;
   }
 
-  Experts no_experts(const PackOptions& options) const {
+  Experts no_experts() const {
     if constexpr (kPackable)
-      return Experts(set_, options.bf16_dot_product, d_model());
+      return Experts(set_, d_model());
     else
       return {};
   }
 
-  template <class Any>
-  void add(Index e, const Any& expert) {
+  // Activations are rounded where the format has a product for that.
+  template <Format F, class Source>
+  void add(F format, Index e, Source& source, bool rounded) {
+    const auto& expert = source(e);
     require(expert.d_model() == d_model(), "pack: expert ", e, " has d_model = ", expert.d_model(),
             ", but the router has ", d_model());
     if constexpr (kPackable)
-      experts_.add(expert);
+      experts_.add(format, expert, rounded && dot_product_of<F>(set_, true));
     else
       experts_.insert(e, expert);
   }
@@ -282,8 +295,8 @@ class PackedMoELayer {
     }
   }
 
-  InstructionSet set_;
   PackedParts<R> parts_;
+  InstructionSet set_;
   Experts experts_;
 };
 
@@ -298,12 +311,15 @@ class PackedMoELayer {
 /// assert((fast.forward(x) - layer.forward(x)).norm() < 1e-4f);
 /// @endcode
 template <Format F, Expert E, Router R>
-PackedMoELayer<F, E, R> pack(const MoELayer<E, R>& layer, const PackOptions& options = {}) {
+PackedMoELayer<E, R> pack(const MoELayer<E, R>& layer, const PackOptions& options = {}) {
   const auto expert = [&](Index e) -> const E& {
     const Index routed = layer.num_experts();
     return e < routed ? layer.experts()[std::size_t(e)] : layer.shared_experts()[std::size_t(e - routed)];
   };
-  return {{layer.router(), layer.num_shared_experts(), layer.w_shared_gate, layer.b_output}, expert, options};
+  return {ExpertFormats<F>{},
+          {layer.router(), layer.num_shared_experts(), layer.w_shared_gate, layer.b_output},
+          expert,
+          options};
 }
 
 /// The same from experts that are made one at a time: expert(0), ..., routed and then shared. At any
@@ -312,7 +328,7 @@ PackedMoELayer<F, E, R> pack(const MoELayer<E, R>& layer, const PackOptions& opt
 template <Format F, Router R, std::invocable<Index> Source>
 auto pack(PackedParts<R> parts, Source&& expert, const PackOptions& options = {}) {
   using E = std::remove_cvref_t<std::invoke_result_t<Source, Index>>;
-  return PackedMoELayer<F, E, R>(std::move(parts), std::forward<Source>(expert), options);
+  return PackedMoELayer<E, R>(ExpertFormats<F>{}, std::move(parts), std::forward<Source>(expert), options);
 }
 
 }  // namespace moe

@@ -12,6 +12,7 @@
 #include <moe/kernels/kernels.hpp>
 #include <moe/kernels/select.hpp>
 #include <moe/packed/format.hpp>
+#include <moe/packed/packed_format.hpp>
 
 // Rows of activations times packed panels: rows are brought to where a product reads them, the depth is cut
 // into blocks, and what is read next is fetched meanwhile.
@@ -52,6 +53,15 @@ struct PackedProductWorkspace {
   Index workers = 1;            ///< for how many there are parts
   Index kept_depth = 0;         ///< of rows of which all blocks may be kept
 
+  /// Leaves room for nothing; then each product that will be called makes room for itself. Of few rows all
+  /// blocks are kept, up to `most_kept` numbers.
+  void begin(Index num_workers, Index most_kept) {
+    workers = num_workers;
+    kept_depth = most_kept;
+    products.clear();
+    rows.clear();
+    parts.clear();
+  }
   /// A worker's part.
   template <class T>
   T* part(Buffer<T>& buffer, Index worker) const {
@@ -65,54 +75,42 @@ struct PackedProductWorkspace {
 };
 
 /// The product of rows and panels of a format, by the kernels of an instruction set.
-template <Format F>
 class PackedProduct {
  public:
   static constexpr Index kMostPanels = 8;  ///< that are multiplied at a time
-  /// Bytes of weights that may stay in the caches from one call to the next.
-  static constexpr std::size_t kCachedBytes = std::size_t(1) << 24;
 
   /// By the kernels of a set; `rounded`: with activations rounded to bfloat16. Throws std::invalid_argument
   /// where this processor or the format has no such product.
-  PackedProduct(InstructionSet set, bool rounded)
-      : kernels_(kernels::find(set)), floats_(F::find_product(set)) {
-    if constexpr (DotFormat<F>) dot_ = F::find_dot(set, rounded);
-    require(kernels_ && floats_ && (dot_ || !rounded), "PackedProduct: there is no product for ",
-            name_of(set), rounded ? " with activations in bfloat16" : "");
+  template <Format F>
+  PackedProduct(F, InstructionSet set, bool rounded)
+      : kernels_(kernels::find(set)), format_(packed_format<F>(set, rounded)) {
+    require(kernels_ && format_.floats && (format_.dot || !rounded),
+            "PackedProduct: there is no product for ", name_of(set),
+            rounded ? " with activations in bfloat16" : "");
   }
 
   /// The kernels of the set.
   const kernels::Kernels& kernels() const { return *kernels_; }
+  /// The format of the panels.
+  const PackedFormat& format() const { return format_; }
   /// Whether rows are brought into bfloat16.
-  bool splits_rows() const { return dot_ != nullptr; }
+  bool splits_rows() const { return format_.dot != nullptr; }
   /// Rows that are multiplied at a time.
-  Index most_rows() const { return dot_ ? dot_->rows : floats_->rows; }
-  /// Panels of a task, for that many tasks or fewer: even where there are enough, for one row takes two at
-  /// once, and with work for about a microsecond, if there is so much. `work` is the multiply-adds of a
-  /// column.
-  Index panels_of_task(Index panels, Index tasks, Index work) const {
-    constexpr Index kLeast = Index(1) << 15;  // multiply-adds
-    const Index least = kLeast / std::max<Index>(1, work * kernels_->columns);
-    const Index share = (std::max)(panels / tasks, least);
-    const bool even = share > 1 || kernels_->streams > 1;
-    return std::clamp<Index>(even ? share + share % 2 : share, 1, kMostPanels);
-  }
+  Index most_rows() const { return format_.dot ? format_.dot->rows : format_.floats->rows; }
   /// How rows of `depth` numbers, filled up to `columns`, best lie: in blocks, from which a product of floats
   /// reads them; whole, where they are brought into bfloat16.
   kernels::RowBlocks row_blocks(Index depth, Index columns) const {
-    if (dot_) return {columns, columns, columns};
+    if (splits_rows()) return {columns, columns, columns};
     return {columns, kernels::block_depth(depth, kernels::kDepth), kernels::kRowStride<float>};
   }
 
-  /// Makes room for products of so many rows. Of few rows all blocks are kept, up to `kept_depth` numbers; of
-  /// others one of a product of at most `depth`.
-  void resize(PackedProductWorkspace& w, Index rows, Index kept_depth, Index depth, Index workers) const {
-    w.workers = workers;
-    w.kept_depth = kept_depth;
-    w.products.resize(workers * kMostPanels * rows * kernels_->columns);
+  /// Makes room for products of so many rows and of at most `depth` numbers, beside what others have room
+  /// for.
+  void make_room(PackedProductWorkspace& w, Index rows, Index depth) const {
+    grow(w.products, w.workers * kMostPanels * rows * kernels_->columns);
     with_product(w, [&](const auto& product, auto& buffer) {
-      const Index blocks = (kept_depth + product.depth - 1) / product.depth;
-      buffer.resize(workers * (std::max)(rows, kFewRows * blocks) * row_stride(product, depth));
+      const Index kept_blocks = (w.kept_depth + product.depth - 1) / product.depth;
+      grow(buffer, w.workers * (std::max)(rows, kFewRows * kept_blocks) * row_stride(product, depth));
     });
   }
 
@@ -121,32 +119,36 @@ class PackedProduct {
   template <class Use>
   void multiply(Index rows, const ActivationRows& x, const PackedPanels& panels, Index worker,
                 PackedProductWorkspace& w, const Use& use) const {
-    const Index columns = kernels_->columns, depth = panels.depth, panel_bytes = F::bytes(depth) * columns;
-    const Index wide = columns / kernels_->streams, stream_bytes = F::bytes(depth) * wide;
+    const Index columns = kernels_->columns, wide = columns / kernels_->streams, depth = panels.depth;
+    const Index column_bytes = format_.bytes(depth);
     const bool kept = x.block == 0 && kernels_->streams > 1 && rows <= kFewRows && depth <= w.kept_depth;
     const Index at_once = panels_at_once(rows, kept || x.block > 0);
     float* const c = w.part(w.products, worker);
     with_product(w, [&]<class X>(const kernels::Product<X>& product, Buffer<X>& buffer) {
       X* const own = w.part(buffer, worker);
-      const Index block = kernels::block_depth(depth, product.depth);
+      const Index block = kernels::block_depth(depth, product.depth),
+                  block_bytes = format_.bytes(block) * wide;
       const bool cached = panels.cached && rows == 1 && std::is_same_v<X, float>;
       for (Index i = 0; i < panels.count; i += at_once) {
         const Index count = (std::min)(at_once, panels.count - i);
-        const std::byte* const first = panels.data + i * panel_bytes;
-        const std::byte* const next = i + count < panels.count ? first + count * panel_bytes : panels.next;
-        for (Index p = 0; p < depth; p += block) {
-          const Index deep = (std::min)(block, depth - p), after = p + deep;
+        const std::byte* from = panels.data + i * column_bytes * columns;
+        const std::byte* const next =
+            i + count < panels.count ? from + count * column_bytes * columns : panels.next;
+        for (Index p = 0; p < depth; p += block, from += block_bytes) {
+          const Index deep = (std::min)(block, depth - p);
           X* const to = own + (kept ? p / block * rows * row_stride(product, block) : 0);
           product.multiply(rows, deep, bring(product, kept && i > 0 ? 0 : rows, x, p, deep, p / block, to),
-                           first + F::bytes(p) * wide, stream_bytes, count, c, p > 0,
-                           cached          ? nullptr
-                           : after < depth ? first + F::bytes(after) * wide
-                                           : next);
+                           from, column_bytes * wide, count, c, p > 0,
+                           cached             ? nullptr
+                           : p + deep < depth ? from + block_bytes
+                                              : next);
         }
         for (Index j = 0; j < count; ++j) use(i + j, c + j * rows * columns);
       }
     });
   }
+
+  friend bool operator==(const PackedProduct&, const PackedProduct&) = default;
 
  private:
   static constexpr Index kFewRows = 3;  // for which, with streams, all of the depth is brought at once
@@ -154,9 +156,13 @@ class PackedProduct {
   // Calls f with the product that multiplies and the buffer for its rows.
   template <class Call>
   void with_product(PackedProductWorkspace& w, const Call& f) const {
-    if constexpr (DotFormat<F>)
-      if (dot_) return f(*dot_, w.parts);
-    f(*floats_, w.rows);
+    if (format_.dot) return f(*format_.dot, w.parts);
+    f(*format_.floats, w.rows);
+  }
+
+  template <class T>
+  static void grow(Buffer<T>& buffer, Index size) {
+    buffer.resize((std::max)(size, buffer.size()));
   }
 
   // Panels that are taken together: all, where their rows must be brought; else as many as a product takes.
@@ -184,8 +190,7 @@ class PackedProduct {
   }
 
   const kernels::Kernels* kernels_;
-  const kernels::Product<float>* floats_;
-  const kernels::DotProduct* dot_ = nullptr;  // multiplies, where it is there, in place of floats_
+  PackedFormat format_;
 };
 
 }  // namespace moe
