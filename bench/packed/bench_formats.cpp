@@ -7,12 +7,14 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <benchmark/benchmark.h>
 
 #include "machine.hpp"
 #include "packed/layers.hpp"
+#include "peers/ggml.hpp"
 
 namespace moe::bench {
 namespace {
@@ -39,9 +41,43 @@ AnyLayer& layer_of(const Shape& shape, const std::string& format) {
   return *layer;
 }
 
+// What ggml has beside a format: the last that was asked for.
+std::vector<GgmlForm>& ggml_of(const Shape& shape, const std::string& format) {
+  static std::pair<const Shape*, std::string> held;
+  static std::vector<GgmlForm> forms;
+  const std::pair<const Shape*, std::string> wanted(&shape, format);
+  if (held == wanted) return forms;
+  forms.clear();
+  forms = ggml_forms(shape, format);
+  held = wanted;
+  return forms;
+}
+
 double median_of(std::vector<double> values) {
   std::nth_element(values.begin(), values.begin() + std::ptrdiff_t(values.size() / 2), values.end());
   return values[values.size() / 2];
+}
+
+// Runs ggml once; false where its output is not ours.
+bool try_ggml(std::vector<GgmlForm>& forms, const Matrix<float>& x, const Choices<float>& chosen, int threads,
+              const Matrix<float>& expected) {
+  for (GgmlForm& form : forms) {
+    form.layer->forward(x, chosen, threads);
+    form.error = (form.layer->y - expected).norm() / expected.norm();
+    form.over_ours.clear();
+    if (!(form.error < form.largest_error)) return false;
+  }
+  return true;
+}
+
+void count_ggml(benchmark::State& state, const std::vector<GgmlForm>& forms) {
+  std::string label;
+  for (const GgmlForm& form : forms) {
+    state.counters["vs_" + form.counter] = median_of(form.over_ours);
+    state.counters[form.counter + "_error"] = form.error;
+    label += (label.empty() ? "ggml: " : ", ") + form.type + " in " + form.layer->buffer_type();
+  }
+  state.SetLabel(label);
 }
 
 void run_row(benchmark::State& state, const Shape& shape, const std::string& format, Index tokens,
@@ -55,6 +91,11 @@ void run_row(benchmark::State& state, const Shape& shape, const std::string& for
   layers[0]->forward(x, routings[0], threads);
   layers[1]->forward(x, routings[0], threads);
   const double error = (layers[0]->y - layers[1]->y).norm() / layers[1]->y.norm();
+  std::vector<GgmlForm>& ggml = ggml_of(shape, format);
+  if (!try_ggml(ggml, x, routings[0].chosen, threads, layers[1]->y)) {
+    state.SkipWithError("vs_ggml has another result");
+    return;
+  }
 
   const Index megabytes = shape.tiny ? 8 : 512;
   std::vector<double> seconds, over_f32, over_bf16, bandwidths, peaks;
@@ -62,11 +103,11 @@ void run_row(benchmark::State& state, const Shape& shape, const std::string& for
   for (int round = 0; round < rounds; ++round) {
     bandwidths.push_back(bandwidth(threads, megabytes));
     if (round < 3) peaks.push_back(peak_flops(layers[0]->instruction_set(), threads));
+    const auto& routing = routings[std::size_t(round) % routings.size()];
     double taken[3];
-    for (int k = 0; k < 3; ++k) {
-      const auto& routing = routings[std::size_t(round) % routings.size()];
-      taken[k] = seconds_of([&] { layers[k]->forward(x, routing, threads); });
-    }
+    for (int k = 0; k < 3; ++k) taken[k] = seconds_of([&] { layers[k]->forward(x, routing, threads); });
+    for (GgmlForm& form : ggml)
+      form.over_ours.push_back(form.layer->forward(x, routing.chosen, threads) / taken[0]);
     seconds.push_back(taken[0]);
     over_f32.push_back(taken[1] / taken[0]);
     over_bf16.push_back(taken[2] / taken[0]);
@@ -85,6 +126,7 @@ void run_row(benchmark::State& state, const Shape& shape, const std::string& for
   state.counters["GFLOPs"] = flops / time * 1e-9;
   state.counters["vs_f32"] = median_of(over_f32);
   state.counters["vs_bf16"] = median_of(over_bf16);
+  count_ggml(state, ggml);
 }
 
 const Shape kShapes[] = {{"tiny", 64, 96, 8, 0, 2, true, true},
