@@ -182,7 +182,30 @@ class Int8Products : public testing::Test {
     return y;
   }
 
+  // Beside the product of the numbers themselves: half a step of each block, by the magnitudes of its
+  // weights.
+  static void expect_near_exact(const Weights& w, const Matrix<float>& x, const Matrix<float>& y) {
+    for (Index i = 0; i < x.rows(); ++i)
+      for (Index j = 0; j < w.columns; ++j) {
+        double sum = 0, bound = 0, magnitude = 0;
+        for (Index p = 0; p < w.depth; p += kBlock) {
+          const Index count = std::min(kBlock, w.depth - p);
+          const Block& block = w.column(j)[p / kBlock];
+          const double step = x.row(i).segment(p, count).cwiseAbs().maxCoeff() / 127.0;
+          for (Index q = 0; q < count; ++q) {
+            double weight = double(code(block, q)) * double(scale_of(block));
+            if constexpr (requires { block.offset; }) weight += double(block.offset);
+            sum += weight * double(x(i, p + q));
+            bound += std::abs(weight) * step / 2;
+            magnitude += std::abs(weight) * (std::abs(double(x(i, p + q))) + step);
+          }
+        }
+        ASSERT_LE(std::abs(double(y(i, j)) - sum), bound + 1e-5 * magnitude + 1e-30) << i << ' ' << j;
+      }
+  }
+
   void expect_equal(const Weights& w, const Matrix<float>& x) {
+    expect_near_exact(w, x, expected(w, x, true));
     for (const Variant& by : variants<Block>()) {
       const Matrix<float> y = multiplied(by, w, x), wanted = expected(w, x, by.is_fused);
       ASSERT_EQ(std::memcmp(y.data(), wanted.data(), std::size_t(y.size()) * sizeof(float)), 0)

@@ -56,6 +56,11 @@ struct BlockFormat {
   static const kernels::Product<float>* find_product(InstructionSet set) {
     return kernels::find_product<B>(set);
   }
+  /// The product with rows in 8 bits, or null: see Int8Format.
+  static const kernels::Product<kernels::Int8Activations>* find_int8_product(
+      InstructionSet set) requires kernels::IntegerBlock<B> {
+    return kernels::find_int8_product<B>(set);
+  }
 
  private:
   // Blocks one after the other; of each, groups of `lanes` columns: their scales, offsets and words.

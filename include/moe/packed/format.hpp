@@ -41,4 +41,11 @@ concept DotFormat = Format<F> && requires(InstructionSet set, bool rounded) {
   { F::find_dot(set, rounded) } -> std::same_as<const kernels::DotProduct*>;
 };
 
+/// A format of integers that instruction sets also multiply by activations in 8 bits:
+///   F::find_int8_product(set)               by activations rounded to 8 bits; null for none
+template <class F>
+concept Int8Format = Format<F> && requires(InstructionSet set) {
+  { F::find_int8_product(set) } -> std::same_as<const kernels::Product<kernels::Int8Activations>*>;
+};
+
 }  // namespace moe

@@ -22,7 +22,8 @@ class PackedExpert {
   /// Lays the expert out in a format, for the PackedProduct of these arguments. O(parameters). Throws
   /// std::invalid_argument where there is no such product.
   template <Format F, PackableExpert E>
-  PackedExpert(F format, const E& expert, InstructionSet set, bool rounded) : product_(format, set, rounded) {
+  PackedExpert(F format, const E& expert, InstructionSet set, ActivationRounding rounding)
+      : product_(format, set, rounding) {
     const auto parts = expert_parts(expert);
     columns_ = product_.kernels().columns;
     activation_ = parts.activation;

@@ -55,13 +55,13 @@ class PackedExperts {
     require(is_available(set), "PackedExperts: this processor does not have ", name_of(set));
   }
 
-  /// Lays an expert out in a format; `rounded`: its activations are rounded to bfloat16. O(parameters).
-  /// Throws std::invalid_argument for another d_model, and where the format has no such product.
+  /// Lays an expert out in a format. O(parameters). Throws std::invalid_argument for another d_model, and
+  /// where the format has no such product.
   template <Format F, PackableExpert E>
-  void add(F format, const E& expert, bool rounded = false) {
+  void add(F format, const E& expert, ActivationRounding rounding = {}) {
     require(expert.d_model() == d_model_, "PackedExperts::add: expert ", size(),
             " has d_model = ", expert.d_model(), ", expected ", d_model_);
-    const PackedExpert& added = experts_.emplace_back(format, expert, set_, rounded);
+    const PackedExpert& added = experts_.emplace_back(format, expert, set_, rounding);
     if (std::find(products_.begin(), products_.end(), added.product()) == products_.end())
       products_.push_back(added.product());
     widest_ = (std::max)(widest_, hidden_rows(added).size());

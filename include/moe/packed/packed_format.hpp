@@ -9,12 +9,19 @@
 // What is left of a format once weights are packed.
 namespace moe {
 
+/// To what activations are rounded before they multiply, if at all.
+struct ActivationRounding {
+  bool to_bfloat16 = false;  ///< see DotFormat
+  bool to_int8 = false;      ///< see Int8Format
+};
+
 /// What a product needs of a format while the program runs.
 struct PackedFormat {
   /// Numbers of a column that lie side by side, and the bytes of so many.
   Index block, block_bytes;
-  const kernels::Product<float>* floats;  ///< multiplies by rows of floats, or null
-  const kernels::DotProduct* dot;         ///< by rows of bfloat16, or null
+  const kernels::Product<float>* floats;                   ///< multiplies by rows of floats, or null
+  const kernels::DotProduct* dot;                          ///< by rows of bfloat16, or null
+  const kernels::Product<kernels::Int8Activations>* int8;  ///< by rows in 8 bits, or null
 
   /// Bytes of a column of `depth` numbers.
   Index bytes(Index depth) const { return (depth + block - 1) / block * block_bytes; }
@@ -31,11 +38,20 @@ const kernels::DotProduct* dot_product_of(InstructionSet set, bool rounded) {
     return nullptr;
 }
 
-/// A format by the kernels of an instruction set; `rounded`: with activations rounded to bfloat16, where they
-/// are multiplied in bfloat16.
+/// The same by rows in 8 bits, see Int8Format.
 template <Format F>
-PackedFormat packed_format(InstructionSet set, bool rounded) {
-  return {F::kBlock, F::bytes(F::kBlock), F::find_product(set), dot_product_of<F>(set, rounded)};
+const kernels::Product<kernels::Int8Activations>* int8_product_of(InstructionSet set) {
+  if constexpr (Int8Format<F>)
+    return F::find_int8_product(set);
+  else
+    return nullptr;
+}
+
+/// A format by the kernels of an instruction set. Where it has no product for a rounding, that is null.
+template <Format F>
+PackedFormat packed_format(InstructionSet set, ActivationRounding rounding) {
+  return {F::kBlock, F::bytes(F::kBlock), F::find_product(set), dot_product_of<F>(set, rounding.to_bfloat16),
+          rounding.to_int8 ? int8_product_of<F>(set) : nullptr};
 }
 
 }  // namespace moe

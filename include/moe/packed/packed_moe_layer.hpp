@@ -33,6 +33,13 @@ struct PackOptions {
   /// AMX or the dot product of AVX-512 BF16. Less exact. Of the peak of floats the latter has twice on AMD
   /// Zen 4 and 5, half on Intel Sapphire Rapids: measure. For weights in BF16 and experts with a packed form.
   bool bf16_dot_product = false;
+  /// Rounds activations to 8 bits too, x and what stands between an expert's products: blocks of 32 numbers
+  /// of a row, the largest magnitude of which becomes 127; what lies below 2^-119 counts as zero. Products
+  /// are then sums of integers, by the dot products of VNNI where there are any. Less exact: the output
+  /// differs by about 0.01 of its magnitude, more where a few activations are far larger than the others. For
+  /// experts with a packed form whose weights are in Int8, Int4, Int4Offset or MXFP4, of which there must be
+  /// one; others stay as they are.
+  bool int8_activations = false;
 };
 
 /// What a packed layer has beside its experts, as MoELayer's members of these names.
@@ -115,7 +122,7 @@ class PackedMoELayer {
     require(parts_.b_output.size() == 0 || parts_.b_output.size() == d_model(), "pack: b_output has ",
             parts_.b_output.size(), " entries, expected d_model = ", d_model());
     for (Index e = 0; e < count(); ++e)
-      formats.visit(e, [&](auto format) { add(format, e, expert, options.bf16_dot_product); });
+      formats.visit(e, [&](auto format) { add(format, e, expert, options); });
   }
 
   Index d_model() const { return parts_.router.d_model(); }
@@ -215,27 +222,43 @@ class PackedMoELayer {
 
   Index count() const { return num_experts() + num_shared_experts(); }
 
-  // Asks for the format of every expert.
+  // Whether asked(format) is true of the format of some expert.
+  template <class Formats, class Ask>
+  bool any(const Formats& formats, const Ask& asked) const {
+    bool found = false;
+    for (Index e = 0; e < count(); ++e) formats.visit(e, [&](auto format) { found |= asked(format); });
+    return found && kPackable;
+  }
+
   template <class Formats>
   InstructionSet choose_set(const Formats& formats, const PackOptions& options) const {
-    bool any_dot_format = false;
-    for (Index e = 0; e < count(); ++e)
-      formats.visit(e, [&]<Format F>(F) { any_dot_format |= kPackable && DotFormat<F>; });
-    // AMX is asked for only where it is used: leave to use its tiles changes what signal stacks Linux
-    // accepts.
-    const bool ask_amx = any_dot_format && !options.instruction_set;
-    const InstructionSet set = ask_amx && is_available(InstructionSet::amx)
-                                   ? InstructionSet::amx
-                                   : options.instruction_set.value_or(best_instruction_set());
+    const bool any_dot_format = any(formats, []<Format F>(F) { return DotFormat<F>; });
+    const bool any_int8_format = any(formats, []<Format F>(F) { return Int8Format<F>; });
+    require(any_dot_format || !options.bf16_dot_product,
+            "pack: bf16_dot_product = true, but the weights are not packed as BF16, expected false");
+    require(
+        any_int8_format || !options.int8_activations,
+        "pack: int8_activations = true, but the weights are not packed as Int8, Int4, Int4Offset or MXFP4, "
+        "expected false");
+    const auto has_int8 = [&](InstructionSet set) {
+      return any(formats, [set]<Format F>(F) { return int8_product_of<F>(set) != nullptr; });
+    };
+    InstructionSet set = options.instruction_set.value_or(best_instruction_set());
+    if (!options.instruction_set) {
+      // AMX is asked for only where it is used: leave to use its tiles changes what signal stacks Linux
+      // accepts.
+      if (any_dot_format && is_available(InstructionSet::amx)) set = InstructionSet::amx;
+      // AVX-512 without VNNI.
+      if (options.int8_activations && !has_int8(set)) set = InstructionSet::avx2;
+    }
     require(is_available(set), "pack: this processor does not have ", name_of(set),
             ", the best that it has is ", name_of(best_instruction_set()));
-    if (!options.bf16_dot_product) return set;
-    require(any_dot_format,
-            "pack: bf16_dot_product = true, but the weights are not packed as BF16, expected false");
-    bool found = false;
-    for (Index e = 0; e < count(); ++e)
-      formats.visit(e, [&]<Format F>(F) { found |= dot_product_of<F>(set, true) != nullptr; });
-    require(found, "pack: bf16_dot_product = true, but this processor has none for ", name_of(set),
+    const auto has_dot = [set]<Format F>(F) { return dot_product_of<F>(set, true) != nullptr; };
+    require(!options.bf16_dot_product || any(formats, has_dot),
+            "pack: bf16_dot_product = true, but this processor has none for ", name_of(set),
+            ", expected false");
+    require(!options.int8_activations || has_int8(set),
+            "pack: int8_activations = true, but this processor has no such product for ", name_of(set),
             ", expected false");
     return set;
   }
@@ -249,12 +272,14 @@ class PackedMoELayer {
 
   // Activations are rounded where the format has a product for that.
   template <Format F, class Source>
-  void add(F format, Index e, Source& source, bool rounded) {
+  void add(F format, Index e, Source& source, const PackOptions& options) {
     const auto& expert = source(e);
     require(expert.d_model() == d_model(), "pack: expert ", e, " has d_model = ", expert.d_model(),
             ", but the router has ", d_model());
     if constexpr (kPackable)
-      experts_.add(format, expert, rounded && dot_product_of<F>(set_, true));
+      experts_.add(format, expert,
+                   {.to_bfloat16 = options.bf16_dot_product && dot_product_of<F>(set_, true),
+                    .to_int8 = options.int8_activations && int8_product_of<F>(set_)});
     else
       experts_.insert(e, expert);
   }

@@ -47,11 +47,12 @@ struct PackedPanels {
 
 /// Buffers of a product, a part for each worker. Reused, they allocate nothing.
 struct PackedProductWorkspace {
-  Buffer<float> products;       ///< what a worker multiplies now
-  Buffer<float> rows;           ///< the rows for that, side by side
-  Buffer<std::uint16_t> parts;  ///< the same, where they are in bfloat16
-  Index workers = 1;            ///< for how many there are parts
-  Index kept_depth = 0;         ///< of rows of which all blocks may be kept
+  Buffer<float> products;                  ///< what a worker multiplies now
+  Buffer<float> rows;                      ///< the rows for that, side by side
+  Buffer<std::uint16_t> parts;             ///< the same, where they are in bfloat16
+  Buffer<kernels::Int8Activations> bytes;  ///< the same, where they are in 8 bits
+  Index workers = 1;                       ///< for how many there are parts
+  Index kept_depth = 0;                    ///< of rows of which all blocks may be kept
 
   /// Leaves room for nothing; then each product that will be called makes room for itself. Of few rows all
   /// blocks are kept, up to `most_kept` numbers.
@@ -61,6 +62,7 @@ struct PackedProductWorkspace {
     products.clear();
     rows.clear();
     parts.clear();
+    bytes.clear();
   }
   /// A worker's part.
   template <class T>
@@ -79,26 +81,30 @@ class PackedProduct {
  public:
   static constexpr Index kMostPanels = 8;  ///< that are multiplied at a time
 
-  /// By the kernels of a set; `rounded`: with activations rounded to bfloat16. Throws std::invalid_argument
-  /// where this processor or the format has no such product.
+  /// By the kernels of a set. Throws std::invalid_argument where this processor or the format has no such
+  /// product.
   template <Format F>
-  PackedProduct(F, InstructionSet set, bool rounded)
-      : kernels_(kernels::find(set)), format_(packed_format<F>(set, rounded)) {
-    require(kernels_ && format_.floats && (format_.dot || !rounded),
+  PackedProduct(F, InstructionSet set, ActivationRounding rounding)
+      : kernels_(kernels::find(set)), format_(packed_format<F>(set, rounding)) {
+    require(kernels_ && format_.floats && (format_.dot || !rounding.to_bfloat16) &&
+                (format_.int8 || !rounding.to_int8),
             "PackedProduct: there is no product for ", name_of(set),
-            rounded ? " with activations in bfloat16" : "");
+            rounding.to_bfloat16 ? " with activations in bfloat16" : "",
+            rounding.to_int8 ? " with activations in 8 bits" : "");
   }
 
   /// The kernels of the set.
   const kernels::Kernels& kernels() const { return *kernels_; }
   /// The format of the panels.
   const PackedFormat& format() const { return format_; }
-  /// Whether rows are brought into bfloat16.
-  bool splits_rows() const { return format_.dot != nullptr; }
+  /// Whether rows are brought into bfloat16 or 8 bits.
+  bool splits_rows() const { return format_.int8 || format_.dot; }
   /// Rows that are multiplied at a time.
-  Index most_rows() const { return format_.dot ? format_.dot->rows : format_.floats->rows; }
+  Index most_rows() const {
+    return format_.int8 ? format_.int8->rows : format_.dot ? format_.dot->rows : format_.floats->rows;
+  }
   /// How rows of `depth` numbers, filled up to `columns`, best lie: in blocks, from which a product of floats
-  /// reads them; whole, where they are brought into bfloat16.
+  /// reads them; whole, where they are brought into other numbers.
   kernels::RowBlocks row_blocks(Index depth, Index columns) const {
     if (splits_rows()) return {columns, columns, columns};
     return {columns, kernels::block_depth(depth, kernels::kDepth), kernels::kRowStride<float>};
@@ -108,7 +114,8 @@ class PackedProduct {
   /// for.
   void make_room(PackedProductWorkspace& w, Index rows, Index depth) const {
     grow(w.products, w.workers * kMostPanels * rows * kernels_->columns);
-    with_product(w, [&](const auto& product, auto& buffer) {
+    with_product([&]<class X>(const kernels::Product<X>& product) {
+      auto& buffer = rows_of<X>(w);
       const Index kept_blocks = (w.kept_depth + product.depth - 1) / product.depth;
       grow(buffer, w.workers * (std::max)(rows, kFewRows * kept_blocks) * row_stride(product, depth));
     });
@@ -124,8 +131,8 @@ class PackedProduct {
     const bool kept = x.block == 0 && kernels_->streams > 1 && rows <= kFewRows && depth <= w.kept_depth;
     const Index at_once = panels_at_once(rows, kept || x.block > 0);
     float* const c = w.part(w.products, worker);
-    with_product(w, [&]<class X>(const kernels::Product<X>& product, Buffer<X>& buffer) {
-      X* const own = w.part(buffer, worker);
+    with_product([&]<class X>(const kernels::Product<X>& product) {
+      X* const own = w.part(rows_of<X>(w), worker);
       const Index block = kernels::block_depth(depth, product.depth),
                   block_bytes = format_.bytes(block) * wide;
       const bool cached = panels.cached && rows == 1 && std::is_same_v<X, float>;
@@ -153,11 +160,22 @@ class PackedProduct {
  private:
   static constexpr Index kFewRows = 3;  // for which, with streams, all of the depth is brought at once
 
-  // Calls f with the product that multiplies and the buffer for its rows.
+  // Calls f with the product that multiplies.
   template <class Call>
-  void with_product(PackedProductWorkspace& w, const Call& f) const {
-    if (format_.dot) return f(*format_.dot, w.parts);
-    f(*format_.floats, w.rows);
+  void with_product(const Call& f) const {
+    if (format_.int8) return f(*format_.int8);
+    if (format_.dot) return f(*format_.dot);
+    return f(*format_.floats);
+  }
+  // The buffer for its rows.
+  template <class X>
+  static Buffer<X>& rows_of(PackedProductWorkspace& w) {
+    if constexpr (std::is_same_v<X, float>)
+      return w.rows;
+    else if constexpr (std::is_same_v<X, std::uint16_t>)
+      return w.parts;
+    else
+      return w.bytes;
   }
 
   template <class T>
