@@ -100,11 +100,12 @@ class LayerReader {
                            Index cols) {
     const Part part = find(source, expert, num_experts, rows, cols, false, {});
     BlockMatrix<F> out(rows, cols);
-    const bool kept = !part.transposed && part.matrix.template in_blocks_of<F>([&](const auto& stored) {
-      for (Index i = 0; i < rows; ++i)
-        for (Index nth = 0; nth < F::blocks(cols); ++nth)
-          out.row(i)[nth] = stored.block(row_of(part.rows, rows, i), nth);
-    });
+    const bool kept =
+        !part.transposed && part.matrix.template in_blocks_of<F>(where_, [&](const auto& stored) {
+          for (Index i = 0; i < rows; ++i)
+            for (Index nth = 0; nth < F::blocks(cols); ++nth)
+              out.row(i)[nth] = stored.block(row_of(part.rows, rows, i), nth);
+        });
     if (!kept) {
       Matrix<float> numbers(rows, cols);
       copy(part, numbers);
@@ -244,8 +245,8 @@ class LayerReader {
     std::set<TensorPart>& parts = parts_[{name, part.expert}];
     for (const TensorPart before : parts)
       if (rest_of(before) != part.rows)
-        throw CheckpointError("load_layer: two parameters of this model take the same rows of " + name +
-                              ", expected one");
+        throw CheckpointError(std::string(where_) + ": two parameters of this model take the same rows of " +
+                              name + ", expected one");
     parts.insert(part.rows);
     Used& used = used_[name];
     used = {{name, used.tensor.values + values, copied}, part.whole};

@@ -62,17 +62,18 @@ struct StoredMatrix {
   }
 
   /// Calls use(stored) with the stored numbers, if they are in blocks of a packed format: BlockScaledFP8 or
-  /// StoredMXFP4. Says whether they are. Throws CheckpointError where they do not fit their scales.
+  /// StoredMXFP4. Says whether they are. Throws CheckpointError where they do not fit their scales; `where`
+  /// begins its message.
   template <InBlocks F, class Use>
-  bool in_blocks_of(const Use& use) const {
+  bool in_blocks_of(const char* where, const Use& use) const {
     if constexpr (std::is_same_v<F, FP8>)
       if (format == Format::block_scaled_fp8) {
-        use(BlockScaledFP8(values, scales, "load_packed"));
+        use(BlockScaledFP8(values, scales, where));
         return true;
       }
     if constexpr (std::is_same_v<F, MXFP4>)
       if (format == Format::mxfp4) {
-        use(StoredMXFP4(values, scales, "load_packed"));
+        use(StoredMXFP4(values, scales, where));
         return true;
       }
     return false;
