@@ -194,6 +194,7 @@ TEST_P(Allocation, NoneOnceWarmWhenPacked) {
         {make_experts<E>(1, options, rng), side == GateSide::output});
     const auto f32 = pack<F32>(layer);
     const auto bf16 = pack<BF16>(layer);
+    const auto mixed = pack<Int8, BF16>(layer, [](Index e) { return e % 2; });
     PackedWorkspace workspace;
     Matrix<float> x(90, d_model), y;
     const auto expect_none = [&](const auto& packed, const auto& executor) {
@@ -210,6 +211,7 @@ TEST_P(Allocation, NoneOnceWarmWhenPacked) {
     };
     expect_none(f32, Sequential{});
     expect_none(bf16, Sequential{});
+    expect_none(mixed, Sequential{});
     const auto expect_none_of_smaller = [&](const auto& packed) {
       PackedWorkspace own;
       packed.reserve(own, 12, {}, Sequential{});
@@ -223,6 +225,7 @@ TEST_P(Allocation, NoneOnceWarmWhenPacked) {
     };
     expect_none_of_smaller(f32);
     expect_none_of_smaller(bf16);
+    expect_none_of_smaller(mixed);
 #ifdef _OPENMP
     expect_none(f32, OpenMP{.num_threads = 2});
 #endif

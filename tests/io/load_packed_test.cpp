@@ -171,6 +171,40 @@ TEST(LoadPacked, OtherFormatsAreThoseOfTheLoadedLayer) {
   expect_same_bits(load_packed<MXFP4>(model, checkpoint, 3), pack<MXFP4>(layer), rng);
 }
 
+// The layer with the weights of one expert rounded.
+template <Format F, class E>
+void round_expert(E& expert) {
+  for (auto* w : {&expert.w_gate, &expert.w_up, &expert.w_down})
+    for (Index i = 0; i < w->rows(); ++i) F::round(&(*w)(i, 0), w->cols());
+}
+
+TEST(LoadPacked, ASharedExpertMayBeInAnotherFormat) {
+  Rng rng(7);
+  const auto model = small_deepseek();
+  const Checkpoint checkpoint = deepseek(DType::F32, rng).open();
+  auto layer = load_layer<float>(model, checkpoint, 3);
+  round_expert<Int8>(layer.shared_experts()[0]);
+  const auto format_of = [](Index e) { return e < 4 ? 0 : 1; };
+  for (const InstructionSet set : available_sets())
+    expect_same_bits(load_packed<FP8, Int8>(model, checkpoint, 3, format_of, {.instruction_set = set}),
+                     pack<F32>(layer, {.instruction_set = set}), rng);
+}
+
+TEST(LoadPacked, EachExpertMayBeInAFormatOfItsOwn) {
+  Rng rng(8);
+  const auto model = small_gpt_oss();
+  const Checkpoint checkpoint = gpt_oss(rng).open();
+  auto layer = load_layer<float>(model, checkpoint, 0);
+  round_expert<BF16>(layer.experts()[0]);
+  round_expert<Int4>(layer.experts()[2]);
+  const auto format_of = [](Index e) { return (e + 1) % 3; };
+  for (const InstructionSet set : available_sets())
+    expect_same_bits(
+        load_packed<Int4, BF16, MXFP4>(model, checkpoint, 0, format_of, {.instruction_set = set}),
+        pack<F32>(layer, {.instruction_set = set}), rng);
+  EXPECT_THROW((load_packed<Int4, BF16>(model, checkpoint, 0, format_of)), std::invalid_argument);
+}
+
 TEST(LoadPacked, ANumberThatIsNoneMakesItsColumnNaN) {
   Rng rng(5);
   const auto model = small_deepseek();

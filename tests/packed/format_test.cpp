@@ -59,6 +59,13 @@ TYPED_TEST(FormatLaws, BlocksOfTheDepthFollowEachOther) {
   }
 }
 
+// What is kept of a format while a program runs knows how long columns are.
+TYPED_TEST(FormatLaws, ColumnsAreWholeBlocks) {
+  const PackedFormat format = packed_format<TypeParam>(InstructionSet::portable, false);
+  for (Index depth = 0; depth < 200; ++depth)
+    ASSERT_EQ(format.bytes(depth), TypeParam::bytes(depth)) << depth;
+}
+
 TYPED_TEST(FormatLaws, EveryAvailableSetHasAProduct) {
   for (const auto set :
        {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512, InstructionSet::amx})

@@ -11,7 +11,7 @@
 namespace moe {
 namespace {
 
-template <class Format>
+template <class... Formats>
 void expect_same_for_every_executor(GateSide side, Overflow overflow) {
   using E = GatedFeedForward<float>;
   Rng rng(1);
@@ -25,7 +25,7 @@ void expect_same_for_every_executor(GateSide side, Overflow overflow) {
                                          rng),
                        {make_experts<E>(2, {.d_model = 33, .d_ff = 50}, rng), side == GateSide::output},
                        true);
-  const auto fast = pack<Format>(layer);
+  const auto fast = pack<Formats...>(layer, [](Index e) { return e % Index(sizeof...(Formats)); });
   Matrix<float> x(537, 33);
   fill_normal(x, 1.0, rng);
   BatchInfo info;
@@ -54,6 +54,7 @@ TEST(Threads, PackedLayersAreTheSameForEveryExecutor) {
   expect_same_for_every_executor<Int8>(GateSide::output, Overflow::next_best);
   expect_same_for_every_executor<Int4Offset>(GateSide::input, Overflow::drop);
   expect_same_for_every_executor<FP8>(GateSide::output, Overflow::drop);
+  expect_same_for_every_executor<Int4, BF16, F32>(GateSide::output, Overflow::drop);
 }
 
 }  // namespace

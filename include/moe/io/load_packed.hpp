@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <type_traits>
+#include <concepts>
 #include <utility>
 
 #include <moe/core/storage.hpp>
@@ -11,6 +11,7 @@
 #include <moe/io/layer_reader.hpp>
 #include <moe/models/model.hpp>
 #include <moe/packed/block_matrix.hpp>
+#include <moe/packed/expert_formats.hpp>
 #include <moe/packed/format.hpp>
 #include <moe/packed/packed_moe_layer.hpp>
 
@@ -29,6 +30,31 @@ struct PackedFrom<F, E> {
   using Storage = Quantised<F>;
 };
 
+// See load_packed below.
+template <Format... F, class Unit, template <class> class R>
+auto load_packed(const ExpertFormats<F...>& formats, const Model<Unit, R>& model,
+                 const Checkpoint& checkpoint, Index layer, const PackOptions& options) {
+  using Expert = typename Model<Unit, R>::template Expert<float>;
+  const LayerTensors& tensors = model.tensors;
+  LayerReader<float> reader(checkpoint, find_names(model, tensors.w_router, checkpoint, layer, "load_packed"),
+                            "load_packed");
+  PackedParts<R<float>> parts{.router = read_router(reader, model),
+                              .num_shared_experts = model.shared_experts};
+  if (model.gated_shared_experts) parts.w_shared_gate.resize(model.shared_experts, model.d_model());
+  if (model.output_bias) parts.b_output.resize(model.d_model());
+  reader.read(tensors.w_shared_gate, 0, 0, parts.w_shared_gate);
+  reader.read(tensors.b_output, 0, 0, parts.b_output);
+  const auto expert = [&]<Format Of>(Index e, Of) {
+    using Storage = typename PackedFrom<Of, Expert>::Storage;
+    const Index routed = model.num_experts();
+    if (e < routed) return read_expert<Storage>(reader, model, tensors.experts, e, model.d_ff, routed);
+    return read_expert<Storage>(reader, model, tensors.shared_expert, e - routed, model.shared_d_ff, 0);
+  };
+  PackedMoELayer<Expert, R<float>> packed(formats, std::move(parts), expert, options);
+  check_all_read(reader, tensors);
+  return packed;
+}
+
 }  // namespace io
 
 /// Layer `layer` of a model for inference, packed in a format: pack<F>(load_layer<float>(...)) with one
@@ -40,25 +66,16 @@ struct PackedFrom<F, E> {
 template <Format F, class Unit, template <class> class R>
 auto load_packed(const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer,
                  const PackOptions& options = {}) {
-  using Expert = typename Model<Unit, R>::template Expert<float>;
-  using Storage = typename io::PackedFrom<F, Expert>::Storage;
-  const LayerTensors& tensors = model.tensors;
-  io::LayerReader<float> reader(
-      checkpoint, io::find_names(model, tensors.w_router, checkpoint, layer, "load_packed"), "load_packed");
-  PackedParts<R<float>> parts{.router = io::read_router(reader, model),
-                              .num_shared_experts = model.shared_experts};
-  if (model.gated_shared_experts) parts.w_shared_gate.resize(model.shared_experts, model.d_model());
-  if (model.output_bias) parts.b_output.resize(model.d_model());
-  reader.read(tensors.w_shared_gate, 0, 0, parts.w_shared_gate);
-  reader.read(tensors.b_output, 0, 0, parts.b_output);
-  const auto expert = [&](Index e) {
-    const Index routed = model.num_experts();
-    if (e < routed) return io::read_expert<Storage>(reader, model, tensors.experts, e, model.d_ff, routed);
-    return io::read_expert<Storage>(reader, model, tensors.shared_expert, e - routed, model.shared_d_ff, 0);
-  };
-  PackedMoELayer<Expert, R<float>> packed(ExpertFormats<F>{}, std::move(parts), expert, options);
-  io::check_all_read(reader, tensors);
-  return packed;
+  return io::load_packed(ExpertFormats<F>{}, model, checkpoint, layer, options);
+}
+
+/// The same with experts in several formats: format_of(e) is the position in the list, from 0, of expert e's,
+/// see pack. Example: load_packed<FP8, Int4>(deepseek_v3, checkpoint, 3, [](Index e) { return e < 256; }).
+template <Format... F, class Unit, template <class> class R, std::invocable<Index> FormatOf>
+auto load_packed(const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer, FormatOf&& format_of,
+                 const PackOptions& options = {}) {
+  return io::load_packed(ExpertFormats<F...>{std::forward<FormatOf>(format_of)}, model, checkpoint, layer,
+                         options);
 }
 
 }  // namespace moe

@@ -31,7 +31,8 @@ struct PackOptions {
   std::optional<InstructionSet> instruction_set{};
   /// Rounds activations to bfloat16 too, x and what stands between an expert's products, and multiplies by
   /// AMX or the dot product of AVX-512 BF16. Less exact. Of the peak of floats the latter has twice on AMD
-  /// Zen 4 and 5, half on Intel Sapphire Rapids: measure. For weights in BF16 and experts with a packed form.
+  /// Zen 4 and 5, half on Intel Sapphire Rapids: measure. For experts with a packed form whose weights are in
+  /// BF16, of which there must be one; others stay as they are.
   bool bf16_dot_product = false;
   /// Rounds activations to 8 bits too, x and what stands between an expert's products: blocks of 32 numbers
   /// of a row, the largest magnitude of which becomes 127; what lies below 2^-119 counts as zero. Products
@@ -106,9 +107,10 @@ class PackedMoELayer {
   static_assert(std::is_same_v<typename E::Scalar, float>, "only layers of float can be packed");
 
   /// Takes the experts, routed and then shared, from expert(0), expert(1), ... one at a time: each may be
-  /// freed before the next is made. Where E has a packed form, any other that has one will do, e.g. one whose
-  /// weights are in blocks. Throws std::invalid_argument where the processor does not have what the
-  /// options ask for, or where shapes do not fit.
+  /// freed before the next is made. A source that wants to know the format F of an expert is called as
+  /// expert(e, F()). Where E has a packed form, any other that has one will do, e.g. one whose weights are in
+  /// blocks. Throws std::invalid_argument where the processor does not have what the options ask for, where
+  /// shapes do not fit, and for an expert without a format, which is seen before the first one is asked for.
   template <Format... F, class Source>
   PackedMoELayer(const ExpertFormats<F...>& formats, PackedParts<R> parts, Source&& expert,
                  const PackOptions& options = {})
@@ -124,6 +126,18 @@ class PackedMoELayer {
     for (Index e = 0; e < count(); ++e)
       formats.visit(e, [&](auto format) { add(format, e, expert, options); });
   }
+  /// The same with the experts of a layer.
+  template <Format... F>
+  PackedMoELayer(const ExpertFormats<F...>& formats, const MoELayer<E, R>& layer,
+                 const PackOptions& options = {})
+      : PackedMoELayer(
+            formats, {layer.router(), layer.num_shared_experts(), layer.w_shared_gate, layer.b_output},
+            [&layer](Index e) -> const E& {
+              const Index routed = layer.num_experts();
+              return e < routed ? layer.experts()[std::size_t(e)]
+                                : layer.shared_experts()[std::size_t(e - routed)];
+            },
+            options) {}
 
   Index d_model() const { return parts_.router.d_model(); }
   Index num_experts() const { return parts_.router.num_experts(); }
@@ -270,10 +284,18 @@ class PackedMoELayer {
       return {};
   }
 
+  template <Format F, class Source>
+  static decltype(auto) made(Source& source, Index e, F format) {
+    if constexpr (std::invocable<Source&, Index, F>)
+      return source(e, format);
+    else
+      return source(e);
+  }
+
   // Activations are rounded where the format has a product for that.
   template <Format F, class Source>
   void add(F format, Index e, Source& source, const PackOptions& options) {
-    const auto& expert = source(e);
+    const auto& expert = made(source, e, format);
     require(expert.d_model() == d_model(), "pack: expert ", e, " has d_model = ", expert.d_model(),
             ", but the router has ", d_model());
     if constexpr (kPackable)
@@ -337,14 +359,24 @@ class PackedMoELayer {
 /// @endcode
 template <Format F, Expert E, Router R>
 PackedMoELayer<E, R> pack(const MoELayer<E, R>& layer, const PackOptions& options = {}) {
-  const auto expert = [&](Index e) -> const E& {
-    const Index routed = layer.num_experts();
-    return e < routed ? layer.experts()[std::size_t(e)] : layer.shared_experts()[std::size_t(e - routed)];
-  };
-  return {ExpertFormats<F>{},
-          {layer.router(), layer.num_shared_experts(), layer.w_shared_gate, layer.b_output},
-          expert,
-          options};
+  return {ExpertFormats<F>{}, layer, options};
+}
+
+/// The same with experts in several formats: format_of(e) is the position in the list, from 0, of expert e's,
+/// routed experts first and then shared ones. It may be asked several times. Throws std::invalid_argument for
+/// a position that is none, too.
+/// @code
+/// moe::Rng rng(1);
+/// const auto experts = moe::make_experts<moe::FeedForward<float>>(4, {.d_model = 8, .d_ff = 16}, rng);
+/// const moe::TopKRouter<float> router({.d_model = 8, .num_experts = 4, .top_k = 2}, rng);
+/// const moe::MoELayer layer(experts, router, {experts});
+/// const auto fast = moe::pack<moe::Int4, moe::Int8>(layer, [](moe::Index e) { return e < 4 ? 0 : 1; });
+/// assert(fast.memory_bytes() < moe::pack<moe::Int8>(layer).memory_bytes());
+/// @endcode
+template <Format... F, Expert E, Router R, std::invocable<Index> FormatOf>
+PackedMoELayer<E, R> pack(const MoELayer<E, R>& layer, FormatOf&& format_of,
+                          const PackOptions& options = {}) {
+  return {ExpertFormats<F...>{std::forward<FormatOf>(format_of)}, layer, options};
 }
 
 /// The same from experts that are made one at a time: expert(0), ..., routed and then shared. At any
@@ -354,6 +386,15 @@ template <Format F, Router R, std::invocable<Index> Source>
 auto pack(PackedParts<R> parts, Source&& expert, const PackOptions& options = {}) {
   using E = std::remove_cvref_t<std::invoke_result_t<Source, Index>>;
   return PackedMoELayer<E, R>(ExpertFormats<F>{}, std::move(parts), std::forward<Source>(expert), options);
+}
+
+/// The same with experts in several formats.
+/// Example: `pack<Int4, Int8>(PackedParts{router}, read, [](Index e) { return e < 8 ? 0 : 1; })`
+template <Format... F, Router R, std::invocable<Index> Source, std::invocable<Index> FormatOf>
+auto pack(PackedParts<R> parts, Source&& expert, FormatOf&& format_of, const PackOptions& options = {}) {
+  using E = std::remove_cvref_t<std::invoke_result_t<Source, Index>>;
+  return PackedMoELayer<E, R>(ExpertFormats<F...>{std::forward<FormatOf>(format_of)}, std::move(parts),
+                              std::forward<Source>(expert), options);
 }
 
 }  // namespace moe
