@@ -195,6 +195,7 @@ TEST_P(Allocation, NoneOnceWarmWhenPacked) {
     const auto f32 = pack<F32>(layer);
     const auto bf16 = pack<BF16>(layer);
     const auto mixed = pack<Int8, BF16>(layer, [](Index e) { return e % 2; });
+    const auto int8 = pack<Int4>(layer, {.int8_activations = true});
     PackedWorkspace workspace;
     Matrix<float> x(90, d_model), y;
     const auto expect_none = [&](const auto& packed, const auto& executor) {
@@ -212,6 +213,7 @@ TEST_P(Allocation, NoneOnceWarmWhenPacked) {
     expect_none(f32, Sequential{});
     expect_none(bf16, Sequential{});
     expect_none(mixed, Sequential{});
+    expect_none(int8, Sequential{});
     const auto expect_none_of_smaller = [&](const auto& packed) {
       PackedWorkspace own;
       packed.reserve(own, 12, {}, Sequential{});
@@ -226,6 +228,7 @@ TEST_P(Allocation, NoneOnceWarmWhenPacked) {
     expect_none_of_smaller(f32);
     expect_none_of_smaller(bf16);
     expect_none_of_smaller(mixed);
+    expect_none_of_smaller(int8);
 #ifdef _OPENMP
     expect_none(f32, OpenMP{.num_threads = 2});
 #endif

@@ -61,7 +61,7 @@ TYPED_TEST(FormatLaws, BlocksOfTheDepthFollowEachOther) {
 
 // What is kept of a format while a program runs knows how long columns are.
 TYPED_TEST(FormatLaws, ColumnsAreWholeBlocks) {
-  const PackedFormat format = packed_format<TypeParam>(InstructionSet::portable, false);
+  const PackedFormat format = packed_format<TypeParam>(InstructionSet::portable, {});
   for (Index depth = 0; depth < 200; ++depth)
     ASSERT_EQ(format.bytes(depth), TypeParam::bytes(depth)) << depth;
 }

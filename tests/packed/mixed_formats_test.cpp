@@ -142,17 +142,17 @@ TEST(MixedFormats, APackedLayerHasTheBitsOfFloatsOfWhichEachExpertsAreRoundedByI
   }
 }
 
-// Where weights in bfloat16 are multiplied in bfloat16: each expert alone gives what it adds to the output,
+// Where activations of some experts are in other numbers: each expert alone gives what it adds to the output,
 // in ascending order by one fused multiply-add. Alone it is packed in its format, so that this holds for sums
 // of any order; experts in blocks of rows of floats and others are neighbours.
-template <bool kRounded>
-void expect_sums_of_experts_alone(InstructionSet set, Rng& rng) {
+void expect_sums_of_experts_alone(const PackOptions& options, Rng& rng) {
+  const InstructionSet set = *options.instruction_set;
   const auto layer = draw_layer<Gated>(70, 5, 2, rng);
   std::vector<Index> positions = draw_positions(7, 3, rng);
-  positions[std::size_t(rng.index(7))] = 1;
+  positions[std::size_t(1 + rng.index(6))] = 1;
   const auto format_of = [&](Index e) { return positions[std::size_t(e)]; };
-  const auto packed =
-      pack<Int8, BF16, F32>(layer, format_of, {.instruction_set = set, .bf16_dot_product = kRounded});
+  positions[0] = 0;
+  const auto packed = pack<Int8, BF16, F32>(layer, format_of, options);
   for (const Index tokens : {1, 5, 300}) {
     Matrix<float> x(tokens, 70);
     fill_normal(x, 1.0, rng);
@@ -160,10 +160,12 @@ void expect_sums_of_experts_alone(InstructionSet set, Rng& rng) {
     const DispatchPlan<float>& plan = routing.plan;
     Matrix<float> expected = Matrix<float>::Zero(tokens, 70);
     const auto add = [&]<Format F>(F, const Gated& expert, Index e) {
-      const bool dot = kRounded && DotFormat<F>;
+      PackOptions own = options;
+      own.bf16_dot_product &= DotFormat<F>;
+      own.int8_activations &= Int8Format<F>;
       const MoELayer alone(std::vector<Gated>{expert},
                            Router({.d_model = 70, .num_experts = 1, .top_k = 1}, rng));
-      const auto one = pack<F>(alone, {.instruction_set = set, .bf16_dot_product = dot});
+      const auto one = pack<F>(alone, own);
       const Matrix<float> output = one.forward(x);
       const auto add_row = [&](Index t, float gate) {
         for (Index j = 0; j < 70; ++j) expected(t, j) = std::fma(gate, output(t, j), expected(t, j));
@@ -188,13 +190,18 @@ void expect_sums_of_experts_alone(InstructionSet set, Rng& rng) {
   }
 }
 
-TEST(MixedFormats, ExpertsThatAreMultipliedInBfloat16StandBesideOthers) {
+TEST(MixedFormats, ExpertsWithRoundedActivationsStandBesideOthers) {
   Rng rng(2);
   for (int trial = 0; trial < (kSanitized ? 2 : 4); ++trial)
     for (const InstructionSet set : available_sets()) {
       if (set == InstructionSet::portable) continue;  // whether it fuses is up to the compiler
-      expect_sums_of_experts_alone<false>(set, rng);
-      if (kernels::find_dot(set, true)) expect_sums_of_experts_alone<true>(set, rng);
+      const bool dot = kernels::find_dot(set, true) != nullptr, int8 = int8_product_of<Int8>(set) != nullptr;
+      expect_sums_of_experts_alone({.instruction_set = set}, rng);
+      if (dot) expect_sums_of_experts_alone({.instruction_set = set, .bf16_dot_product = true}, rng);
+      if (int8) expect_sums_of_experts_alone({.instruction_set = set, .int8_activations = true}, rng);
+      if (dot && int8)
+        expect_sums_of_experts_alone(
+            {.instruction_set = set, .bf16_dot_product = true, .int8_activations = true}, rng);
       if (HasFatalFailure()) return;
     }
 }

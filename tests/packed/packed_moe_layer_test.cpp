@@ -606,8 +606,11 @@ TEST(PackedExperts, BeginAndEndEveryNumberOfTheOutputOnce) {
 
 TEST(PackedExperts, RefuseWhatDoesNotFit) {
   PackedExperts experts(InstructionSet::portable, 8);
-  EXPECT_EQ(message_of([&] { experts.add(F32(), make_layer(8, 4, 1, 1).experts()[0], true); }),
-            "PackedProduct: there is no product for portable kernels with activations in bfloat16");
+  EXPECT_EQ(
+      message_of([&] { experts.add(F32(), make_layer(8, 4, 1, 1).experts()[0], {.to_bfloat16 = true}); }),
+      "PackedProduct: there is no product for portable kernels with activations in bfloat16");
+  EXPECT_EQ(message_of([&] { experts.add(FP8(), make_layer(8, 4, 1, 1).experts()[0], {.to_int8 = true}); }),
+            "PackedProduct: there is no product for portable kernels with activations in 8 bits");
   EXPECT_EQ(message_of([&] { experts.add(F32(), make_layer(9, 4, 1, 1).experts()[0]); }),
             "PackedExperts::add: expert 0 has d_model = 9, expected 8");
   EXPECT_EQ(experts.size(), 0);

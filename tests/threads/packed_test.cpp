@@ -12,7 +12,7 @@ namespace moe {
 namespace {
 
 template <class... Formats>
-void expect_same_for_every_executor(GateSide side, Overflow overflow) {
+void expect_same_for_every_executor(GateSide side, Overflow overflow, const PackOptions& options = {}) {
   using E = GatedFeedForward<float>;
   Rng rng(1);
   const MoELayer layer(make_experts<E>(7, {.d_model = 33, .d_ff = 29}, rng),
@@ -25,7 +25,8 @@ void expect_same_for_every_executor(GateSide side, Overflow overflow) {
                                          rng),
                        {make_experts<E>(2, {.d_model = 33, .d_ff = 50}, rng), side == GateSide::output},
                        true);
-  const auto fast = pack<Formats...>(layer, [](Index e) { return e % Index(sizeof...(Formats)); });
+  const auto fast = pack<Formats...>(
+      layer, [](Index e) { return e % Index(sizeof...(Formats)); }, options);
   Matrix<float> x(537, 33);
   fill_normal(x, 1.0, rng);
   BatchInfo info;
@@ -54,6 +55,8 @@ TEST(Threads, PackedLayersAreTheSameForEveryExecutor) {
   expect_same_for_every_executor<Int8>(GateSide::output, Overflow::next_best);
   expect_same_for_every_executor<Int4Offset>(GateSide::input, Overflow::drop);
   expect_same_for_every_executor<FP8>(GateSide::output, Overflow::drop);
+  expect_same_for_every_executor<Int4>(GateSide::output, Overflow::drop, {.int8_activations = true});
+  expect_same_for_every_executor<MXFP4, BF16>(GateSide::output, Overflow::drop, {.int8_activations = true});
   expect_same_for_every_executor<Int4, BF16, F32>(GateSide::output, Overflow::drop);
 }
 
