@@ -29,6 +29,13 @@ struct Probes {
   float (*read_ahead[2])(const float* from, Index count, Index block);
 };
 
+// Products of bytes with a sum of four; of bytes, or of four bits only.
+struct Int8Probes {
+  Index per_round;
+  float (*bytes)(Index rounds);
+  float (*nibbles)(Index rounds);
+};
+
 namespace portable {
 using namespace kernels::portable;
 inline constexpr int kChains = 12;
@@ -46,7 +53,33 @@ namespace avx2 {
 using namespace kernels::avx2;
 inline constexpr int kChains = 12;
 #include "machine.inc"
+#include "machine_int8.inc"
 }  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avxvnni,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avxvnni,avx2,fma")
+#endif
+namespace avx2_vnni {
+using namespace kernels::avx2_vnni;
+#include "machine_int8.inc"
+}  // namespace avx2_vnni
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push( \
+    __attribute__((target("avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#endif
+namespace avx512_vnni {
+using namespace kernels::avx512_vnni;
+#include "machine_int8.inc"
+}  // namespace avx512_vnni
 #if defined(__clang__)
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), \
@@ -166,6 +199,21 @@ inline double peak_bf16_flops(InstructionSet set, bool rounded, int threads) {
   if (dot && set == InstructionSet::amx)
     return detail::best_rate(threads, detail::kTileMultiplyAdds, detail::multiply_tiles) / double(dot->parts);
   if (dot) return detail::best_rate(threads, detail::kDotsPerRound, detail::multiply_pairs);
+#endif
+  return peak_flops(set, threads);
+}
+
+/// Operations a second, a multiply-add counted as two, of products with activations in 8 bits and codes of 8
+/// bits or of 4, by what the kernels of a set multiply those with.
+inline double peak_int8_ops(InstructionSet set, bool nibbles, int threads) {
+#if defined(__x86_64__)
+  const auto measure = [&](const detail::Int8Probes& probes) {
+    return detail::best_rate(threads, probes.per_round, nibbles ? probes.nibbles : probes.bytes);
+  };
+  if (set == InstructionSet::avx2)
+    return measure(kernels::has_avx_vnni() ? detail::avx2_vnni::kInt8Probes : detail::avx2::kInt8Probes);
+  if (set == InstructionSet::avx512 || set == InstructionSet::amx)
+    return measure(detail::avx512_vnni::kInt8Probes);
 #endif
   return peak_flops(set, threads);
 }

@@ -3,6 +3,7 @@
 // for the counters.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <functional>
 #include <map>
 #include <memory>
@@ -19,25 +20,51 @@
 namespace moe::bench {
 namespace {
 
-using MakeLayer = std::unique_ptr<AnyLayer> (*)(const Shape&);
-template <class F>
-std::unique_ptr<AnyLayer> make(const Shape& shape) {
-  return std::make_unique<Layer<F, GatedFeedForward<float>>>(shape, false);
-}
-const std::vector<std::pair<std::string, MakeLayer>> kFormats{
-    {"f32", make<F32>},   {"bf16", make<BF16>}, {"int8", make<Int8>},   {"int4_offset", make<Int4Offset>},
-    {"int4", make<Int4>}, {"fp8", make<FP8>},   {"mxfp4", make<MXFP4>},
+// A format, with activations as floats or in 8 bits.
+struct Form {
+  std::string name, format;
+  std::unique_ptr<AnyLayer> (*make)(const Shape&, const PackOptions&);
+  bool int8 = false, nibbles = false;
+
+  PackOptions options() const {
+    // For AVX2 where the processor has more, e.g. to compare: MOE_BENCH_AVX2=1.
+    PackOptions options{.int8_activations = int8};
+    if (std::getenv("MOE_BENCH_AVX2")) options.instruction_set = InstructionSet::avx2;
+    return options;
+  }
+  double peak(InstructionSet set, int threads) const {
+    return int8 ? peak_int8_ops(set, nibbles, threads) : peak_flops(set, threads);
+  }
 };
+template <class F>
+std::unique_ptr<AnyLayer> make(const Shape& shape, const PackOptions& options) {
+  return std::make_unique<Layer<F, GatedFeedForward<float>>>(shape, options);
+}
+const std::vector<Form> kForms{
+    {"f32", "f32", make<F32>},
+    {"bf16", "bf16", make<BF16>},
+    {"int8", "int8", make<Int8>},
+    {"int4_offset", "int4_offset", make<Int4Offset>},
+    {"int4", "int4", make<Int4>},
+    {"fp8", "fp8", make<FP8>},
+    {"mxfp4", "mxfp4", make<MXFP4>},
+    {"int8_rounded", "int8", make<Int8>, true},
+    {"int4_offset_rounded", "int4_offset", make<Int4Offset>, true, true},
+    {"int4_rounded", "int4", make<Int4>, true, true},
+    {"mxfp4_rounded", "mxfp4", make<MXFP4>, true, true},
+};
+const Form& form_of(const std::string& name) {
+  return *std::find_if(kForms.begin(), kForms.end(), [&](const Form& form) { return form.name == name; });
+}
 
 // The layers of a shape, which are made when they are asked for.
-AnyLayer& layer_of(const Shape& shape, const std::string& format) {
+AnyLayer& layer_of(const Shape& shape, const Form& form) {
   static const Shape* held = nullptr;
   static std::map<std::string, std::unique_ptr<AnyLayer>> layers;
   if (held != &shape) layers.clear();
   held = &shape;
-  std::unique_ptr<AnyLayer>& layer = layers[format];
-  for (const auto& [name, make_layer] : kFormats)
-    if (name == format && !layer) layer = make_layer(shape);
+  std::unique_ptr<AnyLayer>& layer = layers[form.name];
+  if (!layer) layer = form.make(shape, form.options());
   return *layer;
 }
 
@@ -80,9 +107,9 @@ void count_ggml(benchmark::State& state, const std::vector<GgmlForm>& forms) {
   state.SetLabel(label);
 }
 
-void run_row(benchmark::State& state, const Shape& shape, const std::string& format, Index tokens,
-             int threads) {
-  AnyLayer* const layers[] = {&layer_of(shape, format), &layer_of(shape, "f32"), &layer_of(shape, "bf16")};
+void run_row(benchmark::State& state, const Shape& shape, const Form& form, Index tokens, int threads) {
+  AnyLayer* const layers[] = {&layer_of(shape, form), &layer_of(shape, form_of("f32")),
+                              &layer_of(shape, form_of("bf16"))};
   std::vector<Routing<float>> routings;
   for (Index r = 0; r < 16; ++r) routings.push_back(make_routing(shape, tokens, false, r));
   Matrix<float> x;
@@ -91,7 +118,7 @@ void run_row(benchmark::State& state, const Shape& shape, const std::string& for
   layers[0]->forward(x, routings[0], threads);
   layers[1]->forward(x, routings[0], threads);
   const double error = (layers[0]->y - layers[1]->y).norm() / layers[1]->y.norm();
-  std::vector<GgmlForm>& ggml = ggml_of(shape, format);
+  std::vector<GgmlForm>& ggml = ggml_of(shape, form.format);
   if (!try_ggml(ggml, x, routings[0].chosen, threads, layers[1]->y)) {
     state.SkipWithError("vs_ggml has another result");
     return;
@@ -102,12 +129,12 @@ void run_row(benchmark::State& state, const Shape& shape, const std::string& for
   const int rounds = shape.tiny ? 1 : tokens > 64 ? 5 : 11;
   for (int round = 0; round < rounds; ++round) {
     bandwidths.push_back(bandwidth(threads, megabytes));
-    if (round < 3) peaks.push_back(peak_flops(layers[0]->instruction_set(), threads));
+    if (round < 3) peaks.push_back(form.peak(layers[0]->instruction_set(), threads));
     const auto& routing = routings[std::size_t(round) % routings.size()];
     double taken[3];
     for (int k = 0; k < 3; ++k) taken[k] = seconds_of([&] { layers[k]->forward(x, routing, threads); });
-    for (GgmlForm& form : ggml)
-      form.over_ours.push_back(form.layer->forward(x, routing.chosen, threads) / taken[0]);
+    for (GgmlForm& theirs : ggml)
+      theirs.over_ours.push_back(theirs.layer->forward(x, routing.chosen, threads) / taken[0]);
     seconds.push_back(taken[0]);
     over_f32.push_back(taken[1] / taken[0]);
     over_bf16.push_back(taken[2] / taken[0]);
@@ -140,17 +167,17 @@ const Shape kShapes[] = {{"tiny", 64, 96, 8, 0, 2, true, true},
   const std::vector<int> thread_counts{1};
 #endif
   for (const Shape& shape : kShapes)
-    for (const auto& [format, make_layer] : kFormats)
+    for (const Form& form : kForms)
       for (const int threads : thread_counts)
         for (const Index tokens : {1, 8, 64, 512}) {
           if (shape.tiny && (tokens != 8 || threads != 1)) continue;
           const std::string name = std::string(shape.tiny ? "FormatsTiny/" : "Formats/") + shape.name + "/" +
-                                   format + "/threads:" + std::to_string(threads) +
+                                   form.name + "/threads:" + std::to_string(threads) +
                                    "/tokens:" + std::to_string(tokens);
           benchmark::RegisterBenchmark(name.c_str(),
-                                       [&shape, format = format, tokens, threads](benchmark::State& state) {
+                                       [&shape, &form, tokens, threads](benchmark::State& state) {
                                          for ([[maybe_unused]] auto _ : state)
-                                           run_row(state, shape, format, tokens, threads);
+                                           run_row(state, shape, form, tokens, threads);
                                        })
               ->Iterations(1)
               ->UseManualTime()

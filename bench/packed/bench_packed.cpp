@@ -36,10 +36,10 @@ std::unique_ptr<AnyLayer> make_layer(const Shape& shape, Weights weights) {
   using Gated = GatedFeedForward<float>;
   using Plain = FeedForward<float, ReLU>;
   if (shape.gated && weights == Weights::f32) return std::make_unique<Layer<F32, Gated>>(shape, false);
-  const bool dot = weights == Weights::bf16_dot;
-  if (shape.gated) return std::make_unique<Layer<BF16, Gated>>(shape, dot);
+  const PackOptions options{.bf16_dot_product = weights == Weights::bf16_dot};
+  if (shape.gated) return std::make_unique<Layer<BF16, Gated>>(shape, options);
   if (weights == Weights::f32) return std::make_unique<Layer<F32, Plain>>(shape, false);
-  return std::make_unique<Layer<BF16, Plain>>(shape, dot);
+  return std::make_unique<Layer<BF16, Plain>>(shape, options);
 }
 
 // The layer of the row before, and its peers.

@@ -160,7 +160,7 @@ class AnyLayer {
 template <class Format, class E>
 class Layer : public AnyLayer {
  public:
-  Layer(const Shape& shape, bool dot) : layer_(make(shape, dot)) {}
+  Layer(const Shape& shape, const PackOptions& options) : layer_(make(shape, options)) {}
 
   std::size_t memory_bytes() const override { return layer_.memory_bytes(); }
   InstructionSet instruction_set() const override { return layer_.instruction_set(); }
@@ -185,7 +185,7 @@ class Layer : public AnyLayer {
   }
 
  private:
-  static PackedMoELayer<E, TopKRouter<float>> make(const Shape& shape, bool dot) {
+  static PackedMoELayer<E, TopKRouter<float>> make(const Shape& shape, const PackOptions& options) {
     Rng rng(1);
     TopKRouter<float> router({.d_model = shape.d_model,
                               .num_experts = shape.num_experts,
@@ -194,7 +194,7 @@ class Layer : public AnyLayer {
                              rng);
     return pack<Format>(
         PackedParts<TopKRouter<float>>{.router = router, .num_shared_experts = shape.num_shared},
-        [&](Index e) { return make_expert<E>(shape, e); }, {.instruction_set = {}, .bf16_dot_product = dot});
+        [&](Index e) { return make_expert<E>(shape, e); }, options);
   }
 
   PackedMoELayer<E, TopKRouter<float>> layer_;
