@@ -13,6 +13,7 @@
 #include <moe/packed/float32.hpp>
 #include <moe/packed/format.hpp>
 #include <moe/packed/fp8.hpp>
+#include <moe/packed/importance.hpp>
 #include <moe/packed/int4.hpp>
 #include <moe/packed/int8.hpp>
 #include <moe/packed/mxfp4.hpp>

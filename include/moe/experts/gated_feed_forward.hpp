@@ -85,6 +85,11 @@ class GatedFeedForward {
     Linear(w_down, b_down).forward(hidden, y);
   }
 
+  /// What the second product multiplies [rows, d_ff], of the cache of a forward pass.
+  ConstMatrixRef<S> hidden(const ConstMatrixRef<S>& cache) const {
+    return cache.middleCols(2 * d_ff(), d_ff());
+  }
+
   /// d_x [rows, d_model] from d_y; adds to the parameters of `grad`.
   void backward(const ConstMatrixRef<S>& x, const ConstMatrixRef<S>& d_y, MatrixRef<S> cache,
                 MatrixRef<S> d_x, GatedFeedForward& grad) const requires std::same_as<Storage, Owned> {

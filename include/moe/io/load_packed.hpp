@@ -35,6 +35,8 @@ template <Format... F, class Unit, template <class> class R>
 auto load_packed(const ExpertFormats<F...>& formats, const Model<Unit, R>& model,
                  const Checkpoint& checkpoint, Index layer, const PackOptions& options) {
   using Expert = typename Model<Unit, R>::template Expert<float>;
+  require(options.importance.empty(), "load_packed: importance of ", options.importance.size(),
+          " experts is given, expected none: pack the layer that load_layer makes");
   const LayerTensors& tensors = model.tensors;
   LayerReader<float> reader(checkpoint, find_names(model, tensors.w_router, checkpoint, layer, "load_packed"),
                             "load_packed");

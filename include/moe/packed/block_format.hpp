@@ -17,7 +17,8 @@ namespace moe {
 
 /// A format whose columns are blocks of some numbers that share a scale; F derives from it and says how
 /// floats become a block and what a block stands for:
-///   F::quantised(from, count)   the block of some numbers, followed by zeros where they do not fill it
+///   F::quantised(from, count)   the block of some numbers, followed by zeros where they do not fill it; of a
+///                               WeightedFormat with one more argument, their importance or null
 ///   F::number(block, i)         number i of a block, the float by which kernels multiply
 template <class F, kernels::Block B>
 struct BlockFormat {
@@ -32,9 +33,17 @@ struct BlockFormat {
 
   /// Writes a stream of columns, from floats.
   static void encode(const float* const* rows, Index depth, Index columns, Index lanes, std::byte* to) {
-    lay_out(depth, columns, lanes, to, [&](Index column, Index nth) {
-      const Index begin = nth * kBlock, left = depth - begin;
-      return rows[column] ? F::quantised(rows[column] + begin, left < kBlock ? left : kBlock) : B{};
+    encode_by(rows, depth, columns, lanes, to,
+              [](const float* from, Index, Index count) { return F::quantised(from, count); });
+  }
+  /// The same by the importance of the numbers of a column [depth].
+  static void encode(const float* const* rows, Index depth, Index columns, Index lanes, std::byte* to,
+                     const float* importance) requires requires {
+    F::quantised(importance, depth, importance);
+  }
+  {
+    encode_by(rows, depth, columns, lanes, to, [importance](const float* from, Index begin, Index count) {
+      return F::quantised(from, count, importance + begin);
     });
   }
   /// The same from blocks: rows[j] has blocks(depth) of them, or is null for zeros.
@@ -63,6 +72,14 @@ struct BlockFormat {
   }
 
  private:
+  template <class Quantise>
+  static void encode_by(const float* const* rows, Index depth, Index columns, Index lanes, std::byte* to,
+                        const Quantise& quantised) {
+    lay_out(depth, columns, lanes, to, [&](Index column, Index nth) {
+      const Index begin = nth * kBlock, left = depth - begin;
+      return rows[column] ? quantised(rows[column] + begin, begin, left < kBlock ? left : kBlock) : B{};
+    });
+  }
   // Blocks one after the other; of each, groups of `lanes` columns: their scales, offsets and words.
   template <class BlockOf>
   static void lay_out(Index depth, Index columns, Index lanes, std::byte* to, const BlockOf& block_of) {

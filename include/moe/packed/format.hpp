@@ -48,4 +48,12 @@ concept Int8Format = Format<F> && requires(InstructionSet set) {
   { F::find_int8_product(set) } -> std::same_as<const kernels::Product<kernels::Int8Activations>*>;
 };
 
+/// A format that can round by the importance of the numbers of a column:
+///   F::encode(rows, depth, columns, lanes, to, importance)   importance [depth], not negative
+template <class F>
+concept WeightedFormat = Format<F> &&
+    requires(const float* const* rows, Index n, std::byte* to, const float* importance) {
+  F::encode(rows, n, n, n, to, importance);
+};
+
 }  // namespace moe

@@ -21,9 +21,13 @@ constexpr Index nibble_bit(Index i) { return 8 * (i % 4) + (i % 8 < 4 ? 0 : 4); 
 /// Weights of 4 bits: blocks of 32 numbers along the depth, integers from -8 to 7 times a scale in half
 /// precision, which may be negative; 4.5 bits for a number. A block with a number that is not finite is NaN.
 struct Int4 : BlockFormat<Int4, kernels::Int4Block> {
-  /// The integers and the scale of the least squared error that fit_integers finds.
-  static Block quantised(const float* from, Index count) {
-    const auto fit = fit_integers<-8, 7, kBlock>(from, count, {-8.5f, -8, -7.5f, 7.5f, 7});
+  /// The integers and the scale of the least squared error that fit_integers finds, by the importance of each
+  /// number where that is not null.
+  static Block quantised(const float* from, Index count, const float* importance = nullptr) {
+    const auto fit = importance
+                         ? fit_integers<-8, 7, kBlock>(from, count, importance,
+                                                       {-8.5f, -8, -7.5f, 7.5f, 7, -9, -10, -11.5f, -13})
+                         : fit_integers<-8, 7, kBlock>(from, count, nullptr, {-8.5f, -8, -7.5f, 7.5f, 7});
     Block block{fit.scale, {}};
     for (Index i = 0; i < kBlock; ++i)
       block.words[nibble_word(i)] |= std::uint32_t(fit.codes[i] + 8) << nibble_bit(i);

@@ -11,6 +11,7 @@
 #include <moe/kernels/kernels.hpp>
 #include <moe/packed/expert_parts.hpp>
 #include <moe/packed/format.hpp>
+#include <moe/packed/importance.hpp>
 #include <moe/packed/packed_product.hpp>
 
 // An expert's weights, laid out once in the order in which the kernels read them.
@@ -19,16 +20,19 @@ namespace moe {
 /// A feed-forward expert laid out for a product. A copy shares the weights, which never change.
 class PackedExpert {
  public:
-  /// Lays the expert out in a format, for the PackedProduct of these arguments. O(parameters). Throws
-  /// std::invalid_argument where there is no such product.
+  /// Lays the expert out in a format, for the PackedProduct of these arguments; a WeightedFormat rounds
+  /// matrices of floats by their importance, where it has any. O(parameters). Throws std::invalid_argument
+  /// where there is no such product.
   template <Format F, PackableExpert E>
-  PackedExpert(F format, const E& expert, InstructionSet set, ActivationRounding rounding)
+  PackedExpert(F format, const E& expert, InstructionSet set, ActivationRounding rounding,
+               const ExpertImportance& importance)
       : product_(format, set, rounding) {
     const auto parts = expert_parts(expert);
     columns_ = product_.kernels().columns;
     activation_ = parts.activation;
     d_model_ = parts.d_model;
     d_ff_ = parts.d_ff;
+    check_importance(importance, d_model_, d_ff_);
     hidden_ = activation_.gated ? columns_ / 2 : columns_;
     up_panels_ = (d_ff_ + hidden_ - 1) / hidden_;
     down_panels_ = (d_model_ + columns_ - 1) / columns_;
@@ -40,11 +44,12 @@ class PackedExpert {
     columns.row.resize(columns_);
     for (Index panel = 0; panel < up_panels_; ++panel) {
       choose_up_rows(parts, panel, columns.row);
-      encode<F>(columns, d_model_, blob_.get() + panel * up_bytes_);
+      encode<F>(columns, d_model_, importance.x, blob_.get() + panel * up_bytes_);
     }
     for (Index panel = 0; panel < down_panels_; ++panel) {
       choose_down_rows(parts, panel, columns.row);
-      encode<F>(columns, d_ff_, blob_.get() + up_panels_ * up_bytes_ + panel * down_bytes_);
+      encode<F>(columns, d_ff_, importance.hidden,
+                blob_.get() + up_panels_ * up_bytes_ + panel * down_bytes_);
     }
   }
 
@@ -121,9 +126,9 @@ class PackedExpert {
   }
 
   template <class F, class Rows>
-  void encode(Columns<Rows>& columns, Index depth, std::byte* panel) const {
+  void encode(Columns<Rows>& columns, Index depth, const Vector<float>& importance, std::byte* panel) const {
     if constexpr (requires { F::encode(columns.row.data(), depth, depth, depth, panel); }) {
-      encode_streams<F>(columns.row, depth, panel);
+      encode_streams<F>(columns.row, depth, importance, panel);
     } else {
       using From = typename Rows::Format;
       columns.number.resize(columns_ * depth);
@@ -134,16 +139,23 @@ class PackedExpert {
         for (Index p = 0; columns.row[j] && p < depth; ++p)
           to[p] = From::number(columns.row[j][p / From::kBlock], p % From::kBlock);
       }
-      encode_streams<F>(columns.number_row, depth, panel);
+      encode_streams<F>(columns.number_row, depth, importance, panel);
     }
   }
 
   template <class F, class Row>
-  void encode_streams(const Row& row, Index depth, std::byte* panel) const {
+  void encode_streams(const Row& row, Index depth, const Vector<float>& importance, std::byte* panel) const {
     const kernels::Kernels& kernels = product_.kernels();
     const Index wide = columns_ / kernels.streams;
-    for (Index j = 0; j < columns_; j += wide)
-      F::encode(row.data() + j, depth, wide, kernels.lanes, panel + j * F::bytes(depth));
+    for (Index j = 0; j < columns_; j += wide) {
+      std::byte* const to = panel + j * F::bytes(depth);
+      if constexpr (requires { F::encode(row.data(), depth, wide, wide, to, importance.data()); })
+        if (importance.size() > 0) {
+          F::encode(row.data() + j, depth, wide, kernels.lanes, to, importance.data());
+          continue;
+        }
+      F::encode(row.data() + j, depth, wide, kernels.lanes, to);
+    }
   }
 
   float* biases() const { return reinterpret_cast<float*>(blob_.get() + bias_begin_); }

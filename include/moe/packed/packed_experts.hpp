@@ -58,10 +58,11 @@ class PackedExperts {
   /// Lays an expert out in a format. O(parameters). Throws std::invalid_argument for another d_model, and
   /// where the format has no such product.
   template <Format F, PackableExpert E>
-  void add(F format, const E& expert, ActivationRounding rounding = {}) {
+  void add(F format, const E& expert, ActivationRounding rounding = {},
+           const ExpertImportance& importance = {}) {
     require(expert.d_model() == d_model_, "PackedExperts::add: expert ", size(),
             " has d_model = ", expert.d_model(), ", expected ", d_model_);
-    const PackedExpert& added = experts_.emplace_back(format, expert, set_, rounding);
+    const PackedExpert& added = experts_.emplace_back(format, expert, set_, rounding, importance);
     if (std::find(products_.begin(), products_.end(), added.product()) == products_.end())
       products_.push_back(added.product());
     widest_ = (std::max)(widest_, hidden_rows(added).size());

@@ -18,6 +18,7 @@
 #include <moe/packed/expert_formats.hpp>
 #include <moe/packed/float32.hpp>
 #include <moe/packed/format.hpp>
+#include <moe/packed/importance.hpp>
 #include <moe/packed/packed_experts.hpp>
 #include <moe/packed/packed_format.hpp>
 
@@ -41,6 +42,9 @@ struct PackOptions {
   /// experts with a packed form whose weights are in Int8, Int4, Int4Offset or MXFP4, of which there must be
   /// one; others stay as they are.
   bool int8_activations = false;
+  /// By what weights are rounded, see importance_of: nothing, or one for each expert, routed and then shared.
+  /// Of experts packed in Int8 or Int4, of which there must be one, from matrices of floats.
+  std::span<const ExpertImportance> importance{};
 };
 
 /// What a packed layer has beside its experts, as MoELayer's members of these names.
@@ -254,6 +258,10 @@ class PackedMoELayer {
         any_int8_format || !options.int8_activations,
         "pack: int8_activations = true, but the weights are not packed as Int8, Int4, Int4Offset or MXFP4, "
         "expected false");
+    require(options.importance.empty() || Index(options.importance.size()) == count(), "pack: importance of ",
+            options.importance.size(), " experts, expected ", count());
+    require(options.importance.empty() || any(formats, []<Format F>(F) { return WeightedFormat<F>; }),
+            "pack: importance is given, but the weights are not packed as Int8 or Int4, expected none");
     const auto has_int8 = [&](InstructionSet set) {
       return any(formats, [set]<Format F>(F) { return int8_product_of<F>(set) != nullptr; });
     };
@@ -301,7 +309,8 @@ class PackedMoELayer {
     if constexpr (kPackable)
       experts_.add(format, expert,
                    {.to_bfloat16 = options.bf16_dot_product && dot_product_of<F>(set_, true),
-                    .to_int8 = options.int8_activations && int8_product_of<F>(set_)});
+                    .to_int8 = options.int8_activations && int8_product_of<F>(set_)},
+                   options.importance.empty() ? ExpertImportance{} : options.importance[std::size_t(e)]);
     else
       experts_.insert(e, expert);
   }
