@@ -51,8 +51,9 @@ class PackedExperts {
   static constexpr std::size_t kCachedBytes = std::size_t(1) << 24;
 
   /// None yet, for the kernels of a set. Throws std::invalid_argument where this processor does not have it.
-  PackedExperts(InstructionSet set, Index d_model) : set_(set), d_model_(d_model) {
-    require(is_available(set), "PackedExperts: this processor does not have ", name_of(set));
+  PackedExperts(InstructionSet set, Index d_model)
+      : set_(set), kernels_(kernels::find(set)), d_model_(d_model) {
+    require(kernels_, "PackedExperts: this processor does not have ", name_of(set));
   }
 
   /// Lays an expert out in a format. O(parameters). Throws std::invalid_argument for another d_model, and
@@ -94,7 +95,6 @@ class PackedExperts {
  private:
   const PackedExpert& expert(Index e) const { return experts_[std::size_t(e)]; }
 
-  const kernels::Kernels& kernels() const { return *kernels::find(set_); }
   bool cached() const { return bytes_ <= kCachedBytes; }
 
   // Multiply-adds of a product, roughly.
@@ -108,11 +108,11 @@ class PackedExperts {
   // Panels of a task, for that many tasks or fewer: even where there are enough, for one row takes two at
   // once, and with work for about a microsecond, if there is so much. `work` is the multiply-adds of a
   // column.
-  static Index panels_of_task(const kernels::Kernels& kernels, Index panels, Index tasks, Index work) {
+  Index panels_of_task(Index panels, Index tasks, Index work) const {
     constexpr Index kLeast = Index(1) << 15;  // multiply-adds
-    const Index least = kLeast / std::max<Index>(1, work * kernels.columns);
+    const Index least = kLeast / std::max<Index>(1, work * kernels_->columns);
     const Index share = (std::max)(panels / tasks, least);
-    const bool even = share > 1 || kernels.streams > 1;
+    const bool even = share > 1 || kernels_->streams > 1;
     return std::clamp<Index>(even ? share + share % 2 : share, 1, PackedProduct::kMostPanels);
   }
 
@@ -154,7 +154,7 @@ class PackedExperts {
     for (const Index e : w.touched) units += blocks_of(e) * expert(e).up_panels();
     w.tasks.clear();
     for (const Index e : w.touched) {
-      const Index group = panels_of_task(kernels(), units, 16 * workers, most_of(e) * d_model_);
+      const Index group = panels_of_task(units, 16 * workers, most_of(e) * d_model_);
       const Index blocks = blocks_of(e), panels = expert(e).up_panels();
       for (Index panel = 0; panel < panels; panel += group)
         for (Index block = 0; block < blocks; ++block) {
@@ -190,14 +190,14 @@ class PackedExperts {
       const PackedPanels panels{expert.up_panel(task.panel_begin), task.panel_end - task.panel_begin,
                                 d_model_, this->expert(after.expert).up_panel(after.panel_begin), cached()};
       const PackedProduct& product = expert.product();
-      product.multiply(task.rows, x.from(plan.expert_begin[task.expert] + task.begin), panels, worker,
-                       w.product, [&](Index nth, const float* c) {
-                         const Index panel = task.panel_begin + nth;
-                         float* const to = hidden + blocks.at(plan.rows_of(task.expert), task.begin,
-                                                              panel * expert.hidden_columns());
-                         product.kernels().activate(expert.activation(), task.rows, c, expert.up_bias(panel),
-                                                    to, blocks.stride);
-                       });
+      product.multiply(
+          task.rows, x.from(plan.expert_begin[task.expert] + task.begin), panels, worker, w.product,
+          [&](Index nth, const float* c) {
+            const Index panel = task.panel_begin + nth;
+            float* const to =
+                hidden + blocks.at(plan.rows_of(task.expert), task.begin, panel * expert.hidden_columns());
+            kernels_->activate(expert.activation(), task.rows, c, expert.up_bias(panel), to, blocks.stride);
+          });
     });
   }
 
@@ -206,13 +206,13 @@ class PackedExperts {
   template <class Beside, class Ex>
   void second_products(const DispatchPlan<float>& plan, MatrixRef<float>& y, const Beside& beside,
                        Workspace& w, const Ex& executor) const {
-    const Index workers = executor.concurrency(), columns = kernels().columns;
+    const Index workers = executor.concurrency(), columns = kernels_->columns;
     const Index panels = (d_model_ + columns - 1) / columns;
     // A task brings all of its rows into bfloat16, so there are not many tasks where there are many rows.
     const bool splits = std::any_of(products_.begin(), products_.end(),
                                     [](const PackedProduct& product) { return product.splits_rows(); });
     const Index wanted = (splits && plan.num_tokens > kernels::kMaxDotRows ? 2 : 8) * workers;
-    const Index group = panels_of_task(kernels(), panels, wanted, plan.num_assignments() * widest_);
+    const Index group = panels_of_task(panels, wanted, plan.num_assignments() * widest_);
     const Index groups = (panels + group - 1) / group;
     const Index blocks = std::clamp<Index>(plan.num_tokens / 256, 1, std::max<Index>(1, wanted / groups));
     const Index tokens = (plan.num_tokens + blocks - 1) / blocks;
@@ -232,9 +232,8 @@ class PackedExperts {
   void add_expert(Index e, Index next, const DispatchPlan<float>& plan, const OutputBlock& block,
                   MatrixRef<float>& y, Index worker, Workspace& w) const {
     const PackedProduct& product = expert(e).product();
-    const kernels::Kernels& kernels = product.kernels();
-    const Index columns = kernels.columns, most = most_rows(plan, product),
-                first_panel = block.column_begin / columns;
+    const Index columns = kernels_->columns, most = most_rows(plan, product);
+    const Index first_panel = block.column_begin / columns;
     const Index panels = (block.column_end - block.column_begin + columns - 1) / columns;
     const Index* const token = plan.token.data();
     const Index expert_begin = plan.expert_begin[e], expert_end = plan.expert_begin[e + 1];
@@ -248,14 +247,15 @@ class PackedExperts {
                         expert(a + most < end ? e : next).down_panel(first_panel), cached()},
                        worker, w.product, [&](Index nth, const float* c) {
                          const Index panel = first_panel + nth, column = panel * columns;
-                         kernels.combine(rows, (std::min)(columns, d_model_ - column), c,
-                                         expert(e).down_bias(panel), token + a, gate, y.data() + column,
-                                         y.outerStride());
+                         kernels_->combine(rows, (std::min)(columns, d_model_ - column), c,
+                                           expert(e).down_bias(panel), token + a, gate, y.data() + column,
+                                           y.outerStride());
                        });
     }
   }
 
   InstructionSet set_;
+  const kernels::Kernels* kernels_;  // of the set
   Index d_model_;
   std::vector<PackedExpert> experts_;
   std::vector<PackedProduct> products_;  // of the experts, each once

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <bit>
+#include <cstddef>
+
 #include <moe/core/types.hpp>
 #include <moe/kernels/kernels.hpp>
 #include <moe/kernels/select.hpp>
@@ -23,8 +26,10 @@ struct PackedFormat {
   const kernels::DotProduct* dot;                          ///< by rows of bfloat16, or null
   const kernels::Product<kernels::Int8Activations>* int8;  ///< by rows in 8 bits, or null
 
-  /// Bytes of a column of `depth` numbers.
-  Index bytes(Index depth) const { return (depth + block - 1) / block * block_bytes; }
+  /// Bytes of a column of `depth` numbers. Every call of a product asks: a block is a power of two.
+  Index bytes(Index depth) const {
+    return ((depth + block - 1) >> std::countr_zero(std::size_t(block))) * block_bytes;
+  }
 
   friend bool operator==(const PackedFormat&, const PackedFormat&) = default;
 };

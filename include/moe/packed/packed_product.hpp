@@ -133,19 +133,20 @@ class PackedProduct {
     float* const c = w.part(w.products, worker);
     with_product([&]<class X>(const kernels::Product<X>& product) {
       X* const own = w.part(rows_of<X>(w), worker);
-      const Index block = kernels::block_depth(depth, product.depth),
-                  block_bytes = format_.bytes(block) * wide;
+      const Index block = kernels::block_depth(depth, product.depth);
+      const Index block_bytes = format_.bytes(block) * wide;
       const bool cached = panels.cached && rows == 1 && std::is_same_v<X, float>;
       for (Index i = 0; i < panels.count; i += at_once) {
         const Index count = (std::min)(at_once, panels.count - i);
-        const std::byte* from = panels.data + i * column_bytes * columns;
+        const std::byte* const first = panels.data + i * column_bytes * columns;
         const std::byte* const next =
-            i + count < panels.count ? from + count * column_bytes * columns : panels.next;
-        for (Index p = 0; p < depth; p += block, from += block_bytes) {
-          const Index deep = (std::min)(block, depth - p);
-          X* const to = own + (kept ? p / block * rows * row_stride(product, block) : 0);
-          product.multiply(rows, deep, bring(product, kept && i > 0 ? 0 : rows, x, p, deep, p / block, to),
-                           from, column_bytes * wide, count, c, p > 0,
+            i + count < panels.count ? first + count * column_bytes * columns : panels.next;
+        for (Index nth = 0; nth * block < depth; ++nth) {
+          const Index p = nth * block, deep = (std::min)(block, depth - p);
+          const std::byte* const from = first + nth * block_bytes;
+          X* const to = own + (kept ? nth * rows * row_stride(product, block) : 0);
+          product.multiply(rows, deep, bring(product, kept && i > 0 ? 0 : rows, x, p, deep, nth, to), from,
+                           column_bytes * wide, count, c, p > 0,
                            cached             ? nullptr
                            : p + deep < depth ? from + block_bytes
                                               : next);
