@@ -3,9 +3,12 @@
 
 // Checkpoint files: tensors by name, layers of published models, layers of one's own. Needs nlohmann_json.
 
+#include <moe/io/block_types.hpp>
 #include <moe/io/checkpoint.hpp>
 #include <moe/io/dtype.hpp>
 #include <moe/io/file.hpp>
+#include <moe/io/gguf.hpp>
+#include <moe/io/header.hpp>
 #include <moe/io/json_events.hpp>
 #include <moe/io/layer_file.hpp>
 #include <moe/io/load_layer.hpp>
@@ -13,4 +16,6 @@
 #include <moe/io/options.hpp>
 #include <moe/io/safetensors.hpp>
 #include <moe/io/scaled_blocks.hpp>
+#include <moe/io/shards.hpp>
+#include <moe/io/small_floats.hpp>
 #include <moe/moe.hpp>

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include <moe/io/safetensors.hpp>
+#include <moe/io/shards.hpp>
 
 // libFuzzer: whatever the bytes are, a reader throws CheckpointError or gives views that lie within
 // them; and what was read can be written and read again.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <string>
@@ -51,8 +52,8 @@ inline moe::Checkpoint gradients_of(const Golden& golden, const std::string& pre
 }
 
 // FNV-1a of the bytes of a golden file.
-inline std::uint64_t hash_of_golden(const std::string& name) {
-  std::ifstream file(std::string(MOE_GOLDEN_DIR) + "/" + name + ".safetensors", std::ios::binary);
+inline std::uint64_t hash_of_golden(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
   std::uint64_t hash = 0xcbf29ce484222325u;
   for (std::istreambuf_iterator<char> c(file), end; c != end; ++c)
     hash = (hash ^ static_cast<unsigned char>(*c)) * 0x100000001b3u;

@@ -98,7 +98,7 @@ TEST(DType, HasANameAndASize) {
     EXPECT_EQ(moe::name_of(dtype), name);
     EXPECT_EQ(moe::size_of(dtype), size) << name;
   }
-  expect_error("size_of", [] { moe::size_of(DType(16)); }, {"DType 16"});
+  expect_error("size_of", [] { moe::size_of(DType(26)); }, {"DType 26"});
   expect_error("name_of", [] { moe::name_of(DType(99)); }, {"DType 99"});
 }
 

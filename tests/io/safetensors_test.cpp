@@ -463,7 +463,6 @@ TEST(MalformedFile, IsCalledByItsName) {
       {std::string("\x1f\x8b\x08\0\0\0\0\0\0\x03", 10) + zeros, "a gzip file"},  // a length of 559903
       {"\x1f\x8b\x08\x08\x40\x2a\x5b\x67\x02\x03" + zeros, "a gzip file"},
       {"\x28\xb5\x2f\xfd\x24\x05" + zeros, "a zstd file"},
-      {std::string("GGUF\x03\0\0\0", 8) + zeros, "a GGUF file"},
       {"\x89HDF\r\n\x1a\n" + zeros, "an HDF5 file"},
       {std::string("\x80\x02}q\0(X\x04\0", 9) + zeros, "a Python pickle"},
       {"\x80\x05\x95\x20" + zeros, "a Python pickle"},

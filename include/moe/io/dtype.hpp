@@ -19,6 +19,8 @@
 #include <vector>
 
 #include <moe/core/types.hpp>
+#include <moe/io/block_types.hpp>
+#include <moe/io/small_floats.hpp>
 
 // Tensors as checkpoint files hold them, bytes with a type and a shape, and how they become
 // numbers. Nothing here knows a file format.
@@ -30,7 +32,8 @@ class CheckpointError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// The types of elements, with the names that safetensors files give them.
+/// The types of elements, with the names that safetensors files give them; then the types of numbers in
+/// blocks, with the names that GGUF files give them, see io/block_types.hpp.
 enum class DType : std::uint8_t {
   F64,
   F32,
@@ -48,6 +51,16 @@ enum class DType : std::uint8_t {
   U16,
   U8,
   BOOL,
+  Q8_0,
+  Q4_0,
+  Q4_1,
+  Q5_0,
+  Q5_1,
+  Q4_K,
+  Q5_K,
+  Q6_K,
+  IQ4_NL,
+  MXFP4,
 };
 
 namespace io {
@@ -91,10 +104,11 @@ inline std::string text_of(std::span<const Index> shape) {
 struct DTypeInfo {
   DType dtype;
   const char* name;
-  std::size_t size;
+  std::size_t size;   // of a block
+  Index numbers = 1;  // in a block
 };
 
-inline constexpr std::array<DTypeInfo, 16> kDTypes{{
+inline constexpr std::array<DTypeInfo, 26> kDTypes{{
     {DType::F64, "F64", 8},
     {DType::F32, "F32", 4},
     {DType::F16, "F16", 2},
@@ -111,6 +125,16 @@ inline constexpr std::array<DTypeInfo, 16> kDTypes{{
     {DType::U16, "U16", 2},
     {DType::U8, "U8", 1},
     {DType::BOOL, "BOOL", 1},
+    {DType::Q8_0, "Q8_0", Q8_0::kBytes, Q8_0::kNumbers},
+    {DType::Q4_0, "Q4_0", Q4_0::kBytes, Q4_0::kNumbers},
+    {DType::Q4_1, "Q4_1", Q4_1::kBytes, Q4_1::kNumbers},
+    {DType::Q5_0, "Q5_0", Q5_0::kBytes, Q5_0::kNumbers},
+    {DType::Q5_1, "Q5_1", Q5_1::kBytes, Q5_1::kNumbers},
+    {DType::Q4_K, "Q4_K", Q4_K::kBytes, Q4_K::kNumbers},
+    {DType::Q5_K, "Q5_K", Q5_K::kBytes, Q5_K::kNumbers},
+    {DType::Q6_K, "Q6_K", Q6_K::kBytes, Q6_K::kNumbers},
+    {DType::IQ4_NL, "IQ4_NL", IQ4_NL::kBytes, IQ4_NL::kNumbers},
+    {DType::MXFP4, "MXFP4", StoredFP4::kBytes, StoredFP4::kNumbers},
 }};
 
 inline const DTypeInfo& info_of(DType dtype) {
@@ -119,9 +143,10 @@ inline const DTypeInfo& info_of(DType dtype) {
   fail_checkpoint("DType ", int(dtype), " does not exist");
 }
 
+// The type of single elements that safetensors files call so.
 inline std::optional<DType> dtype_named(std::string_view name) {
   for (const DTypeInfo& info : kDTypes)
-    if (info.name == name) return info.dtype;
+    if (info.name == name && info.numbers == 1) return info.dtype;
   return std::nullopt;
 }
 
@@ -144,21 +169,25 @@ inline std::optional<Index> num_elements(std::span<const Index> shape) {
 
 }  // namespace io
 
-/// Bytes of one element.
+/// Bytes of one element, or of one block.
 inline std::size_t size_of(DType dtype) { return io::info_of(dtype).size; }
 
-/// The name in safetensors files, e.g. "BF16".
+/// Numbers of one block; 1 for types of single elements. A row of a tensor is a multiple of it.
+inline Index numbers_of(DType dtype) { return io::info_of(dtype).numbers; }
+
+/// The name in files, e.g. "BF16".
 inline std::string_view name_of(DType dtype) { return io::info_of(dtype).name; }
 
 namespace io {
 
-// Bytes of a tensor, or nothing where the shape is none or they are too many to count.
+// Bytes of a tensor, whose rows are whole blocks, or nothing where the shape is none or they are too many to
+// count.
 inline std::optional<std::size_t> num_bytes(DType dtype, std::span<const Index> shape) {
   const std::optional<Index> elements = num_elements(shape);
-  const std::size_t size = size_of(dtype);
-  if (!elements || std::size_t(*elements) > std::size_t((std::numeric_limits<Index>::max)()) / size)
-    return std::nullopt;
-  return std::size_t(*elements) * size;
+  if (!elements) return std::nullopt;
+  const std::size_t size = size_of(dtype), blocks = std::size_t(*elements / numbers_of(dtype));
+  if (blocks > std::size_t((std::numeric_limits<Index>::max)()) / size) return std::nullopt;
+  return blocks * size;
 }
 
 }  // namespace io
@@ -168,7 +197,7 @@ struct TensorView {
   std::string name;                  ///< of the tensor in its file
   DType dtype = DType::F32;          ///< of its elements
   std::vector<Index> shape;          ///< [] is a scalar; a dimension may be 0
-  std::span<const std::byte> bytes;  ///< of its elements
+  std::span<const std::byte> bytes;  ///< of its elements, or of its blocks, row after row
 
   /// Number of elements. O(dimensions). Throws CheckpointError where a dimension is negative or the
   /// product overflows; a view from a Checkpoint has no such shape.
@@ -187,8 +216,17 @@ inline std::string description_of(const TensorView& tensor) {
          text_of(tensor.shape);
 }
 
+// Throws unless the rows of a tensor are whole blocks.
+inline void check_blocks(const TensorView& tensor, std::string_view where) {
+  const Index row = tensor.shape.empty() ? 1 : tensor.shape.back(), numbers = numbers_of(tensor.dtype);
+  if (row % numbers != 0)
+    fail_checkpoint(where, ": ", description_of(tensor), " has rows of ", row,
+                    " numbers, expected a multiple of ", numbers);
+}
+
 // Throws unless the bytes of a view are as many as its shape says.
 inline void check_bytes(const TensorView& tensor, std::string_view where) {
+  check_blocks(tensor, where);
   const std::optional<std::size_t> expected = num_bytes(tensor.dtype, tensor.shape);
   if (!expected) fail_checkpoint(where, ": ", description_of(tensor), ": no memory holds this shape");
   if (tensor.bytes.size() != *expected)
@@ -202,48 +240,6 @@ inline void require_little_endian() {
                      "checkpoints are little-endian and this machine is not: there is no code that "
                      "swaps bytes");
 }
-
-// The bits of a float that equals a number of fewer bits: a sign, kExponentBits with the usual
-// bias, kMantissaBits. Where the format has no infinities, only all ones are special, and NaN.
-template <int kExponentBits, int kMantissaBits, bool kHasInfinity>
-constexpr std::uint32_t widened(std::uint32_t bits) {
-  constexpr std::uint32_t kMaxExponent = (1u << kExponentBits) - 1;
-  constexpr std::uint32_t kMaxMantissa = (1u << kMantissaBits) - 1;
-  constexpr std::uint32_t kBiasDifference = 127 - kMaxExponent / 2;
-  const std::uint32_t sign = (bits >> (kExponentBits + kMantissaBits)) << 31;
-  std::uint32_t exponent = (bits >> kMantissaBits) & kMaxExponent;
-  std::uint32_t mantissa = bits & kMaxMantissa;
-  if (exponent == kMaxExponent && (kHasInfinity || mantissa == kMaxMantissa))
-    return sign | 0x7f800000u | mantissa << (23 - kMantissaBits);
-  if (exponent == 0) {
-    if (mantissa == 0) return sign;
-    // A subnormal is a normal float: shift its highest bit to where the hidden one is.
-    const int shift = std::countl_zero(mantissa) - (31 - kMantissaBits);
-    mantissa = (mantissa << shift) & kMaxMantissa;
-    exponent = 1u - std::uint32_t(shift);  // may wrap around; the bias brings it back
-  }
-  return sign | (exponent + kBiasDifference) << 23 | mantissa << (23 - kMantissaBits);
-}
-
-constexpr float float_of_f16(std::uint16_t bits) { return std::bit_cast<float>(widened<5, 10, true>(bits)); }
-constexpr float float_of_bf16(std::uint16_t bits) { return std::bit_cast<float>(std::uint32_t(bits) << 16); }
-constexpr float float_of_e4m3(std::uint8_t bits) { return std::bit_cast<float>(widened<4, 3, false>(bits)); }
-constexpr float float_of_e5m2(std::uint8_t bits) { return std::bit_cast<float>(widened<5, 2, true>(bits)); }
-constexpr float float_of_e8m0(std::uint8_t bits) {
-  if (bits == 0xff) return std::numeric_limits<float>::quiet_NaN();
-  return std::bit_cast<float>(bits == 0 ? 0x00400000u : std::uint32_t(bits) << 23);  // 2^-127 first
-}
-
-// All values of an 8-bit type.
-template <class Convert>
-constexpr std::array<float, 256> table_of(Convert convert) {
-  std::array<float, 256> table{};
-  for (std::size_t i = 0; i < table.size(); ++i) table[i] = convert(std::uint8_t(i));
-  return table;
-}
-inline constexpr std::array<float, 256> kE4M3 = table_of(float_of_e4m3);
-inline constexpr std::array<float, 256> kE5M2 = table_of(float_of_e5m2);
-inline constexpr std::array<float, 256> kE8M0 = table_of(float_of_e8m0);
 
 // Element i of memory at any address.
 template <class T>
@@ -286,6 +282,15 @@ constexpr std::optional<DType> dtype_of() {
     return std::nullopt;
 }
 
+// Reads a tensor of blocks. True.
+template <class B, class S>
+bool read_blocks(const TensorView& tensor, S* out) {
+  const std::byte* const end = tensor.bytes.data() + tensor.bytes.size();
+  for (const std::byte* block = tensor.bytes.data(); block != end; block += B::kBytes, out += B::kNumbers)
+    read_block<B>(block, out);
+  return true;
+}
+
 // Reads a floating-point tensor. False where the dtype is none.
 template <std::floating_point S>
 bool read_converted(const TensorView& tensor, S* out) {
@@ -312,6 +317,26 @@ bool read_converted(const TensorView& tensor, S* out) {
     case DType::F8_E8M0:
       convert_each<std::uint8_t>(tensor, out, [](std::uint8_t bits) { return kE8M0[bits]; });
       return true;
+    case DType::Q8_0:
+      return read_blocks<Q8_0>(tensor, out);
+    case DType::Q4_0:
+      return read_blocks<Q4_0>(tensor, out);
+    case DType::Q4_1:
+      return read_blocks<Q4_1>(tensor, out);
+    case DType::Q5_0:
+      return read_blocks<Q5_0>(tensor, out);
+    case DType::Q5_1:
+      return read_blocks<Q5_1>(tensor, out);
+    case DType::Q4_K:
+      return read_blocks<Q4_K>(tensor, out);
+    case DType::Q5_K:
+      return read_blocks<Q5_K>(tensor, out);
+    case DType::Q6_K:
+      return read_blocks<Q6_K>(tensor, out);
+    case DType::IQ4_NL:
+      return read_blocks<IQ4_NL>(tensor, out);
+    case DType::MXFP4:
+      return read_blocks<StoredFP4>(tensor, out);
     default:
       return false;
   }
@@ -362,7 +387,8 @@ inline bool read_converted(const TensorView& tensor, std::int64_t* out) {
 }  // namespace io
 
 /// Writes the numbers of a tensor to out [tensor.size()], row-major. A float or double takes the
-/// floating-point dtypes (what is narrower is exact, F64 to float rounds to nearest, ties to even),
+/// floating-point dtypes (what is narrower is exact, F64 to float rounds to nearest, ties to even) and blocks
+/// (their floats, each rounded once at most),
 /// std::int64_t takes integers and BOOL (as 0 and 1). NaN stays NaN, infinities and zeros keep
 /// their sign, a copy without conversion keeps every bit. O(size). Throws CheckpointError, and
 /// writes nothing, for any other dtype, for bytes that do not fit the shape and for a U64 that does

@@ -23,6 +23,7 @@
 #include <moe/core/types.hpp>
 #include <moe/io/dtype.hpp>
 #include <moe/io/file.hpp>
+#include <moe/io/header.hpp>
 #include <moe/io/json_events.hpp>
 
 // Safetensors files: 8 bytes that hold the length of a header, the header in JSON, the tensors. A header is
@@ -30,22 +31,6 @@
 namespace moe {
 
 namespace io {
-
-/// A tensor of a dtype that DType does not have. How many bytes its shape has is not known.
-struct UnreadTensor {
-  std::string dtype{};
-  std::span<const std::byte> bytes{};
-};
-
-/// What a safetensors file says about itself.
-struct Header {
-  std::map<std::string, TensorView, std::less<>> tensors{};
-  std::map<std::string, UnreadTensor, std::less<>> unread{};
-
-  std::map<std::string, std::string> metadata{};
-
-  bool contains(std::string_view name) const { return tensors.contains(name) || unread.contains(name); }
-};
 
 class HeaderEvents final : public JsonEvents {
  public:
@@ -324,7 +309,8 @@ inline int write_order(DType dtype) {
                               DType::U32,     DType::I32, DType::BF16,    DType::F16,
                               DType::U16,     DType::I16, DType::F8_E8M0, DType::F8_E4M3,
                               DType::F8_E5M2, DType::I8,  DType::U8,      DType::BOOL};
-  static_assert(kOrder.size() == kDTypes.size());
+  static_assert(kOrder.size() == std::size_t(std::count_if(kDTypes.begin(), kDTypes.end(),
+                                                           [](auto& info) { return info.numbers == 1; })));
   return int(std::find(kOrder.begin(), kOrder.end(), dtype) - kOrder.begin());
 }
 
@@ -340,6 +326,9 @@ inline FileLayout layout_of(std::span<const TensorToWrite> tensors,
   for (const TensorToWrite& tensor : tensors) {
     require_checkpoint(tensor.name != "__metadata__", where, ": no tensor can have the name '__metadata__'");
     check_bytes(tensor, where);
+    require_checkpoint(numbers_of(tensor.dtype) == 1, where, ": ", description_of(tensor),
+                       " is in blocks of ", numbers_of(tensor.dtype),
+                       " numbers, expected single elements in a safetensors file");
     layout.tensors.push_back(&tensor);
   }
   auto& order = layout.tensors;
