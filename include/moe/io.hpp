@@ -8,6 +8,8 @@
 #include <moe/io/dtype.hpp>
 #include <moe/io/file.hpp>
 #include <moe/io/gguf.hpp>
+#include <moe/io/gguf_blocks.hpp>
+#include <moe/io/gguf_names.hpp>
 #include <moe/io/header.hpp>
 #include <moe/io/json_events.hpp>
 #include <moe/io/layer_file.hpp>

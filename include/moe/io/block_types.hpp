@@ -85,9 +85,10 @@ struct IQ4_NL : HalfScaled<18> {
 struct StoredFP4 {
   static constexpr Index kNumbers = 32, kShared = 32;
   static constexpr std::size_t kBytes = 17;
+  static int bits(const std::byte* block, Index i) { return nibble_at(block + 1, i); }
   static int code(const std::byte* block, Index i) {
     constexpr std::int8_t kCodes[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-    return kCodes[nibble_at(block + 1, i)];
+    return kCodes[bits(block, i)];
   }
   static float scale(const std::byte* block, Index) {
     const std::uint32_t exponent = byte_at(block, 0);

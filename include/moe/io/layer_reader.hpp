@@ -16,6 +16,7 @@
 #include <moe/core/storage.hpp>
 #include <moe/core/types.hpp>
 #include <moe/io/checkpoint.hpp>
+#include <moe/io/gguf_names.hpp>
 #include <moe/io/layer_names.hpp>
 #include <moe/io/stored_matrix.hpp>
 #include <moe/layers/moe_layer.hpp>
@@ -187,6 +188,8 @@ class LayerReader {
       expected = {*given};
     else if (stacked == 0 && vector)
       expected = {{outer}, {1, outer}};
+    else if (stacked == 0 && outer == 1)
+      expected = {{1, inner}, {inner}};
     else if (stacked == 0)
       expected = {{outer, inner}};
     else if (vector)
@@ -304,8 +307,7 @@ auto read_experts(LayerReader<S>& reader, const M& model, const ExpertTensors& f
 
 // The router of a layer.
 template <class S, class Unit, template <class> class R>
-R<S> read_router(LayerReader<S>& reader, const Model<Unit, R>& model) {
-  const LayerTensors& tensors = model.tensors;
+R<S> read_router(LayerReader<S>& reader, const Model<Unit, R>& model, const LayerTensors& tensors) {
   R<S> router(model.router);
   reader.read(tensors.w_router, 0, 0, router.w_router);
   if constexpr (requires { router.b_router; }) reader.read(tensors.b_router, 0, 0, router.b_router);
@@ -318,8 +320,8 @@ R<S> read_router(LayerReader<S>& reader, const Model<Unit, R>& model) {
 template <class S>
 void check_all_read(const LayerReader<S>& reader, const LayerTensors& tensors) {
   reader.check_all_read(tensors.prefix);
-  if (!tensors.w_router.name.starts_with(tensors.prefix))  // Grok-1's
-    reader.check_all_read(tensors.w_router.name.substr(0, tensors.w_router.name.rfind('.') + 1));
+  for (const std::string_view prefix : tensors.more_prefixes)
+    if (!prefix.empty()) reader.check_all_read(prefix);
 }
 
 // A layer and what it was read from; see load_layer and load_mapped_layer.
@@ -328,10 +330,10 @@ LoadedLayer<typename Model<Unit, R>::template Layer<S, Storage>> read_layer(cons
                                                                             const Checkpoint& checkpoint,
                                                                             Index layer) {
   using Expert = typename Model<Unit, R>::template Expert<S, Storage>;
-  const LayerTensors& tensors = model.tensors;
+  const LayerTensors tensors = tensors_in(checkpoint, model, layer, "load_layer");
   LayerReader<S> reader(checkpoint, find_names(model, tensors.w_router, checkpoint, layer, "load_layer"),
                         "load_layer");
-  R<S> router = read_router(reader, model);
+  R<S> router = read_router(reader, model, tensors);
   auto routed = read_experts<Storage>(reader, model, tensors.experts, model.num_experts(), model.d_ff,
                                       model.num_experts());
   auto shared =

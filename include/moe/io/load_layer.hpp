@@ -8,6 +8,7 @@
 #include <moe/core/storage.hpp>
 #include <moe/core/types.hpp>
 #include <moe/io/checkpoint.hpp>
+#include <moe/io/gguf_names.hpp>
 #include <moe/io/layer_names.hpp>
 #include <moe/io/layer_reader.hpp>
 #include <moe/io/stored_matrix.hpp>
@@ -45,7 +46,7 @@ inline Index find_width(const TensorSource& source, const Checkpoint& checkpoint
 /// std::invalid_argument for a model whose tensor names are not known.
 template <class Unit, template <class> class R>
 Model<Unit, R> sized_as(const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer) {
-  const LayerTensors& tensors = model.tensors;
+  const LayerTensors tensors = io::tensors_in(checkpoint, model, layer, "sized_as");
   const auto names = io::find_names(model, tensors.w_router, checkpoint, layer, "sized_as");
   const TensorView& router = checkpoint.at(names(tensors.w_router.name, 0));
   const bool transposed = tensors.w_router.transposed;
@@ -81,9 +82,10 @@ SoftModel<Unit> sized_as(const SoftModel<Unit>& model, const Checkpoint& checkpo
 /// fused ones taken apart, transposed ones turned, scaled 8-bit and 4-bit ones multiplied out. Every
 /// value of every tensor of the layer is used exactly once. A checkpoint without any layer under the model's
 /// names may have it below other modules, e.g. model.language_model.layers.0 for model.layers.0, if there is
-/// one such place. O(parameters). Throws CheckpointError for a
-/// tensor that is missing, of another shape, or left over, for one of 8 bits without its scale, for several
-/// places (see Checkpoint::below), and std::invalid_argument for a model whose tensor names are not known.
+/// one such place. A GGUF file has it under llama.cpp's names, and says of which architecture it is; blocks
+/// are multiplied out. O(parameters). Throws CheckpointError for a tensor that is missing, of another shape,
+/// or left over, for one of 8 bits without its scale, for several places (see Checkpoint::below), for a GGUF
+/// file of another architecture, and std::invalid_argument for a model whose tensor names are not known.
 /// Example: load_layer<float>(mixtral_8x7b, Checkpoint::open("Mixtral-8x7B-v0.1"), 0).
 template <class S, class Unit, template <class> class R>
 typename Model<Unit, R>::template Layer<S> load_layer(const Model<Unit, R>& model,

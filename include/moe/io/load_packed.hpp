@@ -7,6 +7,7 @@
 #include <moe/core/storage.hpp>
 #include <moe/core/types.hpp>
 #include <moe/io/checkpoint.hpp>
+#include <moe/io/gguf_names.hpp>
 #include <moe/io/layer_names.hpp>
 #include <moe/io/layer_reader.hpp>
 #include <moe/models/model.hpp>
@@ -37,10 +38,10 @@ auto load_packed(const ExpertFormats<F...>& formats, const Model<Unit, R>& model
   using Expert = typename Model<Unit, R>::template Expert<float>;
   require(options.importance.empty(), "load_packed: importance of ", options.importance.size(),
           " experts is given, expected none: pack the layer that load_layer makes");
-  const LayerTensors& tensors = model.tensors;
+  const LayerTensors tensors = tensors_in(checkpoint, model, layer, "load_packed");
   LayerReader<float> reader(checkpoint, find_names(model, tensors.w_router, checkpoint, layer, "load_packed"),
                             "load_packed");
-  PackedParts<R<float>> parts{.router = read_router(reader, model),
+  PackedParts<R<float>> parts{.router = read_router(reader, model, tensors),
                               .num_shared_experts = model.shared_experts};
   if (model.gated_shared_experts) parts.w_shared_gate.resize(model.shared_experts, model.d_model());
   if (model.output_bias) parts.b_output.resize(model.d_model());
@@ -62,8 +63,9 @@ auto load_packed(const ExpertFormats<F...>& formats, const Model<Unit, R>& model
 /// Layer `layer` of a model for inference, packed in a format: pack<F>(load_layer<float>(...)) with one
 /// expert at a time beside the packed ones. Matrices that the checkpoint stores in the format's own way are
 /// packed as they are, and give the bits of pack<F32> of the layer that load_layer makes: gpt-oss' in MXFP4,
-/// DeepSeek-V3's in FP8. Others, and transposed ones, are rounded to the format. O(parameters). Throws as
-/// load_layer and pack, and for a scale of FP8 of 2^120 or more. Example: load_packed<FP8>(deepseek_v3,
+/// DeepSeek-V3's in FP8, of GGUF files Q8_0 in Int8, Q4_0 in Int4, Q4_1 and Q4_K in Int4Offset, MXFP4 in
+/// MXFP4. Others, and transposed ones, are rounded to the format. O(parameters). Throws as load_layer and
+/// pack, and for a scale of FP8 of 2^120 or more. Example: load_packed<FP8>(deepseek_v3,
 /// Checkpoint::open("DeepSeek-V3"), 3).
 template <Format F, class Unit, template <class> class R>
 auto load_packed(const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer,

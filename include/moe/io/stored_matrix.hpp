@@ -11,6 +11,7 @@
 #include <moe/core/types.hpp>
 #include <moe/io/checkpoint.hpp>
 #include <moe/io/dtype.hpp>
+#include <moe/io/gguf_blocks.hpp>
 #include <moe/io/scaled_blocks.hpp>
 #include <moe/packed/block_format.hpp>
 
@@ -22,7 +23,7 @@ namespace moe {
 struct StoredMatrix {
   /// How numbers are stored.
   enum class Format {
-    plain,             ///< numbers of values.dtype
+    plain,             ///< numbers of values.dtype, also in the blocks of GGUF files
     block_scaled_fp8,  ///< 8 bits, and one scale for each 128 x 128 of them, each row, or all
     mxfp4,  ///< gpt-oss': bytes of two 4-bit numbers, and one scale for 32 along the last dimension
   };
@@ -61,9 +62,9 @@ struct StoredMatrix {
     std::copy(numbers.begin(), numbers.end(), out);
   }
 
-  /// Calls use(stored) with the stored numbers, if they are in blocks of a packed format: BlockScaledFP8 or
-  /// StoredMXFP4. Says whether they are. Throws CheckpointError where they do not fit their scales; `where`
-  /// begins its message.
+  /// Calls use(stored) with the stored numbers, if they are in blocks of a packed format: BlockScaledFP8,
+  /// StoredMXFP4 or GGUFBlocks. Says whether they are. Throws CheckpointError where they do not fit their
+  /// scales; `where` begins its message.
   template <InBlocks F, class Use>
   bool in_blocks_of(const char* where, const Use& use) const {
     if constexpr (std::is_same_v<F, FP8>)
@@ -76,7 +77,7 @@ struct StoredMatrix {
         use(StoredMXFP4(values, scales, where));
         return true;
       }
-    return false;
+    return format == Format::plain && io::in_gguf_blocks_of<F>(values, use, where);
   }
 
   /// Why the numbers cannot be read as S where they lie; empty where they can.

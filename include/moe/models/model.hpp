@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <string_view>
 #include <type_traits>
@@ -54,13 +55,16 @@ struct ExpertTensors {
 
 /// Where a checkpoint holds a layer's parameters.
 struct LayerTensors {
-  std::string_view prefix{};  ///< what the names of all tensors of a layer begin with
+  std::string_view prefix{};                        ///< what the names of all tensors of a layer begin with
+  std::array<std::string_view, 3> more_prefixes{};  ///< or else with one of these; empty for none
   /// The router's parameters.
   TensorSource w_router{}, b_router{}, selection_bias{};
   /// Those of a routed expert and of a shared one.
   ExpertTensors experts{}, shared_expert{};
   /// Those of the layer itself.
   TensorSource w_shared_gate{}, b_output{};
+  /// general.architecture of its GGUF files, whose names are llama.cpp's; empty where there are none.
+  std::string_view gguf{};
 };
 
 /// Whether an activation is a gated unit, one with two arguments.

@@ -19,11 +19,12 @@ inline constexpr Model<SwiGLU> dbrx = {
                .vocabulary = 100352,
                .attention = attention_parameters(6144, 48, 8, 128)},
     .published = {132e9, 36e9},
-    .tensors = {.prefix = "transformer.blocks.{layer}.ffn.",
-                .w_router = {"transformer.blocks.{layer}.ffn.router.layer.weight"},
-                .experts = {.w_gate = {"transformer.blocks.{layer}.ffn.experts.mlp.w1"},
-                            .w_up = {"transformer.blocks.{layer}.ffn.experts.mlp.v1"},
-                            .w_down = {.name = "transformer.blocks.{layer}.ffn.experts.mlp.w2",
-                                       .transposed = true}}}};
+    .tensors = {
+        .prefix = "transformer.blocks.{layer}.ffn.",
+        .w_router = {"transformer.blocks.{layer}.ffn.router.layer.weight"},
+        .experts = {.w_gate = {"transformer.blocks.{layer}.ffn.experts.mlp.w1"},
+                    .w_up = {"transformer.blocks.{layer}.ffn.experts.mlp.v1"},
+                    .w_down = {.name = "transformer.blocks.{layer}.ffn.experts.mlp.w2", .transposed = true}},
+        .gguf = "dbrx"}};
 
 }  // namespace moe

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <string_view>
+
 #include <moe/models/model.hpp>
 
 namespace moe {
 
-/// The names of DeepSeek's tensors, which other models have taken over.
-constexpr LayerTensors deepseek_tensors(bool selection_bias) {
+/// The names of DeepSeek's tensors, which other models have taken over; `gguf` is the architecture in GGUF
+/// files.
+constexpr LayerTensors deepseek_tensors(std::string_view gguf, bool selection_bias) {
   LayerTensors tensors = {
       .prefix = "model.layers.{layer}.mlp.",
       .w_router = {"model.layers.{layer}.mlp.gate.weight"},
@@ -15,7 +18,8 @@ constexpr LayerTensors deepseek_tensors(bool selection_bias) {
                   .w_down = {"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"}},
       .shared_expert = {.w_gate = {"model.layers.{layer}.mlp.shared_experts.gate_proj.weight"},
                         .w_up = {"model.layers.{layer}.mlp.shared_experts.up_proj.weight"},
-                        .w_down = {"model.layers.{layer}.mlp.shared_experts.down_proj.weight"}}};
+                        .w_down = {"model.layers.{layer}.mlp.shared_experts.down_proj.weight"}},
+      .gguf = gguf};
   if (selection_bias) tensors.selection_bias = {"model.layers.{layer}.mlp.gate.e_score_correction_bias"};
   return tensors;
 }
@@ -36,7 +40,7 @@ inline constexpr Model<SwiGLU> deepseek_moe_16b = {
                .attention = attention_parameters(2048, 16, 16, 128),
                .dense_d_ff = 10944},
     .published = {16.4e9, 2.8e9},
-    .tensors = deepseek_tensors(false)};
+    .tensors = deepseek_tensors("deepseek", false)};
 
 /// DeepSeek-V2 (DeepSeek-AI 2024): the three best of eight groups by their best expert; gates are
 /// probabilities times 16, not renormalised. In training its authors
@@ -60,7 +64,7 @@ inline constexpr Model<SwiGLU> deepseek_v2 = {
                .attention = latent_attention_parameters(5120, 128, 1536, 512, 128, 64, 128),
                .dense_d_ff = 12288},
     .published = {236e9, 21e9},
-    .tensors = deepseek_tensors(false)};
+    .tensors = deepseek_tensors("deepseek2", false)};
 
 /// DeepSeek-V3 (DeepSeek-AI 2024): sigmoid scores, a bias for selection alone, the four best of eight
 /// groups by their two best experts; gates are renormalised and multiplied by 2.5.
@@ -87,6 +91,6 @@ inline constexpr Model<SwiGLU> deepseek_v3 = {
                .attention = latent_attention_parameters(7168, 128, 1536, 512, 128, 64, 128),
                .dense_d_ff = 18432},
     .published = {671e9, 37e9},
-    .tensors = deepseek_tensors(true)};
+    .tensors = deepseek_tensors("deepseek2", true)};
 
 }  // namespace moe

@@ -34,6 +34,7 @@ inline constexpr Model<SwiGLU> ernie_4_5_21b_a3b = {
                             .w_down = {"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"}},
                 .shared_expert = {.w_gate = {"model.layers.{layer}.mlp.shared_experts.gate_proj.weight"},
                                   .w_up = {"model.layers.{layer}.mlp.shared_experts.up_proj.weight"},
-                                  .w_down = {"model.layers.{layer}.mlp.shared_experts.down_proj.weight"}}}};
+                                  .w_down = {"model.layers.{layer}.mlp.shared_experts.down_proj.weight"}},
+                .gguf = "ernie4_5-moe"}};
 
 }  // namespace moe

@@ -27,6 +27,6 @@ inline constexpr Model<SwiGLU> glm_4_5 = {
                .attention = attention_parameters(5120, 96, 8, 128) + 128 * (96 + 2 * 8 + 2),
                .dense_d_ff = 12288},
     .published = {355e9, 32e9},
-    .tensors = deepseek_tensors(true)};
+    .tensors = deepseek_tensors("glm4moe", true)};
 
 }  // namespace moe

@@ -17,7 +17,8 @@ inline constexpr LayerTensors kGptOssTensors = {
                 .w_down = {"model.layers.{layer}.mlp.experts.down_proj", TensorPart::all, true},
                 .b_gate = {"model.layers.{layer}.mlp.experts.gate_up_proj_bias", TensorPart::even_rows},
                 .b_up = {"model.layers.{layer}.mlp.experts.gate_up_proj_bias", TensorPart::odd_rows},
-                .b_down = {"model.layers.{layer}.mlp.experts.down_proj_bias"}}};
+                .b_down = {"model.layers.{layer}.mlp.experts.down_proj_bias"}},
+    .gguf = "gpt-oss"};
 
 }  // namespace detail
 

@@ -10,10 +10,12 @@ namespace detail {
 inline constexpr LayerTensors kGraniteTensors = {
     .prefix = "model.layers.{layer}.block_sparse_moe.",
     .w_router = {"model.layers.{layer}.block_sparse_moe.router.layer.weight"},
-    .experts = {
-        .w_gate = {"model.layers.{layer}.block_sparse_moe.input_linear.weight", TensorPart::first_half},
-        .w_up = {"model.layers.{layer}.block_sparse_moe.input_linear.weight", TensorPart::second_half},
-        .w_down = {"model.layers.{layer}.block_sparse_moe.output_linear.weight"}}};
+    .experts = {.w_gate = {"model.layers.{layer}.block_sparse_moe.input_linear.weight",
+                           TensorPart::first_half},
+                .w_up = {"model.layers.{layer}.block_sparse_moe.input_linear.weight",
+                         TensorPart::second_half},
+                .w_down = {"model.layers.{layer}.block_sparse_moe.output_linear.weight"}},
+    .gguf = "granitemoe"};
 
 }  // namespace detail
 

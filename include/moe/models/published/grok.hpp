@@ -20,9 +20,11 @@ inline constexpr Model<GEGLUTanh> grok_1 = {
                .attention = attention_parameters(6144, 48, 8, 128)},
     .published = {314e9, 0},
     .tensors = {.prefix = "transformer.decoder_layer.{layer}.moe.",
+                .more_prefixes = {"transformer.decoder_layer.{layer}.router."},
                 .w_router = {"transformer.decoder_layer.{layer}.router.weight"},
                 .experts = {.w_gate = {"transformer.decoder_layer.{layer}.moe.{expert}.linear.weight"},
                             .w_up = {"transformer.decoder_layer.{layer}.moe.{expert}.linear_v.weight"},
-                            .w_down = {"transformer.decoder_layer.{layer}.moe.{expert}.linear_1.weight"}}}};
+                            .w_down = {"transformer.decoder_layer.{layer}.moe.{expert}.linear_1.weight"}},
+                .gguf = "grok"}};
 
 }  // namespace moe

@@ -16,10 +16,11 @@ inline constexpr LayerTensors kLlama4Tensors = {
                          TensorPart::second_half, true},
                 .w_down = {"language_model.model.layers.{layer}.feed_forward.experts.down_proj",
                            TensorPart::all, true}},
-    .shared_expert = {
-        .w_gate = {"language_model.model.layers.{layer}.feed_forward.shared_expert.gate_proj.weight"},
-        .w_up = {"language_model.model.layers.{layer}.feed_forward.shared_expert.up_proj.weight"},
-        .w_down = {"language_model.model.layers.{layer}.feed_forward.shared_expert.down_proj.weight"}}};
+    .shared_expert =
+        {.w_gate = {"language_model.model.layers.{layer}.feed_forward.shared_expert.gate_proj.weight"},
+         .w_up = {"language_model.model.layers.{layer}.feed_forward.shared_expert.up_proj.weight"},
+         .w_down = {"language_model.model.layers.{layer}.feed_forward.shared_expert.down_proj.weight"}},
+    .gguf = "llama4"};
 
 }  // namespace detail
 

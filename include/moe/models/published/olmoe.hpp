@@ -22,6 +22,7 @@ inline constexpr Model<SwiGLU> olmoe_1b_7b = {
                 .w_router = {"model.layers.{layer}.mlp.gate.weight"},
                 .experts = {.w_gate = {"model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"},
                             .w_up = {"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"},
-                            .w_down = {"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"}}}};
+                            .w_down = {"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"}},
+                .gguf = "olmoe"}};
 
 }  // namespace moe

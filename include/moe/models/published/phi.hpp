@@ -23,6 +23,7 @@ inline constexpr Model<SwiGLU, SparseMixerRouter> phi_3_5_moe = {
                 .w_router = {"model.layers.{layer}.block_sparse_moe.gate.weight"},
                 .experts = {.w_gate = {"model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight"},
                             .w_up = {"model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight"},
-                            .w_down = {"model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight"}}}};
+                            .w_down = {"model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight"}},
+                .gguf = "phimoe"}};
 
 }  // namespace moe

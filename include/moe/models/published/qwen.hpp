@@ -12,7 +12,8 @@ inline constexpr LayerTensors kQwen3Tensors = {
     .w_router = {"model.layers.{layer}.mlp.gate.weight"},
     .experts = {.w_gate = {"model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"},
                 .w_up = {"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"},
-                .w_down = {"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"}}};
+                .w_down = {"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"}},
+    .gguf = "qwen3moe"};
 
 inline constexpr LayerTensors kQwen2Tensors = {
     .prefix = kQwen3Tensors.prefix,
@@ -21,7 +22,8 @@ inline constexpr LayerTensors kQwen2Tensors = {
     .shared_expert = {.w_gate = {"model.layers.{layer}.mlp.shared_expert.gate_proj.weight"},
                       .w_up = {"model.layers.{layer}.mlp.shared_expert.up_proj.weight"},
                       .w_down = {"model.layers.{layer}.mlp.shared_expert.down_proj.weight"}},
-    .w_shared_gate = {"model.layers.{layer}.mlp.shared_expert_gate.weight"}};
+    .w_shared_gate = {"model.layers.{layer}.mlp.shared_expert_gate.weight"},
+    .gguf = "qwen2moe"};
 
 }  // namespace detail
 
