@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Writes GGUF files with the `gguf` package of llama.cpp's authors, and what the package says of them.
 
-Usage: gguf_files.py [--out DIR]
+Usage: gguf_files.py [--out DIR] [--fuzz DIR]
 
 gguf_types.gguf: a tensor of every type that the library reads, of random bytes, and beside it, as F32, the numbers
 that gguf.quants.dequantize gives; metadata of every type; the names that the package gives to tensors.
 gguf_layer.gguf: a layer in the shape of Qwen3-30B-A3B's, quantised by the package.
 gguf_split-0000N-of-00003.gguf: five tensors in three files.
+In the fuzzer's directory values.gguf: metadata of every type and a block of every type.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def random_blocks(kind, rows, blocks, rng):
         data[:, at:at + 2] = finite_halves(rng, len(data)).view(np.uint8).reshape(-1, 2)
     if kind == Type.MXFP4:
         data[:, 0] = np.arange(len(data)) * 5 % 255  # the package has a number for 255, OCP has NaN
-        data[:3, 0] = [0, 1, 254]
+        data[:3, 0] = [0, 1, 254][:len(data)]
     return data.reshape(rows, blocks * size)
 
 
@@ -159,6 +160,16 @@ def write_split(path):
     finish(writer)
 
 
+def write_seed(path):
+    rng = np.random.default_rng(3)
+    writer = gguf.GGUFWriter(path, "test")
+    add_values(writer)
+    for kind in HALVES:
+        writer.add_tensor(kind.name, random_blocks(kind, 1, 1, rng), raw_dtype=kind)
+    writer.add_tensor("F16", np.zeros((1, 2, 3), dtype=np.float16))
+    finish(writer)
+
+
 def finish(writer):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -169,10 +180,14 @@ def finish(writer):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "data")
-    out = parser.parse_args().out
+    parser.add_argument("--fuzz", type=pathlib.Path,
+                        default=pathlib.Path(__file__).parent.parent / "fuzz" / "gguf_corpus")
+    arguments = parser.parse_args()
+    out = arguments.out
     write_types(out / "gguf_types.gguf")
     write_layer(out / "gguf_layer.gguf")
     write_split(out / "gguf_split.gguf")
+    write_seed(arguments.fuzz / "values.gguf")
 
 
 if __name__ == "__main__":

@@ -155,13 +155,15 @@ struct Q6_K {
 /// Writes the numbers of a block to out [B::kNumbers]. O(B::kNumbers).
 template <class B, std::floating_point S>
 void read_block(const std::byte* block, S* out) {
+  constexpr bool kHasOffset = requires { B::offset(block, 0); };
   for (Index begin = 0; begin < B::kNumbers; begin += B::kShared) {
     const Index group = begin / B::kShared;
     const float scale = B::scale(block, group);
+    float offset = 0;
+    if constexpr (kHasOffset) offset = B::offset(block, group);
     for (Index i = begin; i < begin + B::kShared; ++i) {
-      float number = float(B::code(block, i)) * scale;
-      if constexpr (requires { B::offset(block, group); }) number += B::offset(block, group);
-      out[i] = S(number);
+      const float product = float(B::code(block, i)) * scale;
+      out[i] = S(kHasOffset ? product + offset : product);  // the sum would take the sign of -0
     }
   }
 }
