@@ -35,7 +35,8 @@ constexpr const char* kWeights[] = {"f32", "bf16", "bf16_dot"};
 std::unique_ptr<AnyLayer> make_layer(const Shape& shape, Weights weights) {
   using Gated = GatedFeedForward<float>;
   using Plain = FeedForward<float, ReLU>;
-  if (shape.gated && weights == Weights::f32) return std::make_unique<Layer<F32, Gated>>(shape, PackOptions{});
+  if (shape.gated && weights == Weights::f32)
+    return std::make_unique<Layer<F32, Gated>>(shape, PackOptions{});
   const PackOptions options{.bf16_dot_product = weights == Weights::bf16_dot};
   if (shape.gated) return std::make_unique<Layer<BF16, Gated>>(shape, options);
   if (weights == Weights::f32) return std::make_unique<Layer<F32, Plain>>(shape, PackOptions{});
