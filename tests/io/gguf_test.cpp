@@ -175,6 +175,19 @@ TEST(GGUF, FilesOfASetAreOpenedTogether) {
   std::filesystem::rename(directory / "gguf_split-00001-of-00003.gguf", directory / "one.gguf");
   expect_error("one of three", [&] { Checkpoint::open(directory / "one.gguf"); },
                {"one.gguf", "split.count is 3", "1 files"});
+  std::filesystem::copy_file(directory / "gguf_split-00002-of-00003.gguf", directory / "two.gguf");
+  expect_error("a later file alone", [&] { Checkpoint::open(directory / "two.gguf"); },
+               {"two.gguf", "split.count is 3", "1 files"});
+  std::filesystem::copy_file(directory / "one.gguf", directory / "gguf_split-00001-of-00003.gguf");
+  expect_error("no file of the set", [&] { Checkpoint::open(directory / "gguf_split-00004-of-00003.gguf"); },
+               {"gguf_split-00004-of-00003.gguf", "none of the 3 files"});
+  expect_error("one file twice",
+               [&] {
+                 Checkpoint::open({directory / "one.gguf", directory / "two.gguf",
+                                   directory / "gguf_split-00002-of-00003.gguf"});
+               },
+               {"split.no is 1"});
+  std::filesystem::remove(directory / "gguf_split-00001-of-00003.gguf");
   expect_error("two of three", [&] { Checkpoint::open(directory / "gguf_split-00002-of-00003.gguf"); },
                {"gguf_split-00001-of-00003.gguf", "all 3"});
 }

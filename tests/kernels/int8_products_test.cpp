@@ -174,7 +174,7 @@ class Int8Products : public testing::Test {
           for (Index q = 0; q < kBlock; ++q) products += code(block, q) * part.codes[q];
           sum = added(float(products) * scale_of(block), part.scale, sum, fused);
           if constexpr (requires { block.offset; })
-            sum = added(block.offset, part.scale * float(part.sum), sum, fused);
+            sum = added(block.offset * float(part.sum), part.scale, sum, fused);
         }
         y(i, j) = sum;
       }
@@ -273,6 +273,22 @@ TYPED_TEST(Int8Products, ABlockWithANumberThatIsNoneIsNaN) {
       EXPECT_TRUE(y.row(1).array().isNaN().all()) << by.name;
       EXPECT_TRUE(y.row(0).allFinite() && y.row(2).allFinite()) << by.name;
     }
+}
+
+TYPED_TEST(Int8Products, TheLargestNumbersTimesSmallWeightsAreFinite) {
+  const std::uint32_t zeros = std::is_same_v<TypeParam, Int8>   ? 0x80808080u
+                              : std::is_same_v<TypeParam, Int4> ? 0x88888888u
+                                                                : 0u;
+  auto w = this->draw(64, 20, &zeros);
+  for (auto& block : w.blocks)
+    if constexpr (requires { block.offset; }) block.offset = 1e-6f;
+  for (const Variant& by : variants<typename TypeParam::Block>()) {
+    const Matrix<float> x = Matrix<float>::Constant(2, 64, (std::numeric_limits<float>::max)());
+    const Matrix<float> y = this->multiplied(by, w, x);
+    EXPECT_TRUE(y.allFinite()) << by.name;
+    const bool is_zero = (y.array() == 0).all();
+    EXPECT_EQ(is_zero, (!std::is_same_v<TypeParam, Int4Offset>)) << by.name;
+  }
 }
 
 TYPED_TEST(Int8Products, NumbersBelow2ToTheMinus119CountAsZero) {

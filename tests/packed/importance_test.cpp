@@ -164,6 +164,24 @@ TEST(ImportanceOf, HiddenValuesAreThoseOfTheExpert) {
   }
 }
 
+TEST(ImportanceOf, HiddenValuesOfAGatedExpertAreThoseThatTheSecondProductTakes) {
+  Rng rng(9);
+  const MoELayer<Gated, TopKRouter<float>> layer(
+      make_experts<Gated>(1, {.d_model = 8, .d_ff = 5}, rng),
+      TopKRouter<float>({.d_model = 8, .num_experts = 1, .top_k = 1}, rng));
+  Matrix<float> x(6, 8);
+  fill_normal(x, 1.0, rng);
+  const auto importance = importance_of(layer, x);
+  const Gated& expert = layer.experts()[0];
+  const Matrix<double> gate = (x * expert.w_gate.transpose()).cast<double>();
+  const Matrix<double> up = (x * expert.w_up.transpose()).cast<double>();
+  const Matrix<double> hidden = (gate.array() / (1 + (-gate.array()).exp()) * up.array()).matrix();
+  for (Index j = 0; j < 5; ++j) {
+    const double mean = hidden.col(j).squaredNorm() / 6;
+    EXPECT_NEAR(importance[0].hidden[j], mean, 1e-5 * (1e-3 + mean));
+  }
+}
+
 TEST(ImportanceOf, TakesExpertsOfSeveralKindsAndLeavesOutTheUnused) {
   Rng rng(7);
   using E = VariantExpert<FeedForward<float>, Gated>;

@@ -139,6 +139,7 @@ class Checkpoint {
   Checkpoint below(std::string_view prefix) const {
     Contents contents{.path = contents_->path, .files = contents_->files};
     contents.header.metadata = metadata();
+    contents.header.is_gguf = is_gguf();
     for (const auto& [name, tensor] : contents_->header.tensors) {
       if (!name.starts_with(prefix)) continue;
       TensorView& below = contents.header.tensors[name.substr(prefix.size())] = tensor;
@@ -158,11 +159,14 @@ class Checkpoint {
   std::vector<std::string> names() && { return contents_->names; }  // of open(...).names()
 
   /// The metadata of the files; values of a GGUF file as text: numbers in decimal, true and false, arrays as
-  /// JSON. Where two files differ in a value, that of the file whose name sorts
-  /// first; of a list of files, that of the earlier one.
+  /// JSON, but for numbers that are not finite. Where two files differ in a value, that of the file whose
+  /// name sorts first; of a list of files, that of the earlier one.
   const std::map<std::string, std::string>& metadata() const& { return contents_->header.metadata; }
   /// The same of a checkpoint that is about to go.
   std::map<std::string, std::string> metadata() && { return contents_->header.metadata; }
+
+  /// Whether its files are GGUF.
+  bool is_gguf() const { return contents_->header.is_gguf; }
 
   /// The file, the index, or the directory of a set of files.
   const std::filesystem::path& path() const& { return contents_->path; }
@@ -215,8 +219,13 @@ class Checkpoint {
   }
 
   static Checkpoint open_one(const std::filesystem::path& path) {
-    if (const auto set = io::shard_set_of(path.filename().string(), ".gguf"); set && set->num_files > 0)
-      return open_all(path, io::files_of(*set, path.parent_path()));
+    if (const auto set = io::shard_set_of(path.filename().string(), ".gguf"); set && set->num_files > 0) {
+      const std::vector<std::filesystem::path> files = io::files_of(*set, path.parent_path());
+      if (std::find(files.begin(), files.end(), path) == files.end())
+        io::fail_checkpoint(path.string(), ": is none of the ", set->num_files, " files of its set, ",
+                            io::in_quotes(set->name(1)), " and so on");
+      return open_all(path, files);
+    }
     if (path.extension() != ".json") return open_all(path, {path});
     Contents contents{.path = path};
     read_index(contents);
@@ -227,8 +236,11 @@ class Checkpoint {
                              const std::vector<std::filesystem::path>& files) {
     Contents contents{.path = path};
     std::map<std::string, std::size_t> file_of;
+    std::set<std::string> seen;
     for (std::size_t i = 0; i < files.size(); ++i) {
       io::Header header = read_header(contents, files[i]);
+      io::check_split(header, files.size(), seen, files[i].string());
+      contents.header.is_gguf |= header.is_gguf;
       const auto add = [&](const auto& tensors) {
         for (const auto& [name, tensor] : tensors) {
           const auto [before, is_new] = file_of.try_emplace(name, i);
@@ -243,7 +255,6 @@ class Checkpoint {
       contents.header.unread.merge(header.unread);
       contents.header.metadata.merge(header.metadata);
     }
-    io::check_split(contents.header, files.size(), path.string());
     return Checkpoint(std::move(contents));
   }
 

@@ -290,6 +290,8 @@ class GGUFReader {
       const bool last = i + 1 == infos_.size();
       if (!unread.empty())
         size = (std::min)(std::uint64_t(data.size()), last ? kEnd : infos_[i + 1].offset) - offset;
+      if (!unread.empty() && size == 0 && std::count(view.shape.begin(), view.shape.end(), 0) == 0)
+        fail_here("has the shape ", text_of(view.shape), ", but no bytes before the next tensor");
       end = offset + size;
       view.bytes = data.subspan(std::size_t(offset), std::size_t(size));
       std::string name = view.name;
@@ -317,22 +319,22 @@ class GGUFReader {
 /// CheckpointError; `where` names the file in its message.
 inline Header parse_gguf(std::span<const std::byte> bytes, std::string_view where) {
   require_little_endian();
-  return GGUFReader(bytes, where).read();
+  Header header = GGUFReader(bytes, where).read();
+  header.is_gguf = true;
+  return header;
 }
 
-/// The architecture that GGUF files say they are of; nothing of other files.
-inline std::optional<std::string> gguf_architecture(const std::map<std::string, std::string>& metadata) {
-  const auto found = metadata.find("general.architecture");
-  return found == metadata.end() ? std::nullopt : std::optional(found->second);
-}
-
-/// Throws CheckpointError where a GGUF file says that it is one of another number of files.
-inline void check_split(const Header& header, std::size_t files, std::string_view where) {
-  const auto split = header.metadata.find("split.count");
-  if (split == header.metadata.end() || !gguf_architecture(header.metadata)) return;
-  const bool whole = split->second == "0" && files == 1;  // as llama.cpp writes where it merged files
-  if (!whole && split->second != std::to_string(files))
+/// Throws CheckpointError where a GGUF file says that it is one of another number of files, or a number of
+/// the set that was seen before.
+inline void check_split(const Header& header, std::size_t files, std::set<std::string>& seen,
+                        std::string_view where) {
+  const auto split = header.metadata.find("split.count"), number = header.metadata.find("split.no");
+  if (!header.is_gguf || split == header.metadata.end()) return;
+  if (split->second == "0" && files == 1) return;  // as llama.cpp writes where it merged files
+  if (split->second != std::to_string(files))
     fail_checkpoint(where, ": split.count is ", split->second, ", but there are ", files, " files");
+  if (number != header.metadata.end() && !seen.insert(number->second).second)
+    fail_checkpoint(where, ": split.no is ", number->second, ", as of a file before it, expected another");
 }
 
 }  // namespace moe::io

@@ -51,13 +51,14 @@ constexpr LayerTensors gguf_tensors(const LayerTensors& own, bool stacked) {
 /// file of another architecture, and std::invalid_argument for one of a model that has none.
 template <class M>
 LayerTensors tensors_in(const Checkpoint& checkpoint, const M& model, Index layer, const char* where) {
-  const auto architecture = gguf_architecture(checkpoint.metadata());
-  if (!architecture) return model.tensors;
+  if (!checkpoint.is_gguf()) return model.tensors;
+  const auto found = checkpoint.metadata().find("general.architecture");
+  const std::string architecture = found == checkpoint.metadata().end() ? "" : found->second;
   const std::string_view expected = model.tensors.gguf;
   require(!expected.empty(), where, ": the tensor names of ", model.name, " in GGUF files are not known");
-  if (*architecture != expected)
+  if (architecture != expected)
     fail_checkpoint(where, ": ", checkpoint.path().string(), " has general.architecture ",
-                    in_quotes(*architecture), ", expected ", in_quotes(expected), " for ", model.name);
+                    in_quotes(architecture), ", expected ", in_quotes(expected), " for ", model.name);
   return gguf_tensors(model.tensors,
                       !checkpoint.contains(replaced("blk.{layer}.ffn_down.0.weight", "{layer}", layer)));
 }

@@ -25,6 +25,7 @@ struct Header {
   std::map<std::string, UnreadTensor, std::less<>> unread{};
 
   std::map<std::string, std::string> metadata{};
+  bool is_gguf = false;
 
   bool contains(std::string_view name) const { return tensors.contains(name) || unread.contains(name); }
 };

@@ -14,6 +14,7 @@
 #include <moe/packed/block_matrix.hpp>
 #include <moe/packed/expert_formats.hpp>
 #include <moe/packed/format.hpp>
+#include <moe/packed/pack_options.hpp>
 #include <moe/packed/packed_moe_layer.hpp>
 
 // A published model's layer out of its checkpoint, packed on the way.
@@ -64,9 +65,9 @@ auto load_packed(const ExpertFormats<F...>& formats, const Model<Unit, R>& model
 /// expert at a time beside the packed ones. Matrices that the checkpoint stores in the format's own way are
 /// packed as they are, and give the bits of pack<F32> of the layer that load_layer makes: gpt-oss' in MXFP4,
 /// DeepSeek-V3's in FP8, of GGUF files Q8_0 in Int8, Q4_0 in Int4, Q4_1 and Q4_K in Int4Offset, MXFP4 in
-/// MXFP4. Others, and transposed ones, are rounded to the format. O(parameters). Throws as load_layer and
-/// pack, and for a scale of FP8 of 2^120 or more. Example: load_packed<FP8>(deepseek_v3,
-/// Checkpoint::open("DeepSeek-V3"), 3).
+/// MXFP4, infinite scales apart. Others, and transposed ones, are rounded to the format. O(parameters).
+/// Throws as load_layer and pack, and for a scale of FP8 of 2^120 or more. Example:
+/// load_packed<FP8>(deepseek_v3, Checkpoint::open("DeepSeek-V3"), 3).
 template <Format F, class Unit, template <class> class R>
 auto load_packed(const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer,
                  const PackOptions& options = {}) {
@@ -74,7 +75,8 @@ auto load_packed(const Model<Unit, R>& model, const Checkpoint& checkpoint, Inde
 }
 
 /// The same with experts in several formats: format_of(e) is the position in the list, from 0, of expert e's,
-/// see pack. Example: load_packed<FP8, Int4>(deepseek_v3, checkpoint, 3, [](Index e) { return e < 256; }).
+/// see pack. Example: load_packed<FP8, Int4>(deepseek_v3, checkpoint, 3, [](Index e) { return e < 256 ? 0 :
+/// 1; }).
 template <Format... F, class Unit, template <class> class R, std::invocable<Index> FormatOf>
 auto load_packed(const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer, FormatOf&& format_of,
                  const PackOptions& options = {}) {

@@ -32,7 +32,8 @@ class BlockScaledFP8 {
 
   /// Refers to the values, which must outlive it. O(scales). Throws CheckpointError where dtypes, shapes or
   /// bytes do not fit; `where` begins the message.
-  BlockScaledFP8(const TensorView& values, const TensorView& scales, const char* where) : values_(values) {
+  BlockScaledFP8(const TensorView& values, const TensorView& scales, const char* where)
+      : values_(values), where_(where) {
     io::require_little_endian();
     if (values.dtype != DType::F8_E4M3 || values.shape.size() != 2)
       io::fail_checkpoint(where, ": ", io::description_of(values), ": expected F8_E4M3 [rows, cols]");
@@ -75,7 +76,7 @@ class BlockScaledFP8 {
     static_assert(kSide % FP8::kBlock == 0);
     const float scale = this->scale(row, nth * FP8::kBlock);
     if (number_kind(scale) != NumberKind::nan && std::abs(scale) >= kMostScale)
-      io::fail_checkpoint("load_packed: ", values_.name, " has a scale of ", scale, ", expected less than ",
+      io::fail_checkpoint(where_, ": ", values_.name, " has a scale of ", scale, ", expected less than ",
                           kMostScale);
     bool nan = number_kind(scale) == NumberKind::nan;
     FP8::Block block{scale, {}};
@@ -95,6 +96,7 @@ class BlockScaledFP8 {
   static constexpr float kMostScale = 0x1p120f;
 
   const TensorView& values_;
+  const char* where_;
   std::vector<float> scales_;
   Index high_ = kSide;  // rows of a block
   Index across_ = 1;    // blocks of a row

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <concepts>
 #include <limits>
-#include <optional>
 #include <span>
 #include <type_traits>
 #include <utility>
@@ -18,34 +17,13 @@
 #include <moe/packed/expert_formats.hpp>
 #include <moe/packed/float32.hpp>
 #include <moe/packed/format.hpp>
-#include <moe/packed/importance.hpp>
+#include <moe/packed/pack_options.hpp>
 #include <moe/packed/packed_experts.hpp>
 #include <moe/packed/packed_format.hpp>
 
 // A layer for inference: the router and the plan of a MoELayer, with the experts' weights laid out for
 // kernels that are chosen for the processor while the program runs.
 namespace moe {
-
-/// Options of pack and PackedMoELayer.
-struct PackOptions {
-  /// Whose kernels to use; the best that the processor has, where it is not named.
-  std::optional<InstructionSet> instruction_set{};
-  /// Rounds activations to bfloat16 too, x and what stands between an expert's products, and multiplies by
-  /// AMX or the dot product of AVX-512 BF16. Less exact. Of the peak of floats the latter has twice on AMD
-  /// Zen 4 and 5, half on Intel Sapphire Rapids: measure. For experts with a packed form whose weights are in
-  /// BF16, of which there must be one; others stay as they are.
-  bool bf16_dot_product = false;
-  /// Rounds activations to 8 bits too, x and what stands between an expert's products: blocks of 32 numbers
-  /// of a row, the largest magnitude of which becomes 127; what lies below 2^-119 counts as zero. Products
-  /// are then sums of integers, by the dot products of VNNI where there are any. Less exact: the output
-  /// differs by about 0.01 of its magnitude, more where a few activations are far larger than the others. For
-  /// experts with a packed form whose weights are in Int8, Int4, Int4Offset or MXFP4, of which there must be
-  /// one; others stay as they are.
-  bool int8_activations = false;
-  /// By what weights are rounded, see importance_of: nothing, or one for each expert, routed and then shared.
-  /// Of experts packed in Int8 or Int4, of which there must be one, from matrices of floats.
-  std::span<const ExpertImportance> importance{};
-};
 
 /// What a packed layer has beside its experts, as MoELayer's members of these names.
 template <Router R>
@@ -119,8 +97,6 @@ class PackedMoELayer {
   PackedMoELayer(const ExpertFormats<F...>& formats, PackedParts<R> parts, Source&& expert,
                  const PackOptions& options = {})
       : parts_(std::move(parts)), set_(choose_set(formats, options)), experts_(no_experts()) {
-    require(parts_.num_shared_experts >= 0, "pack: num_shared_experts = ", parts_.num_shared_experts,
-            ", expected at least 0");
     if (parts_.w_shared_gate.size() > 0)
       require_shape(parts_.w_shared_gate, parts_.num_shared_experts, d_model(), "pack", "w_shared_gate");
     check_shared_gates(parts_.w_shared_gate.rows(), gate_side_of(parts_.router).value_or(GateSide::output),
@@ -250,6 +226,8 @@ class PackedMoELayer {
 
   template <class Formats>
   InstructionSet choose_set(const Formats& formats, const PackOptions& options) const {
+    require(parts_.num_shared_experts >= 0, "pack: num_shared_experts = ", parts_.num_shared_experts,
+            ", expected at least 0");
     const bool any_dot_format = any(formats, []<Format F>(F) { return DotFormat<F>; });
     const bool any_int8_format = any(formats, []<Format F>(F) { return Int8Format<F>; });
     require(any_dot_format || !options.bf16_dot_product,
