@@ -38,10 +38,7 @@ struct BlockFormat {
   }
   /// The same by the importance of the numbers of a column [depth].
   static void encode(const float* const* rows, Index depth, Index columns, Index lanes, std::byte* to,
-                     const float* importance) requires requires {
-    F::quantised(importance, depth, importance);
-  }
-  {
+                     const float* importance) {
     encode_by(rows, depth, columns, lanes, to, [importance](const float* from, Index begin, Index count) {
       return F::quantised(from, count, importance + begin);
     });

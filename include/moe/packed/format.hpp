@@ -50,10 +50,10 @@ concept Int8Format = Format<F> && requires(InstructionSet set) {
 
 /// A format that can round by the importance of the numbers of a column:
 ///   F::encode(rows, depth, columns, lanes, to, importance)   importance [depth], not negative
+///   F::quantised(from, count, importance)                    a block of it
 template <class F>
-concept WeightedFormat = Format<F> &&
-    requires(const float* const* rows, Index n, std::byte* to, const float* importance) {
-  F::encode(rows, n, n, n, to, importance);
+concept WeightedFormat = Format<F> && requires(const float* from, Index count) {
+  F::quantised(from, count, from);
 };
 
 }  // namespace moe

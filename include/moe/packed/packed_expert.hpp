@@ -149,7 +149,7 @@ class PackedExpert {
     const Index wide = columns_ / kernels.streams;
     for (Index j = 0; j < columns_; j += wide) {
       std::byte* const to = panel + j * F::bytes(depth);
-      if constexpr (requires { F::encode(row.data(), depth, wide, wide, to, importance.data()); })
+      if constexpr (WeightedFormat<F>)
         if (importance.size() > 0) {
           F::encode(row.data() + j, depth, wide, kernels.lanes, to, importance.data());
           continue;
