@@ -143,13 +143,14 @@ class PackedExpert {
     }
   }
 
-  template <class F, class Row>
-  void encode_streams(const Row& row, Index depth, const Vector<float>& importance, std::byte* panel) const {
+  template <class F, class Number>
+  void encode_streams(const Buffer<const Number*>& row, Index depth, const Vector<float>& importance,
+                      std::byte* panel) const {
     const kernels::Kernels& kernels = product_.kernels();
     const Index wide = columns_ / kernels.streams;
     for (Index j = 0; j < columns_; j += wide) {
       std::byte* const to = panel + j * F::bytes(depth);
-      if constexpr (WeightedFormat<F>)
+      if constexpr (WeightedFormat<F> && std::is_same_v<Number, float>)
         if (importance.size() > 0) {
           F::encode(row.data() + j, depth, wide, kernels.lanes, to, importance.data());
           continue;
