@@ -113,5 +113,6 @@
 #include <moe/io.hpp>
 #include <moe/io/dtype.hpp>
 #include <moe/io/file.hpp>
+#include <moe/io/read_tensor.hpp>
 #include <moe/moe.hpp>
 #include <moe/packed.hpp>

@@ -16,6 +16,7 @@
 #include <moe/io/load_layer.hpp>
 #include <moe/io/load_packed.hpp>
 #include <moe/io/options.hpp>
+#include <moe/io/read_tensor.hpp>
 #include <moe/io/safetensors.hpp>
 #include <moe/io/scaled_blocks.hpp>
 #include <moe/io/shards.hpp>

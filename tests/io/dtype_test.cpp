@@ -14,6 +14,7 @@
 #include <gtest/gtest.h>
 
 #include <moe/io/dtype.hpp>
+#include <moe/io/read_tensor.hpp>
 #include <moe/io/scaled_blocks.hpp>
 
 #include "files.hpp"

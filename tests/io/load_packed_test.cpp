@@ -13,18 +13,12 @@
 #include <moe/packed.hpp>
 
 #include "io/tensors.hpp"
+#include "packed/packed_testing.hpp"
 
 namespace moe::load_packed_test {
 namespace {
 
 using io_test::Tensors;
-
-std::vector<InstructionSet> available_sets() {
-  std::vector<InstructionSet> sets;
-  for (const auto set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512})
-    if (is_available(set)) sets.push_back(set);
-  return sets;
-}
 
 template <class A, class B>
 void expect_same_bits(const A& a, const B& b, Rng& rng) {
@@ -78,7 +72,7 @@ TEST(LoadPacked, MXFP4IsWhatTheFileHolds) {
   const auto model = small_gpt_oss();
   const Checkpoint checkpoint = gpt_oss(rng).open();
   const auto layer = load_layer<float>(model, checkpoint, 0);
-  for (const InstructionSet set : available_sets())
+  for (const InstructionSet set : packed_testing::available_sets(false))
     expect_same_bits(load_packed<MXFP4>(model, checkpoint, 0, {.instruction_set = set}),
                      pack<F32>(layer, {.instruction_set = set}), rng);
 }
@@ -133,7 +127,7 @@ TEST(LoadPacked, FP8IsWhatTheFileHolds) {
   for (const DType scale_type : {DType::F32, DType::BF16, DType::F8_E8M0}) {
     const Checkpoint checkpoint = deepseek(scale_type, rng).open();
     const auto layer = load_layer<float>(model, checkpoint, 3);
-    for (const InstructionSet set : available_sets())
+    for (const InstructionSet set : packed_testing::available_sets(false))
       expect_same_bits(load_packed<FP8>(model, checkpoint, 3, {.instruction_set = set}),
                        pack<F32>(layer, {.instruction_set = set}), rng);
   }
@@ -154,7 +148,7 @@ TEST(LoadPacked, FP8WithAScaleForEveryRowIsWhatTheFileHolds) {
     }
   const Checkpoint checkpoint = t.open();
   const auto layer = load_layer<float>(model, checkpoint, 3);
-  for (const InstructionSet set : available_sets())
+  for (const InstructionSet set : packed_testing::available_sets(false))
     expect_same_bits(load_packed<FP8>(model, checkpoint, 3, {.instruction_set = set}),
                      pack<F32>(layer, {.instruction_set = set}), rng);
 }
@@ -185,7 +179,7 @@ TEST(LoadPacked, ASharedExpertMayBeInAnotherFormat) {
   auto layer = load_layer<float>(model, checkpoint, 3);
   round_expert<Int8>(layer.shared_experts()[0]);
   const auto format_of = [](Index e) { return e < 4 ? 0 : 1; };
-  for (const InstructionSet set : available_sets())
+  for (const InstructionSet set : packed_testing::available_sets(false))
     expect_same_bits(load_packed<FP8, Int8>(model, checkpoint, 3, format_of, {.instruction_set = set}),
                      pack<F32>(layer, {.instruction_set = set}), rng);
 }
@@ -198,7 +192,7 @@ TEST(LoadPacked, EachExpertMayBeInAFormatOfItsOwn) {
   round_expert<BF16>(layer.experts()[0]);
   round_expert<Int4>(layer.experts()[2]);
   const auto format_of = [](Index e) { return (e + 1) % 3; };
-  for (const InstructionSet set : available_sets())
+  for (const InstructionSet set : packed_testing::available_sets(false))
     expect_same_bits(
         load_packed<Int4, BF16, MXFP4>(model, checkpoint, 0, format_of, {.instruction_set = set}),
         pack<F32>(layer, {.instruction_set = set}), rng);

@@ -5,7 +5,6 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -15,24 +14,16 @@
 #include <moe/moe.hpp>
 #include <moe/packed.hpp>
 
+#include "packed/packed_testing.hpp"
 #include "sanitized.hpp"
 
 namespace moe::block_formats_test {
 namespace {
 
+using packed_testing::available_sets;
+using packed_testing::same_bits;
+
 using Gated = GatedFeedForward<float>;
-
-std::vector<InstructionSet> available_sets() {
-  std::vector<InstructionSet> sets;
-  for (const auto set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512})
-    if (is_available(set)) sets.push_back(set);
-  return sets;
-}
-
-bool same_bits(const Matrix<float>& a, const Matrix<float>& b) {
-  return a.rows() == b.rows() && a.cols() == b.cols() &&
-         std::memcmp(a.data(), b.data(), std::size_t(a.size()) * sizeof(float)) == 0;
-}
 
 template <class F>
 class BlockFormats : public testing::Test {};
@@ -74,7 +65,7 @@ void expect_exact(Index d_model, Index d_ff, Index num_experts, Index tokens, bo
   const auto as_floats = rounded<F>(layer);
   Matrix<float> x(tokens, d_model);
   fill_normal(x, 1.0, rng);
-  for (const InstructionSet set : available_sets()) {
+  for (const InstructionSet set : available_sets(false)) {
     const auto packed = pack<F>(layer, {.instruction_set = set});
     const auto floats = pack<F32>(as_floats, {.instruction_set = set});
     const Matrix<float> y = packed.forward(x);
@@ -164,7 +155,7 @@ TYPED_TEST(BlockFormats, KernelsMakeOfABlockTheNumbersThatItStandsFor) {
     std::vector<std::vector<Block>> columns(13);
     for (auto& column : columns)
       for (Index b = 0; b < blocks; ++b) column.push_back(random_finite_block<Block>(rng));
-    for (const InstructionSet set : available_sets()) {
+    for (const InstructionSet set : available_sets(false)) {
       const Matrix<float> c = multiplied_out<TypeParam>(columns, depth, set);
       for (Index j = 0; j < c.cols(); ++j)
         for (Index p = 0; p < depth; ++p) {
@@ -188,7 +179,7 @@ TYPED_TEST(BlockFormats, NumbersThatAreNotFiniteMakeTheirBlockNaN) {
       columns[0].push_back(TypeParam::quantised(row.data() + b * TypeParam::kBlock, TypeParam::kBlock));
     EXPECT_NEAR(TypeParam::number(columns[0][0], 3), 0.25f, 1e-4f);
     EXPECT_TRUE(std::isnan(TypeParam::number(columns[0][1], 3)));
-    for (const InstructionSet set : available_sets()) {
+    for (const InstructionSet set : available_sets(false)) {
       columns[0].resize(1, columns[0][1]);
       EXPECT_TRUE(multiplied_out<TypeParam>({{columns[0][0]}}, 5, set).col(0).allFinite()) << name_of(set);
       const auto nan = TypeParam::quantised(row.data() + TypeParam::kBlock, TypeParam::kBlock);
@@ -346,7 +337,7 @@ TEST(MXFP4, ScalesAreE8M0AtBothEnds) {
   nan[0] = {255, {}};
   EXPECT_EQ(MXFP4::number(low[0], 0), std::ldexp(0.5f, -127));
   EXPECT_TRUE(std::isnan(MXFP4::number(nan[0], 0)));
-  for (const InstructionSet set : available_sets()) {
+  for (const InstructionSet set : available_sets(false)) {
     const Matrix<float> c = multiplied_out<MXFP4>({low}, 32, set);
     for (Index p = 0; p < 32; ++p) EXPECT_EQ(c(p, 0), MXFP4::number(low[0], p)) << name_of(set) << ", " << p;
     EXPECT_TRUE(multiplied_out<MXFP4>({nan}, 32, set).col(0).array().isNaN().all()) << name_of(set);

@@ -11,24 +11,15 @@
 #include <moe/packed.hpp>
 
 #include "fp16_format.hpp"
+#include "packed/packed_testing.hpp"
 
 namespace moe::format_test {
 namespace {
 
+using packed_testing::available_sets;
+using packed_testing::same_bits;
+
 using test::Fp16;
-
-std::vector<InstructionSet> available_sets() {
-  std::vector<InstructionSet> sets;
-  for (const auto set :
-       {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512, InstructionSet::amx})
-    if (is_available(set)) sets.push_back(set);
-  return sets;
-}
-
-bool same_bits(const Matrix<float>& a, const Matrix<float>& b) {
-  return a.rows() == b.rows() && a.cols() == b.cols() &&
-         std::memcmp(a.data(), b.data(), std::size_t(a.size()) * sizeof(float)) == 0;
-}
 
 // The bytes of a stream of columns that are drawn, the second one of zeros.
 template <class F>

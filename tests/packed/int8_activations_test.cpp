@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -13,24 +12,23 @@
 #include <moe/moe.hpp>
 #include <moe/packed.hpp>
 
+#include "packed/packed_testing.hpp"
 #include "sanitized.hpp"
 
 // Packed layers whose activations are rounded to 8 bits; their products: tests/kernels.
 namespace moe::int8_activations_test {
 namespace {
 
+using packed_testing::message_of;
+using packed_testing::same_bits;
+
 using Gated = GatedFeedForward<float>;
 
-std::vector<InstructionSet> available_sets() {
-  std::vector<InstructionSet> sets;
-  for (const auto set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512})
-    if (is_available(set) && int8_product_of<Int8>(set)) sets.push_back(set);
+// Not AVX-512 where it has no VNNI.
+std::vector<InstructionSet> sets_with_int8() {
+  auto sets = packed_testing::available_sets(false);
+  std::erase_if(sets, [](InstructionSet set) { return !int8_product_of<Int8>(set); });
   return sets;
-}
-
-bool same_bits(const Matrix<float>& a, const Matrix<float>& b) {
-  return a.rows() == b.rows() && a.cols() == b.cols() &&
-         std::memcmp(a.data(), b.data(), std::size_t(a.size()) * sizeof(float)) == 0;
 }
 
 PackOptions rounded_on(InstructionSet set) { return {.instruction_set = set, .int8_activations = true}; }
@@ -100,7 +98,7 @@ TYPED_TEST(Int8Activations, RowsAreRoundedBeforeEveryProductAndNothingElse) {
                          without = expected<TypeParam>(layer, x, false);
     const double effect = (with - without).norm();
     EXPECT_LT(effect, 0.03 * without.norm());
-    for (const InstructionSet set : available_sets()) {
+    for (const InstructionSet set : sets_with_int8()) {
       const Matrix<double> y = pack<TypeParam>(layer, rounded_on(set)).forward(x).template cast<double>();
       // A hidden value between two codes may be rounded to the other one.
       EXPECT_LT((y - with).norm(), 0.1 * effect) << name_of(set) << ' ' << d << ' ' << f;
@@ -117,7 +115,7 @@ TYPED_TEST(Int8Activations, ATokenHasTheSameBitsAloneAndAmongOthersOnEveryInstru
     const auto layer = draw_layer<FeedForward<float, GELU>>(d, f, 1 + rng.index(4), rng.index(2) == 0, rng);
     Matrix<float> x(tokens, d), first;
     fill_normal(x, 1.0, rng);
-    for (const InstructionSet set : available_sets()) {
+    for (const InstructionSet set : sets_with_int8()) {
       const auto packed = pack<TypeParam>(layer, rounded_on(set));
       const Matrix<float> y = packed.forward(x);
       const Index t = rng.index(tokens);
@@ -152,7 +150,7 @@ TYPED_TEST(Int8Activations, ANumberThatIsNoneMakesItsTokenNaN) {
   Routing<float> routing = layer.route(x);
   for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
     x(3, 50) = bad;
-    for (const InstructionSet set : available_sets()) {
+    for (const InstructionSet set : sets_with_int8()) {
       const Matrix<float> y = pack<TypeParam>(layer, rounded_on(set)).forward(x, routing);
       EXPECT_TRUE(y.row(3).array().isNaN().all()) << name_of(set);
       EXPECT_EQ(y.array().isNaN().count(), 70) << name_of(set);
@@ -170,16 +168,6 @@ TYPED_TEST(Int8Activations, GatesMayScaleInputs) {
   const Matrix<float> exact = pack<TypeParam>(layer).forward(x);
   EXPECT_LT((pack<TypeParam>(layer, {.int8_activations = true}).forward(x) - exact).norm(),
             0.03f * exact.norm());
-}
-
-template <class Call>
-std::string message_of(const Call& call) {
-  try {
-    call();
-  } catch (const std::invalid_argument& error) {
-    return error.what();
-  }
-  return "";
 }
 
 TEST(Int8ActivationsOption, IsRefusedWhereNoWeightsAreIntegers) {

@@ -3,8 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstring>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -13,47 +11,20 @@
 #include <moe/packed.hpp>
 
 #include "fp16_format.hpp"
+#include "packed/packed_testing.hpp"
 #include "sanitized.hpp"
 
 namespace moe::mixed_formats_test {
 namespace {
 
+using packed_testing::available_sets;
+using packed_testing::Backwards;
+using packed_testing::message_of;
+using packed_testing::same_bits;
+
 using Gated = GatedFeedForward<float>;
 using Plain = FeedForward<float, GELU>;
 using Router = TopKRouter<float>;
-
-std::vector<InstructionSet> available_sets() {
-  std::vector<InstructionSet> sets;
-  for (const auto set :
-       {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512, InstructionSet::amx})
-    if (is_available(set)) sets.push_back(set);
-  return sets;
-}
-
-bool same_bits(const Matrix<float>& a, const Matrix<float>& b) {
-  return a.rows() == b.rows() && a.cols() == b.cols() &&
-         std::memcmp(a.data(), b.data(), std::size_t(a.size()) * sizeof(float)) == 0;
-}
-
-template <class F>
-std::string message_of(const F& f) {
-  try {
-    f();
-  } catch (const std::invalid_argument& e) {
-    return e.what();
-  }
-  return "nothing was thrown";
-}
-
-// Runs tasks backwards, and says that it has more workers than it has.
-struct Backwards {
-  Index workers;
-  Index concurrency() const { return workers; }
-  template <class F>
-  void for_each(Index n, F&& f) const {
-    for (Index i = n; i-- > 0;) f(i, i % workers);
-  }
-};
 
 template <class E>
 MoELayer<E, Router> draw_layer(Index d_model, Index num_experts, Index num_shared, Rng& rng) {

@@ -13,11 +13,17 @@
 #include <moe/packed.hpp>
 
 #include "compare.hpp"
+#include "packed/packed_testing.hpp"
 #include "reference_moe.hpp"
 #include "sanitized.hpp"
 
 namespace moe::packed_moe_layer_test {
 namespace {
+
+using packed_testing::available_sets;
+using packed_testing::Backwards;
+using packed_testing::message_of;
+using packed_testing::same_bits;
 
 using Any = VariantExpert<FeedForward<float, ReLU>, FeedForward<float, GELU>, FeedForward<float, GELUTanh>,
                           FeedForward<float, SiLU>, GatedFeedForward<float, SwiGLU>,
@@ -117,19 +123,6 @@ Matrix<double> expected_output(const Layer& layer, const Matrix<float>& x, const
                                          widen(layer.shared_experts()),
                                          layer.w_shared_gate.template cast<double>(),
                                          layer.b_output.template cast<double>(), in_double(routing.plan));
-}
-
-std::vector<InstructionSet> available_sets() {
-  std::vector<InstructionSet> sets;
-  for (const auto set :
-       {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512, InstructionSet::amx})
-    if (is_available(set)) sets.push_back(set);
-  return sets;
-}
-
-bool same_bits(const Matrix<float>& a, const Matrix<float>& b) {
-  return a.rows() == b.rows() && a.cols() == b.cols() &&
-         (a.size() == 0 || std::memcmp(a.data(), b.data(), std::size_t(a.size()) * sizeof(float)) == 0);
 }
 
 // Rows that are NaN in both are taken out.
@@ -307,16 +300,6 @@ Matrix<float> draw(Index rows, Index cols, Rng& rng) {
   fill_normal(m, 1.0, rng);
   return m;
 }
-
-// Runs tasks backwards, and says that it has more workers than it has.
-struct Backwards {
-  Index workers;
-  Index concurrency() const { return workers; }
-  template <class F>
-  void for_each(Index n, F&& f) const {
-    for (Index i = n; i-- > 0;) f(i, i % workers);
-  }
-};
 
 template <class Format>
 void expect_bits_of_a_row_alone(bool dot = false) {
@@ -551,16 +534,6 @@ TEST(PackedMoELayer, ActivationsHoldAtTheirEnds) {
     check(kernels::Unit::gelu_tanh, GELUTanh{});
     check(kernels::Unit::silu, SiLU{});
   }
-}
-
-template <class F>
-std::string message_of(const F& f) {
-  try {
-    f();
-  } catch (const std::invalid_argument& e) {
-    return e.what();
-  }
-  return "nothing was thrown";
 }
 
 // What a layer writes beside its experts, and how often each number of the output was begun and ended.

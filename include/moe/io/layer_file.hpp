@@ -24,6 +24,7 @@
 #include <moe/experts/zero_computation_experts.hpp>
 #include <moe/io/checkpoint.hpp>
 #include <moe/io/options.hpp>
+#include <moe/io/read_tensor.hpp>
 #include <moe/io/safetensors.hpp>
 #include <moe/math/activation.hpp>
 #include <moe/version.hpp>

@@ -13,6 +13,8 @@
 
 #include <moe/core/types.hpp>
 #include <moe/io/dtype.hpp>
+#include <moe/io/read_tensor.hpp>
+#include <moe/io/small_floats.hpp>
 #include <moe/math/numbers.hpp>
 #include <moe/packed/fp8.hpp>
 #include <moe/packed/int4.hpp>

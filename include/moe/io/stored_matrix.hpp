@@ -12,6 +12,7 @@
 #include <moe/io/checkpoint.hpp>
 #include <moe/io/dtype.hpp>
 #include <moe/io/gguf_blocks.hpp>
+#include <moe/io/read_tensor.hpp>
 #include <moe/io/scaled_blocks.hpp>
 #include <moe/packed/block_format.hpp>
 

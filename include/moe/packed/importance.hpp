@@ -68,8 +68,8 @@ inline void add_squares(const ConstMatrixRef<float>& rows, Vector<double>& sums)
 /// assert(importance.size() == 4 && small.d_model() == 32);
 /// @endcode
 template <class E, class R>
-requires std::same_as<typename E::Scalar, float> std::vector<ExpertImportance> importance_of(
-    const MoELayer<E, R>& layer, const ConstMatrixRef<float>& x) {
+requires requires(const E& expert, const Matrix<float>& x) { detail::hidden_rows(expert, x); }
+std::vector<ExpertImportance> importance_of(const MoELayer<E, R>& layer, const ConstMatrixRef<float>& x) {
   require(x.cols() == layer.d_model(), "importance_of: x has ", x.cols(),
           " columns, expected d_model = ", layer.d_model(), "; tokens are rows");
   const Routing<float> routing = layer.route(x);
