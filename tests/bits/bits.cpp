@@ -71,10 +71,13 @@ moe::Routing<float> make_routing(Index tokens, std::uint32_t& state) {
 
 template <class Format>
 std::uint64_t hash_of_output(const std::vector<Expert>& experts, const moe::Matrix<float>& x,
-                             const moe::Routing<float>& routing, moe::InstructionSet set) {
-  const auto packed =
-      moe::pack<Format>(moe::PackedParts<NoRouter>{.router = {x.cols()}},
-                        [&](Index e) { return experts[std::size_t(e)]; }, {.instruction_set = set});
+                             const moe::Routing<float>& routing, moe::InstructionSet set,
+                             bool int8_activations = false) {
+  // 0 for AVX-512 without VNNI.
+  if (int8_activations && !moe::int8_product_of<Format>(set)) return 0;
+  const auto packed = moe::pack<Format>(moe::PackedParts<NoRouter>{.router = {x.cols()}},
+                                        [&](Index e) { return experts[std::size_t(e)]; },
+                                        {.instruction_set = set, .int8_activations = int8_activations});
   return hash(packed.forward(x, routing, moe::Sequential{}));
 }
 
@@ -97,13 +100,16 @@ void print_packed(const char* name, const typename E::Options& options,
   const moe::Routing<float> routing = make_routing(x.rows(), state);
   for (const moe::InstructionSet set : sets)
     std::printf("%s: f32 %016" PRIx64 " bf16 %016" PRIx64 " int8 %016" PRIx64 " int4 with offset %016" PRIx64
-                " mxfp4 %016" PRIx64 " fp8 %016" PRIx64 "\n",
+                " mxfp4 %016" PRIx64 " fp8 %016" PRIx64 " rounded int8 %016" PRIx64
+                " rounded mxfp4 %016" PRIx64 "\n",
                 name, hash_of_output<moe::F32>(experts, x, routing, set),
                 hash_of_output<moe::BF16>(experts, x, routing, set),
                 hash_of_output<moe::Int8>(experts, x, routing, set),
                 hash_of_output<moe::Int4Offset>(experts, x, routing, set),
                 hash_of_output<moe::MXFP4>(experts, x, routing, set),
-                hash_of_output<moe::FP8>(experts, x, routing, set));
+                hash_of_output<moe::FP8>(experts, x, routing, set),
+                hash_of_output<moe::Int8>(experts, x, routing, set, true),
+                hash_of_output<moe::MXFP4>(experts, x, routing, set, true));
 }
 
 // What a router makes of floats: its product runs on the kernels, what follows is done number by number.
