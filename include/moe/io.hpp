@@ -5,6 +5,7 @@
 
 #include <moe/io/block_types.hpp>
 #include <moe/io/checkpoint.hpp>
+#include <moe/io/checksum.hpp>
 #include <moe/io/dtype.hpp>
 #include <moe/io/file.hpp>
 #include <moe/io/gguf.hpp>
@@ -16,6 +17,8 @@
 #include <moe/io/load_layer.hpp>
 #include <moe/io/load_packed.hpp>
 #include <moe/io/options.hpp>
+#include <moe/io/packed_file.hpp>
+#include <moe/io/read_options.hpp>
 #include <moe/io/read_tensor.hpp>
 #include <moe/io/safetensors.hpp>
 #include <moe/io/scaled_blocks.hpp>

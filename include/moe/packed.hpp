@@ -22,4 +22,5 @@
 #include <moe/packed/packed_experts.hpp>
 #include <moe/packed/packed_format.hpp>
 #include <moe/packed/packed_moe_layer.hpp>
+#include <moe/packed/packed_output.hpp>
 #include <moe/packed/packed_product.hpp>

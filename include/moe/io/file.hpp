@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <memory>
+#include <new>
 #include <random>
 #include <span>
 #include <string>
@@ -31,7 +32,7 @@ struct FileBytes {
   std::shared_ptr<const void> owner{};
 };
 
-/// Reads a file into memory. O(bytes). Throws CheckpointError.
+/// Reads a file into memory, which begins with a cache line. O(bytes). Throws CheckpointError.
 inline FileBytes read_file(const std::filesystem::path& path) {
   std::error_code error;
   const bool regular = std::filesystem::is_regular_file(path, error);
@@ -41,7 +42,9 @@ inline FileBytes read_file(const std::filesystem::path& path) {
   if (error) fail_checkpoint(path.string(), ": cannot open: ", error.message());
   require_checkpoint(std::in_range<std::streamsize>(size) && std::in_range<std::size_t>(size), path.string(),
                      ": ", size, " bytes are more than memory can hold");
-  const std::shared_ptr<std::byte[]> memory(new std::byte[std::size_t(size)]);
+  constexpr std::align_val_t kAlign{64};
+  const std::shared_ptr<std::byte> memory(static_cast<std::byte*>(::operator new(std::size_t(size), kAlign)),
+                                          [](std::byte* p) { ::operator delete(p, kAlign); });
   std::ifstream file(path, std::ios::binary);
   require_checkpoint(file.is_open(), path.string(), ": cannot open");
   file.read(reinterpret_cast<char*>(memory.get()), std::streamsize(size));

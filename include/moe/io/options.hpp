@@ -16,6 +16,8 @@
 #include <vector>
 
 #include <moe/core/types.hpp>
+#include <moe/kernels/instruction_set.hpp>
+#include <moe/kernels/kernels.hpp>
 #include <moe/layers/soft_routing.hpp>
 #include <moe/math/activation.hpp>
 #include <moe/routers/expert_choice_router.hpp>
@@ -103,6 +105,35 @@ inline const char* enumerator(GroupScore value) {
   return nullptr;
 }
 
+inline const char* enumerator(InstructionSet value) {
+  switch (value) {
+    case InstructionSet::portable:
+      return "portable";
+    case InstructionSet::avx2:
+      return "avx2";
+    case InstructionSet::avx512:
+      return "avx512";
+    case InstructionSet::amx:
+      return "amx";
+  }
+  return nullptr;
+}
+inline const char* enumerator(kernels::Unit value) {
+  switch (value) {
+    case kernels::Unit::relu:
+      return "relu";
+    case kernels::Unit::gelu:
+      return "gelu";
+    case kernels::Unit::gelu_tanh:
+      return "gelu_tanh";
+    case kernels::Unit::silu:
+      return "silu";
+    case kernels::Unit::clamped_swiglu:
+      return "clamped_swiglu";
+  }
+  return nullptr;
+}
+
 inline std::string option_text(bool value) { return value ? "true" : "false"; }
 inline std::string option_text(Index value) { return std::to_string(value); }
 inline std::string option_text(double value) {
@@ -121,30 +152,32 @@ requires std::is_enum_v<E> std::string option_text(E value) {
   return name ? name : std::to_string(static_cast<int>(value));
 }
 
+template <class T, class Options>
+concept Is = std::is_same_v<std::remove_const_t<T>, Options>;
+
 // f(name, value) for all options that decide what a router makes of its parameters, or a unit of its inputs.
 // A structured binding has all members: who adds one to the options comes by here. Those without f are seen
 // in the arrays, or only allow something.
-template <class F>
-void visit_options(const CapacityRule& options, const F& f) {
-  const auto& [rounding, minimum, multiple_of] = options;
+template <Is<CapacityRule> Options, class F>
+void visit_options(Options& options, const F& f) {
+  auto& [rounding, minimum, multiple_of] = options;
   f("capacity_rounding", rounding);
   f("capacity_minimum", minimum);
   f("capacity_multiple_of", multiple_of);
 }
-template <class F>
-void visit_options(const GroupLimit& options, const F& f) {
-  const auto& [groups, kept, score] = options;
+template <Is<GroupLimit> Options, class F>
+void visit_options(Options& options, const F& f) {
+  auto& [groups, kept, score] = options;
   f("groups", groups);
   f("kept_groups", kept);
   f("group_score", score);
 }
-template <class F>
-void visit_options(const TopKOptions& options, const F& f) {
-  const auto& [d_model, num_experts, top_k, top_p, second_threshold, random_second_threshold, score,
-               softmax_before_selection, renormalise, renormalise_epsilon, renormalise_minimum, gate_scale,
-               gate_side, bias, selection_bias, group_limit, noise_stddev, jitter, capacity,
-               training_capacity, capacity_rule, overflow, priority, renormalise_after_drop,
-               allow_constant_gate] = options;
+template <Is<TopKOptions> Options, class F>
+void visit_options(Options& options, const F& f) {
+  auto& [d_model, num_experts, top_k, top_p, second_threshold, random_second_threshold, score,
+         softmax_before_selection, renormalise, renormalise_epsilon, renormalise_minimum, gate_scale,
+         gate_side, bias, selection_bias, group_limit, noise_stddev, jitter, capacity, training_capacity,
+         capacity_rule, overflow, priority, renormalise_after_drop, allow_constant_gate] = options;
   f("d_model", d_model);
   f("num_experts", num_experts);
   f("top_k", top_k);
@@ -168,10 +201,10 @@ void visit_options(const TopKOptions& options, const F& f) {
   f("priority", priority);
   f("renormalise_after_drop", renormalise_after_drop);
 }
-template <class F>
-void visit_options(const NoisyTopKOptions& options, const F& f) {
-  const auto& [d_model, num_experts, top_k, noise_epsilon, capacity, training_capacity, capacity_rule,
-               overflow, priority, renormalise_after_drop, allow_constant_gate] = options;
+template <Is<NoisyTopKOptions> Options, class F>
+void visit_options(Options& options, const F& f) {
+  auto& [d_model, num_experts, top_k, noise_epsilon, capacity, training_capacity, capacity_rule, overflow,
+         priority, renormalise_after_drop, allow_constant_gate] = options;
   f("d_model", d_model);
   f("num_experts", num_experts);
   f("top_k", top_k);
@@ -183,10 +216,10 @@ void visit_options(const NoisyTopKOptions& options, const F& f) {
   f("priority", priority);
   f("renormalise_after_drop", renormalise_after_drop);
 }
-template <class F>
-void visit_options(const SinkhornOptions& options, const F& f) {
-  const auto& [d_model, num_experts, top_k, tolerance, max_iterations, capacity, training_capacity,
-               capacity_rule, overflow, priority] = options;
+template <Is<SinkhornOptions> Options, class F>
+void visit_options(Options& options, const F& f) {
+  auto& [d_model, num_experts, top_k, tolerance, max_iterations, capacity, training_capacity, capacity_rule,
+         overflow, priority] = options;
   f("d_model", d_model);
   f("num_experts", num_experts);
   f("top_k", top_k);
@@ -198,43 +231,43 @@ void visit_options(const SinkhornOptions& options, const F& f) {
   f("overflow", overflow);
   f("priority", priority);
 }
-template <class F>
-void visit_options(const SparseMixerOptions& options, const F& f) {
-  const auto& [d_model, num_experts, jitter] = options;
+template <Is<SparseMixerOptions> Options, class F>
+void visit_options(Options& options, const F& f) {
+  auto& [d_model, num_experts, jitter] = options;
   f("d_model", d_model);
   f("num_experts", num_experts);
   f("top_k", SparseMixerOptions::top_k);  // no member, but in files
   f("jitter", jitter);
 }
-template <class F>
-void visit_options(const ExpertChoiceOptions& options, const F& f) {
-  const auto& [d_model, num_experts, capacity, capacity_rule, overflow] = options;
+template <Is<ExpertChoiceOptions> Options, class F>
+void visit_options(Options& options, const F& f) {
+  auto& [d_model, num_experts, capacity, capacity_rule, overflow] = options;
   f("d_model", d_model);
   f("num_experts", num_experts);
   f("capacity", capacity);
   visit_options(capacity_rule, f);
   f("overflow", overflow);
 }
-template <class F>
-void visit_options(const HashOptions& options, const F& f) {
-  const auto& [d_model, num_experts, table, capacity, capacity_rule, overflow] = options;
+template <Is<HashOptions> Options, class F>
+void visit_options(Options& options, const F& f) {
+  auto& [d_model, num_experts, table, capacity, capacity_rule, overflow] = options;
   f("d_model", d_model);
   f("num_experts", num_experts);
   f("capacity", capacity);
   visit_options(capacity_rule, f);
   f("overflow", overflow);
 }
-template <class F>
-void visit_options(const SoftMoEOptions& options, const F& f) {
-  const auto& [d_model, num_experts, slots_per_expert, normalise] = options;
+template <Is<SoftMoEOptions> Options, class F>
+void visit_options(Options& options, const F& f) {
+  auto& [d_model, num_experts, slots_per_expert, normalise] = options;
   f("d_model", d_model);
   f("num_experts", num_experts);
   f("slots_per_expert", slots_per_expert);
   f("normalise", normalise);
 }
-template <class F>
-void visit_options(const ClampedSwiGLU& options, const F& f) {
-  const auto& [alpha, limit, offset] = options;
+template <Is<ClampedSwiGLU> Options, class F>
+void visit_options(Options& options, const F& f) {
+  auto& [alpha, limit, offset] = options;
   f("alpha", alpha);
   f("limit", limit);
   f("offset", offset);

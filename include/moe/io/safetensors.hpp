@@ -320,8 +320,10 @@ struct FileLayout {
   std::vector<const TensorToWrite*> tensors;
 };
 
+// The first tensor begins at a multiple of `alignment`, which is one of 8.
 inline FileLayout layout_of(std::span<const TensorToWrite> tensors,
-                            const std::map<std::string, std::string>& metadata, std::string_view where) {
+                            const std::map<std::string, std::string>& metadata, std::string_view where,
+                            std::size_t alignment = 8) {
   FileLayout layout;
   for (const TensorToWrite& tensor : tensors) {
     require_checkpoint(tensor.name != "__metadata__", where, ": no tensor can have the name '__metadata__'");
@@ -359,8 +361,8 @@ inline FileLayout layout_of(std::span<const TensorToWrite> tensors,
     json += "],\"data_offsets\":[" + std::to_string(begin) + "," + std::to_string(end) + "]}";
   }
   json += '}';
-  constexpr std::size_t kAlignment = 8;
-  json.resize((json.size() + kAlignment - 1) / kAlignment * kAlignment, ' ');
+  const std::size_t head = sizeof(std::uint64_t) + json.size();
+  json.resize(json.size() + (alignment - head % alignment) % alignment, ' ');
   require_checkpoint(json.size() <= kMaxHeaderBytes, where, ": the header has ", json.size(),
                      " bytes, expected at most ", kMaxHeaderBytes);
   const std::uint64_t length = json.size();
@@ -368,6 +370,13 @@ inline FileLayout layout_of(std::span<const TensorToWrite> tensors,
   std::memcpy(layout.head.data(), &length, sizeof(length));
   layout.head += json;
   return layout;
+}
+
+// The parts of the file, which live as long as the layout and its tensors.
+inline std::vector<std::span<const std::byte>> parts_of(const FileLayout& layout) {
+  std::vector<std::span<const std::byte>> parts{std::as_bytes(std::span(layout.head))};
+  for (const TensorToWrite* tensor : layout.tensors) parts.push_back(tensor->bytes);
+  return parts;
 }
 
 }  // namespace io
@@ -384,9 +393,7 @@ inline void write_safetensors(const std::filesystem::path& path, std::span<const
                               const std::map<std::string, std::string>& metadata = {}) {
   io::require_little_endian();
   const io::FileLayout layout = io::layout_of(tensors, metadata, path.string());
-  std::vector<std::span<const std::byte>> parts{std::as_bytes(std::span(layout.head))};
-  for (const TensorToWrite* tensor : layout.tensors) parts.push_back(tensor->bytes);
-  io::replace_file(path, parts);
+  io::replace_file(path, io::parts_of(layout));
 }
 
 }  // namespace moe

@@ -12,6 +12,7 @@ namespace moe {
 /// Weights rounded to bfloat16, to nearest, ties to even; activations and sums are floats. Two numbers of a
 /// column lie side by side. On AMX numbers below the normal ones count as zero.
 struct BF16 {
+  static constexpr const char* kName = "BF16";  ///< see NamedFormat
   /// Here and below: see Format.
   static constexpr Index kBlock = kernels::kBlockNumbers<kernels::Bfloat16>;
 

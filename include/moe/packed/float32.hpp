@@ -9,6 +9,7 @@ namespace moe {
 
 /// Weights as they are.
 struct F32 {
+  static constexpr const char* kName = "F32";  ///< see NamedFormat
   /// Here and below: see Format.
   static constexpr Index kBlock = kernels::kBlockNumbers<float>;
 

@@ -34,6 +34,13 @@ concept Format = requires(const float* const* rows, Index n, float* row, std::by
 }
 &&64 % F::kBlock == 0;
 
+/// A format that files of packed layers name:
+///   F::kName                                its name there
+template <class F>
+concept NamedFormat = Format<F> && requires {
+  { F::kName } -> std::convertible_to<const char*>;
+};
+
 /// A format that some instruction sets also multiply by bfloat16 activations:
 ///   F::find_dot(set, rounded)               with activations rounded to bfloat16 or exact; null for none
 template <class F>

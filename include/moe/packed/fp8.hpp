@@ -14,6 +14,8 @@ namespace moe {
 /// Weights of 8 bits in FP8 E4M3, four bits of exponent and three of mantissa: blocks of 64 numbers along the
 /// depth times a float below 2^120; 8.5 bits for a number. A block with a number that is not finite is NaN.
 struct FP8 : BlockFormat<FP8, kernels::FP8Block> {
+  static constexpr const char* kName = "FP8";  ///< see NamedFormat
+
   /// The nearest numbers, ties to even, by the scale of the least squared error of several, by which the
   /// largest magnitude is from 256 to 448, the largest number.
   static Block quantised(const float* from, Index count) {

@@ -21,6 +21,8 @@ constexpr Index nibble_bit(Index i) { return 8 * (i % 4) + (i % 8 < 4 ? 0 : 4); 
 /// Weights of 4 bits: blocks of 32 numbers along the depth, integers from -8 to 7 times a scale in half
 /// precision, which may be negative; 4.5 bits for a number. A block with a number that is not finite is NaN.
 struct Int4 : BlockFormat<Int4, kernels::Int4Block> {
+  static constexpr const char* kName = "Int4";  ///< see NamedFormat
+
   /// The integers and the scale of the least squared error that fit_integers finds, by the importance of each
   /// number where that is not null.
   static Block quantised(const float* from, Index count, const float* importance = nullptr) {
@@ -46,6 +48,8 @@ static_assert(InBlocks<Int4>);
 /// significant bits: products of others differ from those of floats. Holds what files have with zero points
 /// or minima. A block with a number that is not finite is NaN.
 struct Int4Offset : BlockFormat<Int4Offset, kernels::Int4OffsetBlock> {
+  static constexpr const char* kName = "Int4Offset";  ///< see NamedFormat
+
   /// The integers, scale and offset of the least squared error of several attempts: each begins with a range
   /// that holds all numbers, or less, rounds to nearest, takes the best scale and offset for these integers,
   /// and rounds again.

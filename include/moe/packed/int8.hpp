@@ -11,6 +11,8 @@ namespace moe {
 /// Weights of 8 bits: blocks of 32 numbers along the depth, integers from -127 to 127 times a scale in half
 /// precision; 8.5 bits for a number. A block with a number that is not finite is NaN.
 struct Int8 : BlockFormat<Int8, kernels::Int8Block> {
+  static constexpr const char* kName = "Int8";  ///< see NamedFormat
+
   /// The integers and the scale of the least squared error that fit_integers finds, by the importance of each
   /// number where that is not null.
   static Block quantised(const float* from, Index count, const float* importance = nullptr) {

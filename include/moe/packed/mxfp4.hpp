@@ -16,6 +16,8 @@ namespace moe {
 /// 0.5, 1, 1.5, 2, 3, 4 or 6 with a sign, times a power of two; 4.25 bits for a number. What was stored as
 /// MXFP4 once is kept exactly. A block with a number that is not finite is NaN.
 struct MXFP4 : BlockFormat<MXFP4, kernels::MXFP4Block> {
+  static constexpr const char* kName = "MXFP4";  ///< see NamedFormat
+
   /// The nearest numbers, ties to even, by the power of two of the least squared error: that of the
   /// specification, by which the largest magnitude is from 4 to below 8, the one below or the one above.
   static Block quantised(const float* from, Index count) {

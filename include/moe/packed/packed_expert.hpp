@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <new>
+#include <span>
 #include <type_traits>
+#include <utility>
 
 #include <moe/core/buffer.hpp>
+#include <moe/core/check.hpp>
 #include <moe/core/types.hpp>
 #include <moe/kernels/kernels.hpp>
 #include <moe/packed/expert_parts.hpp>
@@ -16,6 +21,13 @@
 
 // An expert's weights, laid out once in the order in which the kernels read them.
 namespace moe {
+
+/// What says, with its product, how the bytes of a packed expert lie.
+struct PackedShape {
+  Index d_model = 0, d_ff = 0;       ///< widths
+  kernels::Activation activation{};  ///< as kernels name it
+  bool has_bias = false;             ///< of all of its matrices
+};
 
 /// A feed-forward expert laid out for a product. A copy shares the weights, which never change.
 class PackedExpert {
@@ -28,38 +40,47 @@ class PackedExpert {
                const ExpertImportance& importance)
       : product_(format, set, rounding) {
     const auto parts = expert_parts(expert);
-    columns_ = product_.kernels().columns;
-    activation_ = parts.activation;
-    d_model_ = parts.d_model;
-    d_ff_ = parts.d_ff;
-    check_importance(importance, d_model_, d_ff_);
-    hidden_ = activation_.gated ? columns_ / 2 : columns_;
-    up_panels_ = (d_ff_ + hidden_ - 1) / hidden_;
-    down_panels_ = (d_model_ + columns_ - 1) / columns_;
-    up_bytes_ = product_.format().bytes(d_model_) * columns_;
-    down_bytes_ = product_.format().bytes(d_ff_) * columns_;
-    has_bias_ = parts.b_up != nullptr;
-    allocate();
+    check_importance(importance, parts.d_model, parts.d_ff);
+    lay_out({parts.d_model, parts.d_ff, parts.activation, parts.b_up != nullptr});
+    std::byte* const blob = allocate();
     Columns<std::remove_cvref_t<decltype(parts.up)>> columns;
     columns.row.resize(columns_);
     for (Index panel = 0; panel < up_panels_; ++panel) {
-      choose_up_rows(parts, panel, columns.row);
-      encode<F>(columns, d_model_, importance.x, blob_.get() + panel * up_bytes_);
+      choose_up_rows(parts, panel, columns.row, blob);
+      encode<F>(columns, shape_.d_model, importance.x, blob + panel * up_bytes_);
     }
     for (Index panel = 0; panel < down_panels_; ++panel) {
-      choose_down_rows(parts, panel, columns.row);
-      encode<F>(columns, d_ff_, importance.hidden,
-                blob_.get() + up_panels_ * up_bytes_ + panel * down_bytes_);
+      choose_down_rows(parts, panel, columns.row, blob);
+      encode<F>(columns, shape_.d_ff, importance.hidden, blob + up_panels_ * up_bytes_ + panel * down_bytes_);
     }
+  }
+  /// An expert that was laid out before, in bytes() of another one of the same format, shape, set and
+  /// rounding: `bytes` are those, and `owner` keeps them. O(1). Throws std::invalid_argument where there is
+  /// no such product, unless the shape is one, and for another number or alignment of bytes.
+  template <Format F>
+  PackedExpert(F format, const PackedShape& shape, InstructionSet set, ActivationRounding rounding,
+               std::span<const std::byte> bytes, std::shared_ptr<const void> owner)
+      : product_(format, set, rounding), blob_(std::move(owner), bytes.data()) {
+    constexpr Index kMost = Index(1) << 28;  // sizes stay far from the largest number
+    require(shape.d_model >= 1 && shape.d_ff >= 1 && shape.d_model <= kMost && shape.d_ff <= kMost,
+            "PackedExpert: d_model = ", shape.d_model, " and d_ff = ", shape.d_ff, ", expected 1 to ", kMost);
+    lay_out(shape);
+    require(bytes.size() == bytes_, "PackedExpert: ", bytes.size(), " bytes, expected ", bytes_);
+    const auto past = reinterpret_cast<std::uintptr_t>(bytes.data()) % std::uintptr_t(kAlign);
+    require(past == 0, "PackedExpert: the address is ", past, " bytes past a multiple of ", kAlign);
   }
 
   /// What multiplies by its panels.
   const PackedProduct& product() const { return product_; }
-  Index d_model() const { return d_model_; }
-  Index d_ff() const { return d_ff_; }
+  Index d_model() const { return shape_.d_model; }
+  Index d_ff() const { return shape_.d_ff; }
   /// Its activation, as kernels name it.
-  const kernels::Activation& activation() const { return activation_; }
-  /// Bytes of its panels and biases.
+  const kernels::Activation& activation() const { return shape_.activation; }
+  /// See PackedShape.
+  const PackedShape& shape() const { return shape_; }
+  /// Its panels and biases. They begin with a cache line.
+  std::span<const std::byte> bytes() const { return {blob_.get(), bytes_}; }
+  /// How many these are.
   std::size_t memory_bytes() const { return bytes_; }
 
   /// Panels of the first product: gate and linear branch side by side, where gated.
@@ -67,7 +88,9 @@ class PackedExpert {
   /// Panel i of the first product.
   const std::byte* up_panel(Index i) const { return blob_.get() + i * up_bytes_; }
   /// Its bias, or null.
-  const float* up_bias(Index i) const { return has_bias_ ? biases() + i * columns_ : nullptr; }
+  const float* up_bias(Index i) const {
+    return shape_.has_bias ? biases(blob_.get()) + i * columns_ : nullptr;
+  }
   /// Columns of hidden values that one of them gives.
   Index hidden_columns() const { return hidden_; }
 
@@ -79,19 +102,32 @@ class PackedExpert {
   }
   /// Its bias, or null.
   const float* down_bias(Index i) const {
-    return has_bias_ ? biases() + (up_panels_ + i) * columns_ : nullptr;
+    return shape_.has_bias ? biases(blob_.get()) + (up_panels_ + i) * columns_ : nullptr;
   }
 
  private:
   static constexpr Index kAlign = 64;
 
-  void allocate() {
+  void lay_out(const PackedShape& shape) {
+    shape_ = shape;
+    columns_ = product_.kernels().columns;
+    hidden_ = shape.activation.gated ? columns_ / 2 : columns_;
+    up_panels_ = (shape.d_ff + hidden_ - 1) / hidden_;
+    down_panels_ = (shape.d_model + columns_ - 1) / columns_;
+    up_bytes_ = product_.format().bytes(shape.d_model) * columns_;
+    down_bytes_ = product_.format().bytes(shape.d_ff) * columns_;
     const Index weights = up_panels_ * up_bytes_ + down_panels_ * down_bytes_;
     bias_begin_ = (weights + kAlign - 1) / kAlign * kAlign;
-    const Index biases = has_bias_ ? (up_panels_ + down_panels_) * columns_ : 0;
+    const Index biases = shape.has_bias ? (up_panels_ + down_panels_) * columns_ : 0;
     bytes_ = std::size_t(bias_begin_) + std::size_t(biases) * sizeof(float);
+  }
+
+  std::byte* allocate() {
     auto* const bytes = static_cast<std::byte*>(::operator new(bytes_, std::align_val_t(kAlign)));
     blob_ = {bytes, [](std::byte* p) { ::operator delete(p, std::align_val_t(kAlign)); }};
+    const Index weights = up_panels_ * up_bytes_ + down_panels_ * down_bytes_;
+    std::fill(bytes + weights, bytes + bias_begin_, std::byte(0));  // between weights and biases
+    return bytes;
   }
 
   // The weights of the columns of a panel, null where there are none; and, where they are in the blocks of
@@ -105,23 +141,23 @@ class PackedExpert {
 
   // Chooses the columns of a panel; their biases are laid out.
   template <class Rows, class Row>
-  void choose_up_rows(const ExpertParts<Rows>& parts, Index panel, Row& row) {
-    float* const bias = biases() + panel * columns_;
+  void choose_up_rows(const ExpertParts<Rows>& parts, Index panel, Row& row, std::byte* blob) const {
+    float* const bias = biases(blob) + panel * columns_;
     for (Index j = 0; j < columns_; ++j) {
-      const bool is_gate = activation_.gated && j < hidden_;
+      const bool is_gate = shape_.activation.gated && j < hidden_;
       const Index out = panel * hidden_ + (j < hidden_ ? j : j - hidden_);
       const float* const b = is_gate ? parts.b_gate : parts.b_up;
-      row[j] = out < d_ff_ ? (is_gate ? parts.gate : parts.up).row(out) : nullptr;
-      if (has_bias_) bias[j] = out < d_ff_ ? b[out] : 0.0f;
+      row[j] = out < shape_.d_ff ? (is_gate ? parts.gate : parts.up).row(out) : nullptr;
+      if (shape_.has_bias) bias[j] = out < shape_.d_ff ? b[out] : 0.0f;
     }
   }
   template <class Rows, class Row>
-  void choose_down_rows(const ExpertParts<Rows>& parts, Index panel, Row& row) {
-    float* const bias = biases() + (up_panels_ + panel) * columns_;
+  void choose_down_rows(const ExpertParts<Rows>& parts, Index panel, Row& row, std::byte* blob) const {
+    float* const bias = biases(blob) + (up_panels_ + panel) * columns_;
     for (Index j = 0; j < columns_; ++j) {
       const Index out = panel * columns_ + j;
-      row[j] = out < d_model_ ? parts.down.row(out) : nullptr;
-      if (has_bias_) bias[j] = out < d_model_ ? parts.b_down[out] : 0.0f;
+      row[j] = out < shape_.d_model ? parts.down.row(out) : nullptr;
+      if (shape_.has_bias) bias[j] = out < shape_.d_model ? parts.b_down[out] : 0.0f;
     }
   }
 
@@ -159,16 +195,18 @@ class PackedExpert {
     }
   }
 
-  float* biases() const { return reinterpret_cast<float*>(blob_.get() + bias_begin_); }
+  float* biases(std::byte* blob) const { return reinterpret_cast<float*>(blob + bias_begin_); }
+  const float* biases(const std::byte* blob) const {
+    return reinterpret_cast<const float*>(blob + bias_begin_);
+  }
 
   PackedProduct product_;
-  std::shared_ptr<std::byte> blob_;  // panels up, panels down, biases in the order of the panels
+  std::shared_ptr<const std::byte> blob_;  // panels up, panels down, biases in the order of the panels
   std::size_t bytes_ = 0;
   Index bias_begin_ = 0;
-  kernels::Activation activation_;
-  Index d_model_ = 0, d_ff_ = 0, columns_ = 0, hidden_ = 0;
+  PackedShape shape_;
+  Index columns_ = 0, hidden_ = 0;
   Index up_panels_ = 0, down_panels_ = 0, up_bytes_ = 0, down_bytes_ = 0;
-  bool has_bias_ = false;
 };
 
 }  // namespace moe

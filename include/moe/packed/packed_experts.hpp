@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include <moe/core/buffer.hpp>
@@ -63,7 +65,15 @@ class PackedExperts {
            const ExpertImportance& importance = {}) {
     require(expert.d_model() == d_model_, "PackedExperts::add: expert ", size(),
             " has d_model = ", expert.d_model(), ", expected ", d_model_);
-    const PackedExpert& added = experts_.emplace_back(format, expert, set_, rounding, importance);
+    add(PackedExpert(format, expert, set_, rounding, importance));
+  }
+  /// Takes an expert that was laid out for the kernels of the set. Throws as above.
+  void add(PackedExpert expert) {
+    require(expert.d_model() == d_model_, "PackedExperts::add: expert ", size(),
+            " has d_model = ", expert.d_model(), ", expected ", d_model_);
+    require(&expert.product().kernels() == kernels_, "PackedExperts::add: expert ", size(),
+            " is not laid out for ", name_of(set_), " as the others are");
+    const PackedExpert& added = experts_.emplace_back(std::move(expert)).value();
     if (std::find(products_.begin(), products_.end(), added.product()) == products_.end())
       products_.push_back(added.product());
     widest_ = (std::max)(widest_, hidden_rows(added).size());
@@ -71,7 +81,17 @@ class PackedExperts {
     bytes_ += added.memory_bytes();
   }
 
+  /// The next expert is not there: no plan may have rows of it.
+  void leave_out() { experts_.emplace_back(); }
+
   Index size() const { return Index(experts_.size()); }
+  /// Whether expert e is there.
+  bool has(Index e) const { return experts_[std::size_t(e)].has_value(); }
+  /// Expert e, which is there.
+  const PackedExpert& operator[](Index e) const { return *experts_[std::size_t(e)]; }
+  /// Whose kernels they are laid out for.
+  InstructionSet instruction_set() const { return set_; }
+  Index d_model() const { return d_model_; }
   /// Bytes of all experts.
   std::size_t memory_bytes() const { return bytes_; }
 
@@ -93,7 +113,7 @@ class PackedExperts {
   }
 
  private:
-  const PackedExpert& expert(Index e) const { return experts_[std::size_t(e)]; }
+  const PackedExpert& expert(Index e) const { return (*this)[e]; }
 
   bool cached() const { return bytes_ <= kCachedBytes; }
 
@@ -133,6 +153,8 @@ class PackedExperts {
     w.touched.clear();
     for (Index e = 0; e < plan.num_experts(); ++e) {
       if (plan.rows_of(e) == 0) continue;
+      require(has(e), "PackedExperts::forward: the plan has ", plan.rows_of(e), " rows of expert ", e,
+              ", which was left out, expected 0");
       w.touched.push_back(e);
       w.hidden_begin[e] = hidden;
       hidden += plan.rows_of(e) * hidden_rows(expert(e)).size();
@@ -257,10 +279,10 @@ class PackedExperts {
   InstructionSet set_;
   const kernels::Kernels* kernels_;  // of the set
   Index d_model_;
-  std::vector<PackedExpert> experts_;
-  std::vector<PackedProduct> products_;  // of the experts, each once
-  Index widest_ = 0, most_panels_ = 0;   // of the largest expert: a hidden row, up_panels
-  std::size_t bytes_ = 0;                // of all
+  std::vector<std::optional<PackedExpert>> experts_;  // none: left out
+  std::vector<PackedProduct> products_;               // of the experts, each once
+  Index widest_ = 0, most_panels_ = 0;                // of the largest expert: a hidden row, up_panels
+  std::size_t bytes_ = 0;                             // of all
 };
 
 }  // namespace moe

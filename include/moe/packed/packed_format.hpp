@@ -3,6 +3,7 @@
 
 #include <bit>
 #include <cstddef>
+#include <string_view>
 
 #include <moe/core/types.hpp>
 #include <moe/kernels/kernels.hpp>
@@ -20,11 +21,15 @@ struct ActivationRounding {
 
 /// What a product needs of a format while the program runs.
 struct PackedFormat {
+  std::string_view name;  ///< see NamedFormat; empty for none
   /// Numbers of a column that lie side by side, and the bytes of so many.
   Index block, block_bytes;
   const kernels::Product<float>* floats;                   ///< multiplies by rows of floats, or null
   const kernels::DotProduct* dot;                          ///< by rows of bfloat16, or null
   const kernels::Product<kernels::Int8Activations>* int8;  ///< by rows in 8 bits, or null
+
+  /// How rows are rounded before they multiply.
+  ActivationRounding rounding() const { return {dot != nullptr && dot->parts == 1, int8 != nullptr}; }
 
   /// Bytes of a column of `depth` numbers. Every call of a product asks: a block is a power of two.
   Index bytes(Index depth) const {
@@ -52,10 +57,23 @@ const kernels::Product<kernels::Int8Activations>* int8_product_of(InstructionSet
     return nullptr;
 }
 
+/// The name of a format in files; empty where it has none.
+template <Format F>
+constexpr std::string_view name_of_format() {
+  if constexpr (NamedFormat<F>)
+    return F::kName;
+  else
+    return {};
+}
+
 /// A format by the kernels of an instruction set. Where it has no product for a rounding, that is null.
 template <Format F>
 PackedFormat packed_format(InstructionSet set, ActivationRounding rounding) {
-  return {F::kBlock, F::bytes(F::kBlock), F::find_product(set), dot_product_of<F>(set, rounding.to_bfloat16),
+  return {name_of_format<F>(),
+          F::kBlock,
+          F::bytes(F::kBlock),
+          F::find_product(set),
+          dot_product_of<F>(set, rounding.to_bfloat16),
           rounding.to_int8 ? int8_product_of<F>(set) : nullptr};
 }
 

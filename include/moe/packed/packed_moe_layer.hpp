@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <algorithm>
 #include <concepts>
-#include <limits>
 #include <span>
 #include <type_traits>
 #include <utility>
@@ -20,6 +18,7 @@
 #include <moe/packed/pack_options.hpp>
 #include <moe/packed/packed_experts.hpp>
 #include <moe/packed/packed_format.hpp>
+#include <moe/packed/packed_output.hpp>
 
 // A layer for inference: the router and the plan of a MoELayer, with the experts' weights laid out for
 // kernels that are chosen for the processor while the program runs.
@@ -45,36 +44,6 @@ struct PackedWorkspace : LayerWorkspace<float> {
   }
 };
 
-/// What stands in a block of the output beside what experts add: before them x where a token is passed
-/// through, NaN where it is poisoned, else zero; after them, of a valid token, also the bias.
-struct PackedOutput {
-  const ConstMatrixRef<float>& x;   ///< [tokens, d_model]
-  const DispatchPlan<float>& plan;  ///< of the tokens
-  const Vector<float>& bias;        ///< empty for none
-  MatrixRef<float> y;               ///< [tokens, d_model]
-
-  /// Writes what stands in a block before experts add to it.
-  void begin(const OutputBlock& block) const {
-    const Index column = block.column_begin, columns = block.column_end - column;
-    MatrixRef<float> to = y;
-    for (Index t = block.token_begin; t < block.token_end; ++t)
-      std::fill_n(
-          &to(t, column), columns,
-          plan.token_state[t] == TokenState::poisoned ? std::numeric_limits<float>::quiet_NaN() : 0.0f);
-    const Index* const last = plan.passed_through.end();
-    for (const Index* t = std::lower_bound(plan.passed_through.begin(), last, block.token_begin);
-         t != last && *t < block.token_end; ++t)
-      std::copy_n(&x.coeffRef(*t, column), columns, &to(*t, column));
-  }
-  /// Adds the bias.
-  void end(const OutputBlock& block) const {
-    MatrixRef<float> to = y;
-    for (Index t = block.token_begin; bias.size() > 0 && t < block.token_end; ++t)
-      if (plan.token_state[t] == TokenState::valid)
-        for (Index j = block.column_begin; j < block.column_end; ++j) to(t, j) += bias[j];
-  }
-};
-
 /// The inference form of a MoELayer<E, R>: same router, same plan, same semantics; each expert's weights in a
 /// format (F32, BF16 or another). Made by pack(). Experts without a packed form run as they are. The output
 /// of a token does not depend, by a bit, on the executor or, where nothing is dropped, on the tokens beside
@@ -97,12 +66,7 @@ class PackedMoELayer {
   PackedMoELayer(const ExpertFormats<F...>& formats, PackedParts<R> parts, Source&& expert,
                  const PackOptions& options = {})
       : parts_(std::move(parts)), set_(choose_set(formats, options)), experts_(no_experts()) {
-    if (parts_.w_shared_gate.size() > 0)
-      require_shape(parts_.w_shared_gate, parts_.num_shared_experts, d_model(), "pack", "w_shared_gate");
-    check_shared_gates(parts_.w_shared_gate.rows(), gate_side_of(parts_.router).value_or(GateSide::output),
-                       "pack");
-    require(parts_.b_output.size() == 0 || parts_.b_output.size() == d_model(), "pack: b_output has ",
-            parts_.b_output.size(), " entries, expected d_model = ", d_model());
+    check_parts();
     for (Index e = 0; e < count(); ++e)
       formats.visit(e, [&](auto format) { add(format, e, expert, options); });
   }
@@ -119,10 +83,25 @@ class PackedMoELayer {
             },
             options) {}
 
+  /// The same with experts that are packed already, e.g. in a mapped file. Throws as above, and for another
+  /// number of experts.
+  PackedMoELayer(PackedParts<R> parts, PackedExperts experts) requires PackableExpert<E>
+      : parts_(std::move(parts)), set_(experts.instruction_set()), experts_(std::move(experts)) {
+    check_parts();
+    require(experts_.size() == count(), "PackedMoELayer: ", experts_.size(), " experts, expected ", count());
+    require(experts_.d_model() == d_model(),
+            "PackedMoELayer: the experts have d_model = ", experts_.d_model(), ", but the router has ",
+            d_model());
+  }
+
   Index d_model() const { return parts_.router.d_model(); }
   Index num_experts() const { return parts_.router.num_experts(); }
   Index num_shared_experts() const { return parts_.num_shared_experts; }
   const R& router() const { return parts_.router; }
+  /// What it has beside its experts.
+  const PackedParts<R>& parts() const { return parts_; }
+  /// Its experts, routed and then shared.
+  const PackedExperts& packed_experts() const requires PackableExpert<E> { return experts_; }
   /// Whose kernels it uses.
   InstructionSet instruction_set() const { return set_; }
 
@@ -215,6 +194,15 @@ class PackedMoELayer {
   using Experts = std::conditional_t<kPackable, PackedExperts, GroupedExperts<E>>;  // routed, then shared
 
   Index count() const { return num_experts() + num_shared_experts(); }
+
+  void check_parts() const {
+    if (parts_.w_shared_gate.size() > 0)
+      require_shape(parts_.w_shared_gate, parts_.num_shared_experts, d_model(), "pack", "w_shared_gate");
+    check_shared_gates(parts_.w_shared_gate.rows(), gate_side_of(parts_.router).value_or(GateSide::output),
+                       "pack");
+    require(parts_.b_output.size() == 0 || parts_.b_output.size() == d_model(), "pack: b_output has ",
+            parts_.b_output.size(), " entries, expected d_model = ", d_model());
+  }
 
   // Whether asked(format) is true of the format of some expert.
   template <class Formats, class Ask>
