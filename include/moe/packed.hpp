@@ -16,6 +16,7 @@
 #include <moe/packed/importance.hpp>
 #include <moe/packed/int4.hpp>
 #include <moe/packed/int8.hpp>
+#include <moe/packed/keep_experts.hpp>
 #include <moe/packed/mxfp4.hpp>
 #include <moe/packed/pack_options.hpp>
 #include <moe/packed/packed_expert.hpp>

@@ -4,6 +4,7 @@
 #include <optional>
 #include <span>
 
+#include <moe/core/types.hpp>
 #include <moe/kernels/instruction_set.hpp>
 #include <moe/packed/importance.hpp>
 
@@ -29,6 +30,13 @@ struct PackOptions {
   /// of a list that outlives the call. Of experts packed in Int8 or Int4, of which there must be one, from
   /// matrices of floats.
   std::span<const ExpertImportance> importance{};
+  /// The routed experts to pack, in any order; empty: all. The others are left out, which takes a TopKRouter
+  /// or one that has its make_unavailable: no token chooses them, and a token takes fewer experts where fewer
+  /// than top_k are left. Shared experts are packed in any case.
+  std::span<const Index> keep_experts{};
+  /// Whether scores are made of the experts that are kept, as if the others were not there; else they are
+  /// what they are among all. See TopKRouter::make_unavailable.
+  bool renormalise_over_kept = true;
 };
 
 }  // namespace moe

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <concepts>
+#include <cstddef>
 #include <span>
 #include <type_traits>
 #include <utility>
@@ -15,6 +16,7 @@
 #include <moe/packed/expert_formats.hpp>
 #include <moe/packed/float32.hpp>
 #include <moe/packed/format.hpp>
+#include <moe/packed/keep_experts.hpp>
 #include <moe/packed/pack_options.hpp>
 #include <moe/packed/packed_experts.hpp>
 #include <moe/packed/packed_format.hpp>
@@ -67,8 +69,14 @@ class PackedMoELayer {
                  const PackOptions& options = {})
       : parts_(std::move(parts)), set_(choose_set(formats, options)), experts_(no_experts()) {
     check_parts();
+    const std::vector<bool> kept = keep_experts(options, parts_.router, num_shared_experts());
     for (Index e = 0; e < count(); ++e)
-      formats.visit(e, [&](auto format) { add(format, e, expert, options); });
+      if (kept[std::size_t(e)])
+        formats.visit(e, [&](auto format) { add(format, e, expert, options); });
+      else if constexpr (kPackable)
+        experts_.leave_out();
+      else
+        fail("pack: expert ", e, " is to be left out, but has no packed form, expected all to be kept");
   }
   /// The same with the experts of a layer.
   template <Format... F>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -188,6 +189,22 @@ class TopKRouter {
   }
   /// The same for one expert.
   void remove_expert(Index expert) { remove_experts({expert}); }
+
+  /// From now on no token chooses these experts, named in any order. Where `renormalise`, their logits are
+  /// minus infinity, and scores are as if they were not there; else their selection bias is, and scores stay
+  /// what they are among all. A token takes fewer experts where fewer than top_k are left. Throws, and
+  /// changes nothing, when one does not exist or is named twice, when none would be left, and for options
+  /// that exclude a selection bias where that is needed.
+  void make_unavailable(const std::vector<Index>& experts, bool renormalise) {
+    experts_without(experts, num_experts(), 1, "TopKRouter::make_unavailable");
+    Options options = options_;
+    (renormalise ? options.bias : options.selection_bias) = true;
+    check_top_k_options(options);
+    Vector<S>& bias = renormalise ? b_router : selection_bias;
+    if (bias.size() == 0) bias.setZero(num_experts());
+    for (const Index e : experts) bias[e] = -std::numeric_limits<S>::infinity();
+    options_ = options;
+  }
 
   template <class F, class... Self>
   static void visit(F&& f, Self&... self) {
