@@ -18,6 +18,7 @@
 #include <moe/io/load_packed.hpp>
 #include <moe/io/options.hpp>
 #include <moe/io/packed_file.hpp>
+#include <moe/io/packed_pages.hpp>
 #include <moe/io/read_options.hpp>
 #include <moe/io/read_tensor.hpp>
 #include <moe/io/safetensors.hpp>

@@ -2,11 +2,16 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <exception>
 #include <filesystem>
+#include <fstream>
 #include <functional>
 #include <initializer_list>
 #include <limits>
+#include <numeric>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -109,6 +114,13 @@ TEST(PackedFile, HoldsExpertsOfSeveralKinds) {
       Plain({.d_model = 24, .d_ff = 7, .bias = true}, rng)};
   const TopK router({.d_model = 24, .num_experts = 2, .top_k = 1}, rng);
   expect_round_trip<moe::F32>(moe::pack<moe::F32>(moe::MoELayer<Either, TopK>{experts, router}));
+}
+
+TEST(PackedFile, HoldsSomeOfTheExperts) {
+  const std::vector<Index> kept{3, 1};
+  expect_round_trip<moe::Int8>(moe::pack<moe::Int8>(awkward_layer(1), {.keep_experts = kept}));
+  expect_round_trip<moe::Int8>(
+      moe::pack<moe::Int8>(awkward_layer(1), {.keep_experts = kept, .renormalise_over_kept = false}));
 }
 
 template <class Router>
@@ -331,6 +343,97 @@ TEST(PackedFile, AWriterThatIsKilledLeavesTheOldFileOrTheNewOne) {
     moe::map_packed<Layer, moe::F32>(path);
     moe::verify_packed(path);
   }
+}
+
+// 50 MB: what the system reads ahead, 8 MB where this was written, is little of it.
+Layer large_layer() {
+  Rng rng(1);
+  const Gated one({.d_model = 256, .d_ff = 256}, rng);
+  const TopK router({.d_model = 256, .num_experts = 64, .top_k = 2}, rng);
+  return moe::pack<moe::F32>(moe::PackedParts<TopK>{router}, [&](Index) -> const Gated& { return one; });
+}
+
+// Takes a file out of the page cache, if the file system can.
+void evict(const std::filesystem::path& path) {
+  const moe::io::Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  ASSERT_EQ(::fsync(file.get()), 0);
+  ::posix_fadvise(file.get(), 0, 0, POSIX_FADV_DONTNEED);
+}
+
+double sum_of(const std::vector<double>& shares) {
+  double sum = 0;
+  for (const double share : shares) sum += share;
+  return sum;
+}
+
+TEST(PackedPages, MappingReadsNoExpertsAndPrefetchThoseThatAreNamed) {
+  const TemporaryDirectory directory;
+  moe::save_packed(directory / "layer", large_layer());
+  evict(directory / "layer");
+  const moe::io::FileBytes file = moe::io::map_file(directory / "layer");
+  if (moe::io::resident_share(moe::io::pages_of(file.bytes)) > 0.1)
+    GTEST_SKIP() << "the file system keeps its files in memory";
+  const auto mapped = moe::map_packed<Layer, moe::F32>(directory / "layer");
+  const std::vector<double> before = moe::residency(mapped);
+  ASSERT_EQ(before.size(), 64u);
+  EXPECT_LT(sum_of(before), 32);  // the header, and what the system reads ahead of it
+  moe::prefetch(mapped, std::vector<Index>{5, 11});
+  const std::vector<double> after = moe::residency(mapped);
+  EXPECT_EQ(after[5], 1.0);
+  EXPECT_EQ(after[11], 1.0);
+  EXPECT_LT(sum_of(after), 48);
+  EXPECT_THROW(moe::prefetch(mapped, std::vector<Index>{3, 64}), std::invalid_argument);
+}
+
+// The proportional share of the mappings of a file in this process's memory, in KB; -1 where it is not known.
+long pss_of(const std::filesystem::path& path) {
+  std::ifstream maps("/proc/self/smaps");
+  long sum = -1;
+  bool here = false;
+  for (std::string line; std::getline(maps, line);) {
+    const std::size_t colon = line.find(':');
+    if (colon == std::string::npos || line.find('-') < colon)  // a mapping begins
+      here = line.find(path.string()) != std::string::npos;
+    if (here && line.starts_with("Pss:")) sum = std::max(sum, 0L) + std::stol(line.substr(4));
+  }
+  return sum;
+}
+
+TEST(PackedPages, ProcessesShareThem) {
+  const TemporaryDirectory directory;
+  const std::filesystem::path path = directory / "layer";
+  moe::save_packed(path, large_layer());
+  const auto mapped = moe::map_packed<Layer, moe::F32>(path);
+  std::vector<Index> all(64);
+  std::iota(all.begin(), all.end(), Index(0));
+  moe::prefetch(mapped, all);
+  const long alone = pss_of(path);
+  if (alone < 48 * 1024) GTEST_SKIP() << "Pss is " << alone << " KB";
+  int to_child[2], to_parent[2];
+  ASSERT_EQ(::pipe(to_child), 0);
+  ASSERT_EQ(::pipe(to_parent), 0);
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  char byte = 0;
+  if (child == 0) {  // maps the file itself, and waits
+    ::close(to_child[1]);
+    const auto own = moe::map_packed<Layer, moe::F32>(path);
+    moe::prefetch(own, all);
+    if (::write(to_parent[1], &byte, 1) != 1) ::_exit(1);
+    while (::read(to_child[0], &byte, 1) > 0) {
+    }
+    ::_exit(0);
+  }
+  ::close(to_child[0]);
+  const bool told = ::read(to_parent[0], &byte, 1) == 1;
+  const long shared = pss_of(path);
+  ::close(to_child[1]);
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  ::close(to_parent[0]);
+  ::close(to_parent[1]);
+  ASSERT_TRUE(told);
+  EXPECT_LT(shared, alone * 3 / 5);  // about half or a third of it
 }
 
 #endif
