@@ -66,7 +66,8 @@ inline double resident_share(const Pages&) { return 1; }
 /// Brings experts of a mapped layer, routed and then shared, into memory, each with one call of the system in
 /// place of one for some pages: MADV_POPULATE_READ, which waits until they are there, or MADV_WILLNEED where
 /// Linux is older than 5.14. Those that are there cost little, and those that were left out nothing. It is a
-/// hint: an expert that cannot be brought is read when a token needs it. Throws std::invalid_argument for an
+/// hint: an expert that cannot be brought is read when a token needs it. It pays where the device reads ahead
+/// less than an expert at each fault (see bench/README.md). Throws std::invalid_argument for an
 /// expert that does not exist.
 /// Example: prefetch(mapped, std::vector<Index>{0, 7}).
 template <PackableExpert E, Router R>
