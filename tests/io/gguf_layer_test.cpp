@@ -333,6 +333,45 @@ TEST(GGUFLayer, BlocksArePackedAsTheFileHasThem) {
   expect_kept<MXFP4>(gpt_oss_20b.scaled_to(96, 64, 3), kMXFP4, rng);
 }
 
+// Gate and up projections in one tensor, the rows of the gate first.
+TEST(GGUFLayer, GateAndUpMayBeOneTensor) {
+  Rng rng(9);
+  const auto model = gpt_oss_20b.scaled_to(96, 64, 3);
+  const GGUFFile apart = block_file(model, kMXFP4, rng);
+  const auto checkpoint = apart.open();
+  GGUFFile fused;
+  fused.architecture(model.tensors.gguf);
+  const auto bytes_of = [&](const std::string& name) { return checkpoint.at(name).bytes; };
+  const auto fuse = [&](const std::string& end, std::vector<Index> shape, std::uint32_t type) {
+    const auto gate = bytes_of("blk.2.ffn_gate_exps." + end), up = bytes_of("blk.2.ffn_up_exps." + end);
+    const std::size_t size = gate.size() / 3;
+    std::vector<std::byte> both;
+    for (std::size_t e = 0; e < 3; ++e)
+      for (const auto& half : {gate, up}) {
+        const auto part = half.subspan(e * size, size);
+        both.insert(both.end(), part.begin(), part.end());
+      }
+    fused.tensor("blk.2.ffn_gate_up_exps." + end, shape, type, both);
+  };
+  fuse("weight", {3, 128, 96}, kMXFP4);
+  fuse("bias", {3, 128}, kF32);
+  for (const std::string& name : checkpoint.names()) {
+    if (name.find("gate_exps") != std::string::npos || name.find("up_exps") != std::string::npos) continue;
+    const TensorView& tensor = checkpoint.at(name);
+    fused.tensor(name, tensor.shape, tensor.dtype == DType::F32 ? kF32 : kMXFP4,
+                 std::vector<std::byte>(tensor.bytes.begin(), tensor.bytes.end()));
+  }
+  const Matrix<float> x = Matrix<float>::Random(5, 96);
+  const Matrix<float> y = load_layer<float>(model, checkpoint, kLayer).forward(x);
+  const io_test::TemporaryDirectory directory;
+  io_test::write_text(directory / "fused.gguf", fused.bytes());
+  const auto opened = Checkpoint::open(directory / "fused.gguf");
+  EXPECT_EQ(load_layer<float>(model, opened, kLayer).forward(x), y);
+  EXPECT_EQ(load_packed<MXFP4>(model, opened, kLayer).forward(x),
+            load_packed<MXFP4>(model, checkpoint, kLayer).forward(x));
+  EXPECT_GT(y.norm(), 0);
+}
+
 // The numbers in order: a block of a packed format stands for what is read of the file.
 TEST(GGUFLayer, BlocksStandForTheNumbersOfTheFile) {
   Rng rng(6);
