@@ -8,9 +8,11 @@
 #include <moe/io/checksum.hpp>
 #include <moe/io/dtype.hpp>
 #include <moe/io/file.hpp>
+#include <moe/io/find_matrix.hpp>
 #include <moe/io/gguf.hpp>
 #include <moe/io/gguf_blocks.hpp>
 #include <moe/io/gguf_names.hpp>
+#include <moe/io/grouped_matrix.hpp>
 #include <moe/io/header.hpp>
 #include <moe/io/json_events.hpp>
 #include <moe/io/layer_file.hpp>
@@ -18,7 +20,9 @@
 #include <moe/io/load_packed.hpp>
 #include <moe/io/options.hpp>
 #include <moe/io/packed_file.hpp>
+#include <moe/io/packed_integers.hpp>
 #include <moe/io/packed_pages.hpp>
+#include <moe/io/quantisation.hpp>
 #include <moe/io/read_options.hpp>
 #include <moe/io/read_tensor.hpp>
 #include <moe/io/safetensors.hpp>

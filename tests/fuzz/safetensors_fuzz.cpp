@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include <moe/io/quantisation.hpp>
 #include <moe/io/safetensors.hpp>
 #include <moe/io/shards.hpp>
 
@@ -98,6 +99,11 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* input, std::size_t siz
       expect_views_within(*header, data);
       expect_round_trip(*header);
     }
+  }
+  // What a model says of its weights.
+  try {
+    moe::io::parse_quantisation(bytes, "input");
+  } catch (const moe::CheckpointError&) {
   }
   // An index.
   try {

@@ -172,7 +172,10 @@ TEST(GGUF, FilesOfASetAreOpenedTogether) {
       EXPECT_THAT(numbers, ElementsAre(float(i), float(i + 1), float(i + 2)));
     }
   }
+  EXPECT_EQ(Checkpoint::open(directory.path()).names().size(), 5u);
   std::filesystem::rename(directory / "gguf_split-00001-of-00003.gguf", directory / "one.gguf");
+  expect_error("a directory of several", [&] { Checkpoint::open(directory.path()); },
+               {"3 .gguf files", "expected 1 or one set", "gguf_split-00002-of-00003.gguf"});
   expect_error("one of three", [&] { Checkpoint::open(directory / "one.gguf"); },
                {"one.gguf", "split.count is 3", "1 files"});
   std::filesystem::copy_file(directory / "gguf_split-00002-of-00003.gguf", directory / "two.gguf");
@@ -200,6 +203,14 @@ GGUFFile small() {
   file.tensor("a", {2, 3}, kF32, std::vector<float>{1, 2, 3, 4, 5, 6});
   file.tensor("b", {32}, kQ8_0, std::vector<std::uint8_t>(34, 1));
   return file;
+}
+
+TEST(GGUF, ADirectoryMayHoldOneFile) {
+  const TemporaryDirectory directory;
+  std::filesystem::copy_file(kGolden + "gguf_layer.gguf", directory / "m.gguf");
+  EXPECT_TRUE(Checkpoint::open(directory.path()).is_gguf());
+  std::filesystem::copy_file(kGolden + "gguf_layer.gguf", directory / "n.gguf");
+  expect_error("two", [&] { Checkpoint::open(directory.path()); }, {"2 .gguf files", "m.gguf"});
 }
 
 TEST(GGUF, BothVersionsAreRead) {

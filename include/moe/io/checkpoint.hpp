@@ -23,6 +23,7 @@
 #include <moe/io/file.hpp>
 #include <moe/io/gguf.hpp>
 #include <moe/io/header.hpp>
+#include <moe/io/quantisation.hpp>
 #include <moe/io/safetensors.hpp>
 #include <moe/io/shards.hpp>
 
@@ -89,16 +90,18 @@ class Checkpoint {
 
   /// Opens a .safetensors file, an index of several (.json, as *.safetensors.index.json), or a
   /// directory that holds one index, or else exactly one .safetensors file or all files of one set, as
-  /// model-00001-of-00005.safetensors to model-00005-of-00005.safetensors. Hidden files of a directory
+  /// model-00001-of-00005.safetensors to model-00005-of-00005.safetensors, or, without any of these, one GGUF
+  /// file or the files of one set. Hidden files of a directory
   /// do not count: macOS leaves a ._m.safetensors beside m.safetensors. Of the files of an index only
   /// the tensors that it lists are there. O(headers * log(tensors)). Throws CheckpointError where a
   /// file cannot be read, is missing, or breaks a rule of the format: tensors must cover the data
   /// exactly, no key comes twice, and a tensor has a dtype, a shape, data_offsets and nothing else,
   /// and as many bytes as its shape says where the dtype is one of DType. Values are not looked at,
   /// they may be NaN.
-  /// A GGUF file (versions 2 and 3, little-endian) is opened by its own path, with it all files of its set,
-  /// as m-00001-of-00003.gguf. Its tensors are where its header says, each byte once, and have their shapes
-  /// in row-major order: the dimensions of the file from the last to the first.
+  /// Where a config.json lies beside the files its quantization_config is read, too.
+  /// A GGUF file (versions 2 and 3, little-endian) may also be opened by its own path, with it all files of
+  /// its set, as m-00001-of-00003.gguf. Its tensors are where its header says, each byte once, and have their
+  /// shapes in row-major order: the dimensions of the file from the last to the first.
   static Checkpoint open(const std::filesystem::path& path) {
     std::error_code error;
     if (!std::filesystem::is_directory(path, error)) return open_one(path);
@@ -137,7 +140,8 @@ class Checkpoint {
   /// several. O(tensors). Throws CheckpointError where there are none.
   /// Example: checkpoint.below("thinker.").at("model.norm.weight") is "thinker.model.norm.weight".
   Checkpoint below(std::string_view prefix) const {
-    Contents contents{.path = contents_->path, .files = contents_->files};
+    Contents contents{
+        .path = contents_->path, .files = contents_->files, .quantisation = contents_->quantisation};
     contents.header.metadata = metadata();
     contents.header.is_gguf = is_gguf();
     for (const auto& [name, tensor] : contents_->header.tensors) {
@@ -165,6 +169,12 @@ class Checkpoint {
   /// The same of a checkpoint that is about to go.
   std::map<std::string, std::string> metadata() && { return contents_->header.metadata; }
 
+  /// quantization_config of the config.json beside its files, as io::read_quantisation has it; nothing where
+  /// there is none.
+  const std::map<std::string, std::string>& quantisation() const& { return contents_->quantisation; }
+  /// The same of a checkpoint that is about to go.
+  std::map<std::string, std::string> quantisation() && { return contents_->quantisation; }
+
   /// Whether its files are GGUF.
   bool is_gguf() const { return contents_->header.is_gguf; }
 
@@ -182,6 +192,7 @@ class Checkpoint {
     std::vector<std::shared_ptr<const void>> files{};
     io::Header header{};
     std::vector<std::string> names{};
+    std::map<std::string, std::string> quantisation{};
   };
 
   explicit Checkpoint(Contents contents) {
@@ -193,7 +204,7 @@ class Checkpoint {
 
   // The index of a directory, or else its one file or the files of its one set, sorted.
   static std::vector<std::filesystem::path> files_in(const std::filesystem::path& directory) {
-    std::vector<std::filesystem::path> indices, files;
+    std::vector<std::filesystem::path> indices, files, gguf_files;
     std::set<std::string, std::less<>> names;
     std::error_code error;
     for (std::filesystem::directory_iterator it(directory, error), end; !error && it != end;
@@ -201,11 +212,14 @@ class Checkpoint {
       const std::string name = it->path().filename().string();
       if (name.starts_with('.')) continue;
       if (name.ends_with(".safetensors.index.json")) indices.push_back(it->path());
+      if (name.ends_with(".gguf")) gguf_files.push_back(it->path());
       if (!name.ends_with(".safetensors")) continue;
       files.push_back(it->path());
       names.insert(name);
     }
     if (error) io::fail_checkpoint(directory.string(), ": cannot list the directory: ", error.message());
+    if (indices.empty() && files.empty() && !gguf_files.empty())
+      return {one_of_set(directory, std::move(gguf_files))};
     if (indices.size() == 1) return indices;
     const auto set = names.empty() ? std::nullopt : io::shard_set_of(*names.begin());
     if (!indices.empty() || (files.size() != 1 && !set))
@@ -216,6 +230,20 @@ class Checkpoint {
     if (set) io::require_shards(directory.string(), *set, names);
     std::sort(files.begin(), files.end());
     return files;
+  }
+
+  // The one GGUF file of a directory, or the first file of its one set.
+  static std::filesystem::path one_of_set(const std::filesystem::path& directory,
+                                          std::vector<std::filesystem::path> files) {
+    std::sort(files.begin(), files.end());
+    if (files.size() == 1) return files.front();
+    const auto set = io::shard_set_of(files.front().filename().string(), ".gguf");
+    if (!set || set->num_files != files.size() || set->name(files.size()) != files.back().filename().string())
+      io::fail_checkpoint(directory.string(), ": the directory holds ", files.size(),
+                          " .gguf files, expected 1 or one set as model-00001-of-00002.gguf: open one by its "
+                          "own path, as ",
+                          io::in_quotes(files.front().string()));
+    return files.front();
   }
 
   static Checkpoint open_one(const std::filesystem::path& path) {
@@ -229,6 +257,7 @@ class Checkpoint {
     if (path.extension() != ".json") return open_all(path, {path});
     Contents contents{.path = path};
     read_index(contents);
+    contents.quantisation = io::read_quantisation(path.parent_path() / "config.json");
     return Checkpoint(std::move(contents));
   }
 
@@ -255,6 +284,8 @@ class Checkpoint {
       contents.header.unread.merge(header.unread);
       contents.header.metadata.merge(header.metadata);
     }
+    if (!contents.header.is_gguf)
+      contents.quantisation = io::read_quantisation(files.front().parent_path() / "config.json");
     return Checkpoint(std::move(contents));
   }
 

@@ -16,6 +16,7 @@
 #include <moe/core/storage.hpp>
 #include <moe/core/types.hpp>
 #include <moe/io/checkpoint.hpp>
+#include <moe/io/find_matrix.hpp>
 #include <moe/io/gguf_names.hpp>
 #include <moe/io/layer_names.hpp>
 #include <moe/io/stored_matrix.hpp>
@@ -134,7 +135,7 @@ class LayerReader {
   void check_all_read(std::string_view prefix) const {
     const std::string begin = names_(prefix, 0);
     for (const std::string& name : checkpoint_.names()) {
-      if (!name.starts_with(begin) || scales_.contains(name)) continue;
+      if (!name.starts_with(begin) || beside_.contains(name)) continue;
       const auto used = used_.find(name);
       const Index read = used == used_.end() ? 0 : used->second.tensor.values;
       const Index size = used == used_.end() ? checkpoint_.at(name).size() : used->second.size;
@@ -168,14 +169,15 @@ class LayerReader {
 
   Part find(const TensorSource& source, Index expert, Index num_experts, Index rows, Index cols, bool vector,
             const std::optional<std::vector<Index>>& shape) {
+    using Format = StoredMatrix::Format;
     const StoredMatrix all = find_matrix(checkpoint_, names_(source.name, expert), where_);
-    const bool transposed =
-        source.transposed && all.format != StoredMatrix::Format::mxfp4;  // blocks of 32 go along a row [in]
+    const bool transposed = source.transposed && all.format != Format::mxfp4 &&
+                            all.format != Format::grouped;  // of [out, in], whose rows have the blocks
     const Index all_rows = rows * (source.part == TensorPart::all ? 1 : 2);
     const Index outer = transposed ? cols : all_rows, inner = transposed ? all_rows : cols;
     const bool stacked = num_experts > 0 && source.name.find("{expert}") == std::string_view::npos;
     check_shape(all, outer, inner, vector, stacked ? num_experts : 0, shape);
-    if (all.format != StoredMatrix::Format::plain) scales_.insert(all.scales.name);
+    beside_.insert(all.beside.begin(), all.beside.end());
     const Index index = stacked ? expert : 0;
     return {all.slice(index, stacked ? num_experts : 1, outer, inner, where_), source.part, transposed, index,
             all.size()};
@@ -198,10 +200,11 @@ class LayerReader {
       expected = {{stacked, outer, inner}, {stacked * outer, inner}};
     if (std::find(expected.begin(), expected.end(), matrix.shape) != expected.end()) return;
     const bool packed = matrix.shape != matrix.values.shape;
-    throw CheckpointError(std::string(where_) + ": " + matrix.values.name + " has shape " +
-                          text_of(matrix.values.shape) +
-                          (packed ? ", of 4-bit values " + text_of(matrix.shape) : "") + ", expected " +
-                          text_of(expected.front()));
+    const bool mxfp4 = matrix.format == StoredMatrix::Format::mxfp4;
+    throw CheckpointError(
+        std::string(where_) + ": " + matrix.values.name + " has shape " + text_of(matrix.values.shape) +
+        (packed ? (mxfp4 ? ", of 4-bit values " : ", of values ") + text_of(matrix.shape) : "") +
+        ", expected " + text_of(expected.front()));
   }
 
   // Where row i of a parameter of so many rows is in a tensor of which it is a part.
@@ -260,7 +263,7 @@ class LayerReader {
   const char* where_;
   std::map<std::string, Used, std::less<>> used_;
   std::map<std::pair<std::string, Index>, std::set<TensorPart>> parts_;  // read, by tensor and expert
-  std::set<std::string, std::less<>> scales_;                            // read with their tensors
+  std::set<std::string, std::less<>> beside_;                            // read with their tensors
   std::vector<S> values_;
 };
 

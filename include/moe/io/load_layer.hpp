@@ -8,6 +8,7 @@
 #include <moe/core/storage.hpp>
 #include <moe/core/types.hpp>
 #include <moe/io/checkpoint.hpp>
+#include <moe/io/find_matrix.hpp>
 #include <moe/io/gguf_names.hpp>
 #include <moe/io/layer_names.hpp>
 #include <moe/io/layer_reader.hpp>

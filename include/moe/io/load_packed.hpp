@@ -63,11 +63,11 @@ auto load_packed(const ExpertFormats<F...>& formats, const Model<Unit, R>& model
 
 /// Layer `layer` of a model for inference, packed in a format: pack<F>(load_layer<float>(...)) with one
 /// expert at a time beside the packed ones. Matrices that the checkpoint stores in the format's own way are
-/// packed as they are, and give the bits of pack<F32> of the layer that load_layer makes: gpt-oss' in MXFP4,
-/// DeepSeek-V3's in FP8, of GGUF files Q8_0 in Int8, Q4_0 in Int4, Q4_1 and Q4_K in Int4Offset, MXFP4 in
-/// MXFP4, infinite scales apart. Others, and transposed ones, are rounded to the format. O(parameters).
-/// Throws as load_layer and pack, and for a scale of FP8 of 2^120 or more. Example:
-/// load_packed<FP8>(deepseek_v3, Checkpoint::open("DeepSeek-V3"), 3).
+/// packed as they are, and give the bits of pack<F32> of the layer that load_layer makes: MXFP4, FP8,
+/// integers with scales that Int4, Int4Offset or Int8 can hold (see docs/models.md), of GGUF files Q8_0 in
+/// Int8, Q4_0 in Int4, Q4_1 and Q4_K in Int4Offset, MXFP4 in MXFP4, infinite scales apart. Others, and
+/// transposed ones, are rounded to the format. O(parameters). Throws as load_layer and pack, and for a scale
+/// of FP8 of 2^120 or more. Example: load_packed<FP8>(deepseek_v3, Checkpoint::open("DeepSeek-V3"), 3).
 template <Format F, class Unit, template <class> class R>
 auto load_packed(const Model<Unit, R>& model, const Checkpoint& checkpoint, Index layer,
                  const PackOptions& options = {}) {

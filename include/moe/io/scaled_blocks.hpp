@@ -26,8 +26,9 @@ namespace moe {
 
 /// Weights of 8 bits: values [rows, cols] in F8_E4M3 and scales in F32, BF16 or F8_E8M0. A number is the
 /// product of two floats: a value and the scale of its block. Blocks are of 128 x 128 (DeepSeek-V3), scales
-/// [ceil(rows / 128), ceil(cols / 128)]; rows (compressed-tensors' channels), scales [rows, 1] or [rows]; or
-/// the whole matrix, scales [1] or [].
+/// [ceil(rows / 128), ceil(cols / 128)]; 32 of a row (MXFP8), scales [rows, cols / 32] in U8, which are the
+/// bits of F8_E8M0, or F8_E8M0; rows (compressed-tensors' channels), scales [rows, 1] or [rows]; columns,
+/// scales [1, cols]; or the whole matrix, scales [1], [1, 1] or [].
 class BlockScaledFP8 {
  public:
   using Format = FP8;  ///< whose blocks they are
@@ -43,23 +44,30 @@ class BlockScaledFP8 {
     const std::vector<Index>& shape = scales.shape;
     const auto blocks = [](Index n) { return n / kSide + (n % kSide != 0); };
     const std::vector<Index> expected{blocks(rows()), blocks(cols())};
-    if (shape == expected)
+    const bool is_power = scales.dtype == DType::F8_E8M0 || scales.dtype == DType::U8;
+    if (shape == expected && scales.dtype != DType::U8)
       across_ = blocks(cols());
+    else if (is_power && cols() % 32 == 0 && shape == std::vector<Index>{rows(), cols() / 32})
+      high_ = 1, wide_ = 32, across_ = cols() / 32;
     else if (shape == std::vector<Index>{rows(), 1} || shape == std::vector<Index>{rows()})
       high_ = 1;
-    else if (shape.empty() || shape == std::vector<Index>{1})
+    else if (shape == std::vector<Index>{1, cols()} && cols() > 1)
+      high_ = (std::max)(Index(1), rows()), wide_ = 1, across_ = cols();
+    else if (shape.empty() || shape == std::vector<Index>{1} || shape == std::vector<Index>{1, 1})
       high_ = (std::max)(Index(1), rows());
     else
       high_ = 0;
-    const bool is_scale =
-        scales.dtype == DType::F32 || scales.dtype == DType::BF16 || scales.dtype == DType::F8_E8M0;
+    const bool is_scale = scales.dtype == DType::F32 || scales.dtype == DType::BF16 ||
+                          scales.dtype == DType::F8_E8M0 || wide_ == 32;
     if (!is_scale || high_ == 0)
       io::fail_checkpoint(where, ": ", io::description_of(scales), ": expected BF16, F8_E8M0 or F32 ",
                           io::text_of(expected), ", or [", rows(), ", 1], or [1], for ",
                           io::description_of(values));
     io::check_bytes(scales, where);
     scales_.resize(std::size_t(scales.size()));
-    read_tensor(scales, scales_.data());
+    TensorView numbers = scales;
+    if (is_power) numbers.dtype = DType::F8_E8M0;
+    read_tensor(numbers, scales_.data());
   }
 
   Index rows() const { return values_.shape[0]; }
@@ -71,8 +79,10 @@ class BlockScaledFP8 {
   }
   /// Its scale.
   float scale(Index row, Index col) const {
-    return scales_[std::size_t(row / high_ * across_ + (across_ > 1 ? col / kSide : 0))];
+    return scales_[std::size_t(row / high_ * across_ + (across_ > 1 ? col / wide_ : 0))];
   }
+  /// Whether no block of FP8 has several scales.
+  bool is_in_blocks() const { return across_ == 1 || wide_ % FP8::kBlock == 0; }
   /// Block `nth` of a row.
   FP8::Block block(Index row, Index nth) const {
     static_assert(kSide % FP8::kBlock == 0);
@@ -101,12 +111,13 @@ class BlockScaledFP8 {
   const char* where_;
   std::vector<float> scales_;
   Index high_ = kSide;  // rows of a block
+  Index wide_ = kSide;  // columns of a block
   Index across_ = 1;    // blocks of a row
 };
 
-/// Weights of gpt-oss: values [..., cols / 32, 16] in U8, each byte two 4-bit numbers, the low half first;
-/// scales [..., cols / 32] in U8 or F8_E8M0, the same bits: a power of two with a bias of 127 for each 32
-/// numbers, 255 is NaN. Every product is exact unless it leaves the range of float.
+/// Weights in MXFP4, shaped as gpt-oss': values [..., cols / 32, 16] in U8, each byte two 4-bit numbers, the
+/// low half first; scales [..., cols / 32] in U8 or F8_E8M0, the same bits: a power of two with a bias of 127
+/// for each 32 numbers, 255 is NaN. Every product is exact unless it leaves the range of float.
 class StoredMXFP4 {
  public:
   using Format = MXFP4;  ///< whose blocks they are

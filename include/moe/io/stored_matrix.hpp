@@ -3,21 +3,23 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <memory>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include <moe/core/types.hpp>
-#include <moe/io/checkpoint.hpp>
 #include <moe/io/dtype.hpp>
 #include <moe/io/gguf_blocks.hpp>
+#include <moe/io/grouped_matrix.hpp>
 #include <moe/io/read_tensor.hpp>
 #include <moe/io/scaled_blocks.hpp>
 #include <moe/packed/block_format.hpp>
 
-// How a checkpoint stores a matrix: as numbers, or as small ones with scales. Asked once, by name; whoever
-// reads it then asks no more.
+// How a checkpoint stores a matrix: as numbers, or as small ones with scales. find_matrix asks once, by name;
+// whoever reads it then asks no more.
 namespace moe {
 
 /// A tensor of a checkpoint with all that its values need. New ways of storing go here.
@@ -26,25 +28,41 @@ struct StoredMatrix {
   enum class Format {
     plain,             ///< numbers of values.dtype, also in the blocks of GGUF files
     block_scaled_fp8,  ///< 8 bits, and one scale for each 128 x 128 of them, each row, or all
-    mxfp4,  ///< gpt-oss': bytes of two 4-bit numbers, and one scale for 32 along the last dimension
+    mxfp4,             ///< bytes of two 4-bit numbers, and one scale for 32 along the last dimension
+    grouped,           ///< small codes whose scales, and zero points, are tensors beside them: `group`
   };
 
-  Format format = Format::plain;  ///< how its numbers are stored
-  TensorView values{};            ///< the numbers, as they are stored
-  TensorView scales{};            ///< of format plain: nothing
-  std::vector<Index> shape{};     ///< of the numbers
+  Format format = Format::plain;                 ///< how its numbers are stored
+  TensorView values{};                           ///< the numbers, as they are stored
+  TensorView scales{};                           ///< of block_scaled_fp8 and mxfp4
+  std::vector<Index> shape{};                    ///< of the numbers
+  std::shared_ptr<const GroupedMatrix> group{};  ///< of format grouped
+  std::vector<std::string> beside{};             ///< names of the other tensors that belong to it
 
-  Index size() const { return values.size() * (format == Format::mxfp4 ? 2 : 1); }
+  /// Numbers.
+  Index size() const {
+    const std::optional<Index> numbers = io::num_elements(shape);
+    io::require_checkpoint(numbers.has_value(), values.name, ": no memory holds the shape ",
+                           io::text_of(shape));
+    return *numbers;
+  }
 
   /// Slice `index` of `count` equal ones along the first dimensions, as [rows, cols]; `where` begins a
-  /// message. Throws CheckpointError
-  /// for scaled blocks of 8 bits, whose scales do not say where a slice of several begins.
+  /// message. Throws CheckpointError for several in groups, and for several scaled blocks of 8 bits whose
+  /// scales do not have `count` as their first dimension.
   StoredMatrix slice(Index index, Index count, Index rows, Index cols, const char* where) const {
-    if (count != 1 && format == Format::block_scaled_fp8)
-      throw CheckpointError(std::string(where) + ": " + values.name + " has block scales and holds " +
-                            std::to_string(count) + " experts, expected 1");
-    StoredMatrix part{format, values, scales, {rows, cols}};
-    if (format == Format::block_scaled_fp8) return part;
+    StoredMatrix part = *this;
+    part.shape = {rows, cols};
+    if (format == Format::grouped || (count == 1 && format == Format::block_scaled_fp8)) {
+      if (count != 1) fail_stacked(count, where);
+      return part;
+    }
+    if (format == Format::block_scaled_fp8) {
+      const std::vector<Index>& all = scales.shape;
+      if (all.empty() || all.front() != count || all.size() == 2 || all.size() > 3)
+        fail_stacked(count, where);
+      cut(part.scales, index, count, {all.begin() + 1, all.end()});
+    }
     const bool mxfp4 = format == Format::mxfp4;
     cut(part.values, index, count, mxfp4 ? std::vector<Index>{rows, cols / 32, 16} : part.shape);
     if (mxfp4) cut(part.scales, index, count, {rows, cols / 32});
@@ -55,6 +73,11 @@ struct StoredMatrix {
   template <class S>
   void read(S* out) const {
     if (format == Format::plain) return read_tensor(values, out);
+    if (format == Format::grouped) {
+      for (Index i = 0; i < group->rows; ++i)
+        for (Index j = 0; j < group->cols(); ++j) *out++ = S(group->number(i, j));
+      return;
+    }
     std::vector<float> numbers(static_cast<std::size_t>(size()));
     if (format == Format::mxfp4)
       read_mxfp4(values, scales, numbers.data());
@@ -64,19 +87,26 @@ struct StoredMatrix {
   }
 
   /// Calls use(stored) with the stored numbers, if they are in blocks of a packed format: BlockScaledFP8,
-  /// StoredMXFP4 or GGUFBlocks. Says whether they are. Throws CheckpointError where they do not fit their
-  /// scales; `where` begins its message.
+  /// StoredMXFP4, GroupedBlocks or GGUFBlocks. Says whether they are. Throws CheckpointError where they do
+  /// not fit their scales; `where` begins its message.
   template <InBlocks F, class Use>
   bool in_blocks_of(const char* where, const Use& use) const {
     if constexpr (std::is_same_v<F, FP8>)
       if (format == Format::block_scaled_fp8) {
-        use(BlockScaledFP8(values, scales, where));
-        return true;
+        const BlockScaledFP8 stored(values, scales, where);
+        if (stored.is_in_blocks()) use(stored);
+        return stored.is_in_blocks();
       }
     if constexpr (std::is_same_v<F, MXFP4>)
       if (format == Format::mxfp4) {
         use(StoredMXFP4(values, scales, where));
         return true;
+      }
+    if constexpr (OfIntegers<F>)
+      if (format == Format::grouped) {
+        const bool fits = group->fits<F>();
+        if (fits) use(GroupedBlocks<F>(*group));
+        return fits;
       }
     return format == Format::plain && io::in_gguf_blocks_of<F>(values, use, where);
   }
@@ -85,54 +115,40 @@ struct StoredMatrix {
   template <class S>
   std::string why_not_in_place() const {
     const DType here = *io::dtype_of<S>();
-    if (format != Format::plain) return "scaled in blocks";
+    if (format != Format::plain) return "scaled in blocks" + formats();
     if (values.dtype != here)
       return std::string(name_of(values.dtype)) + ", not " + std::string(name_of(here));
     return is_readable_in_place<S>(values) ? "" : "misaligned";
   }
 
  private:
+  // Which packed formats keep the numbers of groups.
+  std::string formats() const {
+    if (format != Format::grouped) return "";
+    std::string names;
+    const auto add = [&names](bool fits, const char* name) {
+      if (fits) names += (names.empty() ? ", as in " : " and ") + std::string(name);
+    };
+    add(group->fits<Int4>(), "Int4");
+    add(group->fits<Int4Offset>(), "Int4Offset");
+    add(group->fits<Int8>(), "Int8");
+    return names.empty() ? ", as in no packed format" : names;
+  }
+
+  [[noreturn]] void fail_stacked(Index count, const char* where) const {
+    if (format == Format::grouped)
+      throw CheckpointError(std::string(where) + ": " + values.name + " has scales of groups and holds " +
+                            std::to_string(count) + " experts, expected 1");
+    throw CheckpointError(std::string(where) + ": " + values.name + " holds " + std::to_string(count) +
+                          " experts and " + scales.name + " has shape " + io::text_of(scales.shape) +
+                          ", expected " + std::to_string(count) + " first");
+  }
+
   static void cut(TensorView& tensor, Index index, Index count, std::vector<Index> shape) {
     const std::size_t size = tensor.bytes.size() / std::size_t(count);
     tensor.bytes = tensor.bytes.subspan(std::size_t(index) * size, size);
     tensor.shape = std::move(shape);
   }
 };
-
-/// The matrix of this name, in whichever format the checkpoint has it. Throws CheckpointError where it is
-/// missing, of a type that means something together with scales only but without them, or where its scales do
-/// not fit; `where` begins the message. O(log(tensors)).
-inline StoredMatrix find_matrix(const Checkpoint& checkpoint, const std::string& name, const char* where) {
-  using Format = StoredMatrix::Format;
-  StoredMatrix found;
-  if (!checkpoint.contains(name) && checkpoint.contains(name + "_blocks")) {
-    found = {Format::mxfp4, checkpoint.at(name + "_blocks"), checkpoint.at(name + "_scales"), {}};
-    found.shape = found.values.shape;
-    if (found.shape.size() >= 2) {  // [..., blocks, 16] bytes of two values
-      found.shape.pop_back();
-      found.shape.back() *= 32;
-    }
-    const auto& blocks = found.values.shape;
-    if (blocks.empty() || std::vector<Index>(blocks.begin(), blocks.end() - 1) != found.scales.shape)
-      throw CheckpointError(std::string(where) + ": " + found.scales.name + " has shape " +
-                            io::text_of(found.scales.shape) + ", expected " + io::text_of(blocks) +
-                            " without the last");
-    return found;
-  }
-  found.values = checkpoint.at(name);
-  found.shape = found.values.shape;
-  const std::string scale = name + "_scale_inv", other = name + "_scale";
-  const DType dtype = found.values.dtype;
-  if (checkpoint.contains(scale) || checkpoint.contains(other)) {
-    found.format = Format::block_scaled_fp8;
-    found.scales = checkpoint.at(checkpoint.contains(scale) ? scale : other);
-  } else if (dtype == DType::F8_E4M3 || dtype == DType::F8_E5M2 || dtype == DType::F8_E8M0) {
-    // Read as they are they would be wrong by orders of magnitude and still look like weights.
-    throw CheckpointError(std::string(where) + ": " + name + " is " + std::string(name_of(dtype)) +
-                          ", which is not read without its scale " + io::in_quotes(scale) + " or " +
-                          io::in_quotes(other) + io::hint(scale, checkpoint.names()));
-  }
-  return found;
-}
 
 }  // namespace moe
