@@ -57,6 +57,18 @@ class GroupedExperts {
   std::span<E> all() { return experts_; }
   /// The same, read-only.
   std::span<const E> all() const { return experts_; }
+  /// The experts [begin, end).
+  std::span<E> part(Index begin, Index end) {
+    return all().subspan(std::size_t(begin), std::size_t(end - begin));
+  }
+  /// The same, read-only.
+  std::span<const E> part(Index begin, Index end) const {
+    return all().subspan(std::size_t(begin), std::size_t(end - begin));
+  }
+  /// Throws std::invalid_argument unless the cache is of a forward pass of these experts with such rows.
+  void check_cache(const Cache& cache, std::span<const Index> expert_begin, const char* where) const {
+    cache.check(all(), expert_begin, where);
+  }
 
   /// Puts an expert before the one at `at`, or behind the last. O(experts). Throws std::invalid_argument, and
   /// changes nothing, for another place or width.

@@ -39,7 +39,8 @@ struct SharedExperts {
 ///         (+ sum of shared experts) (+ output bias)
 /// x and y are [tokens, d_model]. `info` says more about the batch, `executor` runs the tasks;
 /// results are bitwise the same for every executor. A layer is a value; forward is const and may run
-/// on several threads at once, each with a workspace or cache of its own.
+/// on several threads at once, each with a workspace or cache of its own. Experts holds the experts:
+/// GroupedExperts, or what has its interface and its apply_experts.
 ///
 /// Every call throws std::invalid_argument when shapes do not fit; nothing is changed then but the
 /// output arguments, workspaces and caches. Cost: that of the products, O(tokens * top_k * d_model *
@@ -52,13 +53,13 @@ struct SharedExperts {
 /// const moe::Matrix<float> y = layer.forward(x);
 /// assert(y.rows() == 3 && y.cols() == 8);
 /// @endcode
-template <Expert E, Router R>
+template <Expert E, Router R, class Experts = GroupedExperts<E>>
 class MoELayer {
  public:
   using Scalar = typename E::Scalar;
   using S = Scalar;
-  using Workspace = LayerWorkspace<S>;
-  using Cache = LayerCache<S>;
+  using Workspace = LayerWorkspace<S, typename Experts::Workspace>;
+  using Cache = LayerCache<S, typename Experts::Workspace, typename Experts::Cache>;
   static_assert(std::is_same_v<S, typename R::Scalar>,
                 "the experts and the router of a layer must have the same Scalar");
 
@@ -70,7 +71,7 @@ class MoELayer {
     require(Index(experts.size()) == router_.num_experts(), "MoELayer: ", experts.size(),
             " experts, but the router has num_experts = ", router_.num_experts());
     for (E& expert : shared.experts) experts.push_back(std::move(expert));
-    experts_ = GroupedExperts<E>(std::move(experts), d_model(), "MoELayer");
+    experts_ = Experts(std::move(experts), d_model(), "MoELayer");
     require(!shared.gated || num_shared_ > 0,
             "MoELayer: gated shared experts, but 0 of them, expected at least 1");
     check_shared_gates(shared.gated ? num_shared_ : 0, gate_side_of(router_).value_or(GateSide::output),
@@ -78,14 +79,24 @@ class MoELayer {
     if (shared.gated) w_shared_gate.setZero(num_shared_, d_model());
     if (output_bias) b_output.setZero(d_model());
   }
+  /// The same with experts that are together already, the last `num_shared` of them shared.
+  template <std::same_as<Experts> G>
+  MoELayer(G experts, R router, Index num_shared = 0)
+      : experts_(std::move(experts)), num_shared_(num_shared), router_(std::move(router)) {
+    require(num_shared >= 0, "MoELayer: num_shared = ", num_shared, ", expected at least 0");
+    require(num_experts() == router_.num_experts(), "MoELayer: ", num_experts(),
+            " experts, but the router has num_experts = ", router_.num_experts());
+    require(experts_.width() == d_model(), "MoELayer: the experts have d_model = ", experts_.width(),
+            ", expected ", d_model());
+  }
 
   Index d_model() const { return router_.d_model(); }
   Index num_experts() const { return experts_.size() - num_shared_; }
   Index num_shared_experts() const { return num_shared_; }
-  std::span<E> experts() { return experts_.all().first(std::size_t(num_experts())); }
-  std::span<const E> experts() const { return experts_.all().first(std::size_t(num_experts())); }
-  std::span<E> shared_experts() { return experts_.all().last(std::size_t(num_shared_)); }
-  std::span<const E> shared_experts() const { return experts_.all().last(std::size_t(num_shared_)); }
+  std::span<E> experts() { return experts_.part(0, num_experts()); }
+  std::span<const E> experts() const { return experts_.part(0, num_experts()); }
+  std::span<E> shared_experts() { return experts_.part(num_experts(), experts_.size()); }
+  std::span<const E> shared_experts() const { return experts_.part(num_experts(), experts_.size()); }
   R& router() { return router_; }
   const R& router() const { return router_; }
 
@@ -256,10 +267,7 @@ class MoELayer {
                 const Ex& executor = {}) const {
     const CheckedPlan<S> plan = check_backward(d_y, cache, grad, routing_gradient, output);
     MatrixRef<S> d_x = output.of_shape(d_y.rows(), d_model(), "MoELayer::backward", "d_x");
-    combine_backward(d_y, cache.y_rows, plan, cache.d_rows, cache.d_gate, executor);
-    experts_.backward(cache.x_rows, plan->expert_begin, cache.d_rows, cache.experts, cache.d_x_rows,
-                      grad.experts_, executor);
-    dispatch_backward(cache.d_x_rows, plan, cache.x, d_y, d_x, cache.d_gate, executor);
+    apply_experts_backward(d_y, plan, experts_, cache, d_x, grad.experts_, executor);
     if constexpr (TrainableRouter<R>) {
       add_gate_gradient(routing_gradient, cache.d_gate, cache.routing.plan, cache.routing_gradient);
       route_backward_with(router_, cache.x, cache.routing, cache.routing_gradient, d_x, grad.router_,
@@ -319,8 +327,8 @@ class MoELayer {
      ...);
     if constexpr (requires { R::visit(f, self.router_...); }) visit_part("router", f, self.router_...);
     const Index routed = first.num_experts(), all = routed + first.num_shared_;
-    GroupedExperts<E>::visit_range("experts", 0, routed, f, self.experts_...);
-    GroupedExperts<E>::visit_range("shared_experts", routed, all, f, self.experts_...);
+    Experts::visit_range("experts", 0, routed, f, self.experts_...);
+    Experts::visit_range("shared_experts", routed, all, f, self.experts_...);
     if (((self.w_shared_gate.size() > 0) || ...)) visit_array(f, {"w_shared_gate"}, self.w_shared_gate...);
     if (((self.b_output.size() > 0) || ...)) visit_array(f, {"b_output"}, self.b_output...);
   }
@@ -406,7 +414,7 @@ class MoELayer {
     if (num_shared_ > 0) check_shared_plan(cache.routing.plan, cache.all_experts, kWhere);
     const CheckedPlan<S> plan(num_shared_ > 0 ? cache.all_experts : cache.routing.plan, cache.x.rows(),
                               experts_.size(), kWhere);
-    cache.experts.check(std::span<const E>(experts_.all()), plan->expert_begin, kWhere);
+    experts_.check_cache(cache.experts, plan->expert_begin, kWhere);
     check_routing_gradient(routing_gradient, cache.routing, kWhere);
     check_backward_with(router_, cache.x, cache.routing, routing_gradient, grad.router_, kWhere);
     return plan;
@@ -424,7 +432,7 @@ class MoELayer {
     router_ = std::move(router);
   }
 
-  GroupedExperts<E> experts_;  // routed, then shared
+  Experts experts_;  // routed, then shared
   Index num_shared_ = 0;
   R router_;
 };
