@@ -8,8 +8,8 @@ cmake_minimum_required(VERSION 3.23)
 cmake_path(ABSOLUTE_PATH INCLUDE_DIR)
 
 # From low to high. The headers in no room: version.hpp stands below all of them, the umbrellas above.
-set(rooms core kernels math routing balance routers experts layers packed models io)
-set(umbrellas moe packed io)
+set(rooms core kernels math routing balance routers experts layers packed models io distributed)
+set(umbrellas moe packed io distributed)
 set(roots version gradient_check ${umbrellas})
 
 set(errors "")
