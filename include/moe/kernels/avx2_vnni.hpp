@@ -24,7 +24,7 @@ using avx2::AheadOfGroups, avx2::broadcast, avx2::broadcast_word, avx2::divided,
     avx2::kDotVecs, avx2::kGroupBytes, avx2::kLanes, avx2::kNextBlock, avx2::kStreams, avx2::kVecs,
     avx2::larger_words, avx2::largest_of, avx2::load, avx2::load_words, avx2::magnitude, avx2::nearest_ints,
     avx2::plus_words, avx2::shifted, avx2::store, avx2::store_bytes, avx2::store_words, avx2::sum_of,
-    avx2::times, avx2::to_floats, avx2::Vec, avx2::Words;
+    avx2::times, avx2::to_floats, avx2::unrolled, avx2::Vec, avx2::Words;
 
 template <int kMost>
 struct Dots {

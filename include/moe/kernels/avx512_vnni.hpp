@@ -24,7 +24,7 @@ namespace moe::kernels::avx512_vnni {
 using avx512::AheadOfGroups, avx512::broadcast, avx512::divided, avx512::fused, avx512::Group,
     avx512::group_at, avx512::kAll, avx512::kColumns, avx512::kGroupBytes, avx512::kLanes, avx512::kNextBlock,
     avx512::kStreams, avx512::kVecs, avx512::load, avx512::load_words, avx512::shifted, avx512::store,
-    avx512::times, avx512::Vec, avx512::Words;
+    avx512::times, avx512::unrolled, avx512::Vec, avx512::Words;
 
 inline constexpr int kDotRows = 4, kDotVecs = 4;
 
