@@ -31,6 +31,7 @@
 
 #include "files.hpp"
 
+namespace packed_file_test {
 namespace {
 
 using io_test::TemporaryDirectory;
@@ -105,13 +106,13 @@ TEST(PackedFile, ARoundTripKeepsEveryBit) {
 
 TEST(PackedFile, HoldsExpertsOfSeveralKinds) {
   using Clamped = moe::GatedFeedForward<float, moe::ClampedSwiGLU>;
-  using Plain = moe::FeedForward<float, moe::GELU>;
-  using Either = moe::VariantExpert<Clamped, Plain>;
+  using Ungated = moe::FeedForward<float, moe::GELU>;
+  using Either = moe::VariantExpert<Clamped, Ungated>;
   Rng rng(2);
   const float infinity = std::numeric_limits<float>::infinity();
   const std::vector<Either> experts{
       Clamped({.d_model = 24, .d_ff = 40, .bias = false, .glu = {.alpha = 1.702f, .limit = infinity}}, rng),
-      Plain({.d_model = 24, .d_ff = 7, .bias = true}, rng)};
+      Ungated({.d_model = 24, .d_ff = 7, .bias = true}, rng)};
   const TopK router({.d_model = 24, .num_experts = 2, .top_k = 1}, rng);
   expect_round_trip<moe::F32>(moe::pack<moe::F32>(moe::MoELayer<Either, TopK>{experts, router}));
 }
@@ -439,3 +440,4 @@ TEST(PackedPages, ProcessesShareThem) {
 #endif
 
 }  // namespace
+}  // namespace packed_file_test
