@@ -536,6 +536,7 @@ TEST(Golden, FilesAreThoseThatWereGenerated) {
       {"olmoe", 0x34ee3ea6d539f365u},
       {"phimoe", 0x82cdcd7b7329a472u},
       {"phimoe_train", 0x4aefafb4acd651eeu},
+      {"quantised", 0x9920da76fbf69fbau},
       {"qwen2_moe", 0x5d00097731601799u},
       {"qwen3_moe", 0xcd5369e9fcc38614u},
       {"switch_transformers", 0xfc6b6108cf993db4u},

@@ -350,31 +350,31 @@ TEST(ReadBlockScaledFp8, TakesScalesOfOtherTypes) {
 }
 
 TEST(ReadBlockScaledFp8, RefusesWhatDoesNotFit) {
-  const std::vector<std::uint8_t> bytes(129 * 2);
-  const Tensor weight(DType::F8_E4M3, {129, 2}, bytes);
+  const std::vector<std::uint8_t> bytes(129 * 3);
+  const Tensor weight(DType::F8_E4M3, {129, 3}, bytes);
   const Tensor scale(DType::F32, {2, 1}, std::vector<float>{1, 1});
-  const Tensor other_type(DType::U8, {129, 2}, bytes), flat(DType::F8_E4M3, {258}, bytes);
+  const Tensor other_type(DType::U8, {129, 3}, bytes), flat(DType::F8_E4M3, {387}, bytes);
   const Tensor transposed(DType::F32, {1, 2}, std::vector<float>{1, 1});
-  const Tensor few(DType::F32, {1, 1}, std::vector<float>{1});
+  const Tensor many(DType::F32, {2, 2}, std::vector<float>{1, 1, 1, 1});
   const Tensor double_scale(DType::F64, {2, 1}, std::vector<double>{1, 1});
   const Tensor u8_scale(DType::U8, {2, 1}, std::vector<std::uint8_t>{127, 127});
   const Tensor short_bf16_scale(DType::BF16, {2, 1}, std::vector<std::uint16_t>{0x3f80});
-  const Tensor short_weight(DType::F8_E4M3, {129, 2}, std::vector<std::uint8_t>(257));
+  const Tensor short_weight(DType::F8_E4M3, {129, 3}, std::vector<std::uint8_t>(386));
   const Tensor short_scale(DType::F32, {2, 1}, std::vector<float>{1});
-  std::vector<float> out(258, 7);
+  std::vector<float> out(387, 7);
   const auto read = [&](const Tensor& w, const Tensor& s) {
     return [&] { moe::read_block_scaled_fp8(w.view, s.view, out.data()); };
   };
-  expect_error("dtype", read(other_type, scale), {"U8 [129, 2]", "F8_E4M3 [rows, cols]"});
-  expect_error("rank", read(flat, scale), {"F8_E4M3 [258]"});
-  expect_error("transposed", read(weight, transposed), {"F32 [1, 2]", "F32 [2, 1]", "[129, 2]"});
-  expect_error("few", read(weight, few), {"F32 [1, 1]", "F32 [2, 1]"});
+  expect_error("dtype", read(other_type, scale), {"U8 [129, 3]", "F8_E4M3 [rows, cols]"});
+  expect_error("rank", read(flat, scale), {"F8_E4M3 [387]"});
+  expect_error("transposed", read(weight, transposed), {"F32 [1, 2]", "F32 [2, 1]", "[129, 3]"});
+  expect_error("many", read(weight, many), {"F32 [2, 2]", "F32 [2, 1]"});
   expect_error("F64", read(weight, double_scale), {"F64 [2, 1]", "BF16, F8_E8M0 or F32 [2, 1]"});
   expect_error("U8", read(weight, u8_scale), {"U8 [2, 1]", "F32 [2, 1]"});
-  expect_error("weight bytes", read(short_weight, scale), {"257", "258"});
+  expect_error("weight bytes", read(short_weight, scale), {"386", "387"});
   expect_error("scale bytes", read(weight, short_scale), {" 4 ", " 8"});
   expect_error("BF16 scale bytes", read(weight, short_bf16_scale), {" 2 ", " 4"});
-  EXPECT_EQ(out, std::vector<float>(258, 7));
+  EXPECT_EQ(out, std::vector<float>(387, 7));
 }
 
 TEST(ReadMxfp4, ReadsTheLowHalfFirst) {
